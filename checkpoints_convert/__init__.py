@@ -1,0 +1,1 @@
+"""Weights between PyTorch folders (safetensors) and our parameter trees. Never imports torch."""

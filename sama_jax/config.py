@@ -1,0 +1,257 @@
+"""Settings: frozen dataclasses, the named presets, `key=value` overrides, hashes. No JAX.
+
+A setting that changes a number is part of a hash (`settings_hash`) which names plans in the loss
+store and is written into every result. Sources: arXiv 2601.20125 for `paper`, the published code
+(`Stry233/SAMA`, commit 5ac7aa4, `attack/attacks/sama.py`) for `official`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from sama_jax.errors import UsageError, nearest
+
+Schedule = Literal["paper", "code_linear", "geometric"]
+Nesting = Literal["nested", "fresh"]
+LossSource = Literal["recomputed", "stored_first"]
+Weights = Literal["inverse_step", "inverse_rank", "uniform"]
+Skip = Literal["keep", "per_text"]
+Ties = Literal["zero", "half"]
+Estimator = Literal["exact", "bernoulli"]
+Padding = Literal["hidden", "visible"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def _check(settings: Any) -> None:
+    """Literal fields hold a known word and numbers have the declared type."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value, words = getattr(settings, name), get_args(hint)
+        if words and isinstance(words[0], str) and value not in words:
+            raise UsageError(f"setting {name} is {value!r}{nearest(str(value), words)}")
+        if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UsageError(f"setting {name} must be a number, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamaSettings:
+    """SAMA's probes and votes. Every switch of the published code and of the paper is one field."""
+
+    steps: int = 16
+    """T, mask densities a text is probed at (per repeat)."""
+    subsets: int = 128
+    """N, random subsets that vote in each step."""
+    subset_size: int = 10
+    """m, tokens in a subset; a step with fewer masked tokens votes with all of them."""
+    min_density: float = 0.05
+    max_density: float = 0.50
+    schedule: Schedule = "paper"
+    """`paper`: (t-1)/(T-1), ends included; `code_linear`: t/(T+1), ends excluded; `geometric`."""
+    nesting: Nesting = "nested"
+    """`nested`: each mask contains the one before; `fresh`: independent. The paper leaves it open."""
+    loss_source: LossSource = "recomputed"
+    """`stored_first` keeps a token's loss from the step that masked it first (published code)."""
+    weights: Weights = "inverse_step"
+    """`inverse_step`: 1/t; `inverse_rank`: 1/rank among recorded steps (published code)."""
+    skip: Skip = "keep"
+    """`per_text`: a step that masks nothing new is not recorded. (The published code decides this
+    by batch, which makes a score depend on its batch mates: only a replayed plan can do that.)"""
+    ties: Ties = "zero"
+    repeats: int = 1
+    exclude_special: bool = False
+    """Never mask tokens that the tokenizer added (begin, end)."""
+    exclude_position0_when_shifted: bool = False
+    """Never mask position 0 of a model whose logits are shifted: its loss is meaningless there."""
+
+    def __post_init__(self):
+        _check(self)
+        if self.steps < 1 or self.subsets < 1 or self.subset_size < 1 or self.repeats < 1:
+            raise UsageError("steps, subsets, subset_size and repeats must be at least 1")
+        if not 0 < self.min_density <= self.max_density <= 1:
+            raise UsageError(
+                "expected 0 < min_density <= max_density <= 1, got "
+                f"{self.min_density} and {self.max_density}"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of each model on one text."""
+        return self.steps * self.repeats
+
+
+PRESETS: dict[str, SamaSettings] = {
+    "default": SamaSettings(),
+    # Whether the paper's masks are nested is not known; see docs/differences.md.
+    "paper": SamaSettings(nesting="fresh", repeats=4),
+    "official": SamaSettings(
+        schedule="code_linear",
+        loss_source="stored_first",
+        weights="inverse_rank",
+        skip="per_text",
+    ),
+    "official-yaml": SamaSettings(
+        steps=4,
+        subset_size=8,
+        schedule="code_linear",
+        loss_source="stored_first",
+        weights="inverse_rank",
+        skip="per_text",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodSettings:
+    """The Monte-Carlo likelihood bound that Loss, ZLIB and Ratio read."""
+
+    passes: int = 0
+    """Forward passes a text; 0 takes SAMA's number."""
+    estimator: Estimator = "exact"
+    """`exact`: k of L tokens masked, k spread evenly over 1..L, weight L/k (LLaDA's evaluation);
+    `bernoulli`: each token with probability p, weight 1/p (published code)."""
+    eps: float = 1e-3
+    """Smallest Bernoulli probability."""
+
+    def __post_init__(self):
+        _check(self)
+        if self.passes < 0:
+            raise UsageError(f"likelihood.passes must be 0 or more, got {self.passes}")
+        if not 0 < self.eps < 1:
+            raise UsageError(f"likelihood.eps must lie between 0 and 1, got {self.eps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+    """All that an audit's numbers depend on, besides models and texts."""
+
+    preset: str = "default"
+    sama: SamaSettings = field(default_factory=SamaSettings)
+    likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
+    max_length: int = 512
+    """Tokens a text is cut at."""
+    seed: int = 42
+    dtype: Dtype = "auto"
+    """`auto`: float32 on CPU, the stored dtype on accelerators."""
+    padding: Padding = "hidden"
+    pad_to: int = 0
+    """With visible padding: the length every text is padded to (0: `max_length`)."""
+
+    def __post_init__(self):
+        _check(self)
+        if not 1 <= self.max_length <= 65535:
+            raise UsageError(f"max_length must lie in 1..65535, got {self.max_length}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must lie in 0..2^32-1, got {self.seed}")
+        if self.pad_to and self.padding == "hidden":
+            raise UsageError("pad_to has no effect while padding is hidden; add --padding visible")
+        if self.pad_to and self.pad_to < self.max_length:
+            raise UsageError(
+                f"pad_to ({self.pad_to}) is smaller than max_length ({self.max_length})"
+            )
+
+    @property
+    def likelihood_passes(self) -> int:
+        """Passes of the likelihood estimate after `0` is resolved."""
+        return self.likelihood.passes or self.sama.passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Masked-diffusion training (LLaDA, `GUIDELINES.md`): loss, optimiser, schedule."""
+
+    epochs: float = 4.0
+    batch_size: int = 16
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.1
+    warmup_steps: int = -1
+    """-1: a tenth of all steps, at most 500."""
+    grad_clip: float = 1.0
+    max_length: int = 512
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations; parameters and optimiser state are float32."""
+    train_on_padding: bool = False
+    """Pad to `max_length`, let padding be seen, masked and learned, as the published trainer does."""
+    windows: bool = False
+    """Cut long texts into consecutive windows instead of truncating them."""
+    eps: float = 1e-3
+    seed: int = 42
+    checkpoint_every: int = 200
+    """Optimiser steps between checkpoints."""
+
+    def __post_init__(self):
+        _check(self)
+        if self.epochs <= 0 or self.batch_size < 1 or self.learning_rate <= 0:
+            raise UsageError("epochs, batch_size and learning_rate must be positive")
+        if not 2 <= self.max_length <= 65535:
+            raise UsageError(f"max_length must lie in 2..65535, got {self.max_length}")
+
+
+def preset(name: str) -> SamaSettings:
+    """The SAMA settings of a named preset."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset '{name}'{nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def override(settings: Any, assignments: list[str]) -> Any:
+    """Applies `key=value` (dots reach into groups: `sama.steps=8`) to a frozen dataclass."""
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise UsageError(f"expected key=value, got '{assignment}'")
+        settings = _replace(settings, path.strip().split("."), text.strip(), path.strip())
+    return settings
+
+
+def _replace(settings: Any, path: list[str], text: str, full: str) -> Any:
+    names = {f.name: f for f in dataclasses.fields(settings)}
+    if path[0] not in names:
+        prefix = full[: len(full) - len(".".join(path))]
+        raise UsageError(
+            f"unknown setting '{full}'{nearest(full, [prefix + n for n in setting_names(settings)])}"
+        )
+    current = getattr(settings, path[0])
+    if dataclasses.is_dataclass(current):
+        if len(path) == 1:
+            inside = ", ".join(setting_names(current))
+            raise UsageError(f"'{full}' is a group of settings; set one of: {inside}")
+        value = _replace(current, path[1:], text, full)
+    elif len(path) > 1:
+        raise UsageError(f"unknown setting '{full}': '{path[0]}' is not a group")
+    else:
+        value = _parse(text, type(current), full)
+    return dataclasses.replace(settings, **{path[0]: value})
+
+
+def _parse(text: str, kind: type, name: str) -> Any:
+    if kind is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise UsageError(f"setting {name} must be true or false, got '{text}'")
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"setting {name} must be of type {kind.__name__}, got '{text}'") from None
+
+
+def setting_names(settings: Any) -> list[str]:
+    """All dotted names below a settings object."""
+    names = []
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        inner = setting_names(value) if dataclasses.is_dataclass(value) else None
+        names += [f"{f.name}.{n}" for n in inner] if inner else [f.name]
+    return names
+
+
+def settings_hash(*parts: Any) -> str:
+    """16 hex digits over dataclasses, dicts and plain values; stable across processes."""
+
+    def plain(value: Any) -> Any:
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # pyright: ignore
+
+    text = json.dumps([plain(p) for p in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

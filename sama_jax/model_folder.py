@@ -1,0 +1,173 @@
+"""Model folders in the Hugging Face layout: open, check, load, save.
+
+Composes `models` (architecture) and `checkpoints_convert` (tensors). Reads `config.json`,
+safetensors and tokenizer files; never imports torch, never runs code from a folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from checkpoints_convert import stream
+from sama_jax.errors import ModelError, OutputError
+from sama_jax.models.registry import FamilyConfig, read_config
+from sama_jax.models.transformer import TransformerModel
+from sama_jax.types import Params
+
+CONFIG = "config.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked folder whose weights have not been loaded yet."""
+
+    path: Path
+    config: dict[str, Any]
+    family: FamilyConfig
+    model: TransformerModel
+    source: stream.Source
+    identity: str
+    """16 hex digits over architecture, headers, sizes and sampled bytes of the weight files."""
+
+    @property
+    def abstract_params(self) -> Params:
+        """Shapes of the parameter tree, float32."""
+        return jax.eval_shape(self.model.init, jax.random.key(0))
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, unused embedding rows included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
+
+
+def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") -> ModelFolder:
+    """Opens and checks a folder without loading it.
+
+    Args:
+      path: folder with `config.json` and safetensors.
+      mask_id: replaces the config's mask id.
+      dtype: of activations and loaded weights; `auto` is float32 on CPU, else the stored dtype.
+
+    Raises:
+      ModelError: one message that lists every tensor that does not fit.
+    """
+    config = read_json_config(path)
+    family = read_config(config, str(path / CONFIG))
+    source = stream.open_source(path, family.block_group_size)
+    mask = family.mask_id if mask_id is None else mask_id
+    if mask is None or not 0 <= mask < family.arch.vocab_size:
+        raise ModelError(
+            f"{path}: the mask token id is {mask}, but the embedding has "
+            f"{family.arch.vocab_size} rows; give the right one with --mask-id"
+        )
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else source.dtype()
+    model = TransformerModel(
+        arch=family.arch, mask_id=mask, shift=family.shift, dtype=jnp.dtype(dtype)
+    )
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    stream.check(source, family.family, model.num_layers, abstract, str(path))
+    return ModelFolder(path, config, family, model, source, _identity(path, repr(family.arch)))
+
+
+def read_json_config(path: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a folder."""
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such folder; expected a model folder with {CONFIG}")
+    if not (path / CONFIG).is_file():
+        raise ModelError(
+            f"{path}: has no {CONFIG}; expected a Hugging Face model folder ({CONFIG}, "
+            f"{stream.SINGLE}, tokenizer.json)"
+        )
+    try:
+        config = json.loads((path / CONFIG).read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path / CONFIG}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path / CONFIG}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def load(
+    folder: ModelFolder,
+    sharding: jax.sharding.Sharding,
+    progress: Callable[[int], None] | None = None,
+) -> Params:
+    """Loads the weights onto devices in the model's dtype; `progress` is told bytes done."""
+    dtype = folder.model.dtype
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), folder.abstract_params
+    )
+    return stream.load_params(
+        folder.source, folder.family.family, folder.model.num_layers, abstract, progress
+    )
+
+
+def save_folder(
+    out: Path,
+    params: Params,
+    model: TransformerModel,
+    config: dict[str, Any],
+    tokenizer_from: Path,
+    family: str = "llada",
+) -> None:
+    """Writes a model folder that `open_folder` and the PyTorch code read.
+
+    `config.json` comes last and atomically: a folder without it is not finished. Files beside the
+    weights (tokenizer, generation settings) are copied from `tokenizer_from`.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if tokenizer_from != out:
+            for file in sorted(tokenizer_from.iterdir()):
+                if file.is_file() and file.name != CONFIG and not _is_weights(file):
+                    shutil.copyfile(file, out / file.name)
+        tensors = stream.export_tensors(params, family, model.num_layers)
+        stream.save_weights(out, tensors, MAX_SHARD_BYTES)
+        dtypes = {str(a.dtype) for a in tensors.values()}
+        config = {**config, "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+        if family == "llada":
+            config["block_group_size"] = 1
+        part = out / (CONFIG + ".part")
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        os.replace(part, out / CONFIG)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot write the model folder ({error})") from None
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".part") or file.name.endswith(
+        ".index.json"
+    )
+
+
+def _identity(path: Path, architecture: str, samples: int = 64, block: int = 4096) -> str:
+    """Hashes a few hundred KiB instead of 16 GB: fine-tuning moves every sampled tensor."""
+    digest = hashlib.sha256(architecture.encode())
+    for file in stream.weight_files(path):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as handle:
+            header = int.from_bytes(handle.read(8), "little")
+            digest.update(handle.read(header))
+            if size <= samples * block * 4:
+                digest.update(handle.read())
+                continue
+            for i in range(samples):
+                handle.seek(8 + header + i * (size - 8 - header - block) // (samples - 1))
+                digest.update(handle.read(block))
+    return digest.hexdigest()[:16]
+
+
+def with_options(folder: ModelFolder, **changes: Any) -> ModelFolder:
+    """The same folder with other model options, such as `remat=True`."""
+    return replace(folder, model=replace(folder.model, **changes))

@@ -1,0 +1,1 @@
+"""Model families (Flax Linen lives here and nowhere else)."""

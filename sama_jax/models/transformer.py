@@ -1,0 +1,370 @@
+"""One bidirectional Llama-like transformer for LLaDA and its relatives (Flax Linen).
+
+Reads top to bottom: architecture, layers, network, and the pure functions that the rest of the
+package calls. Blocks are stacked and scanned; the last block is kept apart, because scoring needs
+its queries and MLP at scored positions only.
+
+Parameter tree (`n` layers, widths `d`, MLP `f`, heads `h`, key/value heads `g`, head size `a`):
+
+    embed/embedding [v, d]
+    blocks/...      each leaf of a block stacked to [n - 1, ...]; absent when n = 1
+    last_block/...  attn_norm/scale [d], attn/{q,k,v,o}_proj/kernel, attn/{q,k}_norm/scale,
+                    mlp_norm/scale [d], mlp/{gate,up}_proj/kernel [d, f], mlp/down_proj/kernel [f, d]
+    final_norm/scale [d]
+    lm_head/kernel  [d, v]; absent when tied
+
+Biases stand beside their kernels and scales where the architecture has them.
+Source of the arithmetic: LLaDA's modelling code as vendored in `Stry233/SAMA`
+(`trainer/model/llada/modeling_llada.py`); docs/models.md lists the facts.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sama_jax.types import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Everything that shapes the network and its arithmetic; a family's config is read into it."""
+
+    vocab_size: int
+    """Rows of the embedding table, unused ones included."""
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    mlp_width: int
+    tied: bool
+    norm_eps: float
+    rope_theta: float
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    """Biases on the attention output, the MLP and the vocabulary head."""
+    norm_bias: bool = False
+    qk_norm: bool = False
+    """RMS norm over the whole query and the whole key vector, before heads are split."""
+    scale_embedding: bool = False
+    """Multiply embeddings by sqrt(width)."""
+    scale_logits: bool = False
+    """Multiply logits by 1 / sqrt(width)."""
+    rope_float32: bool = True
+    """Rotate queries and keys in float32 (else in the activation dtype)."""
+
+
+class Norm(nn.Module):
+    """RMS norm: float32 inside, cast back to the input's dtype, and only then scaled.
+
+    The order matters in bfloat16: scaling before the cast changes about a quarter of the outputs
+    by one unit in the last place.
+    """
+
+    eps: float
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        out = wide.astype(x.dtype) * _row(scale.astype(self.dtype), x)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            out = out + _row(bias.astype(self.dtype), x)
+        return out
+
+
+def _row(vector: Float[Array, " d"], like: Float[Array, "*b d"]) -> Float[Array, "*r d"]:
+    """Explicit broadcasting, so that rank promotion may be forbidden."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def rotate(
+    x: Float[Array, "b h k a"], positions: Int[Array, "b k"], theta: float, float32: bool
+) -> Float[Array, "b h k a"]:
+    """Rotary embedding, half rotation: halves of the head, not interleaved pairs."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) * 2.0 / x.shape[-1])
+    angle = positions[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    wide = x.astype(jnp.float32) if float32 else x
+    cos, sin = cos.astype(wide.dtype), sin.astype(wide.dtype)
+    first, second = wide[..., :half], wide[..., half:]
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return out.astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "b h k a"],
+    k: Float[Array, "b g l a"],
+    v: Float[Array, "b g l a"],
+    key_valid: Bool[Array, "b l"],
+) -> Float[Array, "b h k a"]:
+    """Bidirectional attention; every query sees the valid keys; key head j serves h/g queries.
+
+    Scores and softmax are float32. Masked scores take the dtype's minimum, so a text without a
+    valid position stays finite, and exp underflows to an exact 0 everywhere else.
+    """
+    b, h, n, a = q.shape
+    g = k.shape[1]
+    grouped = q.reshape(b, g, h // g, n, a)
+    scores = jnp.einsum("bgqna,bgla->bgqnl", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * (1.0 / math.sqrt(a))
+    lowest = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(key_valid[:, None, None, None, :], scores, lowest), axis=-1)
+    return jnp.einsum("bgqnl,bgla->bgqna", weights.astype(v.dtype), v).reshape(b, h, n, a)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention of some positions (`query`) over all (`x`)."""
+
+    arch: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        query: Float[Array, "b k d"],
+        query_positions: Int[Array, "b k"],
+        x: Float[Array, "b l d"],
+        key_valid: Bool[Array, "b l"],
+    ) -> Float[Array, "b k d"]:
+        arch = self.arch
+        dense = functools.partial(_dense, dtype=self.dtype)
+        q = dense(arch.num_heads * arch.head_size, arch.qkv_bias, name="q_proj")(query)
+        k = dense(arch.num_kv_heads * arch.head_size, arch.qkv_bias, name="k_proj")(x)
+        v = dense(arch.num_kv_heads * arch.head_size, arch.qkv_bias, name="v_proj")(x)
+        if arch.qk_norm:
+            q = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="q_norm")(q)
+            k = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="k_norm")(k)
+
+        def heads(t, count):
+            return t.reshape(*t.shape[:2], count, arch.head_size).swapaxes(1, 2)
+
+        b, length, _ = x.shape
+        key_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
+        out = attend(
+            rotate(heads(q, arch.num_heads), query_positions, arch.rope_theta, arch.rope_float32),
+            rotate(heads(k, arch.num_kv_heads), key_positions, arch.rope_theta, arch.rope_float32),
+            heads(v, arch.num_kv_heads),
+            key_valid,
+        )
+        merged = out.swapaxes(1, 2).reshape(*query.shape[:2], arch.num_heads * arch.head_size)
+        return dense(arch.width, arch.linear_bias, name="o_proj")(merged)
+
+
+class Mlp(nn.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x))."""
+
+    arch: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
+        arch, dense = self.arch, functools.partial(_dense, dtype=self.dtype)
+        gate = dense(arch.mlp_width, arch.linear_bias, name="gate_proj")(x)
+        up = dense(arch.mlp_width, arch.linear_bias, name="up_proj")(x)
+        return dense(arch.width, arch.linear_bias, name="down_proj")(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm block. With `positions`, its output (not its keys) is computed there only."""
+
+    arch: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        key_valid: Bool[Array, "b l"],
+        positions: Int[Array, "b k"] | None = None,
+    ) -> Float[Array, "b k d"]:
+        arch = self.arch
+        h = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="attn_norm")(x)
+        if positions is None:
+            b, length, _ = x.shape
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
+            kept, query = x, h
+        else:
+            kept, query = _take(x, positions), _take(h, positions)
+        kept = kept + Attention(arch, self.dtype, name="attn")(query, positions, h, key_valid)
+        h = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="mlp_norm")(kept)
+        return kept + Mlp(arch, self.dtype, name="mlp")(h)
+
+
+def _take(x: Float[Array, "b l d"], positions: Int[Array, "b k"]) -> Float[Array, "b k d"]:
+    return jnp.take_along_axis(x, positions[:, :, None], axis=1)
+
+
+def _dense(features: int, use_bias: bool, *, dtype: Any, name: str) -> nn.Dense:
+    """Weights drawn with standard deviation 0.02, as LLaDA's `init_std`."""
+    init = nn.initializers.normal(0.02)
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
+
+
+class _ScannedBlock(nn.Module):
+    """`Block` in the form that `nn.scan` wants: carry in, (carry, None) out."""
+
+    arch: Architecture
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, key_valid):
+        block = nn.remat(Block) if self.remat else Block
+        return block(self.arch, self.dtype, name="block")(x, key_valid), None
+
+
+class Network(nn.Module):
+    """The whole network; its methods are the halves that scoring and training need."""
+
+    arch: Architecture
+    dtype: Any
+    remat: bool = False
+    """Recompute each block in the backward pass, trading a third more time for memory."""
+
+    def setup(self):
+        arch = self.arch
+        self.embed = nn.Embed(
+            arch.vocab_size,
+            arch.width,
+            dtype=self.dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
+        if arch.num_layers > 1:
+            self.blocks = nn.scan(
+                _ScannedBlock,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,),
+                length=arch.num_layers - 1,
+            )(arch, self.dtype, self.remat)
+        self.last_block = Block(arch, self.dtype)
+        self.final_norm = Norm(arch.norm_eps, arch.norm_bias, self.dtype)
+        if not arch.tied:
+            self.lm_head = nn.Dense(
+                arch.vocab_size,
+                use_bias=arch.linear_bias,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(0.02),
+            )
+
+    def trunk(self, tokens, key_valid):
+        x = self.embed(tokens)
+        if self.arch.scale_embedding:
+            x = x * jnp.asarray(math.sqrt(self.arch.width), x.dtype)
+        if self.arch.num_layers > 1:
+            x, _ = self.blocks(x, key_valid)
+        return x
+
+    def last_hidden(self, stream, key_valid, positions=None):
+        return self.final_norm(self.last_block(stream, key_valid, positions))
+
+    def hidden(self, tokens, key_valid):
+        return self.last_hidden(self.trunk(tokens, key_valid), key_valid)
+
+    def logits(self, hidden):
+        raw = self.embed.attend(hidden) if self.arch.tied else self.lm_head(hidden)
+        if self.arch.scale_logits:
+            raw = raw * jnp.asarray(1.0 / math.sqrt(self.arch.width), raw.dtype)
+        return raw
+
+    def __call__(self, tokens, key_valid):
+        return self.logits(self.hidden(tokens, key_valid))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerModel:
+    """The `Model` protocol over `Network`. Hashable, so it can be a static argument."""
+
+    arch: Architecture
+    mask_id: int
+    shift: bool = False
+    dtype: Any = jnp.float32
+    """Of activations; parameters are cast to it where they are used."""
+    remat: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.arch.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.arch.num_layers
+
+    @property
+    def _network(self) -> Network:
+        return Network(self.arch, self.dtype, self.remat)
+
+    def init(self, key) -> Params:
+        """Random float32 parameters."""
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        variables = self._network.init(key, tokens, jnp.ones((1, 2), bool))
+        return _flatten_scan(variables["params"])
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """Final normalised hidden states of every position."""
+        return self._apply(params, tokens, key_valid, method="hidden")
+
+    def trunk(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """The residual stream that enters the last block."""
+        return self._apply(params, tokens, key_valid, method="trunk")
+
+    def last_hidden(
+        self,
+        params: Params,
+        stream: Float[Array, "b l d"],
+        key_valid: Bool[Array, "b l"],
+        positions: Int[Array, "b k"],
+    ) -> Float[Array, "b k d"]:
+        """Final normalised hidden states at `positions` only."""
+        return self._apply(params, stream, key_valid, positions, method="last_hidden")
+
+    def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
+        """Vocabulary logits in the activation dtype; full batches of them are never needed."""
+        return self._apply(params, hidden, method="logits")
+
+    def _apply(self, params, *args, method):
+        return self._network.apply({"params": _unflatten_scan(params)}, *args, method=method)
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        """Floating-point operations of one forward pass: 2 a multiply-accumulate.
+
+        Counts blocks at all `length` positions, the last block's queries and MLP and the
+        vocabulary head at `scored` positions; norms and softmax are left out (under 2 %).
+        """
+        arch = self.arch
+        kv = 4 * arch.width * arch.num_kv_heads * arch.head_size
+        q_and_o = 4 * arch.width * arch.num_heads * arch.head_size
+        rest = q_and_o + 6 * arch.width * arch.mlp_width
+        rest += 4 * arch.num_heads * arch.head_size * length
+        head = 2 * arch.width * arch.vocab_size
+        full = (arch.num_layers - 1) * (kv + rest) * length
+        return full + kv * length + (rest + head) * scored
+
+
+def _flatten_scan(params: Params) -> Params:
+    """`blocks/block/...` of the scanned module -> the documented `blocks/...`."""
+    if "blocks" not in params:
+        return params
+    return {**params, "blocks": params["blocks"]["block"]}
+
+
+def _unflatten_scan(params: Params) -> Params:
+    if "blocks" not in params:
+        return params
+    return {**params, "blocks": {"block": params["blocks"]}}

@@ -1,0 +1,128 @@
+"""What travels between the layers: NamedTuples of arrays, and the `Model` protocol.
+
+Axes: `b` texts, `t` forward passes (steps) of a plan, `l` positions of a padded text, `k` slots
+for scored positions, `n` subsets, `m` tokens of a subset, `d` width, `v` vocabulary rows.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+Params = Any
+"""A nested dict of arrays, as `Model.init` returns it."""
+
+
+class TextBatch(NamedTuple):
+    """Padded texts. Rows that only fill the batch have `row == -1` and no valid position."""
+
+    row: Int[Array, " b"]
+    """Index into the caller's list of texts, -1 for filling."""
+    tokens: Int[Array, "b l"]
+    valid: Bool[Array, "b l"]
+    """True at real tokens, False at padding."""
+
+
+class ProbePlan(NamedTuple):
+    """What is done to one text: which positions each forward pass masks and reads.
+
+    The whole interface between an attack and the machinery: passes are run as the plan says, and
+    a statistic is a function of the losses that come back and of the plan.
+    """
+
+    masks: Bool[Array, "*b t l"]
+    """Positions replaced by the mask token in a pass."""
+    scored: Bool[Array, "*b t l"]
+    """Positions (among the masked) whose loss is read in a pass."""
+    weights: Float[Array, "*b t"]
+    """Weight of a pass in the statistic; 0: the pass is not recorded."""
+    subsets: Int[Array, "*b t n m"]
+    """Positions that vote together, -1 unused. Plans without votes have n = 0."""
+
+
+class ForwardBatch(NamedTuple):
+    """Input of one call of the scorer: `b` texts under `t` masks each."""
+
+    tokens: Int[Array, "b l"]
+    valid: Bool[Array, "b l"]
+    masks: Bool[Array, "t b l"]
+    positions: Int[Array, "t b k"]
+    """Scored positions of each pass in ascending order, -1 in unused slots."""
+    group: Int[Array, " t"]
+    """Index into the scorer's slot sizes; pass `t` uses the first `slots[group[t]]` of `k`."""
+
+
+class Reading(NamedTuple):
+    """All that a statistic may read about one text. Losses are NaN where nothing was scored."""
+
+    target: Float[Array, "*b t l"]
+    """Token losses of the target in nats, pass by pass."""
+    reference: Float[Array, "*b t l"]
+    plan: ProbePlan
+    num_tokens: Int[Array, "*b"]
+    zlib_bytes: Int[Array, "*b"]
+    """Bytes of the zlib-compressed UTF-8 text (the part that was scored), default level."""
+
+
+class SignStatistics(NamedTuple):
+    """SAMA's weighted sign statistic of one text."""
+
+    score: Float[Array, "*b"]
+    """Weighted mean of the step votes, in [0, 1]; higher means more likely a member."""
+    step_votes: Float[Array, "*b t"]
+    """Share of subsets that vote "member" in each step."""
+    step_weights: Float[Array, "*b t"]
+    """Weights normalised to sum 1 (all 0 for a text without a recorded step)."""
+    tie_rate: Float[Array, "*b"]
+    """Weighted share of subsets whose two sums are equal."""
+
+
+class TextKeyData(NamedTuple):
+    """First 64 bits of the SHA-256 of a text's token ids: what its randomness derives from."""
+
+    high: UInt[Array, "*b"]
+    low: UInt[Array, "*b"]
+
+
+class Model(Protocol):
+    """A bidirectional masked language model as pure functions over a tree of parameters.
+
+    `hidden` is `last_hidden(trunk(..))` at every position. Scoring calls the two halves, because
+    the last block needs queries and MLP only at scored positions.
+    """
+
+    vocab_size: int
+    """Rows of the embedding table."""
+    num_layers: int
+    mask_id: int
+    shift: bool
+    """True if the raw output at position i - 1 predicts the token at i (Dream)."""
+
+    def init(self, key: Any) -> Params:
+        """Random parameters in float32."""
+        ...
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """Final normalised hidden states."""
+        ...
+
+    def trunk(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """The residual stream that enters the last block."""
+        ...
+
+    def last_hidden(
+        self,
+        params: Params,
+        stream: Float[Array, "b l d"],
+        key_valid: Bool[Array, "b l"],
+        positions: Int[Array, "b k"],
+    ) -> Float[Array, "b k d"]:
+        """Final normalised hidden states at `positions` (each in 0..l-1) only."""
+        ...
+
+    def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
+        """Vocabulary logits in the activation dtype."""
+        ...
