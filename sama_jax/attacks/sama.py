@@ -1,0 +1,86 @@
+"""SAMA: progressive masks, random subsets, sign votes (arXiv 2601.20125, ICLR 2026)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+
+from sama_jax import probes, rng, votes
+from sama_jax.attacks.registry import register
+from sama_jax.config import AuditSettings, SamaSettings, settings_hash
+from sama_jax.types import ProbePlan, Reading
+
+
+@dataclass(frozen=True)
+class ProgressiveProbes:
+    """SAMA's plan: T densities, N subsets each, repeated R times (t = R T passes)."""
+
+    settings: SamaSettings
+    max_length: int
+    seed: int
+
+    @property
+    def passes(self) -> int:
+        return self.settings.passes
+
+    @property
+    def identity(self) -> str:
+        # The votes' own switches change no mask and no loss.
+        s = self.settings
+        masks = (s.steps, s.min_density, s.max_density, s.schedule, s.nesting, s.loss_source)
+        rest = (s.repeats, s.exclude_special, s.exclude_position0_when_shifted)
+        return settings_hash("progressive", masks, rest, self.seed)
+
+    def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
+        """Masks, scored positions, step weights and subsets of one text."""
+        repeat_keys = rng.step_keys(key, self.settings.repeats)
+        repeats = jax.vmap(lambda k: self._repeat(k, maskable))(repeat_keys)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), repeats)
+
+    def _repeat(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
+        s = self.settings
+        # Numbers of masked tokens come from a table: see `probes.count_table`.
+        table = jnp.asarray(probes.count_table(s, self.max_length))
+        counts = table[maskable.sum()]
+        draw = probes.nested_masks if s.nesting == "nested" else probes.fresh_masks
+        mask_key = rng.for_purpose(key, rng.Purpose.PROGRESSIVE_MASKS)
+        masks = draw(mask_key, maskable, counts, self.max_length)
+        new = probes.newly_masked(masks)
+        recorded = (new if s.skip == "per_text" else masks).any(axis=1)
+        subset_keys = rng.step_keys(rng.for_purpose(key, rng.Purpose.SUBSETS), s.steps)
+        subsets = jax.vmap(lambda k, m: votes.sample_subsets(k, m, s.subsets, s.subset_size))
+        return ProbePlan(
+            masks=masks,
+            scored=new if s.loss_source == "stored_first" else masks,
+            weights=votes.step_weights(recorded, s.weights),
+            subsets=subsets(subset_keys, masks),
+        )
+
+    def slot_bounds(self, length: int) -> np.ndarray:
+        """Largest number of scored positions of each pass over all texts up to `length`."""
+        s = self.settings
+        counts = probes.count_table(s, length)
+        if s.loss_source == "stored_first" and s.nesting == "nested":
+            counts = np.diff(counts, axis=1, prepend=0)
+        return np.tile(counts.max(axis=0), s.repeats)
+
+
+def progressive_probes(settings: AuditSettings) -> ProgressiveProbes:
+    """The plan that an audit's settings ask for."""
+    return ProgressiveProbes(settings.sama, settings.max_length, settings.seed)
+
+
+@register(
+    "sama",
+    probes=progressive_probes,
+    needs_reference=True,
+    access="masked logits + reference",
+    source="arXiv 2601.20125; Stry233/SAMA attack/attacks/sama.py",
+)
+def sama(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """Weighted share of random token subsets whose loss the target lowers."""
+    return votes.text_sign_statistics(
+        reading.target, reading.reference, reading.plan, settings.sama.ties
+    ).score

@@ -1,0 +1,97 @@
+"""Writing that survives a crash: atomic files, appended lines, one message for a full disk.
+
+Standard library only. A file that is written whole appears whole (`.part`, then rename); a file
+that grows is cut back to its last complete line when it is opened again.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sama_jax.errors import OutputError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns every OSError inside into an `OutputError` (exit code 74) that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{path}: cannot write ({reason}); free some space or choose another folder, then run "
+            "the same command again: it continues"
+        ) from None
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a whole file or nothing."""
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            os.replace(part, path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON; NaN and infinity are refused."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+class AppendOnly:
+    """A file that only grows. Each `append` is one write at the end; a failed one is undone."""
+
+    def __init__(self, path: Path, keep: int | None = None):
+        """Opens `path`, cut back to its first `keep` bytes (None: all)."""
+        self.path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+            if keep is not None:
+                self._file.truncate(keep)
+            self._end = os.fstat(self._file.fileno()).st_size if keep is None else keep
+
+    def append(self, data: bytes) -> int:
+        """Adds `data`; returns the offset where it begins."""
+        with writing(self.path):
+            try:
+                written = 0
+                while written < len(data):
+                    written += self._file.write(data[written:]) or 0
+            except OSError:
+                self._file.truncate(self._end)
+                raise
+        start, self._end = self._end, self._end + len(data)
+        return start
+
+    def append_json(self, *values: Any) -> None:
+        """Adds one JSON line a value, all in one write."""
+        lines = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
+        self.append(lines.encode())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> tuple[list[Any], int]:
+    """Complete JSON lines of a file that may end in the middle of one, and their total bytes."""
+    if not path.is_file():
+        return [], 0
+    values, end = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            break
+        end += len(line)
+    return values, end
