@@ -1,6 +1,8 @@
 """The attacks: a registry and one file a family. Importing the package registers all of them."""
 
-from sama_jax.attacks import likelihood, sama
+# Registration order is the order of every table: SAMA first.
+from sama_jax.attacks import sama  # isort: skip
+from sama_jax.attacks import likelihood  # isort: skip
 from sama_jax.attacks.registry import Attack, Probes, names, register, select
 
 __all__ = ["Attack", "Probes", "likelihood", "names", "register", "sama", "select"]

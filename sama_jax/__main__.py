@@ -1,0 +1,7 @@
+"""`python -m sama_jax` is `sama-jax`."""
+
+import sys
+
+from sama_jax.cli import main
+
+sys.exit(main())

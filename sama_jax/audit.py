@@ -1,0 +1,664 @@
+"""The audit: texts -> plans -> losses of target and reference -> store -> scores -> report.
+
+Batches are independent and their results are appended as they are made, so a run can be cut off
+at any moment and continued by the same command.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sama_jax import attacks as attack_suite
+from sama_jax import data, losses, model_folder, parallel, replay, report, rng, votes
+from sama_jax.attacks.registry import Attack, Probes
+from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.errors import Interrupted, UsageError, ValidityError
+from sama_jax.files import write_json
+from sama_jax.progress import ProgressBar, console, duration
+from sama_jax.run_folder import METRICS, RunFolder
+from sama_jax.store import Record, make_record
+from sama_jax.types import ForwardBatch, Params, ProbePlan, Reading, TextKeyData
+
+PLAN_ROWS = 8
+"""Texts whose plans and statistics are computed at once; one shape for all buckets."""
+TOKENS_A_STEP = 1024
+"""Tokens a device works on at once on a CPU: 8 rows of 128. Larger batches ran slower there."""
+ACCELERATOR_TOKENS = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditJob:
+    """What to audit, and where the results go."""
+
+    target: Path
+    reference: Path
+    texts: data.Texts
+    out: Path
+    attacks: Sequence[str] = ("all",)
+    settings: AuditSettings = AuditSettings()
+    limit: int | None = None
+    batch_size: int | None = None
+    """Rows a device works on at once; None: from the padded length."""
+    mask_id: int | None = None
+    store: Path | None = None
+    plan: Path | None = None
+    """Replay file whose masks and subsets SAMA uses instead of its own."""
+    save_plan: Path | None = None
+    save_losses: Path | None = None
+    include_text: bool = False
+    include_votes: bool = False
+    strict: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+    command: str = ""
+
+
+class AuditResult(NamedTuple):
+    """What `run_audit` returns; the same is in the output folder."""
+
+    rows: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    cost: dict[str, Any]
+    out: Path
+
+
+class _Text(NamedTuple):
+    """A text with what its randomness and its place in the store derive from."""
+
+    encoded: data.Encoded
+    maskable: np.ndarray  # bool [n]
+    key: TextKeyData
+    store_key: str
+
+
+class _Plan(NamedTuple):
+    """A probe plan of the run and the attacks that read it."""
+
+    identity: str
+    passes: int
+    slot_bounds: Any  # length -> int [t]
+    draw: Any  # rows -> ProbePlan of PLAN_ROWS texts at max_length (host)
+    attacks: list[Attack]
+    statistics: Any  # (plan, target, reference, num_tokens, zlib_bytes) -> {attack: [rows]}
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(a.needs_reference for a in self.attacks)
+
+
+class _Role(NamedTuple):
+    """One of the two models."""
+
+    name: str
+    folder: model_folder.ModelFolder
+    store_key: str
+
+
+def run_audit(job: AuditJob) -> AuditResult | None:
+    """Runs or continues an audit; returns None for a dry run.
+
+    Raises the errors of `sama_jax.errors`; `Interrupted` when a signal stopped it in good order.
+    """
+    say = console(job.quiet)
+    chosen = attack_suite.select(job.attacks)
+    settings = job.settings
+    texts = job.texts.texts[: job.limit] if job.limit is not None else job.texts.texts
+    notes = _data_notes(job)
+    target = model_folder.open_folder(job.target, mask_id=job.mask_id, dtype=settings.dtype)
+    reference = model_folder.open_folder(job.reference, mask_id=job.mask_id, dtype=settings.dtype)
+    tokenizer = _tokenizer(target, reference, texts)
+    encoded = tokenizer.encode([t.text for t in texts], settings.max_length)
+    items = [_prepare(e, settings, target.model.shift) for e in encoded]
+    plans = _plans(chosen, settings, items, texts, job.plan)
+    roles = [_Role(n, f, _model_key(f, settings)) for n, f in _named(target, reference)]
+    for note in notes:
+        say.print(f"note: {note}")
+    truncated = sum(e.truncated for e in encoded)
+    if truncated:
+        say.print(f"{truncated} of {len(texts)} texts are cut at {settings.max_length} tokens")
+    work = _Work(job, items, plans, roles)
+    if job.dry_run:
+        say.print(work.estimate(work.pending(None)))
+        return None
+    folder = RunFolder(job.out, _run_identity(job, texts, roles), _about(job, roles), job.store)
+    try:
+        work.run(folder, [t.id for t in texts], say)
+        rows = folder.join(_text_rows(job, texts, items), [a.name for a in chosen])
+        metrics = report.compute_metrics(rows, settings.seed)
+        write_json(job.out / METRICS, metrics)
+        _save_replay(job, work, folder, texts)
+        notes += [f"{n} texts have no usable token" for n in [_count_empty(items)] if n]
+        notes += work.notes
+        folder.write_manifest(notes=notes, finished=True, cost=work.cost(folder))
+        folder.log("finished", texts=len(rows))
+        report.write_report(job.out)
+    finally:
+        folder.close()
+    if job.strict and notes:
+        raise ValidityError(f"{job.out}: finished, but under --strict: " + "; ".join(notes))
+    return AuditResult(rows, metrics, folder.manifest["cost"], job.out)
+
+
+def _data_notes(job: AuditJob) -> list[str]:
+    notes = []
+    if job.texts.in_both:
+        some = ", ".join(job.texts.in_both[:5])
+        notes.append(
+            f"{len(job.texts.in_both)} texts occur as member and as non-member ({some}); no attack "
+            "can be right about both"
+        )
+    if job.texts.repeated:
+        notes.append(f"{job.texts.repeated} texts repeat an earlier one")
+    return notes
+
+
+def _tokenizer(
+    target: model_folder.ModelFolder, reference: model_folder.ModelFolder, texts: list[data.Text]
+) -> data.TextTokenizer:
+    ours = data.TextTokenizer.from_folder(target.path)
+    data.require_ids_fit(ours, target.model.vocab_size, str(target.path))
+    theirs = data.TextTokenizer.from_folder(reference.path)
+    data.require_ids_fit(theirs, reference.model.vocab_size, str(reference.path))
+    data.require_same_ids(ours, theirs, texts)
+    if target.model.mask_id != reference.model.mask_id:
+        raise UsageError(
+            f"target and reference have different mask ids ({target.model.mask_id} and "
+            f"{reference.model.mask_id}); give the right one with --mask-id"
+        )
+    return ours
+
+
+def _prepare(encoded: data.Encoded, settings: AuditSettings, shift: bool) -> _Text:
+    maskable = np.ones(len(encoded.ids), bool)
+    if settings.sama.exclude_special:
+        maskable &= ~encoded.special
+    if settings.sama.exclude_position0_when_shifted and shift:
+        maskable[:1] = False
+    key = rng.text_key_data(encoded.ids)
+    name = f"{int(key.high):08x}{int(key.low):08x}"
+    if not maskable.all():
+        name += "-" + hashlib.sha256(maskable.tobytes()).hexdigest()[:8]
+    return _Text(encoded, maskable, key, name)
+
+
+def _named(target: Any, reference: Any) -> list[tuple[str, Any]]:
+    return [("target", target), ("reference", reference)]
+
+
+def _model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
+    """Names a model's losses: weights and everything about the arithmetic that changes them."""
+    model = folder.model
+    pad = (settings.padding, settings.pad_to or settings.max_length)
+    arithmetic = (str(model.dtype), jax.config.jax_default_matmul_precision)  # pyright: ignore
+    return settings_hash(
+        folder.identity,
+        model.mask_id,
+        model.shift,
+        pad if settings.padding == "visible" else None,
+        arithmetic,
+    )
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+def _plans(
+    chosen: list[Attack],
+    settings: AuditSettings,
+    items: list[_Text],
+    texts: list[data.Text],
+    replayed: Path | None,
+) -> list[_Plan]:
+    """The distinct plans of the run: attacks that read the same probes share one."""
+    grouped: dict[str, tuple[Probes, list[Attack]]] = {}
+    for attack in chosen:
+        probes = attack.probes(settings)
+        grouped.setdefault(probes.identity, (probes, []))[1].append(attack)
+    plans = []
+    for identity, (probes, members) in grouped.items():
+        statistics = _statistics(members, settings)
+        if replayed is not None and members[0].name == "sama":
+            plans.append(_replayed_plan(replayed, settings, items, texts, members, statistics))
+            continue
+        draw = partial(_draw, _drawer(probes, settings.seed), items, settings.max_length)
+        plans.append(_Plan(identity, probes.passes, probes.slot_bounds, draw, members, statistics))
+    if replayed is not None and not any(p.identity.startswith("plan-") for p in plans):
+        raise UsageError("--plan replays SAMA's probes, but sama is not among the attacks")
+    return plans
+
+
+def _drawer(probes: Probes, seed: int) -> Any:
+    """Jitted: plans of a batch of texts from their key data and maskable positions."""
+
+    def one(high, low, maskable):
+        return probes.plan(rng.text_key(seed, TextKeyData(high, low)), maskable)
+
+    return jax.jit(jax.vmap(one))
+
+
+def _draw(drawer: Any, items: list[_Text], max_length: int, rows: Sequence[int]) -> ProbePlan:
+    high, low = np.zeros(PLAN_ROWS, np.uint32), np.zeros(PLAN_ROWS, np.uint32)
+    maskable = np.zeros((PLAN_ROWS, max_length), bool)
+    for i, row in enumerate(rows):
+        high[i], low[i] = items[row].key
+        maskable[i, : len(items[row].maskable)] = items[row].maskable
+    return jax.tree.map(np.asarray, drawer(high, low, maskable))
+
+
+def _replayed_plan(
+    path: Path,
+    settings: AuditSettings,
+    items: list[_Text],
+    texts: list[data.Text],
+    members: list[Attack],
+    statistics: Any,
+) -> _Plan:
+    loaded = replay.load_plan(path, settings.max_length)
+    row_of = replay.match(loaded, [t.id for t in texts], [i.encoded.ids for i in items], path)
+    bounds = loaded.plan.scored.sum(axis=-1).max(axis=0, initial=1)  # pyright: ignore
+
+    def draw(rows: Sequence[int]) -> ProbePlan:
+        at = [row_of[r] for r in rows]
+        fill = PLAN_ROWS - len(at)
+        return jax.tree.map(
+            lambda x: np.concatenate([x[at], np.zeros((fill, *x.shape[1:]), x.dtype)]), loaded.plan
+        )
+
+    passes = loaded.plan.masks.shape[1]
+    return _Plan(loaded.identity, passes, lambda _: bounds, draw, members, statistics)
+
+
+def _statistics(members: list[Attack], settings: AuditSettings) -> Any:
+    """Jitted: every attack's score of a batch of texts from their readings."""
+
+    def one(reading: Reading) -> dict[str, jax.Array]:
+        return {a.name: a.statistic(reading, settings) for a in members}
+
+    return jax.jit(jax.vmap(one))
+
+
+# --- the work ------------------------------------------------------------------------------------
+
+
+class _Work:
+    """Which passes are missing, and doing them."""
+
+    def __init__(self, job: AuditJob, items: list[_Text], plans: list[_Plan], roles: list[_Role]):
+        self.job, self.items, self.plans, self.roles = job, items, plans, roles
+        self.settings = job.settings
+        self._encoded = [i.encoded for i in items]
+        self._same_tokens = _group([i.store_key for i in items])
+        self.devices = jax.local_devices()
+        self.notes: list[str] = []
+        self.seconds = dict.fromkeys((p.identity for p in plans), 0.0)
+        self.compile_seconds = 0.0
+        self._runners: dict[str, parallel.Runner] = {}
+        if self.settings.padding == "visible":
+            self.buckets = (self.settings.pad_to or self.settings.max_length,)
+        else:
+            self.buckets = data.bucket_lengths(self.settings.max_length)
+
+    def _needed(self, plan: _Plan) -> list[_Role]:
+        return self.roles if plan.needs_reference else self.roles[:1]
+
+    def pending(self, folder: RunFolder | None) -> list[int]:
+        """First text of each distinct token sequence of which some losses are not stored yet."""
+        seen, rows = set(), []
+        for row, item in enumerate(self.items):
+            if item.store_key in seen or not item.maskable.any():
+                continue
+            seen.add(item.store_key)
+            if folder is None or not all(
+                folder.store.has(r.store_key, p.identity, item.store_key)
+                for p in self.plans
+                for r in self._needed(p)
+            ):
+                rows.append(row)
+        return rows
+
+    def batches(self, rows: list[int]) -> list[data.BatchPlan]:
+        """Batches of `rows`; a device works on `rows_of(length)` of them at once."""
+        lengths = np.array([len(self.items[r].encoded.ids) for r in rows], np.int32)
+        batches = data.plan_batches(lengths, self.buckets, self._rows_of)
+        index = np.array([*rows, -1], np.int32)
+        return [data.BatchPlan(b.length, index[b.rows]) for b in batches]
+
+    def _rows_of(self, length: int) -> int:
+        if self.job.batch_size is not None:
+            return self.job.batch_size * len(self.devices)
+        budget = TOKENS_A_STEP if self.devices[0].platform == "cpu" else ACCELERATOR_TOKENS
+        # Not below 4: a single row takes other kernels, and small batches waste both cores.
+        return max(4, min(64, budget // length)) * len(self.devices)
+
+    def slots(self, length: int) -> tuple[int, ...]:
+        """All sizes that the plans' passes need in a bucket: one program serves every plan."""
+        sizes = [losses.slot_sizes(p.slot_bounds(length), length) for p in self.plans]
+        return tuple(sorted({int(s) for group in sizes for s in group}))
+
+    def estimate(self, rows: list[int]) -> str:
+        """One line: passes, tokens and time of what is left."""
+        passes, tokens, flops = 0, 0, 0.0
+        for batch in self.batches(rows):
+            real = int((batch.rows >= 0).sum())
+            for plan in self.plans:
+                scored = losses.slot_sizes(plan.slot_bounds(batch.length), batch.length)
+                for role in self._needed(plan):
+                    passes += real * plan.passes
+                    tokens += real * plan.passes * batch.length
+                    model = role.folder.model
+                    flops += len(batch.rows) * sum(
+                        model.flops_per_text(batch.length, float(s)) for s in scored
+                    )
+        rate = 0.5 * _matmul_rate(self.roles[0].folder.model) * len(self.devices)
+        return (
+            f"{len(rows)} texts, {passes} forward passes, {tokens:,} tokens with padding, "
+            f"{flops / 1e12:.2f} TFLOP: about {duration(flops / rate)} after compiling"
+        )
+
+    def run(self, folder: RunFolder, ids: list[str], say: Any) -> None:
+        """Computes what is missing, batch by batch, then scores what only needed the store."""
+        rows = self.pending(folder)
+        if rows:
+            say.print(self.estimate(rows))
+            params = self._load(say)
+            batches = self.batches(rows)
+            self._longest_first(batches, folder)
+            with ProgressBar("audit", len(self.items), "texts", quiet=self.job.quiet,
+                             done=len(self.items) - len(rows)) as bar:  # fmt: skip
+                for batch in batches:
+                    self._batch(batch, params, folder, bar)
+                    real = [int(r) for r in batch.rows if r >= 0]
+                    self._score(folder, ids, real)
+                    bar.advance(len(real))
+        wanted = [a.name for p in self.plans for a in p.attacks]
+        left = [r for r, name in enumerate(ids) if not folder.has_scores(name, wanted)]
+        for start in range(0, len(left), PLAN_ROWS):
+            self._score(folder, ids, left[start : start + PLAN_ROWS])
+        programs = sum(r.programs for r in self._runners.values())
+        if rows:
+            folder.log("programs", forward=programs, compile_seconds=round(self.compile_seconds, 2))
+            say.print(f"{programs} programs compiled in {self.compile_seconds:.1f} s")
+
+    def _longest_first(self, batches: list[data.BatchPlan], folder: RunFolder) -> None:
+        counts: dict[int, int] = {}
+        for batch in batches:
+            counts[batch.length] = counts.get(batch.length, 0) + int((batch.rows >= 0).sum())
+        folder.log("buckets", texts={str(k): v for k, v in counts.items()})
+
+    def _load(self, say: Any) -> dict[str, Params]:
+        """Weights of the models that are needed; one copy if both are the same."""
+        needed = self.roles if any(p.needs_reference for p in self.plans) else self.roles[:1]
+        params: dict[str, Params] = {}
+        for role in needed:
+            if role.store_key in params:
+                continue
+            start, folder = time.monotonic(), role.folder
+            sharding = parallel.parameter_sharding(self.devices)
+            params[role.store_key] = model_folder.load(folder, sharding)
+            say.print(
+                f"{role.name}: {folder.path}, {folder.num_params:,} parameters in "
+                f"{folder.model.dtype} ({time.monotonic() - start:.1f} s)"
+            )
+        return params
+
+    def _runner(self, role: _Role, length: int) -> parallel.Runner:
+        """Target and reference share programs where their networks are the same."""
+        model, slots = role.folder.model, self.slots(length)
+        key = settings_hash(repr(model), length, slots)
+        if key not in self._runners:
+            score = partial(losses.score_batch, model, slots)
+            self._runners[key] = parallel.Runner(score, self.devices)
+        return self._runners[key]
+
+    def _batch(
+        self, batch: data.BatchPlan, params: dict[str, Params], folder: RunFolder, bar: ProgressBar
+    ) -> None:
+        """All missing losses of one batch, each (plan, model) stored in one write."""
+        real = np.flatnonzero(batch.rows >= 0)
+        keys = [self.items[r].store_key for r in batch.rows[real]]
+        for plan in self.plans:
+            for role in {r.store_key: r for r in self._needed(plan)}.values():
+                new = [
+                    i
+                    for i, key in zip(real, keys)
+                    if not folder.store.has(role.store_key, plan.identity, key)
+                ]
+                if not new:
+                    continue
+                start = time.monotonic()
+                forward, positions = self._forward(batch, plan)
+                runner = self._runner(role, batch.length)
+                before = runner.programs
+                bar.note(f"{role.name}, {batch.length} tokens")
+                if not before:
+                    bar.note(f"compiling for {batch.length} tokens")
+                out = runner(params[role.store_key], forward)
+                seconds = time.monotonic() - start
+                if runner.programs > before:
+                    self.compile_seconds += seconds
+                    folder.log("compile", length=batch.length, seconds=round(seconds, 2))
+                self.seconds[plan.identity] += seconds
+                records = [make_record(positions[:, i], out[:, i]) for i in new]
+                names = [self.items[batch.rows[i]].store_key for i in new]
+                folder.store.append(role.store_key, plan.identity, names, records)
+
+    def _forward(self, batch: data.BatchPlan, plan: _Plan) -> tuple[ForwardBatch, np.ndarray]:
+        """The scorer's input for one batch and plan (host arrays), and its positions [t, b, k]."""
+        slots, length = self.slots(batch.length), batch.length
+        padded = data.pad_batch(self._encoded, batch)
+        tokens, valid = np.asarray(padded.tokens), np.asarray(padded.valid)
+        if self.settings.padding == "visible":
+            tokens = np.where(valid, tokens, self._pad_id()).astype(np.int32)
+            valid = np.ones_like(valid)
+        width = min(length, self.settings.max_length)
+        masks = np.zeros((plan.passes, len(batch.rows), length), bool)
+        scored = np.zeros_like(masks)
+        for start in range(0, len(batch.rows), PLAN_ROWS):
+            chunk = [int(r) for r in batch.rows[start : start + PLAN_ROWS] if r >= 0]
+            if chunk:
+                drawn = plan.draw(chunk)
+                part = slice(start, start + len(chunk))
+                masks[:, part, :width] = drawn.masks[: len(chunk), :, :width].swapaxes(0, 1)
+                scored[:, part, :width] = drawn.scored[: len(chunk), :, :width].swapaxes(0, 1)
+        positions = losses.scored_positions(scored, slots[-1])
+        sizes = losses.slot_sizes(plan.slot_bounds(length), length)
+        group = np.searchsorted(np.array(slots), sizes).astype(np.int32)
+        return ForwardBatch(tokens, valid, masks, positions, group), positions  # pyright: ignore
+
+    def _pad_id(self) -> int:
+        config = self.roles[0].folder.config
+        return int(config.get("pad_token_id", config.get("eos_token_id", 0)) or 0)
+
+    # --- scores ----------------------------------------------------------------------------------
+
+    def _score(self, folder: RunFolder, ids: list[str], rows: list[int]) -> None:
+        """Appends the scores of `rows` and of the texts with the same tokens."""
+        rows = sorted({same for r in rows for same in self._same_tokens[self.items[r].store_key]})
+        for start in range(0, len(rows), PLAN_ROWS):
+            chunk = rows[start : start + PLAN_ROWS]
+            lines = [{"id": ids[r], "scores": {}, "passes": {}} for r in chunk]
+            for plan in self.plans:
+                self._score_plan(folder, plan, chunk, lines)
+            folder.append_scores(lines)
+
+    def _score_plan(
+        self, folder: RunFolder, plan: _Plan, rows: list[int], lines: list[dict[str, Any]]
+    ) -> None:
+        drawn = plan.draw(rows)
+        target, reference = (self.read_losses(folder, plan, rows, role) for role in self.roles)
+        tokens, zlib_bytes = np.zeros(PLAN_ROWS, np.int32), np.ones(PLAN_ROWS, np.int32)
+        for i, row in enumerate(rows):
+            tokens[i] = self.items[row].maskable.sum()
+            zlib_bytes[i] = self.items[row].encoded.zlib_bytes
+        reading = Reading(target, reference, drawn, tokens, zlib_bytes)  # pyright: ignore
+        scores = {k: np.asarray(v) for k, v in plan.statistics(reading).items()}
+        details = None
+        if self.job.include_votes and any(a.name == "sama" for a in plan.attacks):
+            ties = self.settings.sama.ties
+            details = votes.sign_statistics(
+                jnp.asarray(target), jnp.asarray(reference), drawn, ties=ties
+            )
+        for i, (row, line) in enumerate(zip(rows, lines)):
+            usable = bool(self.items[row].maskable.any())
+            for name, values in scores.items():
+                finite = usable and bool(np.isfinite(values[i]))
+                line["scores"][name] = float(values[i]) if finite else None
+                line["passes"][name] = plan.passes if usable else 0
+            if details is not None and usable:
+                line["votes"] = {
+                    "step_votes": np.asarray(details.step_votes[i]).tolist(),
+                    "step_weights": np.asarray(details.step_weights[i]).tolist(),
+                    "tie_rate": float(details.tie_rate[i]),
+                }
+
+    def read_losses(
+        self, folder: RunFolder, plan: _Plan, rows: Sequence[int], role: _Role
+    ) -> np.ndarray:
+        """Stored losses of up to PLAN_ROWS texts: float32 [PLAN_ROWS, t, max_length]."""
+        out = np.full((PLAN_ROWS, plan.passes, self.settings.max_length), np.nan, np.float32)
+        for i, row in enumerate(rows):
+            key = self.items[row].store_key
+            if folder.store.has(role.store_key, plan.identity, key):
+                record: Record = folder.store.read(role.store_key, plan.identity, key)
+                out[i] = record.dense(self.settings.max_length)
+        return out
+
+    def cost(self, folder: RunFolder) -> dict[str, Any]:
+        """Seconds by attack (attacks on one plan share its passes), added up over resumed parts."""
+        before = (folder.manifest.get("cost") or {}).get("seconds") or {}
+        seconds = {
+            a.name: round(before.get(a.name, 0.0) + self.seconds[p.identity], 2)
+            for p in self.plans
+            for a in p.attacks
+        }
+        programs = sum(r.programs for r in self._runners.values())
+        return {
+            "seconds": before | seconds,
+            "compile_seconds": round(self.compile_seconds, 2),
+            "programs": programs,
+        }
+
+
+def _group(names: list[str]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        groups.setdefault(name, []).append(row)
+    return groups
+
+
+def _matmul_rate(model: Any) -> float:
+    """Floating-point operations a second of one matrix product at the model's shape."""
+    a = jnp.ones((1024, model.arch.width), model.dtype)
+    b = jnp.ones((model.arch.width, model.arch.mlp_width), model.dtype)
+    product = jax.jit(jnp.dot)
+    product(a, b).block_until_ready()
+    start, runs = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        product(a, b).block_until_ready()
+        runs += 1
+    return 2.0 * a.size * b.shape[1] * runs / (time.perf_counter() - start)
+
+
+# --- what is recorded ----------------------------------------------------------------------------
+
+
+def _count_empty(items: list[_Text]) -> int:
+    return sum(not i.maskable.any() for i in items)
+
+
+def _text_rows(job: AuditJob, texts: list[data.Text], items: list[_Text]) -> list[dict[str, Any]]:
+    rows = []
+    for text, item in zip(texts, items):
+        row: dict[str, Any] = {"id": text.id}
+        if text.label is not None:
+            row["label"] = text.label
+        row["n_tokens"] = len(item.encoded.ids)
+        row["truncated"] = item.encoded.truncated
+        row["status"] = "ok" if item.maskable.any() else "empty"
+        if job.include_text:
+            row["text"] = text.text
+        rows.append(row)
+    return rows
+
+
+def _run_identity(job: AuditJob, texts: list[data.Text], roles: list[_Role]) -> dict[str, Any]:
+    """What must be equal for a folder to be continued. Attacks may be added, so they are not in."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(repr((text.id, text.label, text.text)).encode("utf-8", "surrogatepass"))
+    settings = asdict(job.settings)
+    flat = {k: v for k, v in settings.items() if not isinstance(v, dict)}
+    flat |= {f"{g}.{k}": v for g in ("sama", "likelihood") for k, v in settings[g].items()}
+    flat["dtype"] = str(roles[0].folder.model.dtype)
+    return {
+        "data": digest.hexdigest()[:16],
+        "texts": len(texts),
+        "target": roles[0].folder.identity,
+        "reference": roles[1].folder.identity,
+        "mask_id": roles[0].folder.model.mask_id,
+        "plan": replay.load_plan(job.plan, job.settings.max_length).identity if job.plan else None,
+        **flat,
+    }
+
+
+def _about(job: AuditJob, roles: list[_Role]) -> dict[str, Any]:
+    packages = ("sama-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "source tree"
+    devices = jax.local_devices()
+    return {
+        "versions": versions,
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "dtype": str(roles[0].folder.model.dtype),
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # pyright: ignore
+        "preset": job.settings.preset,
+        "preset_hash": settings_hash(job.settings),
+        "seed": job.settings.seed,
+        "command": job.command,
+        "target": str(job.target),
+        "reference": str(job.reference),
+    }
+
+
+def _save_replay(job: AuditJob, work: _Work, folder: RunFolder, texts: list[data.Text]) -> None:
+    """--save-plan and --save-losses, for SAMA's probes."""
+    if not job.save_plan and not job.save_losses:
+        return
+    plan = next((p for p in work.plans if any(a.name == "sama" for a in p.attacks)), None)
+    if plan is None:
+        raise UsageError("--save-plan and --save-losses write SAMA's probes: add sama to --attacks")
+    ids, pieces, models = [t.id for t in texts], [], []
+    for start in range(0, len(ids), PLAN_ROWS):
+        rows = list(range(start, min(start + PLAN_ROWS, len(ids))))
+        pieces.append(jax.tree.map(lambda x, n=len(rows): x[:n], plan.draw(rows)))
+        models.append([work.read_losses(folder, plan, rows, r)[: len(rows)] for r in work.roles])
+    if job.save_plan:
+        tokens = np.full((len(ids), job.settings.max_length), -1, np.int32)
+        for row, item in enumerate(work.items):
+            tokens[row, : len(item.encoded.ids)] = item.encoded.ids
+        whole = jax.tree.map(lambda *x: np.concatenate(x), *pieces)
+        replay.save_plan(job.save_plan, ids, tokens, whole, job.settings.preset)
+    if job.save_losses:
+        target, reference = (np.concatenate(m) for m in zip(*models))
+        replay.save_losses(job.save_losses, ids, target, reference)
+
+
+def interrupted(job: AuditJob) -> Interrupted:
+    """What a signal during an audit turns into."""
+    return Interrupted(
+        f"interrupted; finished batches are kept in {job.out}: the same command continues"
+    )

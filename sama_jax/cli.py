@@ -1,0 +1,297 @@
+"""The `sama-jax` command line: parse, call, print. No logic, and no JAX before it is needed."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sama_jax import __version__, config
+from sama_jax.errors import Interrupted, SamaError, UsageError
+
+EXIT_CODES = """\
+exit codes:
+  0   done
+  2   usage, settings, or an output folder of another run
+  3   data
+  4   model
+  5   finished, but a validity gate failed under --strict
+  6   parity failed
+  74  disk full or not writable
+  75  interrupted (Ctrl-C, SIGTERM); the same command continues
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and exit code 2, like every other usage error."""
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="sama-jax",
+        description="Membership-inference audits of fine-tuned diffusion language models.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sama-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_audit(commands)
+    _add_finetune(commands)
+    _add_pretrain(commands)
+    _add_report(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_demo(commands: Any) -> None:
+    p = _command(commands, "demo", "A whole audit on a small model, made here, in minutes.")
+    p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--fresh", action="store_true", help="remove DIR and start over")
+    p.add_argument("--quiet", action="store_true")
+
+
+def _add_audit(commands: Any) -> None:
+    p = _command(commands, "audit", "Which of these texts was the target fine-tuned on?")
+    p.add_argument("--target", type=Path, required=True, metavar="DIR", help="fine-tuned model")
+    p.add_argument("--reference", type=Path, required=True, metavar="DIR", help="its base model")
+    p.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
+    p.add_argument("--members", type=Path, metavar="F")
+    p.add_argument("--nonmembers", type=Path, metavar="F")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--attacks", default="all", metavar="a,b|all")
+    p.add_argument("--preset", default="default", help=", ".join(config.PRESETS))
+    p.add_argument("--passes", type=int, metavar="Q", help="of all attacks but SAMA")
+    p.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--padding", default="hidden", choices=["hidden", "visible"])
+    p.add_argument("--pad-to", type=int, default=0, metavar="TOKENS")
+    p.add_argument("--seed", type=int, default=42, help="of masks and subsets")
+    p.add_argument("--batch-size", type=int, metavar="ROWS", help="texts a device works on at once")
+    p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N texts")
+    p.add_argument("--dry-run", action="store_true", help="check everything, print the estimate")
+    p.add_argument("--plan", type=Path, metavar="F", help="replay the probes of a plan file")
+    p.add_argument("--save-plan", type=Path, metavar="F")
+    p.add_argument("--save-losses", type=Path, metavar="F")
+    p.add_argument("--store", type=Path, metavar="DIR", help="loss store (default: OUT/losses)")
+    p.add_argument("--strict", action="store_true", help="exit 5 if a validity gate fails")
+    p.add_argument("--include-text", action="store_true", help="copy texts into the results")
+    p.add_argument("--include-votes", action="store_true", help="step votes and tie rates, too")
+    p.add_argument("--quiet", action="store_true")
+    _add_set(p)
+
+
+def _add_training(p: argparse.ArgumentParser) -> None:
+    defaults = config.TrainSettings()
+    p.add_argument("--data", type=Path, required=True, metavar="FILE")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--held-out", type=Path, metavar="FILE", help="texts for the NLL at the end")
+    p.add_argument("--epochs", type=float, default=defaults.epochs)
+    p.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    p.add_argument("--lr", type=float, default=defaults.learning_rate)
+    p.add_argument("--max-length", type=int, default=defaults.max_length, metavar="TOKENS")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.add_argument("--seed", type=int, default=defaults.seed)
+    p.add_argument("--train-on-padding", action="store_true", help="as the published trainer does")
+    p.add_argument("--quiet", action="store_true")
+    _add_set(p)
+
+
+def _add_finetune(commands: Any) -> None:
+    p = _command(commands, "finetune", "Fine-tune a model folder with LLaDA's masked loss.")
+    p.add_argument("--base", type=Path, required=True, metavar="DIR")
+    _add_training(p)
+
+
+def _add_pretrain(commands: Any) -> None:
+    p = _command(commands, "pretrain", "Train a model from a config.json and a tokenizer.")
+    p.add_argument("--config", type=Path, required=True, metavar="FILE")
+    p.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: train one on the data")
+    _add_training(p)
+
+
+def _add_report(commands: Any) -> None:
+    p = _command(commands, "report", "Write report.md and the figures of a run folder again.")
+    p.add_argument("run", type=Path, metavar="DIR")
+
+
+def _add_set(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="any setting, repeatable"
+    )
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from sama_jax import attacks
+
+    settings = config.AuditSettings(
+        preset=args.preset,
+        sama=config.preset(args.preset),
+        max_length=args.max_length,
+        seed=args.seed,
+        dtype=args.dtype,
+        padding=args.padding,
+        pad_to=args.pad_to,
+    )
+    overrides = list(args.set)
+    if args.passes is not None:
+        overrides.append(f"likelihood.passes={args.passes}")
+    settings = config.override(settings, overrides)
+    wanted = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    attacks.select(wanted)
+    for name in ("limit", "batch_size", "passes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+
+    from sama_jax import data
+    from sama_jax.audit import AuditJob, run_audit
+
+    if args.data and not (args.members or args.nonmembers):
+        texts = data.read_texts(args.data)
+    elif args.members and args.nonmembers and not args.data:
+        texts = data.read_split(args.members, args.nonmembers)
+    else:
+        raise UsageError("give either --data F, or --members F and --nonmembers F")
+    job = AuditJob(
+        target=args.target,
+        reference=args.reference,
+        texts=texts,
+        out=args.out,
+        attacks=wanted,
+        settings=settings,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        mask_id=args.mask_id,
+        store=args.store,
+        plan=args.plan,
+        save_plan=args.save_plan,
+        save_losses=args.save_losses,
+        include_text=args.include_text,
+        include_votes=args.include_votes,
+        strict=args.strict,
+        dry_run=args.dry_run,
+        quiet=args.quiet,
+        command=_command_line(),
+    )
+    result = run_audit(job)
+    if result is not None and not args.quiet:
+        _print_result(result)
+
+
+def _print_result(result: Any) -> None:
+    """The table on standard output; where the rest is on standard error."""
+    from rich.console import Console
+
+    from sama_jax import report
+
+    Console().print(report.metrics_table(result.metrics, result.rows, result.cost))
+    print(report.headline(result.metrics))
+    print(f"results: {result.out} (report.md, scores.jsonl, metrics.json)", file=sys.stderr)
+
+
+def _train_settings(args: argparse.Namespace, **more: Any) -> config.TrainSettings:
+    settings = config.TrainSettings(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.lr,
+        max_length=args.max_length,
+        dtype=args.dtype,
+        seed=args.seed,
+        train_on_padding=args.train_on_padding,
+        **more,
+    )
+    return config.override(settings, args.set)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    settings = _train_settings(args)
+    from sama_jax.finetune import finetune
+
+    finetune(args.base, args.data, args.out, settings, heldout=args.held_out, quiet=args.quiet)
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    settings = _train_settings(args, windows=True)
+    from sama_jax.finetune import pretrain
+
+    pretrain(
+        args.config,
+        args.data,
+        args.out,
+        settings,
+        tokenizer=args.tokenizer,
+        heldout=args.held_out,
+        quiet=args.quiet,
+    )
+
+
+def _report(args: argparse.Namespace) -> None:
+    from sama_jax import report
+
+    print(report.write_report(args.run))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from sama_jax.demo import run_demo
+
+    run_demo(args.out, seed=args.seed, fresh=args.fresh, quiet=args.quiet, command=_command_line())
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["sama-jax", *sys.argv[1:]])
+
+
+_COMMANDS = {
+    "audit": _audit,
+    "demo": _demo,
+    "finetune": _finetune,
+    "pretrain": _pretrain,
+    "report": _report,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code; errors are one line on stderr."""
+    args = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _COMMANDS[args.command](args)
+    except (Interrupted, KeyboardInterrupt) as error:
+        text = str(error) or f"interrupted; what is finished is kept: {_command_line()} continues"
+        print(f"sama-jax: {text}", file=sys.stderr)
+        return Interrupted.exit_code
+    except SamaError as error:
+        print(f"sama-jax: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _stop(signum: int, frame: Any) -> None:
+    """SIGTERM ends a run as Ctrl-C does: finished batches are in their files already."""
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_SECONDS = 10.0
+"""Between two plain lines."""
+
+
+def console(quiet: bool = False) -> Console:
+    """Where messages go: standard error, so that standard output stays for results."""
+    return Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+
+
+class ProgressBar:
+    """Counts units of work; `note` says what is going on, such as "compiling"."""
+
+    def __init__(self, what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0):
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self._quiet, self._start, self._first = quiet, time.monotonic(), done
+        self._last = self._start
+        self._note = ""
+        self._bar: Progress | None = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console(),
+            )
+            self._task = self._bar.add_task(what, total=total, completed=done, note="")
+
+    def __enter__(self) -> "ProgressBar":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None:
+            self._line(f"done in {time.monotonic() - self._start:.0f} s")
+
+    def note(self, text: str) -> None:
+        """Shows what is going on until the next note."""
+        self._note = text
+        if self._bar:
+            self._bar.update(self._task, note=text)
+        elif text.startswith("compiling"):
+            self._line(text)
+
+    def advance(self, amount: int) -> None:
+        """`amount` more units are done."""
+        self.done += amount
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, completed=self.done)
+        elif now - self._last >= PLAIN_SECONDS and self.done < self.total:
+            self._last = now
+            left = (now - self._start) * (self.total - self.done) / max(self.done - self._first, 1)
+            self._line(f"about {duration(left)} left {self._note}".rstrip())
+
+    def _line(self, text: str) -> None:
+        if not self._quiet:
+            print(f"{self.what}: {self.done}/{self.total} {self.unit}, {text}", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people: "40 s", "12 min", "3.4 h"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

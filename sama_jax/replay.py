@@ -1,0 +1,134 @@
+"""Replay files: probe plans and losses as plain npz arrays, to compare with another framework.
+
+Plan: `ids` [n], `tokens` int32 [n, L] (-1 padding), `masks` and `scored` bool [n, T, L], `subsets`
+int16 [n, T, N, m] (positions, -1 unused), `weights` float32 [n, T], `preset`. Losses: `ids`,
+`target` and `reference` float32 [n, T, L], NaN where not scored. No pickles on either side.
+"""
+
+import hashlib
+import io
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sama_jax.errors import DataError, UsageError
+from sama_jax.files import write_atomic
+from sama_jax.types import ProbePlan
+
+WARN_BYTES = 2**30
+
+
+class Replay(NamedTuple):
+    """A plan file in memory."""
+
+    ids: list[str]
+    tokens: np.ndarray
+    plan: ProbePlan
+    identity: str
+
+
+def save_plan(path: Path, ids: list[str], tokens: np.ndarray, plan: ProbePlan, preset: str) -> None:
+    """Writes a plan file; texts in the order of `ids`."""
+    if plan.subsets.size and int(np.max(plan.subsets)) > np.iinfo(np.int16).max:
+        raise UsageError("replay files hold positions as int16: use --max-length 32767 or less")
+    _save(
+        path,
+        ids=_strings(ids),
+        tokens=tokens.astype(np.int32),
+        masks=np.asarray(plan.masks, bool),
+        scored=np.asarray(plan.scored, bool),
+        subsets=np.asarray(plan.subsets, np.int16),
+        weights=np.asarray(plan.weights, np.float32),
+        preset=np.array(preset),
+    )
+
+
+def save_losses(path: Path, ids: list[str], target: np.ndarray, reference: np.ndarray) -> None:
+    """Writes the losses of both models, float32 [n, T, L]."""
+    _save(
+        path,
+        ids=_strings(ids),
+        target=target.astype(np.float32),
+        reference=reference.astype(np.float32),
+    )
+
+
+def _strings(ids: list[str]) -> np.ndarray:
+    return np.array(ids, dtype=f"<U{max((len(i) for i in ids), default=1) or 1}")
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    size = sum(a.nbytes for a in arrays.values())
+    if size > WARN_BYTES:
+        print(f"{path}: {size / 2**30:.1f} GiB; replay files are for small n", file=sys.stderr)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_plan(path: Path, max_length: int) -> Replay:
+    """Reads and checks a plan file.
+
+    Raises:
+      UsageError: it was made with another `max_length`.
+      DataError: it is not a plan file.
+    """
+    try:
+        data = path.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {
+                k: file[k] for k in ("ids", "tokens", "masks", "scored", "subsets", "weights")
+            }
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(
+            f"{path}: not a plan file ({error}); --save-plan writes one, docs/replay.md describes it"
+        ) from None
+    n, length = arrays["tokens"].shape if arrays["tokens"].ndim == 2 else (-1, -1)
+    steps = arrays["masks"].shape[1] if arrays["masks"].ndim == 3 else -1
+    shapes = {
+        "ids": (n,),
+        "masks": (n, steps, length),
+        "scored": (n, steps, length),
+        "weights": (n, steps),
+        "subsets": (n, steps, *arrays["subsets"].shape[2:]),
+    }
+    wrong = [f"{k} {list(arrays[k].shape)}" for k, s in shapes.items() if arrays[k].shape != s]
+    if wrong or arrays["subsets"].ndim != 4:
+        raise DataError(
+            f"{path}: array shapes do not fit together: {', '.join(wrong) or 'subsets'}"
+        )
+    if length != max_length:
+        raise UsageError(
+            f"{path}: the plan was made for --max-length {length}, this run has {max_length}"
+        )
+    if (arrays["subsets"] >= length).any():
+        raise DataError(f"{path}: subsets hold positions beyond {length - 1}")
+    plan = ProbePlan(
+        masks=arrays["masks"].astype(bool),
+        scored=arrays["scored"].astype(bool),
+        weights=arrays["weights"].astype(np.float32),
+        subsets=arrays["subsets"].astype(np.int32),
+    )
+    identity = "plan-" + hashlib.sha256(data).hexdigest()[:16]
+    return Replay([str(i) for i in arrays["ids"]], arrays["tokens"], plan, identity)
+
+
+def match(replay: Replay, ids: list[str], token_ids: list[np.ndarray], where: Path) -> list[int]:
+    """Row of the plan for each text; every text must be there with the same tokens."""
+    rows = {name: row for row, name in enumerate(replay.ids)}
+    found = []
+    for name, tokens in zip(ids, token_ids):
+        if name not in rows:
+            raise DataError(f"{where}: text '{name}' is not in the plan; score the same texts")
+        planned = replay.tokens[rows[name]]
+        planned = planned[planned >= 0]
+        if not np.array_equal(planned, tokens):
+            raise DataError(
+                f"{where}: text '{name}' has other tokens in the plan ({len(planned)} there, "
+                f"{len(tokens)} here); use the same tokenizer and --max-length"
+            )
+        found.append(rows[name])
+    return found

@@ -1,0 +1,122 @@
+"""The output folder of an audit: manifest, appended parts, log, joined results.
+
+A folder belongs to one run. The same command on it continues; another run is refused with the
+difference. Everything can be cut off at any byte and read again.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from sama_jax.errors import UsageError
+from sama_jax.files import AppendOnly, read_json_lines, write_atomic, write_json
+from sama_jax.store import LossStore
+
+MANIFEST = "manifest.json"
+SCORES = "scores.jsonl"
+METRICS = "metrics.json"
+
+
+class RunFolder:
+    """An open output folder. Create with the identity of the run (`run`), a flat JSON dict."""
+
+    def __init__(self, path: Path, run: dict[str, Any], about: dict[str, Any], store: Path | None):
+        self.path, self._started = path, time.time()
+        self.manifest = self._claim(path, run) | about | {"run": run, "finished": False}
+        write_json(path / MANIFEST, self.manifest)
+        self._log = _append(path / "log.jsonl")
+        lines, keep = read_json_lines(path / "parts" / "scores-00000.jsonl")
+        self._scores = AppendOnly(path / "parts" / "scores-00000.jsonl", keep)
+        self._parts: dict[str, dict[str, Any]] = {}
+        for other in sorted((path / "parts").glob("scores-*.jsonl")):
+            lines, _ = read_json_lines(other)
+            for line in lines:
+                self._merge(line)
+        self.store = LossStore(store or path / "losses")
+        self.log("start", command=about.get("command"), records=len(self.store))
+
+    @staticmethod
+    def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+        manifest = read_manifest(path)
+        if manifest is None:
+            if path.is_dir() and any(p.suffix != ".part" for p in path.iterdir()):
+                raise UsageError(
+                    f"{path}: is not empty and holds no {MANIFEST}; give --out a new folder"
+                )
+            return {}
+        before = manifest.get("run", {})
+        changed = [k for k in run | before if run.get(k) != before.get(k)]
+        if changed:
+            raise UsageError(
+                f"{path}: belongs to another run; give --out a new folder. Differences: "
+                + "; ".join(f"{k} was {before.get(k)!r}, is {run.get(k)!r}" for k in changed)
+            )
+        return manifest
+
+    def log(self, event: str, **values: Any) -> None:
+        """One line in log.jsonl."""
+        seconds = round(time.time() - self._started, 3)
+        self._log.append_json({"event": event, "seconds": seconds} | values)
+
+    def has_scores(self, text_id: str, attacks: list[str]) -> bool:
+        """Whether all `attacks` have been scored for a text (null counts as scored)."""
+        scores = self._parts.get(text_id, {}).get("scores", {})
+        return all(a in scores for a in attacks)
+
+    def append_scores(self, lines: list[dict[str, Any]]) -> None:
+        """Appends `{"id", "scores", "passes", ...}` lines, in one write."""
+        self._scores.append_json(*lines)
+        for line in lines:
+            self._merge(line)
+
+    def _merge(self, line: dict[str, Any]) -> None:
+        entry = self._parts.setdefault(line["id"], {"scores": {}, "passes": {}})
+        entry["scores"] |= line["scores"]
+        entry["passes"] |= line["passes"]
+        if "votes" in line:
+            entry["votes"] = line["votes"]
+
+    def join(self, texts: list[dict[str, Any]], attacks: list[str]) -> list[dict[str, Any]]:
+        """Writes scores.jsonl: one line a text in the given order, from all appended parts."""
+        rows = []
+        for text in texts:
+            part = self._parts.get(text["id"], {"scores": {}, "passes": {}})
+            known = list(dict.fromkeys([*attacks, *part["scores"]]))
+            row = dict(text)
+            row["scores"] = {a: part["scores"].get(a) for a in known}
+            row["passes"] = {a: part["passes"].get(a, 0) for a in known}
+            if "votes" in part:
+                row["votes"] = part["votes"]
+            rows.append(row)
+        write_atomic(self.path / SCORES, json_lines(rows))
+        return rows
+
+    def write_manifest(self, **values: Any) -> None:
+        """Adds to the manifest and writes it."""
+        self.manifest |= values
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def close(self) -> None:
+        for file in (self._log, self._scores, self.store):
+            file.close()
+
+
+def json_lines(rows: list[dict[str, Any]]) -> str:
+    """JSON Lines; NaN and infinity are refused."""
+    return "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run folder; None if there is none. Raises `UsageError` if unreadable."""
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        return json.loads((path / MANIFEST).read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path / MANIFEST}: not readable ({error})") from None
+
+
+def _append(path: Path) -> AppendOnly:
+    _, keep = read_json_lines(path)
+    return AppendOnly(path, keep)
