@@ -13,7 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["AuditSettings", "ProbePlan", "SamaSettings", "SignStatistics", "run_audit", "sign_statistics"]
+__all__ = [
+    "AuditSettings",
+    "ProbePlan",
+    "SamaSettings",
+    "SignStatistics",
+    "run_audit",
+    "sign_statistics",
+]
 
 _HOMES = {
     "AuditSettings": "sama_jax.config",

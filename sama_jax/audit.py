@@ -4,12 +4,13 @@ Batches are independent and their results are appended as they are made, so a ru
 at any moment and continued by the same command.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,36 +224,41 @@ def _plans(
     grouped: dict[str, tuple[Probes, list[Attack]]] = {}
     for attack in chosen:
         probes = attack.probes(settings)
-        grouped.setdefault(probes.identity, (probes, []))[1].append(attack)
+        identity = settings_hash(probes.identity, settings.seed)
+        grouped.setdefault(identity, (probes, []))[1].append(attack)
     plans = []
     for identity, (probes, members) in grouped.items():
-        statistics = _statistics(members, settings)
+        # Statistics never see the seed; without it they are compiled once for all seeds.
+        statistics = _statistics(tuple(members), replace(settings, seed=0))
         if replayed is not None and members[0].name == "sama":
             plans.append(_replayed_plan(replayed, settings, items, texts, members, statistics))
             continue
-        draw = partial(_draw, _drawer(probes, settings.seed), items, settings.max_length)
+        draw = partial(_draw, probes, items, settings)
         plans.append(_Plan(identity, probes.passes, probes.slot_bounds, draw, members, statistics))
     if replayed is not None and not any(p.identity.startswith("plan-") for p in plans):
         raise UsageError("--plan replays SAMA's probes, but sama is not among the attacks")
     return plans
 
 
-def _drawer(probes: Probes, seed: int) -> Any:
-    """Jitted: plans of a batch of texts from their key data and maskable positions."""
+@functools.lru_cache(maxsize=32)
+def _drawer(probes: Probes) -> Any:
+    """Jitted: plans of a batch of texts from the seed, their key data and maskable positions."""
 
-    def one(high, low, maskable):
+    def one(seed, high, low, maskable):
         return probes.plan(rng.text_key(seed, TextKeyData(high, low)), maskable)
 
-    return jax.jit(jax.vmap(one))
+    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
 
 
-def _draw(drawer: Any, items: list[_Text], max_length: int, rows: Sequence[int]) -> ProbePlan:
+def _draw(
+    probes: Probes, items: list[_Text], settings: AuditSettings, rows: Sequence[int]
+) -> ProbePlan:
     high, low = np.zeros(PLAN_ROWS, np.uint32), np.zeros(PLAN_ROWS, np.uint32)
-    maskable = np.zeros((PLAN_ROWS, max_length), bool)
+    maskable = np.zeros((PLAN_ROWS, settings.max_length), bool)
     for i, row in enumerate(rows):
         high[i], low[i] = items[row].key
         maskable[i, : len(items[row].maskable)] = items[row].maskable
-    return jax.tree.map(np.asarray, drawer(high, low, maskable))
+    return jax.tree.map(np.asarray, _drawer(probes)(np.uint32(settings.seed), high, low, maskable))
 
 
 def _replayed_plan(
@@ -278,7 +284,8 @@ def _replayed_plan(
     return _Plan(loaded.identity, passes, lambda _: bounds, draw, members, statistics)
 
 
-def _statistics(members: list[Attack], settings: AuditSettings) -> Any:
+@functools.lru_cache(maxsize=32)
+def _statistics(members: tuple[Attack, ...], settings: AuditSettings) -> Any:
     """Jitted: every attack's score of a batch of texts from their readings."""
 
     def one(reading: Reading) -> dict[str, jax.Array]:
@@ -298,11 +305,11 @@ class _Work:
         self.settings = job.settings
         self._encoded = [i.encoded for i in items]
         self._same_tokens = _group([i.store_key for i in items])
-        self.devices = jax.local_devices()
+        self.devices = tuple(jax.local_devices())
         self.notes: list[str] = []
         self.seconds = dict.fromkeys((p.identity for p in plans), 0.0)
         self.compile_seconds = 0.0
-        self._runners: dict[str, parallel.Runner] = {}
+        self.programs = 0
         if self.settings.padding == "visible":
             self.buckets = (self.settings.pad_to or self.settings.max_length,)
         else:
@@ -384,10 +391,8 @@ class _Work:
         left = [r for r, name in enumerate(ids) if not folder.has_scores(name, wanted)]
         for start in range(0, len(left), PLAN_ROWS):
             self._score(folder, ids, left[start : start + PLAN_ROWS])
-        programs = sum(r.programs for r in self._runners.values())
         if rows:
-            folder.log("programs", forward=programs, compile_seconds=round(self.compile_seconds, 2))
-            say.print(f"{programs} programs compiled in {self.compile_seconds:.1f} s")
+            say.print(f"{self.programs} programs compiled in {self.compile_seconds:.1f} s")
 
     def _longest_first(self, batches: list[data.BatchPlan], folder: RunFolder) -> None:
         counts: dict[int, int] = {}
@@ -411,15 +416,6 @@ class _Work:
             )
         return params
 
-    def _runner(self, role: _Role, length: int) -> parallel.Runner:
-        """Target and reference share programs where their networks are the same."""
-        model, slots = role.folder.model, self.slots(length)
-        key = settings_hash(repr(model), length, slots)
-        if key not in self._runners:
-            score = partial(losses.score_batch, model, slots)
-            self._runners[key] = parallel.Runner(score, self.devices)
-        return self._runners[key]
-
     def _batch(
         self, batch: data.BatchPlan, params: dict[str, Params], folder: RunFolder, bar: ProgressBar
     ) -> None:
@@ -437,14 +433,14 @@ class _Work:
                     continue
                 start = time.monotonic()
                 forward, positions = self._forward(batch, plan)
-                runner = self._runner(role, batch.length)
-                before = runner.programs
-                bar.note(f"{role.name}, {batch.length} tokens")
-                if not before:
-                    bar.note(f"compiling for {batch.length} tokens")
+                # Target and reference share programs where their networks are the same.
+                runner = _runner(role.folder.model, self.slots(batch.length), self.devices)
+                new_shape = runner.is_new(forward)
+                bar.note(f"{'compiling for' if new_shape else role.name} {batch.length} tokens")
                 out = runner(params[role.store_key], forward)
                 seconds = time.monotonic() - start
-                if runner.programs > before:
+                if new_shape:
+                    self.programs += 1
                     self.compile_seconds += seconds
                     folder.log("compile", length=batch.length, seconds=round(seconds, 2))
                 self.seconds[plan.identity] += seconds
@@ -541,12 +537,17 @@ class _Work:
             for p in self.plans
             for a in p.attacks
         }
-        programs = sum(r.programs for r in self._runners.values())
         return {
             "seconds": before | seconds,
             "compile_seconds": round(self.compile_seconds, 2),
-            "programs": programs,
+            "programs": self.programs,
         }
+
+
+@functools.lru_cache(maxsize=32)
+def _runner(model: Any, slots: tuple[int, ...], devices: tuple[jax.Device, ...]) -> parallel.Runner:
+    """One scorer a network and set of slot sizes, kept for the whole process like any jit cache."""
+    return parallel.Runner(partial(losses.score_batch, model, slots), devices)
 
 
 def _group(names: list[str]) -> dict[str, list[int]]:

@@ -30,7 +30,9 @@ def _check(settings: Any) -> None:
         value, words = getattr(settings, name), get_args(hint)
         if words and isinstance(words[0], str) and value not in words:
             raise UsageError(f"setting {name} is {value!r}{nearest(str(value), words)}")
-        if hint in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if hint in (int, float) and (
+            isinstance(value, bool) or not isinstance(value, (int, float))
+        ):
             raise UsageError(f"setting {name} must be a number, got {value!r}")
 
 

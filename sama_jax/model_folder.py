@@ -64,9 +64,9 @@ def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") 
     family = read_config(config, str(path / CONFIG))
     source = stream.open_source(path, family.block_group_size)
     mask = family.mask_id if mask_id is None else mask_id
-    if mask is None or not 0 <= mask < family.arch.vocab_size:
+    if not isinstance(mask, int) or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
-            f"{path}: the mask token id is {mask}, but the embedding has "
+            f"{path}: the mask token id is {mask!r}, but the embedding has "
             f"{family.arch.vocab_size} rows; give the right one with --mask-id"
         )
     if dtype == "auto":
@@ -127,6 +127,7 @@ def save_folder(
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG).unlink(missing_ok=True)
         if tokenizer_from != out:
             for file in sorted(tokenizer_from.iterdir()):
                 if file.is_file() and file.name != CONFIG and not _is_weights(file):
@@ -150,21 +151,25 @@ def _is_weights(file: Path) -> bool:
     )
 
 
-def _identity(path: Path, architecture: str, samples: int = 64, block: int = 4096) -> str:
-    """Hashes a few hundred KiB instead of 16 GB: fine-tuning moves every sampled tensor."""
+def _identity(path: Path, architecture: str, samples: int = 4, block: int = 4096) -> str:
+    """Hashes a few blocks of every tensor instead of 16 GB.
+
+    Small tensors, the norms among them, are hashed whole, so that training any of them shows.
+    """
     digest = hashlib.sha256(architecture.encode())
     for file in stream.weight_files(path):
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
         with file.open("rb") as handle:
-            header = int.from_bytes(handle.read(8), "little")
-            digest.update(handle.read(header))
-            if size <= samples * block * 4:
-                digest.update(handle.read())
-                continue
-            for i in range(samples):
-                handle.seek(8 + header + i * (size - 8 - header - block) // (samples - 1))
-                digest.update(handle.read(block))
+            header = handle.read(int.from_bytes(handle.read(8), "little"))
+            digest.update(header)
+            for name, entry in sorted(json.loads(header).items()):
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                whole = end - start <= samples * block
+                for i in range(1 if whole else samples):
+                    skip = i * (end - start - block) // (samples - 1)
+                    handle.seek(8 + len(header) + start + skip)
+                    digest.update(handle.read(end - start if whole else block))
     return digest.hexdigest()[:16]
 
 

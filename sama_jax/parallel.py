@@ -26,6 +26,7 @@ class Runner:
     devices: Sequence[jax.Device]
     programs: int = 0
     """Traces so far: one a distinct shape."""
+    _shapes: set[tuple[int, ...]] = field(default_factory=set, repr=False)
     _run: Any = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -49,6 +50,13 @@ class Runner:
     def sharding(self) -> Sharding:
         """Where parameters must lie: on every device, once, before the first call."""
         return parameter_sharding(self.devices)
+
+    def is_new(self, batch: ForwardBatch) -> bool:
+        """Whether a batch of this shape is seen for the first time and will be compiled."""
+        shape = (*batch.masks.shape, batch.positions.shape[-1])
+        known = shape in self._shapes
+        self._shapes.add(shape)
+        return not known
 
     def __call__(self, params: Params, batch: ForwardBatch) -> np.ndarray:
         """Runs `devices * rows` texts; `batch` rows must be a multiple of the devices."""

@@ -45,9 +45,9 @@ def random_ranks(
 ) -> Int[Array, " l"]:
     """A uniformly random rank for every maskable position; the others come after all of them."""
     bits = rng.random_order_bits(key, max_length, maskable.shape[0])
-    # The last key is the primary one: False (maskable) sorts before True.
-    order = jnp.lexsort((bits, ~maskable))
-    return jnp.argsort(order).astype(jnp.int32)
+    # 31 random bits below the bit that puts unmaskable positions last: one sort instead of two.
+    keys = (bits >> 1) | jnp.where(maskable, jnp.uint32(0), jnp.uint32(1 << 31))
+    return jnp.argsort(jnp.argsort(keys, stable=True), stable=True).astype(jnp.int32)
 
 
 def nested_masks(

@@ -29,16 +29,15 @@ def sample_subsets(
     total = mask.sum().astype(jnp.int32)
     used = jnp.minimum(total, size)
     bits = jax.random.bits(key, (size, num), jnp.uint32)
-    chosen: list[Int[Array, " n"]] = []
-    for i in range(size):
-        # The i-th draw looks at the first `top + 1` members and replaces repeats by the newest.
-        top = jnp.broadcast_to(total - used + i, (num,))
-        draw = rng.bounded(bits[i], top + 1)
-        repeated = jnp.zeros((num,), bool)
-        for earlier in chosen:
-            repeated |= earlier == draw
-        chosen.append(jnp.where(repeated, top, draw))
-    index = jnp.stack(chosen, axis=1)
+
+    def draw(i: Int[Array, ""], chosen: Int[Array, "m n"]) -> Int[Array, "m n"]:
+        # The i-th draw is among the first `top + 1` members; a repeat is replaced by the newest.
+        top = jnp.full((num,), total - used + i)
+        drawn = rng.bounded(bits[i], top + 1)
+        repeated = (chosen == drawn[None, :]).any(axis=0)
+        return chosen.at[i].set(jnp.where(repeated, top, drawn))
+
+    index = jax.lax.fori_loop(0, size, draw, jnp.full((size, num), -1, jnp.int32)).T
     positions = jnp.argsort(~mask, stable=True).astype(jnp.int32)
     taken = positions[jnp.clip(index, 0, mask.shape[0] - 1)]
     return jnp.where(jnp.arange(size)[None, :] < used, taken, -1)
@@ -99,7 +98,9 @@ def text_sign_statistics(
 
     def weighted(values: Float[Array, " t"]) -> Float[Array, ""]:
         # One division after the sum: equal votes of 1 give exactly 1.
-        return jnp.where(total > 0, (plan.weights * values).sum() / jnp.where(total > 0, total, 1), 0)
+        return jnp.where(
+            total > 0, (plan.weights * values).sum() / jnp.where(total > 0, total, 1), 0
+        )
 
     return SignStatistics(
         score=weighted(votes),

@@ -25,12 +25,11 @@ class LikelihoodProbes:
     estimator: Estimator
     eps: float
     max_length: int
-    seed: int
 
     @property
     def identity(self) -> str:
         eps = self.eps if self.estimator == "bernoulli" else None
-        return settings_hash("likelihood", self.passes, self.estimator, eps, self.seed)
+        return settings_hash("likelihood", self.passes, self.estimator, eps)
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """Weights make `sum_i w_t loss_ti` an estimate of the NLL per token in each pass."""
@@ -63,7 +62,6 @@ def likelihood_probes(settings: AuditSettings) -> LikelihoodProbes:
         estimator=settings.likelihood.estimator,
         eps=settings.likelihood.eps,
         max_length=settings.max_length,
-        seed=settings.seed,
     )
 
 

@@ -18,7 +18,10 @@ from sama_jax.types import ProbePlan, Reading
 
 
 class Probes(Protocol):
-    """A family of probe plans: one pure function of a text's key and maskable positions."""
+    """A family of probe plans: one pure function of a text's key and maskable positions.
+
+    Hashable (a frozen dataclass), so that its compiled plan is kept for the whole process.
+    """
 
     @property
     def passes(self) -> int:
@@ -27,7 +30,7 @@ class Probes(Protocol):
 
     @property
     def identity(self) -> str:
-        """Hash of everything that changes a mask or a loss; names the plan in the loss store."""
+        """Hash of everything but the seed that changes a mask; names the plan in the loss store."""
         ...
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:

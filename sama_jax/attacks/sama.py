@@ -19,7 +19,6 @@ class ProgressiveProbes:
 
     settings: SamaSettings
     max_length: int
-    seed: int
 
     @property
     def passes(self) -> int:
@@ -31,7 +30,7 @@ class ProgressiveProbes:
         s = self.settings
         masks = (s.steps, s.min_density, s.max_density, s.schedule, s.nesting, s.loss_source)
         rest = (s.repeats, s.exclude_special, s.exclude_position0_when_shifted)
-        return settings_hash("progressive", masks, rest, self.seed)
+        return settings_hash("progressive", masks, rest)
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """Masks, scored positions, step weights and subsets of one text."""
@@ -69,7 +68,7 @@ class ProgressiveProbes:
 
 def progressive_probes(settings: AuditSettings) -> ProgressiveProbes:
     """The plan that an audit's settings ask for."""
-    return ProgressiveProbes(settings.sama, settings.max_length, settings.seed)
+    return ProgressiveProbes(settings.sama, settings.max_length)
 
 
 @register(

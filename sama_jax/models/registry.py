@@ -66,6 +66,19 @@ _LLADA_ONLY = {
     "attention_layer_norm_with_affine": True,
 }
 
+# Sizes: field -> whether it may be null, because another field then decides.
+_LLADA_SIZES = {
+    "d_model": False,
+    "n_heads": False,
+    "n_layers": False,
+    "mlp_ratio": False,
+    "vocab_size": False,
+    "block_group_size": False,
+    "n_kv_heads": True,
+    "mlp_hidden_size": True,
+    "embedding_size": True,
+}
+
 
 def read_llada(config: dict[str, Any], where: str) -> FamilyConfig:
     """LLaDA dense: 8B-Base, -Instruct, 1.5 and the small configurations of the SAMA repository."""
@@ -81,6 +94,13 @@ def read_llada(config: dict[str, Any], where: str) -> FamilyConfig:
     ]
     if wrong:
         raise ModelError(f"{where}: unsupported LLaDA variant: " + "; ".join(wrong))
+    wrong = [
+        f"{name} is {get(name)!r}"
+        for name, optional in _LLADA_SIZES.items()
+        if not (optional and get(name) is None) and (type(get(name)) is not int or get(name) < 1)
+    ]
+    if wrong:
+        raise ModelError(f"{where}: expected positive integers, but " + "; ".join(wrong))
     width, heads = get("d_model"), get("n_heads")
     kv_heads = get("n_kv_heads") or (1 if get("multi_query_attention") else heads)
     if width % heads or heads % kv_heads or (width // heads) % 2:
@@ -98,7 +118,7 @@ def read_llada(config: dict[str, Any], where: str) -> FamilyConfig:
         head_size=width // heads,
         mlp_width=get("mlp_hidden_size") or get("mlp_ratio") * width,
         tied=bool(get("weight_tying")),
-        norm_eps=get("rms_norm_eps"),
+        norm_eps=float(get("rms_norm_eps")),
         rope_theta=float(get("rope_theta")),
         qkv_bias=bool(get("include_bias") or get("include_qkv_bias")),
         linear_bias=bool(get("include_bias")),
@@ -123,13 +143,14 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     fields are both needed, since LLaDA-MoE's Hub config also says `llada`.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(
             f"{where}: model_type is {kind!r}, which is not a supported family"
             + nearest(str(kind), FAMILIES)
         )
     architectures = config.get("architectures") or []
-    if architectures and not set(architectures) & set(_ARCHITECTURES[kind]):
+    listed = architectures if isinstance(architectures, list) else [architectures]
+    if architectures and not any(name in listed for name in _ARCHITECTURES[kind]):
         raise ModelError(
             f"{where}: model_type is '{kind}' but architectures is {architectures}; expected one of "
             f"{list(_ARCHITECTURES[kind])}"

@@ -1,0 +1,139 @@
+"""Training states on disk, through Orbax: newest first, the last two kept.
+
+A state is written as a flat `{path: array}`, so a state that does not fit can be reported leaf by
+leaf, and no class of ours or of Optax is part of the format.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from sama_jax.errors import OutputError, UsageError
+
+KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run. Each appears whole or not at all."""
+
+    def __init__(self, folder: Path):
+        policies = ocp.training.preservation_policies
+        self.folder = folder
+        self._saving: Any = None
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(),
+            preservation_policy=policies.LatestN(KEPT),
+            cleanup_tmp_directories=True,  # left behind by a killed run
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that can be restored, newest first."""
+        return sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts writing `state`, a tree of arrays that the caller may donate at once.
+
+        Waits for the save before it. Raises `OutputError`.
+        """
+        self.wait()
+        if step in self.steps:
+            return
+        if jax.default_backend() == "cpu":
+            # There the writer reads the very buffers that the next step would overwrite.
+            state = jax.tree.map(jnp.copy, state)
+        try:
+            self._saving = self._checkpointer.save_async(step, _flat(state), force=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        saving, self._saving = self._saving, None
+        try:
+            if saving is not None:
+                saving.result()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+        """(step, state) of the newest readable checkpoint, None if there is none.
+
+        Args:
+          abstract: tree of `jax.ShapeDtypeStruct` with shardings; the result has its structure.
+
+        Raises:
+          UsageError: a checkpoint of another model or optimiser, or none that can be read.
+        """
+        wanted, reasons = _flat(abstract), []
+        for step in self.steps:
+            try:
+                stored = self._checkpointer.metadata(step).metadata
+            except Exception as error:  # a damaged folder can fail in any way inside Orbax
+                reasons.append(f"step {step}: {_first_line(error)}")
+                continue
+            self._require_fit(step, wanted, stored)
+            try:
+                leaves = self._checkpointer.load(step, wanted)
+            except Exception as error:
+                reasons.append(f"step {step}: {_first_line(error)}")
+                continue
+            return step, jax.tree.unflatten(
+                jax.tree.structure(abstract), [leaves[name] for name in wanted]
+            )
+        if reasons:
+            raise UsageError(
+                f"{self.folder}: none of the checkpoints can be read; delete the folder to train "
+                "from the start\n  " + "\n  ".join(reasons)
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for the last save and releases Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def _require_fit(self, step: int, wanted: dict[str, Any], stored: Any) -> None:
+        def shape(tree: Any, name: str) -> str:
+            leaf = tree.get(name)
+            return "absent" if leaf is None else f"{leaf.dtype} {list(leaf.shape)}"
+
+        problems = [
+            f"{name}: expected {shape(wanted, name)}, found {shape(stored, name)}"
+            for name in sorted({*wanted, *stored})
+            if shape(wanted, name) != shape(stored, name)
+        ]
+        if problems:
+            raise UsageError(
+                f"{self.folder / str(step)}: {len(problems)} arrays do not fit this run; it is "
+                "another run's checkpoint: choose another output folder or delete this one\n  "
+                + "\n  ".join(problems)
+            )
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        reason = error.strerror or _first_line(error)
+        return OutputError(
+            f"{self.folder}: cannot write a checkpoint ({reason}); free some space, then run the "
+            "same command again: it continues"
+        )
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """`{"params.embed.embedding": leaf, ...}` in the order of the leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
