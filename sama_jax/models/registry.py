@@ -152,8 +152,8 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     listed = architectures if isinstance(architectures, list) else [architectures]
     if architectures and not any(name in listed for name in _ARCHITECTURES[kind]):
         raise ModelError(
-            f"{where}: model_type is '{kind}' but architectures is {architectures}; expected one of "
-            f"{list(_ARCHITECTURES[kind])}"
+            f"{where}: model_type is '{kind}' but architectures is {architectures}; "
+            f"expected one of {list(_ARCHITECTURES[kind])}"
         )
     try:
         return FAMILIES[kind](config, where)
