@@ -121,6 +121,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     encoded = tokenizer.encode([t.text for t in texts], settings.max_length)
     items = [_prepare(e, settings, target.model.shift) for e in encoded]
     plans = _plans(chosen, settings, items, texts, job.plan)
+    if (job.save_plan or job.save_losses) and "sama" not in [a.name for a in chosen]:
+        raise UsageError("--save-plan and --save-losses write SAMA's probes: add sama to --attacks")
     roles = [_Role(n, f, _model_key(f, settings)) for n, f in _named(target, reference)]
     for note in notes:
         say.print(f"note: {note}")
@@ -143,6 +145,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         folder.write_manifest(notes=notes, finished=True, cost=work.cost(folder))
         folder.log("finished", texts=len(rows))
         report.write_report(job.out)
+    except KeyboardInterrupt:
+        raise interrupted(job) from None
     finally:
         folder.close()
     if job.strict and notes:
@@ -334,11 +338,23 @@ class _Work:
         return rows
 
     def batches(self, rows: list[int]) -> list[data.BatchPlan]:
-        """Batches of `rows`; a device works on `rows_of(length)` of them at once."""
-        lengths = np.array([len(self.items[r].encoded.ids) for r in rows], np.int32)
-        batches = data.plan_batches(lengths, self.buckets, self._rows_of)
-        index = np.array([*rows, -1], np.int32)
-        return [data.BatchPlan(b.length, index[b.rows]) for b in batches]
+        """Batches of `rows`; a device works on `rows_of(length)` of them at once.
+
+        All texts together decide on a text's bucket, so that a resumed run, which has fewer left,
+        pads it to the same length and computes the same bits.
+        """
+        distinct = self.pending(None)
+        lengths = np.array([len(self.items[r].encoded.ids) for r in distinct], np.int32)
+        wanted, batches = set(rows), []
+        for length, whole in _by_length(data.plan_batches(lengths, self.buckets, self._rows_of)):
+            left = [r for r in (distinct[i] for i in whole) if r in wanted]
+            index = np.array([*left, -1], np.int32)
+            full = np.full(len(left), length, np.int32)
+            batches += [
+                data.BatchPlan(length, index[b.rows])
+                for b in data.plan_batches(full, (length,), self._rows_of)
+            ]
+        return batches
 
     def _rows_of(self, length: int) -> int:
         if self.job.batch_size is not None:
@@ -557,6 +573,14 @@ def _group(names: list[str]) -> dict[str, list[int]]:
     return groups
 
 
+def _by_length(batches: list[data.BatchPlan]) -> list[tuple[int, list[int]]]:
+    """Padded lengths in the order of the batches, and the rows of each."""
+    rows: dict[int, list[int]] = {}
+    for batch in batches:
+        rows.setdefault(batch.length, []).extend(int(r) for r in batch.rows if r >= 0)
+    return list(rows.items())
+
+
 def _matmul_rate(model: Any) -> float:
     """Floating-point operations a second of one matrix product at the model's shape."""
     a = jnp.ones((1024, model.arch.width), model.dtype)
@@ -639,9 +663,7 @@ def _save_replay(job: AuditJob, work: _Work, folder: RunFolder, texts: list[data
     """--save-plan and --save-losses, for SAMA's probes."""
     if not job.save_plan and not job.save_losses:
         return
-    plan = next((p for p in work.plans if any(a.name == "sama" for a in p.attacks)), None)
-    if plan is None:
-        raise UsageError("--save-plan and --save-losses write SAMA's probes: add sama to --attacks")
+    plan = next(p for p in work.plans if any(a.name == "sama" for a in p.attacks))
     ids, pieces, models = [t.id for t in texts], [], []
     for start in range(0, len(ids), PLAN_ROWS):
         rows = list(range(start, min(start + PLAN_ROWS, len(ids))))

@@ -1,8 +1,11 @@
 """The `sama-jax` command line: parse, call, print. No logic, and no JAX before it is needed."""
 
 import argparse
+import os
+import shlex
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -190,7 +193,7 @@ def _audit(args: argparse.Namespace) -> None:
         strict=args.strict,
         dry_run=args.dry_run,
         quiet=args.quiet,
-        command=_command_line(),
+        command=args.command_line,
     )
     result = run_audit(job)
     if result is not None and not args.quiet:
@@ -253,13 +256,13 @@ def _report(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from sama_jax.demo import run_demo
 
-    run_demo(args.out, seed=args.seed, fresh=args.fresh, quiet=args.quiet, command=_command_line())
+    run_demo(
+        args.out, seed=args.seed, fresh=args.fresh, quiet=args.quiet, command=args.command_line
+    )
 
 
-def _command_line() -> str:
-    import shlex
-
-    return shlex.join(["sama-jax", *sys.argv[1:]])
+def _command_line(argv: Sequence[str] | None) -> str:
+    return shlex.join(["sama-jax", *(sys.argv[1:] if argv is None else argv)])
 
 
 _COMMANDS = {
@@ -271,26 +274,63 @@ _COMMANDS = {
 }
 
 
+class _Signals:
+    """Ctrl-C and SIGTERM: the first one interrupts in good order, another one ends at once.
+
+    What is finished is in its files at any moment, so neither loses more than the work in flight.
+    """
+
+    def __init__(self, command: str):
+        self.text = f"interrupted; what is finished is kept: {command} continues"
+        self.stopping = self.said = False
+
+    def __call__(self, *_: object) -> None:
+        if self.stopping:
+            self._end()
+        self.stopping = True
+        sys.unraisablehook = self._unraisable
+        raise KeyboardInterrupt
+
+    def _unraisable(self, what: Any) -> None:
+        # An exception inside a destructor or a callback of the garbage collector is printed and
+        # forgotten; then the run would go on.
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            self._end()
+        sys.__unraisablehook__(what)
+
+    def _end(self) -> NoReturn:
+        if not self.said:
+            os.write(2, f"sama-jax: {self.text}\n".encode())  # printing may be what it interrupted
+        os._exit(Interrupted.exit_code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code; errors are one line on stderr."""
-    args = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    signals, before = _Signals(_command_line(argv)), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, signals)
     try:
+        args = build_parser().parse_args(argv)
+        args.command_line = _command_line(argv)
         _COMMANDS[args.command](args)
-    except (Interrupted, KeyboardInterrupt) as error:
-        text = str(error) or f"interrupted; what is finished is kept: {_command_line()} continues"
-        print(f"sama-jax: {text}", file=sys.stderr)
-        return Interrupted.exit_code
-    except SamaError as error:
+        return 0
+    except BaseException as error:
+        # After a signal, whatever else goes wrong is its doing.
+        if signals.stopping or isinstance(error, (Interrupted, KeyboardInterrupt)):
+            signals.stopping = True  # a second signal finds nothing left to interrupt
+            text = str(error) if isinstance(error, Interrupted) else signals.text
+            print(f"sama-jax: {text}", file=sys.stderr, flush=True)
+            signals.said = True
+            return Interrupted.exit_code
+        if not isinstance(error, SamaError):
+            raise
         print(f"sama-jax: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
-
-
-def _stop(signum: int, frame: Any) -> None:
-    """SIGTERM ends a run as Ctrl-C does: finished batches are in their files already."""
-    del signum, frame
-    raise KeyboardInterrupt
+    finally:
+        if not signals.stopping:  # else the process is about to end
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

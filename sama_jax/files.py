@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sama_jax.errors import OutputError
+from sama_jax.errors import DataError, OutputError
 
 
 @contextlib.contextmanager
@@ -27,6 +27,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns every OSError inside into a `DataError` (exit code 3) that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing."""
     data = content.encode() if isinstance(content, str) else content
@@ -36,7 +45,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(data)
             os.replace(part, path)
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             part.unlink(missing_ok=True)
             raise
 
@@ -86,7 +95,9 @@ def read_json_lines(path: Path) -> tuple[list[Any], int]:
     if not path.is_file():
         return [], 0
     values, end = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    with reading(path):
+        content = path.read_bytes()
+    for line in content.splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
         try:

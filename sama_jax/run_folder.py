@@ -4,12 +4,13 @@ A folder belongs to one run. The same command on it continues; another run is re
 difference. Everything can be cut off at any byte and read again.
 """
 
+import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from sama_jax.errors import UsageError
+from sama_jax.errors import DataError, UsageError
 from sama_jax.files import AppendOnly, read_json_lines, write_atomic, write_json
 from sama_jax.store import LossStore
 
@@ -25,16 +26,17 @@ class RunFolder:
         self.path, self._started = path, time.time()
         self.manifest = self._claim(path, run) | about | {"run": run, "finished": False}
         write_json(path / MANIFEST, self.manifest)
-        self._log = _append(path / "log.jsonl")
-        lines, keep = read_json_lines(path / "parts" / "scores-00000.jsonl")
-        self._scores = AppendOnly(path / "parts" / "scores-00000.jsonl", keep)
-        self._parts: dict[str, dict[str, Any]] = {}
-        for other in sorted((path / "parts").glob("scores-*.jsonl")):
-            lines, _ = read_json_lines(other)
-            for line in lines:
-                self._merge(line)
-        self.store = LossStore(store or path / "losses")
-        self.log("start", command=about.get("command"), records=len(self.store))
+        with contextlib.ExitStack() as opened:
+            self._log = opened.enter_context(contextlib.closing(_append(path / "log.jsonl")))
+            scores = _append(path / "parts" / "scores-00000.jsonl")
+            self._scores = opened.enter_context(contextlib.closing(scores))
+            self._parts: dict[str, dict[str, Any]] = {}
+            for part in sorted((path / "parts").glob("scores-*.jsonl")):
+                self._merge_file(part)
+            losses = LossStore(store or path / "losses")
+            self.store = opened.enter_context(contextlib.closing(losses))
+            self.log("start", command=about.get("command"), records=len(self.store))
+            self._files = opened.pop_all()
 
     @staticmethod
     def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +72,16 @@ class RunFolder:
         for line in lines:
             self._merge(line)
 
+    def _merge_file(self, part: Path) -> None:
+        for line in read_json_lines(part)[0]:
+            try:
+                self._merge(line)
+            except (TypeError, KeyError):
+                raise DataError(
+                    f"{part}: holds a line that is no score; move the file away and run the same "
+                    "command again: scores are made anew from the loss store"
+                ) from None
+
     def _merge(self, line: dict[str, Any]) -> None:
         entry = self._parts.setdefault(line["id"], {"scores": {}, "passes": {}})
         entry["scores"] |= line["scores"]
@@ -98,8 +110,7 @@ class RunFolder:
         write_json(self.path / MANIFEST, self.manifest)
 
     def close(self) -> None:
-        for file in (self._log, self._scores, self.store):
-            file.close()
+        self._files.close()
 
 
 def json_lines(rows: list[dict[str, Any]]) -> str:
@@ -112,9 +123,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not (path / MANIFEST).is_file():
         return None
     try:
-        return json.loads((path / MANIFEST).read_text("utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("expected a JSON object")
     except (ValueError, OSError) as error:
-        raise UsageError(f"{path / MANIFEST}: not readable ({error})") from None
+        raise UsageError(
+            f"{path / MANIFEST}: not readable ({error}); give --out a new folder"
+        ) from None
+    return manifest
 
 
 def _append(path: Path) -> AppendOnly:

@@ -18,16 +18,17 @@ cut off when the shard is opened again.
 """
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from sama_jax.errors import DataError
-from sama_jax.files import AppendOnly
+from sama_jax.files import AppendOnly, reading
 
 _MAGIC = b"SJL1"
 _PREFIX = struct.Struct("<4sIQI")
@@ -86,28 +87,24 @@ class LossStore:
 
     def _index(self, path: Path) -> int:
         """Reads the frames' headers; returns where the last complete frame ends."""
-        size, end = path.stat().st_size, 0
-        with path.open("rb") as file:
-            while end + _PREFIX.size <= size:
-                magic, header_bytes, payload_bytes, crc = _PREFIX.unpack(file.read(_PREFIX.size))
-                body = _PREFIX.size + header_bytes + payload_bytes
-                if magic != _MAGIC:
-                    raise DataError(
-                        f"{path}: damaged at byte {end}; move the file away and run the same "
-                        "command again: its losses are computed anew"
-                    )
-                if end + body > size:
+        end = 0
+        with reading(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while end < size:
+                frame = _read_frame(file, end, size)
+                if frame is None:
+                    file.seek(end)
+                    rest = file.read()
+                    # A process that dies leaves part of a frame at the end, never one before it.
+                    if not rest.startswith(_MAGIC[: len(rest)]) or _holds_frame(file, end, rest):
+                        raise DataError(
+                            f"{path}: damaged in the frame at byte {end}; move the file away and "
+                            "run the same command again: its losses are computed anew"
+                        )
                     break
-                header, payload = file.read(header_bytes), file.read(payload_bytes)
-                if zlib.crc32(payload, zlib.crc32(header)) != crc:
-                    if end + body == size:
-                        break
-                    raise DataError(
-                        f"{path}: the checksum at byte {end} is wrong; move the file away and run "
-                        "the same command again: its losses are computed anew"
-                    )
-                self._add(json.loads(header), path, end + _PREFIX.size + header_bytes)
-                end += body
+                header, head_bytes, payload_bytes = frame
+                self._add(header, path, end + _PREFIX.size + head_bytes)
+                end += _PREFIX.size + head_bytes + payload_bytes
         return end
 
     def _add(self, header: dict, shard: Path, offset: int) -> None:
@@ -143,7 +140,7 @@ class LossStore:
     def read(self, model: str, plan: str, text: str) -> Record:
         """The stored losses of one text; KeyError if there are none."""
         place = self._places[(model, plan, text)]
-        with place.shard.open("rb") as file:
+        with reading(place.shard), place.shard.open("rb") as file:
 
             def array(offset: int, kind: str, count: int) -> np.ndarray:
                 file.seek(offset)
@@ -163,3 +160,28 @@ class LossStore:
 
     def close(self) -> None:
         self._shard.close()
+
+
+def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict, int, int] | None:
+    """(header, its bytes, bytes of the payload) of the frame at a byte; None if it is not whole."""
+    file.seek(at)
+    prefix = file.read(_PREFIX.size)
+    if len(prefix) < _PREFIX.size:
+        return None
+    magic, head_bytes, payload_bytes, crc = _PREFIX.unpack(prefix)
+    if magic != _MAGIC or at + _PREFIX.size + head_bytes + payload_bytes > size:
+        return None
+    head, payload = file.read(head_bytes), file.read(payload_bytes)
+    if zlib.crc32(payload, zlib.crc32(head)) != crc:
+        return None
+    return json.loads(head), head_bytes, payload_bytes
+
+
+def _holds_frame(file: BinaryIO, start: int, rest: bytes) -> bool:
+    """Whether a whole frame begins somewhere behind the first byte of `rest`, read at `start`."""
+    at = rest.find(_MAGIC, 1)
+    while at > 0:
+        if _read_frame(file, start + at, start + len(rest)):
+            return True
+        at = rest.find(_MAGIC, at + 1)
+    return False
