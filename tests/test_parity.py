@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sama_jax import model_folder
-from sama_jax.models.transformer import Norm, TransformerModel, rotate
+from sama_jax.models.transformer import Norm, TransformerModel, attend, rotate
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
@@ -226,6 +227,28 @@ def _assert_same_bits(actual, expected: np.ndarray, other: np.ndarray) -> None:
     differs = np.mean(np.asarray(actual.astype(jnp.float32)) != expected)
     assert differs < 1e-3
     assert np.mean(other != expected) > 0.15
+
+
+def test_attention_in_bfloat16_rounds_only_its_weights_and_its_output():
+    """Scores, softmax and sums are float32, so that two roundings of u = 2^-8 bound the error:
+    of the weights (u times the weighted sum of |v|) and of the output (u times itself). Scores
+    reach tens here; rounded to bfloat16 they would be off by 0.1 and the weights by a tenth.
+    """
+    rng = np.random.default_rng(5)
+    draw = lambda heads, scale: torch.from_numpy(  # noqa: E731
+        scale * rng.standard_normal((len(SPANS), heads, LENGTH, 16), np.float32)
+    ).bfloat16()
+    q, k, v = draw(4, 3.0), draw(2, 3.0), draw(2, 1.0)
+    wide = [t.double() if t is q else t.double().repeat_interleave(2, dim=1) for t in (q, k, v)]
+    mask = torch.from_numpy(TEXTS.valid)[:, None, None, :]
+    exact = F.scaled_dot_product_attention(*wide, attn_mask=mask).numpy()
+    spread = F.scaled_dot_product_attention(*wide[:2], wide[2].abs(), attn_mask=mask).numpy()
+    actual = jax.jit(attend)(
+        *(jnp.asarray(t.float().numpy(), jnp.bfloat16) for t in (q, k, v)), TEXTS.valid
+    )
+    error = np.abs(np.asarray(actual, np.float64) - exact)
+    # 1e-5: float32 scores of tens are off by some 1e-6, and so are their weights, relatively.
+    assert (error <= 2.0**-8 * (np.abs(exact) + 1.01 * spread) + 1e-5 * spread).all()
 
 
 @pytest.mark.parametrize("padding", ["hidden", "visible"])
