@@ -94,19 +94,16 @@ def text_sign_statistics(
     votes = jnp.mean((sums > 0).astype(jnp.float32), axis=1)
     if ties == "half":
         votes = votes + 0.5 * tied
-    total = plan.weights.sum()
-
-    def weighted(values: Float[Array, " t"]) -> Float[Array, ""]:
-        # One division after the sum: equal votes of 1 give exactly 1.
-        return jnp.where(
-            total > 0, (plan.weights * values).sum() / jnp.where(total > 0, total, 1), 0
-        )
-
+    # One reduction for all three, so that votes of 1 in every step give exactly 1: two separate
+    # sums may be added up in different orders (1.0000001 was seen).
+    rows = jnp.stack([votes, tied, jnp.ones_like(votes)])
+    score, tie_rate, total = (plan.weights[None, :] * rows).sum(axis=1)
+    safe = jnp.where(total > 0, total, 1.0)
     return SignStatistics(
-        score=weighted(votes),
+        score=score / safe,
         step_votes=votes,
-        step_weights=plan.weights / jnp.where(total > 0, total, 1),
-        tie_rate=weighted(tied),
+        step_weights=plan.weights / safe,
+        tie_rate=tie_rate / safe,
     )
 
 

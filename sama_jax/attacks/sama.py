@@ -35,7 +35,8 @@ class ProgressiveProbes:
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """Masks, scored positions, step weights and subsets of one text."""
         repeat_keys = rng.step_keys(key, self.settings.repeats)
-        repeats = jax.vmap(lambda k: self._repeat(k, maskable))(repeat_keys)
+        # A loop, not `vmap`: four repeats would take four times as long to compile.
+        repeats = jax.lax.map(lambda k: self._repeat(k, maskable), repeat_keys)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), repeats)
 
     def _repeat(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
