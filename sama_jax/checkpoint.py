@@ -78,13 +78,12 @@ class Checkpoints:
         for step in self.steps:
             try:
                 stored = self._checkpointer.metadata(step).metadata
-            except Exception as error:  # a damaged folder can fail in any way inside Orbax
-                reasons.append(f"step {step}: {_first_line(error)}")
-                continue
-            self._require_fit(step, wanted, stored)
-            try:
+                if stored:  # else it is damaged, and `load` says how
+                    self._require_fit(step, wanted, stored)
                 leaves = self._checkpointer.load(step, wanted)
-            except Exception as error:
+            except UsageError:
+                raise
+            except Exception as error:  # a damaged folder can fail in any way inside Orbax
                 reasons.append(f"step {step}: {_first_line(error)}")
                 continue
             return step, jax.tree.unflatten(

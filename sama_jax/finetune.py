@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sama_jax import files, losses, model_folder, probes, rng
@@ -69,9 +69,9 @@ class LossAux(NamedTuple):
 
 
 def diffusion_masks(
-    key: Key[Array, ""], valid: Bool[Array, "b l"], eps: float
+    key: Key[Array, ""], valid: Bool[Array, "b l"], eps: float | Float[Array, ""]
 ) -> tuple[Bool[Array, "b l"], Float[Array, " b"]]:
-    """Masks of one batch and each row's masking probability `p = (1 - eps) t + eps`, t ~ U(0, 1)."""
+    """Masks of one batch, and each row's probability `p = (1 - eps) t + eps` with t ~ U(0, 1)."""
     row_key, position_key = jax.random.split(key)
     p = (1 - eps) * jax.random.uniform(row_key, valid.shape[:1]) + eps
     return valid & (jax.random.uniform(position_key, valid.shape) < p[:, None]), p
@@ -83,7 +83,7 @@ def diffusion_loss(
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
-    eps: float,
+    eps: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], LossAux]:
     """LLaDA's training loss in nats: sum over masked tokens of CE / p, over all valid tokens.
 
@@ -105,7 +105,7 @@ def diffusion_loss(
 def _nll(
     model: Model, params: Params, hidden: Float[Array, "n d"], targets: Int[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Cross-entropy of every row in float32; a large vocabulary never has all its logits at once."""
+    """Cross-entropy of every row in float32, in chunks where all logits at once are too many."""
 
     def rows_nll(args: tuple[Array, Array]) -> Float[Array, " c"]:
         h, t = args
@@ -135,21 +135,34 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
-def learning_rate(settings: TrainSettings, steps: int) -> Callable[[Any], Any]:
-    """Linear warm-up, then linear decay to 0 after the last step; no step has rate 0."""
+class Recipe(NamedTuple):
+    """Numbers of a run as float32 scalars: arguments of a step, so runs of one shape share it."""
+
+    learning_rate: Any
+    warmup_steps: Any
+    steps: Any
+    weight_decay: Any
+    grad_clip: Any
+    eps: Any
+
+
+def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
+    """The numbers of a run of `steps` steps."""
     warmup = settings.warmup_steps
     if warmup < 0:
         warmup = min(steps // 10, 500)
-
-    def rate(step):
-        up = (step + 1) / max(warmup, 1)
-        down = (steps - step) / max(steps - warmup, 1)
-        return settings.learning_rate * jnp.minimum(jnp.minimum(up, down), 1.0)
-
-    return rate
+    numbers = (settings.learning_rate, warmup, steps, settings.weight_decay, settings.grad_clip)
+    return Recipe(*(np.float32(x) for x in (*numbers, settings.eps)))
 
 
-def make_optimizer(settings: TrainSettings, steps: int) -> optax.GradientTransformation:
+def learning_rate(recipe: Recipe, step: Any) -> Any:
+    """Linear warm-up, then linear decay to 0 after the last step; no step has rate 0."""
+    up = (step + 1) / jnp.maximum(recipe.warmup_steps, 1)
+    down = (recipe.steps - step) / jnp.maximum(recipe.steps - recipe.warmup_steps, 1)
+    return recipe.learning_rate * jnp.minimum(jnp.minimum(up, down), 1.0)
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW with global-norm clipping; weight decay on kernels and embeddings only."""
 
     def decayed(params: Params) -> Any:
@@ -157,39 +170,41 @@ def make_optimizer(settings: TrainSettings, steps: int) -> optax.GradientTransfo
             lambda path, _: path[-1].key in ("kernel", "embedding"), params
         )
 
+    rate = partial(learning_rate, recipe)
     return optax.chain(
-        optax.clip_by_global_norm(settings.grad_clip),
-        optax.adamw(
-            learning_rate(settings, steps), weight_decay=settings.weight_decay, mask=decayed
-        ),
+        optax.clip_by_global_norm(recipe.grad_clip),
+        optax.adamw(rate, weight_decay=recipe.weight_decay, mask=decayed),
     )
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, recipe: Recipe) -> TrainState:
     """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
 
 
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def train_step(
     model: Model,
-    optimizer: optax.GradientTransformation,
-    eps: float,
+    recipe: Recipe,
     state: TrainState,
     tokens: Int[Array, "n l"],
     lengths: Int[Array, " n"],
     rows: Int[Array, " b"],
     key: Key[Array, ""],
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One update on the texts `rows`; `key` is the run's, and the step is folded in here."""
+    """One update on the texts `rows`; `key` is the run's, and the step is folded in here.
+
+    Donates `state`. Returns the next state and the loss before the update.
+    """
     length = tokens.shape[1]
     valid = jnp.arange(length)[None, :] < lengths[rows][:, None]
     mask_key = jax.random.fold_in(key, state.step)
 
     def loss_fn(params):
-        return diffusion_loss(model, params, tokens[rows], valid, mask_key, eps)
+        return diffusion_loss(model, params, tokens[rows], valid, mask_key, recipe.eps)
 
     (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1), loss
 
@@ -211,9 +226,10 @@ def batch_rows(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
 # --- held-out loss -------------------------------------------------------------------------------
 
 
+@partial(jax.jit, static_argnums=0)
 def text_nll(
     model: Model,
-    seed: int,
+    seed: int | UInt[Array, ""],
     params: Params,
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
@@ -270,6 +286,7 @@ def _mean_nll(run: Callable[..., Array], params: Params, held: _Heldout, bar: Pr
         keys = TextKeyData(held.keys.high[index], held.keys.low[index])
         nll = run(params, held.tokens[index], held.valid[index], keys)
         total += float(np.asarray(nll, np.float64)[real].sum())
+        bar.note("")
         bar.advance(int(real.sum()))
     return total / int(held.valid.sum())
 
@@ -529,19 +546,18 @@ def _train(start: _Start, run: _Run, settings: TrainSettings, stop: "_Stop") -> 
     model = dataclasses.replace(
         start.model, dtype=jnp.dtype(settings.dtype), remat=num_params > REMAT_PARAMS
     )
-    optimizer = make_optimizer(settings, steps)
-    evaluate = jax.jit(partial(text_nll, model, settings.seed))
-    step_fn = jax.jit(partial(train_step, model, optimizer, settings.eps), donate_argnums=0)
+    recipe = make_recipe(settings, steps)
+    evaluate = partial(text_nll, model, np.uint32(settings.seed))
     with Checkpoints(run.out / CHECKPOINTS) as checkpoints:
-        state = _restore(checkpoints, abstract, optimizer)
+        state = _restore(checkpoints, abstract, recipe)
         if state is None:
             params = jax.device_put(start.params(), _device())
             run.remember(nll_before=_evaluate(evaluate, params, held, run, "before"))
-            state = init_state(params, optimizer)
+            state = init_state(params, recipe)
         elif int(state.step) < steps:
             run.say(f"continuing after step {int(state.step):,} of {steps:,}")
-        loop = _Loop(run, settings, steps, checkpoints, stop)
-        state = loop.train(step_fn, state, tokens, lengths)
+        loop = _Loop(run, settings, recipe, steps, checkpoints, stop)
+        state = loop.train(model, state, tokens, lengths)
     after = _evaluate(evaluate, state.params, held, run, "after")
     before = run.manifest["nll_before"]
     result = {
@@ -609,16 +625,13 @@ def _evaluate(
 ) -> float:
     name = f"loss {when} training"
     with ProgressBar(name, len(held.tokens), "texts", quiet=run.quiet) as bar:
-        if when == "before":
-            bar.note("compiling")
+        bar.note("compiling" if when == "before" else "")
         return _mean_nll(evaluate, params, held, bar)
 
 
-def _restore(
-    checkpoints: Checkpoints, params: Params, optimizer: optax.GradientTransformation
-) -> TrainState | None:
+def _restore(checkpoints: Checkpoints, params: Params, recipe: Recipe) -> TrainState | None:
     """The newest state that a run like this one left behind; `params` are shapes."""
-    abstract = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    abstract = jax.eval_shape(lambda p: init_state(p, recipe), params)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_device()), abstract
     )
@@ -633,47 +646,46 @@ class _Loop:
         self,
         run: _Run,
         settings: TrainSettings,
+        recipe: Recipe,
         steps: int,
         checkpoints: Checkpoints,
         stop: "_Stop",
     ):
-        self.run, self.settings, self.steps = run, settings, steps
+        self.run, self.settings, self.recipe, self.steps = run, settings, recipe, steps
         self.checkpoints, self.stop = checkpoints, stop
-        self.rate = learning_rate(settings, steps)
         self.tokens, self.seconds, self.loss = 0, 0.0, float("nan")
         self._pending: list[Array] = []
         self._mark = 0.0
 
     def train(
-        self, step_fn: Any, state: TrainState, tokens: np.ndarray, lengths: np.ndarray
+        self, model: Model, state: TrainState, tokens: np.ndarray, lengths: np.ndarray
     ) -> TrainState:
         """All remaining steps; the state is on disk when this returns or raises `Interrupted`."""
         first = int(state.step)
         log = self._open_log(first)
-        if first == self.steps:
-            return state
         key = jax.random.fold_in(jax.random.key(self.settings.seed), _MASKS)
         arrays = jax.device_put((tokens, lengths), _device())
         bar = ProgressBar("train", self.steps, "steps", quiet=self.run.quiet, done=first)
         with self.stop.deferred(), contextlib.closing(log), bar:
-            bar.note("compiling the training step (once)")
-            rows = self._rows(first, lengths)
-            compiled = step_fn.lower(state, *arrays, rows, key).compile()
-            self._mark, slow = time.monotonic(), False
+            bar.note("compiling the training step (once)" if first < self.steps else "")
+            slow = True  # until the first ten steps are timed
             for done in range(first + 1, self.steps + 1):
-                rows = self._rows(done - 1, lengths)
-                state, loss = compiled(state, *arrays, rows, key)
+                rows = batch_rows(
+                    self.settings.seed, done - 1, self.settings.batch_size, len(lengths)
+                )
+                state, loss = train_step(model, self.recipe, state, *arrays, rows, key)
+                if done == first + 1:
+                    self._mark = time.monotonic()  # compiled; its time is not training's
+                    bar.note("")
                 self._pending.append(loss)
                 self.tokens += int(lengths[rows].sum())
                 save = done % self.settings.checkpoint_every == 0 or done == self.steps
                 save |= self.stop.requested
                 if save or done % LOG_EVERY == 0:
                     slow = self._flush(done, log) > SLOW_STEP
+                    bar.note(f"loss {self.loss:.3f}, {self.tokens / self.seconds:,.0f} tokens/s")
                 elif slow:
                     loss.block_until_ready()  # so that progress and Ctrl-C keep up
-                bar.note(
-                    f"loss {self.loss:.3f}, {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-                )
                 bar.advance(1)
                 if save:
                     self.checkpoints.save(done, state)
@@ -682,9 +694,6 @@ class _Loop:
                     raise self.stop.error(f"saved after step {done:,} of {self.steps:,}")
         self.checkpoints.wait()
         return state
-
-    def _rows(self, step: int, lengths: np.ndarray) -> np.ndarray:
-        return batch_rows(self.settings.seed, step, self.settings.batch_size, len(lengths))
 
     def _flush(self, done: int, log: files.AppendOnly) -> float:
         """Waits for the losses since the last call and logs their mean; seconds a step."""
@@ -702,7 +711,7 @@ class _Loop:
             {
                 "step": done,
                 "loss": round(self.loss, 6),
-                "lr": float(f"{float(self.rate(done - 1)):.6g}"),
+                "lr": float(f"{float(learning_rate(self.recipe, done - 1)):.6g}"),
                 "seconds": round(self.seconds, 3),
                 "tokens": self.tokens,
             }
