@@ -165,7 +165,7 @@ def test_hidden_states_equal_pytorch(pair, variant):
         assert error < BLOCKS * unit
 
 
-@pytest.mark.parametrize("variant", ["gqa", "all_biases", "one_layer"])
+@pytest.mark.parametrize("variant", ["gqa", "one_layer"])
 def test_last_block_at_scored_positions_equals_hidden_there(pair, variant):
     model, params = pair(variant).model, pair(variant).params
     rng = np.random.default_rng(1)
@@ -252,7 +252,7 @@ def test_attention_in_bfloat16_rounds_only_its_weights_and_its_output():
 
 
 @pytest.mark.parametrize("padding", ["hidden", "visible"])
-@pytest.mark.parametrize("variant", ["gqa", "tied", "all_biases"])
+@pytest.mark.parametrize("variant", ["gqa", "all_biases"])
 def test_bfloat16_losses_differ_by_no_more_than_its_rounding(pair, variant, padding):
     """Two bfloat16 runs differ from the exact result, each by its own roundings.
 
