@@ -1,0 +1,247 @@
+"""The demo: a whole audit with a known answer, on a model made here, in minutes on two cores.
+
+Its corpus is the source of the standard library that runs it. A small LLaDA is pre-trained on one
+part; a random half of the rest is fine-tuned on (the members); then every attack says which half.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import shutil
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sama_jax import audit, data, finetune, report
+from sama_jax.config import AuditSettings, TrainSettings
+from sama_jax.errors import UsageError
+from sama_jax.files import write_atomic, write_json
+from sama_jax.metrics import auc
+from sama_jax.progress import console
+from sama_jax.run_folder import json_lines, read_manifest
+
+MIN_CHARS = 250
+NUM_MEMBERS = 200
+"""Members, and as many non-members."""
+MAX_TOKENS = 96
+MASK_SEEDS = (0, 1, 2, 3, 4)
+
+# Parts of the library that are tests, generated tables or not always installed.
+_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "ensurepip",
+            "encodings", "pydoc_data", "__pycache__", "tkinter", "dist-packages"}  # fmt: skip
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llada",
+    "architectures": ["LLaDAModelLM"],
+    "d_model": 160,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "n_layers": 3,
+    "mlp_hidden_size": 432,
+    "vocab_size": 2048,
+    "embedding_size": 2048,
+    "weight_tying": True,
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "rope": True,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "max_sequence_length": MAX_TOKENS,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "bias_for_layer_norm": False,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "eos_token_id": 2046,
+    "pad_token_id": 2046,
+    "mask_token_id": 2047,
+}
+PRETRAIN = TrainSettings(
+    epochs=6, batch_size=32, learning_rate=2e-3, max_length=MAX_TOKENS, windows=True
+)
+FINETUNE = TrainSettings(epochs=20, batch_size=16, learning_rate=1e-3, max_length=MAX_TOKENS)
+
+
+def stdlib_documents(folder: Path | None = None) -> list[str]:
+    """Top-level functions and classes of the standard library, none inside another.
+
+    At least `MIN_CHARS` characters each; in a fixed order; without exact duplicates and without
+    documents of which half the lines stand in earlier ones.
+    """
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    seen: set[bytes] = set()
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        if _SKIPPED & set(path.relative_to(root).parts):
+            continue
+        for document in _top_level(path):
+            lines = {_line_key(s) for s in document.splitlines() if len(s.strip()) >= 12}
+            if len(document) >= MIN_CHARS and lines and 2 * len(lines & seen) < len(lines):
+                documents.append(document)
+                seen |= lines
+    return documents
+
+
+def _top_level(path: Path) -> Iterator[str]:
+    try:
+        source = path.read_text("utf-8")
+        tree = ast.parse(source)
+    except (ValueError, SyntaxError, OSError):
+        return
+    lines = source.splitlines(keepends=True)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield "".join(lines[node.lineno - 1 : node.end_lineno])
+
+
+def _line_key(line: str) -> bytes:
+    return hashlib.blake2b(re.sub(r"\s+", " ", line.strip()).encode(), digest_size=8).digest()
+
+
+def run_demo(
+    out: Path, *, seed: int = 42, fresh: bool = False, quiet: bool = False, command: str = ""
+) -> dict[str, Any]:
+    """Makes the models, audits them and prints the result; returns the audit's metrics.
+
+    `out` gets corpus/, base/ (kept and reused), target/, audit/ (the results) and seeds/. A demo
+    that was interrupted continues; one with another `seed` needs `fresh` or another folder.
+    """
+    start, say = time.monotonic(), console(quiet)
+    if fresh and out.is_dir():
+        _remove(out)
+    _claim(out, seed)
+    members, nonmembers = _corpus(out, seed, say)
+    say.print("1/4 pre-training a small LLaDA on the standard library's source")
+    finetune.pretrain(
+        out / "corpus" / "config.json",
+        out / "corpus" / "pretrain.jsonl",
+        out / "base",
+        _seeded(PRETRAIN, seed),
+        tokenizer=None,
+        heldout=nonmembers,
+        quiet=quiet,
+    )
+    say.print(f"2/4 fine-tuning on {NUM_MEMBERS} members")
+    finetune.finetune(
+        out / "base", members, out / "target", _seeded(FINETUNE, seed), heldout=nonmembers,
+        quiet=quiet,
+    )  # fmt: skip
+    say.print(f"3/4 auditing {2 * NUM_MEMBERS} texts with every attack")
+    texts = data.read_split(members, nonmembers)
+    job = audit.AuditJob(
+        target=out / "target",
+        reference=out / "base",
+        texts=texts,
+        out=out / "audit",
+        attacks=("all",),
+        settings=AuditSettings(max_length=MAX_TOKENS, seed=MASK_SEEDS[0]),
+        quiet=quiet,
+        command=command,
+    )
+    result = audit.run_audit(job)
+    assert result is not None
+    say.print("4/4 the same with other mask seeds, SAMA and Ratio")
+    differences = _seed_study(job, result.rows, quiet)
+    if not quiet:
+        _print(result, differences, time.monotonic() - start)
+    return result.metrics
+
+
+def _remove(out: Path) -> None:
+    """Deletes a folder only if a demo made it."""
+    if (out / "demo.json").is_file() or not any(out.iterdir()):
+        shutil.rmtree(out)
+    else:
+        raise UsageError(f"{out}: is not a demo's folder, --fresh does not delete it; choose --out")
+
+
+def _claim(out: Path, seed: int) -> None:
+    """Another seed makes other models: they must not be mixed."""
+    made = json.loads((out / "demo.json").read_text()) if (out / "demo.json").is_file() else None
+    if made is None and out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out}: is not empty and no demo's folder; choose another --out")
+    if made is not None and made["seed"] != seed:
+        raise UsageError(
+            f"{out}: was made with --seed {made['seed']}; add --fresh or choose another --out"
+        )
+    write_json(out / "demo.json", {"seed": seed})
+
+
+def _seeded(settings: TrainSettings, seed: int) -> TrainSettings:
+    return dataclasses.replace(settings, seed=seed)
+
+
+def _corpus(out: Path, seed: int, say: Any) -> tuple[Path, Path]:
+    """Writes the three parts once: a random half of the documents that are kept out is members."""
+    folder = out / "corpus"
+    members, nonmembers = folder / "members.jsonl", folder / "nonmembers.jsonl"
+    if not (folder / "config.json").is_file():
+        documents = stdlib_documents()
+        if len(documents) < 4 * NUM_MEMBERS:
+            raise UsageError(
+                f"this Python's standard library holds {len(documents)} usable documents in source "
+                f"form, the demo needs {4 * NUM_MEMBERS}; use a Python that ships its .py files"
+            )
+        random.Random(seed).shuffle(documents)
+        parts = {
+            members: documents[:NUM_MEMBERS],
+            nonmembers: documents[NUM_MEMBERS : 2 * NUM_MEMBERS],
+            folder / "pretrain.jsonl": documents[2 * NUM_MEMBERS :],
+        }
+        for path, texts in parts.items():
+            write_atomic(path, json_lines([{"text": t} for t in texts]))
+        write_json(folder / "config.json", CONFIG)  # last: its presence means complete
+        say.print(f"corpus: {len(documents)} top-level functions and classes of this Python")
+    return members, nonmembers
+
+
+def _seed_study(
+    job: audit.AuditJob, rows: list[dict[str, Any]], quiet: bool
+) -> dict[int, tuple[float, float]]:
+    """AUC of SAMA and of Ratio for each mask seed; the main audit is the first of them."""
+    aucs = {MASK_SEEDS[0]: _aucs(rows)}
+    for seed in MASK_SEEDS[1:]:
+        settings = dataclasses.replace(job.settings, seed=seed)
+        again = dataclasses.replace(
+            job,
+            out=job.out.parent / "seeds" / str(seed),
+            attacks=("sama", "ratio"),
+            settings=settings,
+            quiet=True,
+        )
+        result = audit.run_audit(again)
+        assert result is not None
+        aucs[seed] = _aucs(result.rows)
+        console(quiet).print(f"    mask seed {seed}: SAMA {aucs[seed][0]:.3f}")
+    write_json(
+        job.out.parent / "seeds.json",
+        {str(s): {"sama": a, "ratio": b} for s, (a, b) in aucs.items()},
+    )
+    return aucs
+
+
+def _aucs(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    labels = [row["label"] for row in rows]
+    sama, ratio = (auc([row["scores"][name] for row in rows], labels) for name in ("sama", "ratio"))
+    return sama, ratio
+
+
+def _print(result: audit.AuditResult, aucs: dict[int, tuple[float, float]], seconds: float) -> None:
+    from rich.console import Console
+
+    Console().print(report.metrics_table(result.metrics, result.rows, result.cost))
+    gaps = [sama - ratio for sama, ratio in aucs.values()]
+    values = ", ".join(f"{gap:+.3f}" for gap in gaps)
+    print(
+        f"AUC of SAMA minus Ratio over mask seeds {MASK_SEEDS[0]} to {MASK_SEEDS[-1]}: mean "
+        f"{sum(gaps) / len(gaps):+.3f} ({values})"
+    )
+    print(report.headline(result.metrics))
+    print(f"{seconds:.0f} s. Results: {result.out} (report.md, figures/, scores.jsonl)")
