@@ -5,7 +5,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,8 +143,6 @@ def _add_set(p: argparse.ArgumentParser) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from sama_jax import attacks
-
     settings = config.AuditSettings(
         preset=args.preset,
         sama=config.preset(args.preset),
@@ -158,16 +155,18 @@ def _audit(args: argparse.Namespace) -> None:
     overrides = list(args.set)
     if args.passes is not None:
         overrides.append(f"likelihood.passes={args.passes}")
+    if any(a.partition("=")[0].strip() == "preset" for a in overrides):
+        raise UsageError("setting preset is a name only; choose one with --preset")
     settings = config.override(settings, overrides)
-    wanted = [name.strip() for name in args.attacks.split(",") if name.strip()]
-    attacks.select(wanted)
     for name in ("limit", "batch_size", "passes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
 
-    from sama_jax import data
+    from sama_jax import attacks, data
     from sama_jax.audit import AuditJob, run_audit
 
+    wanted = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    attacks.select(wanted)
     if args.data and not (args.members or args.nonmembers):
         texts = data.read_texts(args.data)
     elif args.members and args.nonmembers and not args.data:
@@ -261,10 +260,6 @@ def _demo(args: argparse.Namespace) -> None:
     )
 
 
-def _command_line(argv: Sequence[str] | None) -> str:
-    return shlex.join(["sama-jax", *(sys.argv[1:] if argv is None else argv)])
-
-
 _COMMANDS = {
     "audit": _audit,
     "demo": _demo,
@@ -274,63 +269,46 @@ _COMMANDS = {
 }
 
 
-class _Signals:
-    """Ctrl-C and SIGTERM: the first one interrupts in good order, another one ends at once.
+def _end_on_signals(command: str) -> None:
+    """Ctrl-C and SIGTERM end the process at once, with one line.
 
-    What is finished is in its files at any moment, so neither loses more than the work in flight.
+    What is finished is in its files at any moment, so nothing is left to put in order, while an
+    exception would come up wherever it strikes: in an import, a destructor, a callback of XLA.
+    Training has handlers of its own, which save a last checkpoint.
     """
 
-    def __init__(self, command: str):
-        self.text = f"interrupted; what is finished is kept: {command} continues"
-        self.stopping = self.said = False
-
-    def __call__(self, *_: object) -> None:
-        if self.stopping:
-            self._end()
-        self.stopping = True
-        sys.unraisablehook = self._unraisable
-        raise KeyboardInterrupt
-
-    def _unraisable(self, what: Any) -> None:
-        # An exception inside a destructor or a callback of the garbage collector is printed and
-        # forgotten; then the run would go on.
-        if issubclass(what.exc_type, KeyboardInterrupt):
-            self._end()
-        sys.__unraisablehook__(what)
-
-    def _end(self) -> NoReturn:
-        if not self.said:
-            os.write(2, f"sama-jax: {self.text}\n".encode())  # printing may be what it interrupted
+    def end(*_: object) -> NoReturn:
+        cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
+        line = f"sama-jax: interrupted; what is finished is kept: {command} continues\n"
+        os.write(2, (cursor + line).encode())
         os._exit(Interrupted.exit_code)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit code; errors are one line on stderr."""
-    signals, before = _Signals(_command_line(argv)), {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, signals)
+    """Entry point of the console script. Returns the exit code; errors are one line on stderr.
+
+    Without `argv` it owns the process: signals are caught, and after one nothing runs any more.
+    """
+    command = shlex.join(["sama-jax", *(sys.argv[1:] if argv is None else argv)])
+    if argv is None:
+        _end_on_signals(command)
+    args = build_parser().parse_args(argv)
+    args.command_line = command
     try:
-        args = build_parser().parse_args(argv)
-        args.command_line = _command_line(argv)
         _COMMANDS[args.command](args)
-        return 0
-    except BaseException as error:
-        # After a signal, whatever else goes wrong is its doing.
-        if signals.stopping or isinstance(error, (Interrupted, KeyboardInterrupt)):
-            signals.stopping = True  # a second signal finds nothing left to interrupt
-            text = str(error) if isinstance(error, Interrupted) else signals.text
-            print(f"sama-jax: {text}", file=sys.stderr, flush=True)
-            signals.said = True
-            return Interrupted.exit_code
-        if not isinstance(error, SamaError):
-            raise
+    except (Interrupted, KeyboardInterrupt) as error:
+        text = str(error) or f"interrupted; what is finished is kept: {command} continues"
+        print(f"sama-jax: {text}", file=sys.stderr, flush=True)
+        if argv is None:
+            os._exit(Interrupted.exit_code)
+        return Interrupted.exit_code
+    except SamaError as error:
         print(f"sama-jax: {error}", file=sys.stderr)
         return error.exit_code
-    finally:
-        if not signals.stopping:  # else the process is about to end
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    return 0
 
 
 if __name__ == "__main__":

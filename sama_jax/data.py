@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,9 +135,7 @@ def _parse_row(row: _Row, forced: int | None) -> Iterator[tuple[str | None, Text
         raise DataError(f"{where}: has no field 'text' (its fields: {names})")
     text = _text(fields["text"], "text", where)
     label, given = fields.get("label"), fields.get("id")
-    if isinstance(label, bool) or not (
-        label is None or (isinstance(label, int) and label in (0, 1))
-    ):
+    if label is not None and (type(label) is not int or label not in (0, 1)):
         raise DataError(
             f"{where}: label is {json.dumps(label, default=str)}, expected 1 (member), "
             "0 (non-member) or null"
@@ -223,7 +222,7 @@ def _rows(path: Path, problems: list[str]) -> Iterator[_Row]:
 
 def _read_bytes(path: Path) -> bytes:
     """The whole file, unzipped if it is a gzip file whatever its name."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DataError(f"{path}: is a folder; expected a file of texts ({_KINDS[9:]})")
     try:
         content = path.read_bytes()
@@ -393,10 +392,16 @@ class TextTokenizer:
         hint = "expected tokenizer.json or files that transformers reads without remote code"
         try:
             from transformers import AutoTokenizer
+            from transformers.utils import logging
 
-            slow = AutoTokenizer.from_pretrained(
-                str(path), trust_remote_code=False, local_files_only=True
-            )
+            level = logging.get_verbosity()
+            logging.set_verbosity(logging.CRITICAL)  # it comments on model types it does not know
+            try:
+                slow = AutoTokenizer.from_pretrained(
+                    str(path), trust_remote_code=False, local_files_only=True
+                )
+            finally:
+                logging.set_verbosity(level)
             backend = slow.backend_tokenizer
         except Exception as error:  # whatever a folder's files can provoke in there
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -81,9 +81,9 @@ def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") 
 
 def read_json_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json` of a folder."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ModelError(f"{path}: no such folder; expected a model folder with {CONFIG}")
-    if not (path / CONFIG).is_file():
+    if not os.path.isfile(path / CONFIG):
         raise ModelError(
             f"{path}: has no {CONFIG}; expected a Hugging Face model folder ({CONFIG}, "
             f"{stream.SINGLE}, tokenizer.json)"

@@ -9,6 +9,7 @@ import hashlib
 import io
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from sama_jax.files import write_atomic
 from sama_jax.types import ProbePlan
 
 WARN_BYTES = 2**30
+
+_KINDS = {"ids": "U", "tokens": "iu", "masks": "b", "scored": "b", "subsets": "iu", "weights": "f"}
+"""Arrays of a plan file and the kinds of their dtypes."""
 
 
 class Replay(NamedTuple):
@@ -78,11 +82,12 @@ def load_plan(path: Path, max_length: int) -> Replay:
     """
     try:
         data = path.read_bytes()
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {
-                k: file[k] for k in ("ids", "tokens", "masks", "scored", "subsets", "weights")
-            }
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data)) as file:
+            arrays = {name: file[name] for name in _KINDS}
+        wrong = [f"{k} holds {a.dtype}" for k, a in arrays.items() if a.dtype.kind not in _KINDS[k]]
+        if wrong:
+            raise ValueError(", ".join(wrong))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: not a plan file ({error}); --save-plan writes one, docs/replay.md describes it"
         ) from None

@@ -511,7 +511,12 @@ def _read(folder: Path, name: str) -> Any:
     """A parsed `.json` (object) or `.jsonl` (list of objects) file of a run folder."""
     try:
         text = (folder / name).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, UnicodeDecodeError) as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise UsageError(
+                f"{folder / name} cannot be read ({error}); "
+                "repeat the audit that made the folder to write it anew"
+            ) from None
         raise UsageError(
             f"{folder} is not a finished run: it has no {name}; "
             f"run `sama-jax audit --out {folder}` (or the same command again) first"

@@ -6,12 +6,13 @@ difference. Everything can be cut off at any byte and read again.
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from sama_jax.errors import DataError, UsageError
-from sama_jax.files import AppendOnly, read_json_lines, write_atomic, write_json
+from sama_jax.files import AppendOnly, read_json_lines, write_atomic, write_json, writing
 from sama_jax.store import LossStore
 
 MANIFEST = "manifest.json"
@@ -24,8 +25,10 @@ class RunFolder:
 
     def __init__(self, path: Path, run: dict[str, Any], about: dict[str, Any], store: Path | None):
         self.path, self._started = path, time.time()
-        self.manifest = self._claim(path, run) | about | {"run": run, "finished": False}
-        write_json(path / MANIFEST, self.manifest)
+        before = self._claim(path, run)
+        self.manifest = before | about | {"run": run, "finished": False}
+        if not before:  # a folder without a manifest cannot be continued
+            self.write_manifest()
         with contextlib.ExitStack() as opened:
             self._log = opened.enter_context(contextlib.closing(_append(path / "log.jsonl")))
             scores = _append(path / "parts" / "scores-00000.jsonl")
@@ -35,6 +38,7 @@ class RunFolder:
                 self._merge_file(part)
             losses = LossStore(store or path / "losses")
             self.store = opened.enter_context(contextlib.closing(losses))
+            self.write_manifest()
             self.log("start", command=about.get("command"), records=len(self.store))
             self._files = opened.pop_all()
 
@@ -42,7 +46,9 @@ class RunFolder:
     def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
         manifest = read_manifest(path)
         if manifest is None:
-            if path.is_dir() and any(p.suffix != ".part" for p in path.iterdir()):
+            with writing(path):
+                found = os.listdir(path) if os.path.isdir(path) else []
+            if any(not name.endswith(".part") for name in found):
                 raise UsageError(
                     f"{path}: is not empty and holds no {MANIFEST}; give --out a new folder"
                 )
@@ -120,7 +126,7 @@ def json_lines(rows: list[dict[str, Any]]) -> str:
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a run folder; None if there is none. Raises `UsageError` if unreadable."""
-    if not (path / MANIFEST).is_file():
+    if not os.path.isfile(path / MANIFEST):  # False, too, where the path cannot be
         return None
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))

@@ -188,7 +188,6 @@ def assert_interrupted(run: Run, code: int) -> None:
     assert len(said) == 1, run.stderr
     assert "continues" in said[0]
     assert str(run.out) in said[0]
-    assert not list(run.out.rglob("*.part"))
 
 
 def test_a_run_stopped_by_signals_ends_with_equal_scores(
@@ -324,6 +323,33 @@ def test_a_missing_store_is_computed_anew_with_equal_scores(models, tmp_path: Pa
     shutil.rmtree(tmp_path / "run" / "losses")
     assert audit(models, data, tmp_path / "run") == rows
     assert len(set(stored(tmp_path / "run", tmp_path / "copy"))) == 1
+
+
+def test_ctrl_c_inside_a_caller_s_process(models, tmp_path: Path, capsys, monkeypatch):
+    data = tiny.write_texts(tmp_path / "texts.jsonl", tiny.texts(20, (8, 28)))
+    rows = audit(models, data, tmp_path / "undisturbed")
+    out, append = tmp_path / "run", LossStore.append
+
+    def interrupted(store: LossStore, *batch: Any) -> None:
+        if len(store):
+            raise KeyboardInterrupt
+        append(store, *batch)
+
+    command = ["audit", "--target", str(models[0]), "--reference", str(models[1])]
+    command += ["--data", str(data), "--out", str(out), "--quiet", *tiny.SETTINGS]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(LossStore, "append", interrupted)
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        assert cli.main(command) == 75
+        assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"finished batches are kept in {out}: the same command continues" in said
+    records, keys = stored(out, tmp_path / "copy")
+    assert records == keys == 20
+    assert cli.main(command) == 0
+    assert rows_of(out) == rows
 
 
 # --- the files -----------------------------------------------------------------------------------
