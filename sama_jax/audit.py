@@ -140,8 +140,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         metrics = report.compute_metrics(rows, settings.seed)
         write_json(job.out / METRICS, metrics)
         _save_replay(job, work, folder, texts)
-        notes += [f"{n} texts have no usable token" for n in [_count_empty(items)] if n]
-        notes += work.notes
+        empty = sum(not i.maskable.any() for i in items)
+        notes += [f"texts without a usable token: {empty}"] if empty else []
         folder.write_manifest(notes=notes, finished=True, cost=work.cost(folder))
         folder.log("finished", texts=len(rows))
         report.write_report(job.out)
@@ -310,7 +310,6 @@ class _Work:
         self._encoded = [i.encoded for i in items]
         self._same_tokens = _group([i.store_key for i in items])
         self.devices = tuple(jax.local_devices())
-        self.notes: list[str] = []
         self.seconds = dict.fromkeys((p.identity for p in plans), 0.0)
         self.compile_seconds = 0.0
         self.programs = 0
@@ -395,7 +394,7 @@ class _Work:
             say.print(self.estimate(rows))
             params = self._load(say)
             batches = self.batches(rows)
-            self._longest_first(batches, folder)
+            self._log_buckets(batches, folder)
             with ProgressBar("audit", len(self.items), "texts", quiet=self.job.quiet,
                              done=len(self.items) - len(rows)) as bar:  # fmt: skip
                 for batch in batches:
@@ -410,7 +409,7 @@ class _Work:
         if rows:
             say.print(f"{self.programs} programs compiled in {self.compile_seconds:.1f} s")
 
-    def _longest_first(self, batches: list[data.BatchPlan], folder: RunFolder) -> None:
+    def _log_buckets(self, batches: list[data.BatchPlan], folder: RunFolder) -> None:
         counts: dict[int, int] = {}
         for batch in batches:
             counts[batch.length] = counts.get(batch.length, 0) + int((batch.rows >= 0).sum())
@@ -451,18 +450,28 @@ class _Work:
                 forward, positions = self._forward(batch, plan)
                 # Target and reference share programs where their networks are the same.
                 runner = _runner(role.folder.model, self.slots(batch.length), self.devices)
-                new_shape = runner.is_new(forward)
-                bar.note(f"{'compiling for' if new_shape else role.name} {batch.length} tokens")
+                if not runner.is_compiled(forward):
+                    bar.note(f"compiling for {batch.length} tokens")
+                    start += self._compile(runner, params[role.store_key], forward, folder)
+                bar.note(f"{role.name}, {batch.length} tokens")
                 out = runner(params[role.store_key], forward)
-                seconds = time.monotonic() - start
-                if new_shape:
-                    self.programs += 1
-                    self.compile_seconds += seconds
-                    folder.log("compile", length=batch.length, seconds=round(seconds, 2))
-                self.seconds[plan.identity] += seconds
+                self.seconds[plan.identity] += time.monotonic() - start
                 records = [make_record(positions[:, i], out[:, i]) for i in new]
                 names = [self.items[batch.rows[i]].store_key for i in new]
                 folder.store.append(role.store_key, plan.identity, names, records)
+
+    def _compile(
+        self, runner: parallel.Runner, params: Params, forward: ForwardBatch, folder: RunFolder
+    ) -> float:
+        """Makes a program; returns the seconds it took."""
+        start = time.monotonic()
+        runner.compile(params, forward)
+        seconds = time.monotonic() - start
+        self.programs += 1
+        self.compile_seconds += seconds
+        length = int(forward.tokens.shape[1])
+        folder.log("compile", length=length, compile_seconds=round(seconds, 2))
+        return seconds
 
     def _forward(self, batch: data.BatchPlan, plan: _Plan) -> tuple[ForwardBatch, np.ndarray]:
         """The scorer's input for one batch and plan (host arrays), and its positions [t, b, k]."""
@@ -597,10 +606,6 @@ def _matmul_rate(model: Any) -> float:
 # --- what is recorded ----------------------------------------------------------------------------
 
 
-def _count_empty(items: list[_Text]) -> int:
-    return sum(not i.maskable.any() for i in items)
-
-
 def _text_rows(job: AuditJob, texts: list[data.Text], items: list[_Text]) -> list[dict[str, Any]]:
     rows = []
     for text, item in zip(texts, items):
@@ -650,8 +655,8 @@ def _about(job: AuditJob, roles: list[_Role]) -> dict[str, Any]:
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "dtype": str(roles[0].folder.model.dtype),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # pyright: ignore
-        "preset": job.settings.preset,
-        "preset_hash": settings_hash(job.settings),
+        "preset": job.settings.preset_label,
+        "preset_hash": settings_hash(job.settings.sama, job.settings.likelihood),
         "seed": job.settings.seed,
         "command": job.command,
         "target": str(job.target),

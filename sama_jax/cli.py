@@ -63,7 +63,7 @@ def _command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
 def _add_demo(commands: Any) -> None:
     p = _command(commands, "demo", "A whole audit on a small model, made here, in minutes.")
     p.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
-    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--seed", type=int, default=42, help="of the split and of training")
     p.add_argument("--fresh", action="store_true", help="remove DIR and start over")
     p.add_argument("--quiet", action="store_true")
 
@@ -87,7 +87,9 @@ def _add_audit(commands: Any) -> None:
     p.add_argument("--batch-size", type=int, metavar="ROWS", help="texts a device works on at once")
     p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N texts")
-    p.add_argument("--dry-run", action="store_true", help="check everything, print the estimate")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check the inputs, print the estimate, write nothing"
+    )
     p.add_argument("--plan", type=Path, metavar="F", help="replay the probes of a plan file")
     p.add_argument("--save-plan", type=Path, metavar="F")
     p.add_argument("--save-losses", type=Path, metavar="F")

@@ -51,7 +51,7 @@ class SamaSettings:
     schedule: Schedule = "paper"
     """`paper`: (t-1)/(T-1), ends included; `code_linear`: t/(T+1), ends excluded; `geometric`."""
     nesting: Nesting = "nested"
-    """`nested`: each mask contains the one before; `fresh`: independent. The paper leaves it open."""
+    """`nested`: each mask contains the one before; `fresh`: independent. Open in the paper."""
     loss_source: LossSource = "recomputed"
     """`stored_first` keeps a token's loss from the step that masked it first (published code)."""
     weights: Weights = "inverse_step"
@@ -153,6 +153,12 @@ class AuditSettings:
             )
 
     @property
+    def preset_label(self) -> str:
+        """The preset's name, and whether `--set` has changed it."""
+        unchanged = self.sama == PRESETS.get(self.preset)
+        return self.preset if unchanged else f"{self.preset}, changed"
+
+    @property
     def likelihood_passes(self) -> int:
         """Passes of the likelihood estimate after `0` is resolved."""
         return self.likelihood.passes or self.sama.passes
@@ -173,7 +179,7 @@ class TrainSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; parameters and optimiser state are float32."""
     train_on_padding: bool = False
-    """Pad to `max_length`, let padding be seen, masked and learned, as the published trainer does."""
+    """Pad to `max_length`; padding is seen, masked and learned, as by the published trainer."""
     windows: bool = False
     """Cut long texts into consecutive windows instead of truncating them."""
     eps: float = 1e-3
@@ -210,9 +216,8 @@ def _replace(settings: Any, path: list[str], text: str, full: str) -> Any:
     names = {f.name: f for f in dataclasses.fields(settings)}
     if path[0] not in names:
         prefix = full[: len(full) - len(".".join(path))]
-        raise UsageError(
-            f"unknown setting '{full}'{nearest(full, [prefix + n for n in setting_names(settings)])}"
-        )
+        known = [prefix + name for name in setting_names(settings)]
+        raise UsageError(f"unknown setting '{full}'{nearest(full, known)}")
     current = getattr(settings, path[0])
     if dataclasses.is_dataclass(current):
         if len(path) == 1:

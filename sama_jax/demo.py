@@ -23,7 +23,7 @@ from sama_jax.errors import UsageError
 from sama_jax.files import write_atomic, write_json
 from sama_jax.metrics import auc
 from sama_jax.progress import console
-from sama_jax.run_folder import json_lines, read_manifest
+from sama_jax.run_folder import json_lines
 
 MIN_CHARS = 250
 NUM_MEMBERS = 200

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class SamaError(Exception):
-    """Base of everything that is the input's fault, not the program's. Exit code 1 is never used."""
+    """Base of everything that is the input's fault, not the program's."""
 
     exit_code = 1
 

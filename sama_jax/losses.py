@@ -101,7 +101,7 @@ def slot_sizes(bounds: np.ndarray, length: int) -> np.ndarray:
 
 
 def scored_positions(scored: np.ndarray, slots: int) -> np.ndarray:
-    """Indices of True in the last axis, ascending, -1 in unused slots: int32 [..., slots] (host)."""
+    """Indices of True in the last axis, ascending, -1 if unused: int32 [..., slots] (host)."""
     order = np.argsort(~scored, axis=-1, kind="stable")[..., :slots].astype(np.int32)
     used = np.take_along_axis(scored, order, axis=-1)
     return np.where(used, order, np.int32(-1))

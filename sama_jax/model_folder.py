@@ -70,7 +70,8 @@ def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") 
             f"{family.arch.vocab_size} rows; give the right one with --mask-id"
         )
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else source.dtype()
+        stored = source.dtype() if jax.default_backend() != "cpu" else "float32"
+        dtype = stored if stored == "bfloat16" else "float32"
     model = TransformerModel(
         arch=family.arch, mask_id=mask, shift=family.shift, dtype=jnp.dtype(dtype)
     )

@@ -6,7 +6,6 @@ shapes that a single device would.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,64 +17,62 @@ from sama_jax.types import ForwardBatch, Params
 ScoreFn = Callable[[Params, ForwardBatch], jax.Array]
 
 
-@dataclass
 class Runner:
-    """A compiled scorer on some devices. Callable with host arrays; returns a device array."""
+    """A scorer on some devices: compiled ahead, one program a shape.
 
-    score: ScoreFn
-    devices: Sequence[jax.Device]
-    programs: int = 0
-    """Traces so far: one a distinct shape."""
-    _shapes: set[tuple[int, ...]] = field(default_factory=set, repr=False)
-    _run: Any = field(default=None, repr=False)
+    Call `compile` before the first batch of a shape; so compiling is timed on its own, and a shape
+    that does not fit the device fails before any scoring.
+    """
 
-    def __post_init__(self):
-        def counted(params: Params, batch: ForwardBatch) -> jax.Array:
-            self.programs += 1  # runs once a trace, not once a call
-            return self.score(params, batch)
-
+    def __init__(self, score: ScoreFn, devices: Sequence[jax.Device]):
+        self.devices = tuple(devices)
+        self._programs: dict[tuple[int, ...], Any] = {}
         if len(self.devices) == 1:
-            self._run = jax.jit(counted)
+            self._jitted = jax.jit(score)
         else:
             rows = ForwardBatch(tokens=0, valid=0, masks=1, positions=1, group=None)  # pyright: ignore
-            self._run = jax.pmap(
-                counted,
+            self._jitted = jax.pmap(
+                score,
                 axis_name="data",
                 in_axes=(None, rows),  # pyright: ignore
                 out_axes=1,  # pyright: ignore
                 devices=list(self.devices),
             )
 
-    @property
-    def sharding(self) -> Sharding:
-        """Where parameters must lie: on every device, once, before the first call."""
-        return parameter_sharding(self.devices)
+    def is_compiled(self, batch: ForwardBatch) -> bool:
+        """Whether a program for the batch's shape exists."""
+        return _shape(batch) in self._programs
 
-    def is_new(self, batch: ForwardBatch) -> bool:
-        """Whether a batch of this shape is seen for the first time and will be compiled."""
-        shape = (*batch.masks.shape, batch.positions.shape[-1])
-        known = shape in self._shapes
-        self._shapes.add(shape)
-        return not known
+    def compile(self, params: Params, batch: ForwardBatch) -> None:
+        """Makes the program for the batch's shape."""
+        lowered = self._jitted.lower(params, self._split(batch))
+        self._programs[_shape(batch)] = lowered.compile()
 
     def __call__(self, params: Params, batch: ForwardBatch) -> np.ndarray:
-        """Runs `devices * rows` texts; `batch` rows must be a multiple of the devices."""
+        """Runs host arrays; rows must be a multiple of the devices. float32 [t, b, k] (host)."""
+        out = np.asarray(self._programs[_shape(batch)](params, self._split(batch)))
+        return out.reshape(out.shape[0], -1, out.shape[-1])
+
+    def _split(self, batch: ForwardBatch) -> ForwardBatch:
+        """A device axis before the rows, as `pmap` wants it; nothing on one device."""
         num = len(self.devices)
         if num == 1:
-            return np.asarray(self._run(params, batch))
+            return batch
 
-        def split(x: np.ndarray, axis: int) -> np.ndarray:
+        def split(x: Any, axis: int) -> Any:
             return x.reshape(*x.shape[:axis], num, -1, *x.shape[axis + 1 :])
 
-        parts = ForwardBatch(
-            tokens=split(batch.tokens, 0),  # pyright: ignore
-            valid=split(batch.valid, 0),  # pyright: ignore
-            masks=split(batch.masks, 1),  # pyright: ignore
-            positions=split(batch.positions, 1),  # pyright: ignore
+        return ForwardBatch(
+            tokens=split(batch.tokens, 0),
+            valid=split(batch.valid, 0),
+            masks=split(batch.masks, 1),
+            positions=split(batch.positions, 1),
             group=batch.group,
         )
-        out = np.asarray(self._run(params, parts))
-        return out.reshape(out.shape[0], -1, out.shape[-1])
+
+
+def _shape(batch: ForwardBatch) -> tuple[int, ...]:
+    return (*batch.masks.shape, batch.positions.shape[-1])
 
 
 def parameter_sharding(devices: Sequence[jax.Device]) -> Sharding:

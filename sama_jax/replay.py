@@ -89,7 +89,7 @@ def load_plan(path: Path, max_length: int) -> Replay:
             raise ValueError(", ".join(wrong))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: not a plan file ({error}); --save-plan writes one, docs/replay.md describes it"
+            f"{path}: not a plan file ({error}); --save-plan writes one, see docs/replay.md"
         ) from None
     n, length = arrays["tokens"].shape if arrays["tokens"].ndim == 2 else (-1, -1)
     steps = arrays["masks"].shape[1] if arrays["masks"].ndim == 3 else -1

@@ -68,7 +68,7 @@ def register(
     access: str,
     source: str,
 ) -> Callable:
-    """Decorator that registers a statistic as an attack; its first docstring line is the summary."""
+    """Registers a statistic as an attack; the first line of its docstring is the summary."""
 
     def add(statistic: Callable[[Reading, AuditSettings], Float[Array, ""]]) -> Callable:
         summary = (statistic.__doc__ or "").strip().split("\n")[0]

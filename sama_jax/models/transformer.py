@@ -9,7 +9,8 @@ Parameter tree (`n` layers, widths `d`, MLP `f`, heads `h`, key/value heads `g`,
     embed/embedding [v, d]
     blocks/...      each leaf of a block stacked to [n - 1, ...]; absent when n = 1
     last_block/...  attn_norm/scale [d], attn/{q,k,v,o}_proj/kernel, attn/{q,k}_norm/scale,
-                    mlp_norm/scale [d], mlp/{gate,up}_proj/kernel [d, f], mlp/down_proj/kernel [f, d]
+                    mlp_norm/scale [d], mlp/{gate,up}_proj/kernel [d, f],
+                    mlp/down_proj/kernel [f, d]
     final_norm/scale [d]
     lm_head/kernel  [d, v]; absent when tied
 
