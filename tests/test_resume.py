@@ -19,10 +19,14 @@ import numpy as np
 import pytest
 
 from sama_jax import cli
+from sama_jax.audit import AuditJob, _Text, _Work
+from sama_jax.config import AuditSettings
+from sama_jax.data import Encoded, Texts
 from sama_jax.errors import DataError
 from sama_jax.files import AppendOnly, read_json_lines
 from sama_jax.run_folder import RunFolder
 from sama_jax.store import LossStore, make_record
+from sama_jax.types import TextKeyData
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
@@ -302,6 +306,44 @@ def test_equal_tokens_are_computed_once_and_scored_twice(models, tmp_path: Path)
     assert rows[8]["truncated"]
     assert None not in rows[8]["scores"].values()
     assert rows[7]["scores"] != rows[6]["scores"]
+
+
+def test_a_text_is_padded_alike_however_few_are_left():
+    """A resumed run must compute the same bits, and padding may change them."""
+
+    def text(name: str, length: int) -> _Text:
+        encoded = Encoded(np.zeros(length, np.int32), np.zeros(length, bool), False, 1)
+        zero = np.uint32(0)
+        return _Text(encoded, np.ones(length, bool), TextKeyData(zero, zero), name)  # pyright: ignore
+
+    nowhere = Path("nowhere")
+    job = AuditJob(
+        target=nowhere,
+        reference=nowhere,
+        texts=Texts([], 0, []),
+        out=nowhere,
+        settings=AuditSettings(max_length=128),
+        batch_size=1,
+    )
+    lengths = [20, 120, 60, 25, *[50] * 30, 30, 100]
+    items = [text(f"{i}", length) for i, length in enumerate(lengths)]
+    work = _Work(job, items, [], [])
+
+    def padded(rows: list[int]) -> dict[int, int]:
+        batches = work.batches(rows)
+        assert len({len(b.rows) for b in batches}) <= 1
+        found = [(int(r), b.length) for b in batches for r in b.rows if r >= 0]
+        assert sorted(r for r, _ in found) == sorted(rows)
+        return dict(found)
+
+    everything = padded(list(range(len(items))))
+    assert everything[0] == 64  # three short texts are too few for a bucket of their own
+    draw = random.Random(0)
+    for count in [1, 1, 2, 3, 5, 8, 20]:
+        left = sorted(draw.sample(range(len(items)), count))
+        assert padded(left) == {row: everything[row] for row in left}
+    assert padded([0]) == {0: 64}
+    assert padded([]) == {}
 
 
 def test_a_score_without_its_line_is_read_from_the_store(models, tmp_path: Path):
