@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from sama_jax.errors import OutputError, UsageError
@@ -43,14 +42,12 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Starts writing `state`, a tree of arrays that the caller may donate at once.
 
+        Orbax holds a host copy, or on CPU the buffer itself, which JAX then does not overwrite.
         Waits for the save before it. Raises `OutputError`.
         """
         self.wait()
         if step in self.steps:
             return
-        if jax.default_backend() == "cpu":
-            # There the writer reads the very buffers that the next step would overwrite.
-            state = jax.tree.map(jnp.copy, state)
         try:
             self._saving = self._checkpointer.save_async(step, _flat(state), force=True)
         except OSError as error:

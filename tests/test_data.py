@@ -167,6 +167,13 @@ def test_mimir_columns_in_csv(tmp_path):
     assert [(t.text, t.label) for t in data.read_texts(path).texts] == [("m", 1), ("n", 0)]
 
 
+def test_other_line_separators_stay_inside_a_text(tmp_path):
+    texts = ["a\u2028b", "c\x85d"]
+    content = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
+    found = data.read_texts(write(tmp_path / "t.jsonl", content)).texts
+    assert [(t.text, t.where) for t in found] == list(zip(texts, ("t.jsonl:1", "t.jsonl:2")))
+
+
 def test_a_long_csv_field_is_read_and_the_global_limit_restored(tmp_path):
     before = csv.field_size_limit()
     found = data.read_texts(write(tmp_path / "t.csv", "text\n" + "x" * 200_000 + "\n"))
@@ -198,9 +205,9 @@ def ids_of(tmp_path, *records):
 
 def test_repeated_texts_get_numbered_ids_and_are_counted(tmp_path):
     h = hashlib.sha256(b"x").hexdigest()[:16]
-    ids, found = ids_of(tmp_path, {"text": "x"}, {"text": "y"}, {"text": "x"}, {"text": "x"})
-    assert (ids[0], *ids[2:]) == (h, h + "#2", h + "#3")
-    assert found.repeated == 2
+    ids, found = ids_of(tmp_path, *({"text": t} for t in "xyxxx"))
+    assert (ids[0], *ids[2:]) == (h, h + "#2", h + "#3", h + "#4")
+    assert found.repeated == 3
     assert found.in_both == []
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -115,10 +116,12 @@ def tune(folder, out, settings=SETTINGS, texts="texts.jsonl", **kwargs):
 
 def test_loss_equals_a_naive_computation_from_the_same_masks(tiny, batch):
     (model, params), (tokens, valid), key = tiny, batch, jax.random.key(5)
-    loss, aux = finetune.diffusion_loss(model, params, tokens, valid, key, 1e-3)
+    loss_fn = jax.jit(finetune.diffusion_loss, static_argnums=0)
+    loss, aux = loss_fn(model, params, tokens, valid, key, 1e-3)
     masks, p = map(np.asarray, finetune.diffusion_masks(key, valid, 1e-3))
     noised = np.where(masks, model.mask_id, tokens)
-    logits = np.asarray(model.logits(params, model.hidden(params, noised, valid)), np.float64)
+    forward = jax.jit(lambda p: model.logits(p, model.hidden(p, noised, valid)))
+    logits = np.asarray(forward(params), np.float64)
     total = 0.0
     for row, column in zip(*np.nonzero(masks)):
         line = logits[row, column]
@@ -134,9 +137,9 @@ def test_chunked_loss_and_gradient_equal_the_whole(tiny, batch, monkeypatch):
     def loss(p):
         return finetune.diffusion_loss(model, p, tokens, valid, jax.random.key(5), 1e-3)[0]
 
-    whole = jax.value_and_grad(loss)(params)
+    whole = jax.jit(jax.value_and_grad(loss))(params)
     monkeypatch.setattr(finetune, "HEAD_BYTES", 11 * 50 * 4)  # 11 rows at a time, the last padded
-    chunked = jax.value_and_grad(loss)(params)
+    chunked = jax.jit(jax.value_and_grad(loss))(params)
     assert str(jax.make_jaxpr(loss)(params)).count("scan") > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, chunked)
 
@@ -171,7 +174,7 @@ def test_padding_has_exactly_no_gradient_and_no_influence(tiny, batch):
 
     def run(tokens):
         fun = lambda p: finetune.diffusion_loss(model, p, tokens, valid, key, 1e-3)[0]  # noqa: E731
-        return jax.value_and_grad(fun)(params)
+        return jax.jit(jax.value_and_grad(fun))(params)
 
     loss, grads = run(tokens)
     rows = np.asarray(grads["embed"]["embedding"])
@@ -222,7 +225,7 @@ def test_weight_decay_spares_norms(tiny):
     settings = TrainSettings(warmup_steps=0, learning_rate=0.1, weight_decay=0.5)
     optimizer = finetune.make_optimizer(finetune.make_recipe(settings, 10))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(lambda p: optimizer.update(zeros, optimizer.init(p), p))(params)
     for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
         assert bool((update != 0).any()) == (path[-1].key in ("kernel", "embedding")), path
 
@@ -305,9 +308,9 @@ def test_training_lowers_the_loss_and_reports(folder, finished):
 
 def test_a_memorisable_text_is_memorised(folder):
     write_texts(folder / "one.jsonl", TEXTS[:1])
-    settings = dataclasses.replace(SETTINGS, epochs=1600, warmup_steps=50)
+    settings = dataclasses.replace(SETTINGS, epochs=1400, warmup_steps=20)
     result = tune(folder, "one", settings, "one.jsonl")
-    assert result["steps"] == 400
+    assert result["steps"] == 350
     assert result["nll_before"] > 3
     assert result["nll_after"] < 0.5
 
@@ -378,23 +381,39 @@ def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
     params = model_folder.load(opened, finetune._device())
     tokens, valid = np.arange(24).reshape(2, 12), np.ones((2, 12), bool)
 
+    @jax.jit
     def logits(p):
         return opened.model.logits(p, opened.model.hidden(p, tokens, valid))
 
     np.testing.assert_array_equal(logits(params), logits(kept["params"]))
     ours = data.TextTokenizer.from_folder(folder / "reopened")
     assert ours.fingerprint == data.TextTokenizer.from_folder(folder / "base").fingerprint
-    base = json.loads((folder / "base" / "train.json").read_text())
-    assert json.loads((folder / "reopened" / "train.json").read_text()) != base
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_parameters_stay_float32(folder, finished, bfloat16):
-    out = finished[0]
-    if bfloat16:
-        tune(folder, "bf16", dataclasses.replace(SETTINGS, dtype="bfloat16", epochs=1))
-        out = folder / "bf16"
-    assert {a.dtype for a in weights(out).values()} == {np.dtype("float32")}
+def test_only_companions_of_the_weights_are_copied(folder, tmp_path):
+    finetune._copy_companions(folder / "base", tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_bfloat16_changes_activations_only(tiny, batch):
+    model, params = tiny
+    tokens, valid = batch
+    model = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
+    recipe = finetune.make_recipe(SETTINGS, 10)
+    state = finetune.init_state(params, recipe)
+    arrays = (jnp.asarray(tokens), jnp.asarray(valid.sum(axis=1)), jnp.arange(4), jax.random.key(0))
+    after, loss = jax.eval_shape(partial(finetune.train_step, model), recipe, state, *arrays)
+    assert loss.dtype == jnp.float32
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    hidden = jax.eval_shape(model.hidden, params, arrays[0], jnp.asarray(valid))
+    assert hidden.dtype == jnp.bfloat16
+    losses = [
+        jax.jit(finetune.diffusion_loss, static_argnums=0)(
+            m, params, tokens, valid, arrays[3], 1e-3
+        )
+        for m in (tiny[0], model)
+    ]
+    np.testing.assert_allclose(float(losses[0][0]), float(losses[1][0]), rtol=2e-2)
 
 
 def test_training_on_padding_learns_it(folder):
@@ -450,7 +469,7 @@ def test_a_diverging_loss_stops_without_a_checkpoint(folder):
 
 
 def test_heldout_texts_are_named_and_progress_is_printed(folder, capsys):
-    write_texts(folder / "held.jsonl", ["the cow jumps over the red hill"])
+    write_texts(folder / "held.jsonl", TEXTS[:1])
     settings = dataclasses.replace(SETTINGS, epochs=1)
     result = finetune.finetune(
         folder / "base", folder / "texts.jsonl", folder / "held", settings, folder / "held.jsonl"
