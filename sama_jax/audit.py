@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class AuditJob:
     texts: data.Texts
     out: Path
     attacks: Sequence[str] = ("all",)
-    settings: AuditSettings = AuditSettings()
+    settings: AuditSettings = field(default_factory=AuditSettings)
     limit: int | None = None
     batch_size: int | None = None
     """Rows a device works on at once; None: from the padded length."""
@@ -672,7 +672,8 @@ def _save_replay(job: AuditJob, work: _Work, folder: RunFolder, texts: list[data
     ids, pieces, models = [t.id for t in texts], [], []
     for start in range(0, len(ids), PLAN_ROWS):
         rows = list(range(start, min(start + PLAN_ROWS, len(ids))))
-        pieces.append(jax.tree.map(lambda x, n=len(rows): x[:n], plan.draw(rows)))
+        drawn = plan.draw(rows)
+        pieces.append(ProbePlan(*(x[: len(rows)] for x in drawn)))
         models.append([work.read_losses(folder, plan, rows, r)[: len(rows)] for r in work.roles])
     if job.save_plan:
         tokens = np.full((len(ids), job.settings.max_length), -1, np.int32)

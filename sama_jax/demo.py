@@ -63,9 +63,7 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 2046,
     "mask_token_id": 2047,
 }
-PRETRAIN = TrainSettings(
-    epochs=6, batch_size=32, learning_rate=2e-3, max_length=MAX_TOKENS, windows=True
-)
+PRETRAIN = TrainSettings(epochs=6, batch_size=32, learning_rate=2e-3, max_length=MAX_TOKENS)
 FINETUNE = TrainSettings(epochs=20, batch_size=16, learning_rate=1e-3, max_length=MAX_TOKENS)
 
 
