@@ -1,7 +1,7 @@
-"""Masked-diffusion training: fine-tune a model folder, or pre-train a small one from scratch.
+"""Training programs: fine-tune a model folder, or pre-train a small one from scratch.
 
-The first half is pure: masks, loss, optimiser, one step. The second half runs it: batches by
-(seed, step), checkpoints, resume, held-out loss, and the finished model folder.
+Run the pure functions of `training`: batches by (seed, step), checkpoints, resume, held-out loss,
+and the finished model folder.
 
 A run is a function of settings, texts and starting weights alone. Masks derive from (seed, step)
 and the order of texts from (seed, epoch), so an interrupted run that continues ends with the same
@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sama_jax import files, losses, model_folder, probes, rng
+from sama_jax import files, model_folder, rng
 from sama_jax.checkpoint import Checkpoints
 from sama_jax.config import TrainSettings
 from sama_jax.data import Texts, TextTokenizer, read_texts, require_ids_fit
@@ -38,225 +37,32 @@ from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
 from sama_jax.progress import ProgressBar, console
+from sama_jax.training import (
+    Recipe,
+    TrainState,
+    batch_rows,
+    init_state,
+    learning_rate,
+    make_recipe,
+    text_nll,
+    train_step,
+)
 from sama_jax.types import Model, Params, TextKeyData
-
-HEAD_BYTES = 256 * 2**20
-"""Float32 logits above which the loss is computed, and recomputed backwards, in chunks."""
 
 LOG_EVERY = 10
 SLOW_STEP = 0.5
 """Seconds a step from which the host waits for every step."""
 MIN_WINDOW = 16
 """Tokens; a shorter remainder of a text cut into windows is dropped."""
-EVAL_TEXTS, EVAL_PASSES, EVAL_ROWS = 256, 8, 32
+EVAL_TEXTS, EVAL_ROWS = 256, 32
 REMAT_PARAMS = 300_000_000
 """From this size on, blocks are recomputed in the backward pass: activations would not fit."""
 
 MANIFEST, LOG, CHECKPOINTS = "train.json", "log.jsonl", "checkpoints"
 END, MASK = "<|endoftext|>", "<|mdm_mask|>"
 
-_INIT, _MASKS = 0, 1  # purposes of the run's key
-
-
-# --- loss ----------------------------------------------------------------------------------------
-
-
-class LossAux(NamedTuple):
-    """What a loss was computed from."""
-
-    num_masked: Int[Array, ""]
-    num_valid: Int[Array, ""]
-
-
-def diffusion_masks(
-    key: Key[Array, ""], valid: Bool[Array, "b l"], eps: float | Float[Array, ""]
-) -> tuple[Bool[Array, "b l"], Float[Array, " b"]]:
-    """Masks of one batch, and each row's probability `p = (1 - eps) t + eps` with t ~ U(0, 1)."""
-    row_key, position_key = jax.random.split(key)
-    p = (1 - eps) * jax.random.uniform(row_key, valid.shape[:1]) + eps
-    return valid & (jax.random.uniform(position_key, valid.shape) < p[:, None]), p
-
-
-def diffusion_loss(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "b l"],
-    valid: Bool[Array, "b l"],
-    key: Key[Array, ""],
-    eps: float | Float[Array, ""],
-) -> tuple[Float[Array, ""], LossAux]:
-    """LLaDA's training loss in nats: sum over masked tokens of CE / p, over all valid tokens.
-
-    Positions that are not valid are hidden from attention, never masked, and not counted.
-    Source: `GUIDELINES.md` in `ML-GSAI/LLaDA`, where every position of a batch is valid.
-    """
-    masks, p = diffusion_masks(key, valid, eps)
-    hidden = model.hidden(params, jnp.where(masks, model.mask_id, tokens), valid)
-    if model.shift:  # the output at i - 1 predicts token i; position 0 keeps its own
-        hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
-    b, length = tokens.shape
-    nll = _nll(model, params, hidden.reshape(b * length, -1), tokens.reshape(-1))
-    weighted = jnp.where(masks, nll.reshape(b, length) / p[:, None], 0.0)
-    num_valid = valid.sum()
-    loss = weighted.sum() / jnp.maximum(num_valid, 1).astype(jnp.float32)
-    return loss, LossAux(masks.sum(), num_valid)
-
-
-def _nll(
-    model: Model, params: Params, hidden: Float[Array, "n d"], targets: Int[Array, " n"]
-) -> Float[Array, " n"]:
-    """Cross-entropy of every row in float32, in chunks where all logits at once are too many."""
-
-    def rows_nll(args: tuple[Array, Array]) -> Float[Array, " c"]:
-        h, t = args
-        logits = model.logits(params, h).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, t[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
-
-    n = hidden.shape[0]
-    num = -(-n * model.vocab_size * 4 // HEAD_BYTES)
-    if num <= 1:
-        return rows_nll((hidden, targets))
-    chunk = -(-n // num)
-    fill = num * chunk - n
-    hidden = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(num, chunk, -1)
-    targets = jnp.pad(targets, (0, fill)).reshape(num, chunk)
-    return jax.lax.map(jax.checkpoint(rows_nll), (hidden, targets)).reshape(-1)[:n]
-
-
-# --- optimiser and step --------------------------------------------------------------------------
-
-
-class TrainState(NamedTuple):
-    """All that training carries from step to step, float32 but for counters."""
-
-    params: Params
-    opt_state: Any
-    step: Int[Array, ""]
-
-
-class Recipe(NamedTuple):
-    """Numbers of a run as float32 scalars: arguments of a step, so runs of one shape share it."""
-
-    learning_rate: Any
-    warmup_steps: Any
-    steps: Any
-    weight_decay: Any
-    grad_clip: Any
-    eps: Any
-
-
-def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
-    """The numbers of a run of `steps` steps."""
-    warmup = settings.warmup_steps
-    if warmup < 0:
-        warmup = min(steps // 10, 500)
-    numbers = (settings.learning_rate, warmup, steps, settings.weight_decay, settings.grad_clip)
-    return Recipe(*(np.float32(x) for x in (*numbers, settings.eps)))
-
-
-def learning_rate(recipe: Recipe, step: Any) -> Any:
-    """Linear warm-up, then linear decay to 0 after the last step; no step has rate 0."""
-    up = (step + 1) / jnp.maximum(recipe.warmup_steps, 1)
-    down = (recipe.steps - step) / jnp.maximum(recipe.steps - recipe.warmup_steps, 1)
-    return recipe.learning_rate * jnp.minimum(jnp.minimum(up, down), 1.0)
-
-
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; weight decay on kernels and embeddings only."""
-
-    def decayed(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[-1].key in ("kernel", "embedding"), params
-        )
-
-    rate = partial(learning_rate, recipe)
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.grad_clip),
-        optax.adamw(rate, weight_decay=recipe.weight_decay, mask=decayed),
-    )
-
-
-def init_state(params: Params, recipe: Recipe) -> TrainState:
-    """The state before the first step."""
-    return TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def train_step(
-    model: Model,
-    recipe: Recipe,
-    state: TrainState,
-    tokens: Int[Array, "n l"],
-    lengths: Int[Array, " n"],
-    rows: Int[Array, " b"],
-    key: Key[Array, ""],
-) -> tuple[TrainState, Float[Array, ""]]:
-    """One update on the texts `rows`; `key` is the run's, and the step is folded in here.
-
-    Donates `state`. Returns the next state and the loss before the update.
-    """
-    length = tokens.shape[1]
-    valid = jnp.arange(length)[None, :] < lengths[rows][:, None]
-    mask_key = jax.random.fold_in(key, state.step)
-
-    def loss_fn(params):
-        return diffusion_loss(model, params, tokens[rows], valid, mask_key, recipe.eps)
-
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1), loss
-
-
-def batch_rows(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
-    """Texts of a step, int32 [batch_size] (host): a permutation an epoch, joined end to end.
-
-    So a batch that crosses an epoch's end takes its rest from the next epoch: no row is filling.
-    """
-    place = np.arange(step * batch_size, (step + 1) * batch_size)
-    rows = np.empty(batch_size, np.int32)
-    for epoch in np.unique(place // num):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(num)
-        inside = place // num == epoch
-        rows[inside] = order[place[inside] % num]
-    return rows
-
 
 # --- held-out loss -------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnums=0)
-def text_nll(
-    model: Model,
-    seed: int | UInt[Array, ""],
-    params: Params,
-    tokens: Int[Array, "b l"],
-    valid: Bool[Array, "b l"],
-    keys: TextKeyData,
-) -> Float[Array, " b"]:
-    """Upper bound on each text's negative log-likelihood in nats: the exact-count estimate."""
-    length = tokens.shape[1]
-
-    def plan(data: TextKeyData, row: Bool[Array, " l"]):
-        key = rng.for_purpose(rng.text_key(seed, data), rng.Purpose.LIKELIHOOD_MASKS)
-        count_key, mask_key = jax.random.split(key)
-        counts = probes.exact_counts(count_key, row.sum(), EVAL_PASSES)
-        return counts, probes.fresh_masks(mask_key, row, counts, length)
-
-    counts, masks = jax.vmap(plan)(keys, valid)
-    num = valid.sum(axis=1)
-
-    def one_pass(args: tuple[Array, Array]) -> Float[Array, " b"]:
-        mask, count = args
-        hidden = model.hidden(params, jnp.where(mask, model.mask_id, tokens), valid)
-        if model.shift:
-            hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        nll = losses.token_nll(model, params, flat, tokens.reshape(-1)).reshape(mask.shape)
-        return jnp.where(mask, nll, 0.0).sum(axis=1) * num / jnp.maximum(count, 1)
-
-    return jax.lax.map(one_pass, (masks.swapaxes(0, 1), counts.T)).mean(axis=0)
 
 
 class _Heldout(NamedTuple):
@@ -443,7 +249,7 @@ def pretrain(
             arch=family.arch, mask_id=full["mask_token_id"], shift=family.shift
         )
         require_ids_fit(placed, model.vocab_size, str(config))
-        key = jax.random.fold_in(jax.random.key(settings.seed), _INIT)
+        key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
         # Outside jit, initialisers run one by one: 20 s instead of 2.
         init = jax.jit(model.init)
         start = _Start(model, family.family, full, placed, lambda: init(key))
@@ -663,8 +469,8 @@ class _Loop:
         """All remaining steps; the state is on disk when this returns or raises `Interrupted`."""
         first = int(state.step)
         log = self._open_log(first)
-        key = jax.random.fold_in(jax.random.key(self.settings.seed), _MASKS)
-        arrays = jax.device_put((tokens, lengths), _device())
+        key = rng.run_key(self.settings.seed, rng.Purpose.TRAINING_MASKS)
+        columns = np.arange(tokens.shape[1])[None, :]
         bar = ProgressBar("train", self.steps, "steps", quiet=self.run.quiet, done=first)
         with self.stop.deferred(), contextlib.closing(log), bar:
             bar.note("compiling the training step (once)" if first < self.steps else "")
@@ -673,7 +479,8 @@ class _Loop:
                 rows = batch_rows(
                     self.settings.seed, done - 1, self.settings.batch_size, len(lengths)
                 )
-                state, loss = train_step(model, self.recipe, state, *arrays, rows, key)
+                valid = columns < lengths[rows][:, None]
+                state, loss = train_step(model, self.recipe, state, tokens[rows], valid, key)
                 if done == first + 1:
                     self._mark = time.monotonic()  # compiled; its time is not training's
                     bar.note("")

@@ -21,7 +21,10 @@ of 512 tokens with all positions scored would need 2 GiB."""
 def token_nll(
     model: Model, params: Params, hidden: Float[Array, "n d"], targets: Int[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Negative log-likelihood of `targets` in nats, float32, computed in chunks of positions."""
+    """Negative log-likelihood of `targets` in nats, float32, computed in chunks of positions.
+
+    Chunks are recomputed in a backward pass, so that training holds no more logits than scoring.
+    """
 
     def chunk_nll(args: tuple[Array, Array]) -> Float[Array, " c"]:
         h, t = args
@@ -38,7 +41,7 @@ def token_nll(
     fill = num * chunk - n
     hidden = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(num, chunk, -1)
     targets = jnp.pad(targets, (0, fill)).reshape(num, chunk)
-    return jax.lax.map(chunk_nll, (hidden, targets)).reshape(-1)[:n]
+    return jax.lax.map(jax.checkpoint(chunk_nll), (hidden, targets)).reshape(-1)[:n]
 
 
 def scored_nll(

@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     PROGRESSIVE_MASKS = 1
     SUBSETS = 2
     LIKELIHOOD_MASKS = 3
+    INITIAL_WEIGHTS = 4
+    TRAINING_MASKS = 5
 
 
 def text_key_data(tokens: np.ndarray) -> TextKeyData:
@@ -34,6 +36,11 @@ def text_key_data(tokens: np.ndarray) -> TextKeyData:
 def text_key(seed: int | UInt[Array, ""], data: TextKeyData) -> Key[Array, ""]:
     """Root key of one text. `fold_in` takes 32 bits, hence the two halves of the hash."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), data.high), data.low)
+
+
+def run_key(seed: int, purpose: Purpose) -> Key[Array, ""]:
+    """Key of a whole run, for what belongs to no text, such as initial weights."""
+    return jax.random.fold_in(jax.random.key(seed), int(purpose))
 
 
 def for_purpose(key: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sama_jax import data, finetune, model_folder
+from sama_jax import data, finetune, losses, model_folder, training
 from sama_jax.checkpoint import Checkpoints
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
@@ -116,9 +116,9 @@ def tune(folder, out, settings=SETTINGS, texts="texts.jsonl", **kwargs):
 
 def test_loss_equals_a_naive_computation_from_the_same_masks(tiny, batch):
     (model, params), (tokens, valid), key = tiny, batch, jax.random.key(5)
-    loss_fn = jax.jit(finetune.diffusion_loss, static_argnums=0)
+    loss_fn = jax.jit(training.diffusion_loss, static_argnums=0)
     loss, aux = loss_fn(model, params, tokens, valid, key, 1e-3)
-    masks, p = map(np.asarray, finetune.diffusion_masks(key, valid, 1e-3))
+    masks, p = map(np.asarray, training.diffusion_masks(key, valid, 1e-3))
     noised = np.where(masks, model.mask_id, tokens)
     forward = jax.jit(lambda p: model.logits(p, model.hidden(p, noised, valid)))
     logits = np.asarray(forward(params), np.float64)
@@ -135,10 +135,10 @@ def test_chunked_loss_and_gradient_equal_the_whole(tiny, batch, monkeypatch):
     (model, params), (tokens, valid) = tiny, batch
 
     def loss(p):
-        return finetune.diffusion_loss(model, p, tokens, valid, jax.random.key(5), 1e-3)[0]
+        return training.diffusion_loss(model, p, tokens, valid, jax.random.key(5), 1e-3)[0]
 
     whole = jax.jit(jax.value_and_grad(loss))(params)
-    monkeypatch.setattr(finetune, "HEAD_BYTES", 11 * 50 * 4)  # 11 rows at a time, the last padded
+    monkeypatch.setattr(losses, "HEAD_BYTES", 11 * 50 * 4)  # 11 rows at a time, the last padded
     chunked = jax.jit(jax.value_and_grad(loss))(params)
     assert str(jax.make_jaxpr(loss)(params)).count("scan") > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, chunked)
@@ -146,7 +146,7 @@ def test_chunked_loss_and_gradient_equal_the_whole(tiny, batch, monkeypatch):
 
 def test_masks_follow_their_probability_and_spare_padding():
     valid = jnp.ones((2000, 64), bool).at[:, 40:].set(False)
-    masks, p = map(np.asarray, finetune.diffusion_masks(jax.random.key(0), valid, 0.1))
+    masks, p = map(np.asarray, training.diffusion_masks(jax.random.key(0), valid, 0.1))
     assert not masks[:, 40:].any()
     assert p.min() >= 0.1
     # A row's share of 40 draws has standard deviation at most 0.08: the mean of 2,000 is exact to
@@ -161,9 +161,9 @@ def test_every_masked_token_contributes_and_nothing_else_does(batch):
     tokens, key = tokens % 9, jax.random.key(2)
     logits = jax.random.normal(jax.random.key(1), (*tokens.shape, 10))
     grads = jax.grad(
-        lambda x: finetune.diffusion_loss(TableModel(), x, tokens, valid, key, 1e-3)[0]
+        lambda x: training.diffusion_loss(TableModel(), x, tokens, valid, key, 1e-3)[0]
     )(logits)
-    masks, _ = finetune.diffusion_masks(key, valid, 1e-3)
+    masks, _ = training.diffusion_masks(key, valid, 1e-3)
     np.testing.assert_array_equal((np.asarray(grads) != 0).all(axis=-1), masks)
     np.testing.assert_array_equal((np.asarray(grads) != 0).any(axis=-1), masks)
 
@@ -173,13 +173,13 @@ def test_padding_has_exactly_no_gradient_and_no_influence(tiny, batch):
     key = jax.random.key(5)
 
     def run(tokens):
-        fun = lambda p: finetune.diffusion_loss(model, p, tokens, valid, key, 1e-3)[0]  # noqa: E731
+        fun = lambda p: training.diffusion_loss(model, p, tokens, valid, key, 1e-3)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(fun))(params)
 
     loss, grads = run(tokens)
     rows = np.asarray(grads["embed"]["embedding"])
     assert (rows[7] == 0).all()  # the padding token
-    masks, _ = finetune.diffusion_masks(key, valid, 1e-3)
+    masks, _ = training.diffusion_masks(key, valid, 1e-3)
     learning = np.asarray(masks).any(axis=1, keepdims=True)  # a row without a mask has no loss
     seen = np.unique(tokens[valid & ~np.asarray(masks) & learning])
     assert (rows[seen] != 0).any(axis=1).all()
@@ -195,10 +195,10 @@ def test_a_shifted_model_is_read_one_position_earlier(batch):
     shifted = TableModel()
     shifted.shift = True
     moved = jnp.concatenate([logits[:, 1:], logits[:, :1]], axis=1).at[:, 0].set(logits[:, 1])
-    a = finetune.diffusion_loss(
+    a = training.diffusion_loss(
         TableModel(), logits.at[:, 0].set(logits[:, 1]), tokens, valid, key, 1e-3
     )
-    b = finetune.diffusion_loss(shifted, moved, tokens, valid, key, 1e-3)
+    b = training.diffusion_loss(shifted, moved, tokens, valid, key, 1e-3)
     np.testing.assert_allclose(float(a[0]), float(b[0]), rtol=1e-6)
 
 
@@ -207,23 +207,23 @@ def test_a_shifted_model_is_read_one_position_earlier(batch):
 
 def test_learning_rate_warms_up_and_decays_and_is_never_0():
     settings = TrainSettings(learning_rate=1.0, warmup_steps=4)
-    recipe = finetune.make_recipe(settings, 10)
-    rate = [float(finetune.learning_rate(recipe, i)) for i in range(11)]
+    recipe = training.make_recipe(settings, 10)
+    rate = [float(training.learning_rate(recipe, i)) for i in range(11)]
     expected = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
     np.testing.assert_allclose(rate, expected, rtol=1e-6)
 
 
 def test_automatic_warmup_is_a_tenth_of_the_steps_up_to_500():
     for steps, warmup in ((50, 5), (100_000, 500)):
-        recipe = finetune.make_recipe(TrainSettings(learning_rate=1.0), steps)
-        rate = finetune.learning_rate(recipe, 0)
+        recipe = training.make_recipe(TrainSettings(learning_rate=1.0), steps)
+        rate = training.learning_rate(recipe, 0)
         np.testing.assert_allclose(float(rate), 1 / warmup, rtol=1e-6)
 
 
 def test_weight_decay_spares_norms(tiny):
     _, params = tiny
     settings = TrainSettings(warmup_steps=0, learning_rate=0.1, weight_decay=0.5)
-    optimizer = finetune.make_optimizer(finetune.make_recipe(settings, 10))
+    optimizer = training.make_optimizer(training.make_recipe(settings, 10))
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(lambda p: optimizer.update(zeros, optimizer.init(p), p))(params)
     for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
@@ -261,7 +261,7 @@ def test_windows_cover_a_text_and_short_remainders_go(tokenizer):
 def test_likelihood_bound_of_uniform_predictions_is_exact(batch):
     tokens, valid = batch
     keys = TextKeyData(jnp.arange(4, dtype=jnp.uint32), jnp.arange(4, dtype=jnp.uint32))
-    nll = finetune.text_nll(
+    nll = training.text_nll(
         TableModel(), 1, jnp.zeros((*tokens.shape, 10)), tokens % 9, valid, keys
     )
     np.testing.assert_allclose(nll, valid.sum(axis=1) * np.log(10), rtol=1e-5)
@@ -401,17 +401,17 @@ def test_bfloat16_changes_activations_only(tiny, batch):
     model, params = tiny
     tokens, valid = batch
     model = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
-    recipe = finetune.make_recipe(SETTINGS, 10)
-    state = finetune.init_state(params, recipe)
-    arrays = (jnp.asarray(tokens), jnp.asarray(valid.sum(axis=1)), jnp.arange(4), jax.random.key(0))
-    after, loss = jax.eval_shape(partial(finetune.train_step, model), recipe, state, *arrays)
+    recipe = training.make_recipe(SETTINGS, 10)
+    state = training.init_state(params, recipe)
+    arrays = (jnp.asarray(tokens), jnp.asarray(valid), jax.random.key(0))
+    after, loss = jax.eval_shape(partial(training.train_step, model), recipe, state, *arrays)
     assert loss.dtype == jnp.float32
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
     hidden = jax.eval_shape(model.hidden, params, arrays[0], jnp.asarray(valid))
     assert hidden.dtype == jnp.bfloat16
     losses = [
-        jax.jit(finetune.diffusion_loss, static_argnums=0)(
-            m, params, tokens, valid, arrays[3], 1e-3
+        jax.jit(training.diffusion_loss, static_argnums=0)(
+            m, params, tokens, valid, arrays[2], 1e-3
         )
         for m in (tiny[0], model)
     ]
@@ -536,7 +536,7 @@ def abstract_of(state):
 
 
 def state_of(value):
-    return finetune.TrainState({"a": {"kernel": jnp.full((2, 3), value)}}, (), jnp.int32(value))
+    return training.TrainState({"a": {"kernel": jnp.full((2, 3), value)}}, (), jnp.int32(value))
 
 
 def test_checkpoints_keep_two_and_give_the_newest_whole_one(tmp_path):

@@ -25,7 +25,7 @@ ROWS = [
         "checkpoints_convert",
     },
     {"sama_jax.model_folder", "sama_jax.progress", "sama_jax.replay", "sama_jax.run_folder"},
-    {"sama_jax.report"},
+    {"sama_jax.report", "sama_jax.training"},
     {"sama_jax.audit", "sama_jax.finetune"},
     {"sama_jax.demo"},
     {"sama_jax.cli"},
@@ -36,7 +36,7 @@ LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
 ONLY_IN = {
     "flax": {"sama_jax.models"},
     "torch": {"checkpoints_convert.verify"},
-    "optax": {"sama_jax.finetune"},
+    "optax": {"sama_jax.training"},
     "orbax": {"sama_jax.checkpoint"},
     "safetensors": {"checkpoints_convert"},
     "matplotlib": {"sama_jax.report"},
