@@ -14,7 +14,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Only what running needs; the demo works without torch.
 $(VENV)/.installed-run: pyproject.toml constraints.txt | $(VENV)/.exists

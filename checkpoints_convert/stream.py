@@ -89,7 +89,7 @@ def open_source(folder: Path, block_group_size: int = 1) -> Source:
                 if key in tensors:
                     twice.append(f"{name} ({file.name}) and {tensors[key].name}")
                 dtype = _DTYPES.get(piece.get_dtype(), piece.get_dtype())
-                tensors[key] = SourceTensor(file, name, tuple(piece.get_shape()), dtype)
+                tensors[key] = SourceTensor(file, name, tuple(piece.get_shape()), str(dtype))
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{file}: not a complete safetensors file ({error}); download or save it again"
@@ -192,7 +192,7 @@ def load_params(
                 read(rule.source, index, out)
             return out
 
-        array = jax.make_array_from_callback(target.shape, target.sharding, fill)
+        array = jax.make_array_from_callback(target.shape, target.sharding, fill)  # pyright: ignore
         if progress:
             progress(array.nbytes)
         return array

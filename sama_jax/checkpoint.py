@@ -23,8 +23,8 @@ class Checkpoints:
         self.folder = folder
         self._saving: Any = None
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
-            preservation_policy=policies.LatestN(KEPT),
+            str(folder.absolute()),
+            preservation_policy=policies.LatestN(KEPT),  # pyright: ignore
             cleanup_tmp_directories=True,  # left behind by a killed run
         )
 

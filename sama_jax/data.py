@@ -8,6 +8,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -95,11 +96,14 @@ def read_texts(path: Path) -> Texts:
 
 
 def read_split(members: Path, nonmembers: Path) -> Texts:
-    """Reads members (label 1) and non-members (label 0) from a file each.
+    """Reads members (label 1) and non-members (label 0) from a file each, in turn.
+
+    In turn, so that the first N texts are of both classes.
 
     Raises what `read_texts` raises; a label inside that disagrees with its file is a `DataError`.
     """
-    found = [*_checked(members, 1), *_checked(nonmembers, 0)]
+    pairs = itertools.zip_longest(_checked(members, 1), _checked(nonmembers, 0))
+    found = [text for pair in pairs for text in pair if text is not None]
     return _finish(found, f"{members} and {nonmembers}")
 
 
@@ -175,13 +179,19 @@ def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
             )
     taken: set[str] = set()
     texts: list[Text] = []
-    first_id: dict[str, str] = {}
-    labels: dict[str, set[int | None]] = {}
     for given, text in found:
         identity = _free(given or content_id(text.text), given is not None, taken, givens)
         taken.add(identity)
         texts.append(text._replace(id=identity))
-        first_id.setdefault(text.text, identity)
+    return collect(texts)
+
+
+def collect(texts: list[Text]) -> Texts:
+    """Texts with distinct ids, and which of them repeat others."""
+    first_id: dict[str, str] = {}
+    labels: dict[str, set[int | None]] = {}
+    for text in texts:
+        first_id.setdefault(text.text, text.id)
         labels.setdefault(text.text, set()).add(text.label)
     both = [first_id[text] for text, seen in labels.items() if {0, 1} <= seen]
     return Texts(texts, len(texts) - len(first_id), both)
@@ -392,16 +402,16 @@ class TextTokenizer:
         hint = "expected tokenizer.json or files that transformers reads without remote code"
         try:
             from transformers import AutoTokenizer
-            from transformers.utils import logging
+            from transformers.utils import logging as hf_logging
 
-            level = logging.get_verbosity()
-            logging.set_verbosity(logging.CRITICAL)  # it comments on model types it does not know
+            level = hf_logging.get_verbosity()
+            hf_logging.set_verbosity(50)  # it comments on model types it does not know
             try:
                 slow = AutoTokenizer.from_pretrained(
                     str(path), trust_remote_code=False, local_files_only=True
                 )
             finally:
-                logging.set_verbosity(level)
+                hf_logging.set_verbosity(level)
             backend = slow.backend_tokenizer
         except Exception as error:  # whatever a folder's files can provoke in there
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -460,7 +470,8 @@ def _cut(text: str, raw: Any, max_length: int) -> Encoded:
         added = min(_added_end(special), max_length)
         kept = np.r_[: max_length - added, len(ids) - added : len(ids)]
         ids, special = ids[kept], special[kept]
-        covered = text[: max((raw.offsets[i][1] for i in kept), default=0)]
+        offsets = raw.offsets  # a new list at every access
+        covered = text[: max((offsets[i][1] for i in kept), default=0)]
     return Encoded(ids, special, truncated, len(zlib.compress(covered.encode("utf-8"))))
 
 

@@ -78,7 +78,7 @@ def _heldout(name: str, sequences: list[np.ndarray]) -> _Heldout:
     chosen = sequences[:EVAL_TEXTS]
     tokens, lengths = _pad(chosen, _padded_length(chosen), 0)
     data = [rng.text_key_data(s) for s in chosen]
-    keys = TextKeyData(*(np.array([getattr(d, f) for d in data]) for f in TextKeyData._fields))
+    keys = TextKeyData(*(jnp.array([getattr(d, f) for d in data]) for f in TextKeyData._fields))
     return _Heldout(name, tokens, np.arange(tokens.shape[1])[None] < lengths[:, None], keys)
 
 

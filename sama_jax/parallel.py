@@ -14,8 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from sama_jax.types import ForwardBatch, Params
 
-ScoreFn = Callable[[Params, ForwardBatch], jax.Array]
-
 
 class Runner:
     """A scorer on some devices: compiled ahead, one program a shape.
@@ -24,7 +22,11 @@ class Runner:
     that does not fit the device fails before any scoring.
     """
 
-    def __init__(self, score: ScoreFn, devices: Sequence[jax.Device]):
+    def __init__(
+        self,
+        score: Callable[[Params, ForwardBatch], jax.Array],
+        devices: Sequence[jax.Device],  # pyright: ignore
+    ):
         self.devices = tuple(devices)
         self._programs: dict[tuple[int, ...], Any] = {}
         if len(self.devices) == 1:
@@ -75,7 +77,7 @@ def _shape(batch: ForwardBatch) -> tuple[int, ...]:
     return (*batch.masks.shape, batch.positions.shape[-1])
 
 
-def parameter_sharding(devices: Sequence[jax.Device]) -> Sharding:
+def parameter_sharding(devices: Sequence[jax.Device]) -> Sharding:  # pyright: ignore
     """Parameters replicated over `devices`."""
     if len(devices) == 1:
         return SingleDeviceSharding(devices[0])

@@ -90,12 +90,25 @@ class Model(Protocol):
     the last block needs queries and MLP only at scored positions.
     """
 
-    vocab_size: int
-    """Rows of the embedding table."""
-    num_layers: int
-    mask_id: int
-    shift: bool
-    """True if the raw output at position i - 1 predicts the token at i (Dream)."""
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the network."""
+        ...
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for a masked one."""
+        ...
+
+    @property
+    def shift(self) -> bool:
+        """True if the raw output at position i - 1 predicts the token at i (Dream)."""
+        ...
 
     def init(self, key: Any) -> Params:
         """Random parameters in float32."""

@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-from sama_jax import audit, data, losses, model_folder, parallel, replay
+from sama_jax import audit, data, losses, model_folder, parallel, replay, scoring
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.types import ForwardBatch
 
@@ -208,7 +208,7 @@ def test_at_most_two_programs_a_bucket(models, tmp_path):
     texts = [data.Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(100, words=(1, 60)))]
     # A setting of its own, so that no other test has compiled these programs already.
     settings = dataclasses.replace(SETTINGS, sama=SamaSettings(steps=3, subsets=4, subset_size=2))
-    audit._runner.cache_clear()
+    scoring._runner.cache_clear()
     traces = []
     traced = losses.score_batch
 
@@ -219,7 +219,7 @@ def test_at_most_two_programs_a_bucket(models, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "score_batch", counted)
         run(models, texts, tmp_path, settings=settings, batch_size=1)
-    audit._runner.cache_clear()
+    scoring._runner.cache_clear()
     log = read_lines(tmp_path / "run" / "log.jsonl")
     used = next(e["texts"] for e in log if e["event"] == "buckets")
     assert len(used) >= 2

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from sama_jax import cli
-from sama_jax.audit import AuditJob, _Text, _Work
 from sama_jax.config import AuditSettings
-from sama_jax.data import Encoded, Texts
+from sama_jax.data import Encoded
 from sama_jax.errors import DataError
 from sama_jax.files import AppendOnly, read_json_lines
 from sama_jax.run_folder import RunFolder
+from sama_jax.scoring import Item, Work
 from sama_jax.store import LossStore, make_record
 from sama_jax.types import TextKeyData
 
@@ -311,23 +311,14 @@ def test_equal_tokens_are_computed_once_and_scored_twice(models, tmp_path: Path)
 def test_a_text_is_padded_alike_however_few_are_left():
     """A resumed run must compute the same bits, and padding may change them."""
 
-    def text(name: str, length: int) -> _Text:
+    def text(name: str, length: int) -> Item:
         encoded = Encoded(np.zeros(length, np.int32), np.zeros(length, bool), False, 1)
         zero = np.uint32(0)
-        return _Text(encoded, np.ones(length, bool), TextKeyData(zero, zero), name)  # pyright: ignore
+        return Item(encoded, np.ones(length, bool), TextKeyData(zero, zero), name)  # pyright: ignore
 
-    nowhere = Path("nowhere")
-    job = AuditJob(
-        target=nowhere,
-        reference=nowhere,
-        texts=Texts([], 0, []),
-        out=nowhere,
-        settings=AuditSettings(max_length=128),
-        batch_size=1,
-    )
     lengths = [20, 120, 60, 25, *[50] * 30, 30, 100]
     items = [text(f"{i}", length) for i, length in enumerate(lengths)]
-    work = _Work(job, items, [], [])
+    work = Work(items, [], [], AuditSettings(max_length=128), batch_size=1)
 
     def padded(rows: list[int]) -> dict[int, int]:
         batches = work.batches(rows)

@@ -263,7 +263,7 @@ class Network(nn.Module):
                 _ScannedBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast,),
+                in_axes=(nn.broadcast,),  # pyright: ignore
                 length=arch.num_layers - 1,
             )(arch, self.dtype, self.remat)
         self.last_block = Block(arch, self.dtype)
@@ -350,7 +350,7 @@ class TransformerModel:
         """Vocabulary logits in the activation dtype; full batches of them are never needed."""
         return self._apply(params, hidden, method="logits")
 
-    def _apply(self, params, *args, method):
+    def _apply(self, params: Params, *args: Any, method: str) -> Any:
         return self._network.apply({"params": _unflatten_scan(params)}, *args, method=method)
 
     def flops_per_text(self, length: int, scored: float) -> float:
