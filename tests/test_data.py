@@ -185,8 +185,8 @@ def test_split_labels_come_from_the_files(tmp_path):
     members = write(tmp_path / "m.jsonl", lines({"text": "x", "label": 1}, {"text": "y"}))
     nonmembers = write(tmp_path / "n.jsonl", lines({"text": "z", "label": 0}, {"text": "y"}))
     found = data.read_split(members, nonmembers)
-    assert [(t.text, t.label) for t in found.texts] == [("x", 1), ("y", 1), ("z", 0), ("y", 0)]
-    assert found.in_both == [found.texts[1].id]
+    assert [(t.text, t.label) for t in found.texts] == [("x", 1), ("z", 0), ("y", 1), ("y", 0)]
+    assert found.in_both == [found.texts[2].id]
 
 
 def test_split_refuses_a_label_that_disagrees(tmp_path):
