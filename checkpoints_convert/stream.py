@@ -5,6 +5,7 @@ Nothing is unpickled and no code of a folder is run. A leaf is filled window by 
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from checkpoints_convert.rules import HUB_PREFIX, RULES, TIED_HEAD, canonical_name
+from checkpoints_convert.rules import TABLES, Rule, canonical_name
 from sama_jax.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -75,8 +76,9 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
 
 
-def open_source(folder: Path, block_group_size: int = 1) -> Source:
+def open_source(folder: Path, family: str, block_group_size: int = 1) -> Source:
     """Reads all headers of a folder; a tensor that appears twice is an error."""
+    ignored = TABLES[family].ignored
     tensors: dict[str, SourceTensor] = {}
     handles: dict[Path, Any] = {}
     twice = []
@@ -85,7 +87,9 @@ def open_source(folder: Path, block_group_size: int = 1) -> Source:
             handle = handles[file] = safe_open(file, framework="numpy")
             for name in handle.keys():  # noqa: SIM118  safe_open is not iterable
                 piece = handle.get_slice(name)
-                key = canonical_name(name, block_group_size)
+                key = canonical_name(family, name, block_group_size)
+                if ignored and ignored.search(key):
+                    continue
                 if key in tensors:
                     twice.append(f"{name} ({file.name}) and {tensors[key].name}")
                 dtype = _DTYPES.get(piece.get_dtype(), piece.get_dtype())
@@ -113,8 +117,9 @@ def check(source: Source, family: str, num_layers: int, abstract: Any, where: st
             expected[name] = shape
     allowed = set(expected)
     problems = []
-    head, embedding = TIED_HEAD[family]
-    if head not in expected and head in source.tensors:
+    tied = TABLES[family].tied_head
+    if tied and tied[0] not in expected and tied[0] in source.tensors:
+        head, embedding = tied
         allowed.add(head)
         if not _equal(source, head, embedding):
             problems.append(f"  differs    {head}: the head is tied, but differs from {embedding}")
@@ -154,12 +159,31 @@ def _equal(source: Source, a: str, b: str) -> bool:
 def _sources(
     path: str, shape: tuple[int, ...], family: str, num_layers: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(source name, source shape) of one parameter, a pair a layer."""
-    rule = RULES[family](path, num_layers)
-    stacked = "{i}" in rule.source
-    inner = shape[1:] if stacked else shape
-    for i in range(shape[0] if stacked else 1):
-        yield rule.source.format(i=i), inner[::-1] if rule.transpose else inner
+    """(source name, source shape) of one parameter, one for every layer and expert."""
+    rule = TABLES[family].rule(path, num_layers)
+    lead = _lead_axes(rule)
+    inner = shape[lead:][::-1] if rule.transpose else shape[lead:]
+    if rule.fused:
+        inner = (math.prod(rule.fused.view), *inner[1:])
+    for place in np.ndindex(*shape[:lead]):
+        yield _source_name(rule, place, shape, num_layers), inner
+
+
+def _lead_axes(rule: Rule) -> int:
+    """Leading axes of a parameter that count layers and experts."""
+    return ("{i}" in rule.source) + ("{e}" in rule.source)
+
+
+def _source_name(
+    rule: Rule, place: tuple[int, ...], shape: tuple[int, ...], num_layers: int
+) -> str:
+    """The source at `place` on the leading axes. The stack ends where the last block begins."""
+    names = {}
+    if "{i}" in rule.source:
+        names["i"] = num_layers - 1 - shape[0] + place[0]
+    if "{e}" in rule.source:
+        names["e"] = place[-1]
+    return rule.source.format(**names)
 
 
 def load_params(
@@ -175,21 +199,17 @@ def load_params(
     """
 
     def leaf(path, target: jax.ShapeDtypeStruct) -> jax.Array:
-        rule = RULES[family]("/".join(str(k.key) for k in path), num_layers)
-
-        def read(name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
-            window = source.window(name, index[::-1] if rule.transpose else index)
-            out[...] = window.T if rule.transpose else window
+        rule = TABLES[family].rule("/".join(str(k.key) for k in path), num_layers)
+        lead = _lead_axes(rule)
 
         def fill(index: tuple[slice, ...]) -> np.ndarray:
-            shape = tuple(len(range(*s.indices(n))) for s, n in zip(index, target.shape))
-            out = np.empty(shape, target.dtype)
-            if "{i}" in rule.source:
-                layers = range(*index[0].indices(target.shape[0]))
-                for row, i in enumerate(layers):
-                    read(rule.source.format(i=i), index[1:], out[row])
-            else:
-                read(rule.source, index, out)
+            ranges = [range(*s.indices(n)) for s, n in zip(index, target.shape)]
+            out = np.empty([len(r) for r in ranges], target.dtype)
+            for at in np.ndindex(*out.shape[:lead]):
+                place = tuple(r[i] for r, i in zip(ranges, at))
+                name = _source_name(rule, place, target.shape, num_layers)
+                window = _window(source, rule, name, index[lead:])
+                out[at] = window.T if rule.transpose else window
             return out
 
         array = jax.make_array_from_callback(target.shape, target.sharding, fill)  # pyright: ignore
@@ -200,15 +220,35 @@ def load_params(
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
+def _window(source: Source, rule: Rule, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of a source tensor that fills `index` of a parameter, in the source's layout."""
+    index = index[::-1] if rule.transpose else index
+    if rule.fused is None:
+        return source.window(name, index)
+    everything = slice(None)
+    whole = source.window(name, (everything, *index[1:]))
+    rest = whole.shape[1:]
+    picked = whole.reshape(*rule.fused.view, *rest)[rule.fused.pick]
+    return picked.reshape(-1, *rest)[index[0]]
+
+
 def export_tensors(params: Any, family: str, num_layers: int) -> dict[str, np.ndarray]:
     """The parameters under their Hub names, in their own dtype (host)."""
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, leaf in leaf_paths(params).items():
-        rule, array = RULES[family](path, num_layers), np.asarray(leaf)
-        stacked = "{i}" in rule.source
-        for i, layer in enumerate(array if stacked else [array]):
-            name = HUB_PREFIX[family] + rule.source.format(i=i)
-            tensors[name] = np.ascontiguousarray(layer.T if rule.transpose else layer)
+        rule, array = TABLES[family].rule(path, num_layers), np.asarray(leaf)
+        for place in np.ndindex(*array.shape[: _lead_axes(rule)]):
+            name = _source_name(rule, place, array.shape, num_layers)
+            name = TABLES[family].hub_prefix + name
+            piece = array[place].T if rule.transpose else array[place]
+            if rule.fused is None:
+                tensors[name] = np.ascontiguousarray(piece)
+                continue
+            view, pick = rule.fused
+            rows = (math.prod(view), *piece.shape[1:])
+            whole = tensors.setdefault(name, np.empty(rows, piece.dtype))
+            part = whole.reshape(*view, *piece.shape[1:])
+            part[pick] = piece.reshape(part[pick].shape)
     return tensors
 
 

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 
 from checkpoints_convert import stream
 from sama_jax.errors import ModelError, OutputError
-from sama_jax.models.registry import FamilyConfig, read_config
-from sama_jax.models.transformer import TransformerModel
-from sama_jax.types import Params
+from sama_jax.models.registry import FamilyConfig, build_model, read_config
+from sama_jax.types import Model, Params
 
 CONFIG = "config.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -33,7 +32,7 @@ class ModelFolder:
     path: Path
     config: dict[str, Any]
     family: FamilyConfig
-    model: TransformerModel
+    model: Model
     source: stream.Source
     identity: str
     """16 hex digits over architecture, headers, sizes and sampled bytes of the weight files."""
@@ -62,7 +61,7 @@ def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") 
     """
     config = read_json_config(path)
     family = read_config(config, str(path / CONFIG))
-    source = stream.open_source(path, family.block_group_size)
+    source = stream.open_source(path, family.family, family.block_group_size)
     mask = family.mask_id if mask_id is None else mask_id
     if not isinstance(mask, int) or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
@@ -72,9 +71,7 @@ def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") 
     if dtype == "auto":
         stored = source.dtype() if jax.default_backend() != "cpu" else "float32"
         dtype = stored if stored == "bfloat16" else "float32"
-    model = TransformerModel(
-        arch=family.arch, mask_id=mask, shift=family.shift, dtype=jnp.dtype(dtype)
-    )
+    model = build_model(family, mask, jnp.dtype(dtype))
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     stream.check(source, family.family, model.num_layers, abstract, str(path))
     return ModelFolder(path, config, family, model, source, _identity(path, repr(family.arch)))
@@ -116,7 +113,7 @@ def load(
 def save_folder(
     out: Path,
     params: Params,
-    model: TransformerModel,
+    model: Model,
     config: dict[str, Any],
     tokenizer_from: Path,
     family: str = "llada",
@@ -176,4 +173,4 @@ def _identity(path: Path, architecture: str, samples: int = 4, block: int = 4096
 
 def with_options(folder: ModelFolder, **changes: Any) -> ModelFolder:
     """The same folder with other model options, such as `remat=True`."""
-    return replace(folder, model=replace(folder.model, **changes))
+    return replace(folder, model=replace(folder.model, **changes))  # pyright: ignore

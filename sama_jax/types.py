@@ -101,8 +101,23 @@ class Model(Protocol):
         ...
 
     @property
+    def arch(self) -> Any:
+        """The network's architecture class: hashable, with at least `width` and `mlp_width`."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """NumPy dtype of the activations; losses are float32 whatever it is."""
+        ...
+
+    @property
     def mask_id(self) -> int:
         """The token that stands for a masked one."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """`diffusion`, `autoregressive` or `masked`: which attacks are defined for it."""
         ...
 
     @property
@@ -122,14 +137,17 @@ class Model(Protocol):
 
     def trunk(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
-    ) -> Float[Array, "b l d"]:
-        """The residual stream that enters the last block."""
+    ) -> Any:
+        """The residual stream [b, l, d] that enters the last block, and whatever else it needs.
+
+        Scoring only hands it to `last_hidden`; a network conditioned on time adds its condition.
+        """
         ...
 
     def last_hidden(
         self,
         params: Params,
-        stream: Float[Array, "b l d"],
+        stream: Any,
         key_valid: Bool[Array, "b l"],
         positions: Int[Array, "b k"],
     ) -> Float[Array, "b k d"]:
@@ -138,4 +156,14 @@ class Model(Protocol):
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
         """Vocabulary logits in the activation dtype."""
+        ...
+
+    def attention(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l l"]:
+        """Attention weights (query, key) averaged over heads and layers, float32."""
+        ...
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        """Floating-point operations of one pass that reads `scored` of `length` positions."""
         ...

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sama_jax.models.family import Kind
 from sama_jax.types import Params
 
 
@@ -126,6 +127,19 @@ def rotate(
     return out.astype(x.dtype)
 
 
+def attention_weights(
+    q: Float[Array, "b h k a"], k: Float[Array, "b g l a"], key_valid: Bool[Array, "b l"]
+) -> Float[Array, "b h k l"]:
+    """Softmax over the valid keys, float32."""
+    b, h, n, a = q.shape
+    grouped = q.reshape(b, k.shape[1], -1, n, a)
+    scores = jnp.einsum("bgqna,bgla->bgqnl", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * (1.0 / math.sqrt(a))
+    lowest = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(key_valid[:, None, None, None, :], scores, lowest), axis=-1)
+    return weights.reshape(b, h, n, -1)
+
+
 def attend(
     q: Float[Array, "b h k a"],
     k: Float[Array, "b g l a"],
@@ -139,11 +153,7 @@ def attend(
     """
     b, h, n, a = q.shape
     g = k.shape[1]
-    grouped = q.reshape(b, g, h // g, n, a)
-    scores = jnp.einsum("bgqna,bgla->bgqnl", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores * (1.0 / math.sqrt(a))
-    lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(key_valid[:, None, None, None, :], scores, lowest), axis=-1)
+    weights = attention_weights(q, k, key_valid).reshape(b, g, h // g, n, -1)
     return jnp.einsum("bgqnl,bgla->bgqna", weights.astype(v.dtype), v).reshape(b, h, n, a)
 
 
@@ -302,6 +312,7 @@ class TransformerModel:
     arch: Architecture
     mask_id: int
     shift: bool = False
+    kind: Kind = "diffusion"
     dtype: Any = jnp.float32
     """Of activations; parameters are cast to it where they are used."""
     remat: bool = False

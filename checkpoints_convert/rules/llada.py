@@ -1,21 +1,12 @@
-"""Where each parameter comes from: one table a family, keyed by our path.
+"""LLaDA dense.
 
-`{i}` in a source name makes the parameter a stack over layers. Names are the canonical ones after
-`canonical_name` has removed what wrappers add. Source of the names: `Stry233/SAMA`
-`trainer/model/llada/modeling_llada.py` and the Hub index of GSAI-ML/LLaDA-8B-Instruct.
+Source of the names: `Stry233/SAMA` `trainer/model/llada/modeling_llada.py` and the Hub index of
+GSAI-ML/LLaDA-8B-Instruct.
 """
 
 import re
-from typing import NamedTuple
 
-
-class Rule(NamedTuple):
-    """Source tensor of one parameter."""
-
-    source: str
-    transpose: bool = False
-    """PyTorch keeps linear weights as [out, in], our kernels are [in, out]."""
-
+from checkpoints_convert.rules.base import Rule, Table
 
 # Our path inside a block -> (name inside `transformer.blocks.{i}`, transposed).
 _LLADA_BLOCK = {
@@ -53,25 +44,17 @@ def llada_rule(path: str, num_layers: int) -> Rule:
     return Rule(f"transformer.blocks.{layer}.{name}.{suffix}", transpose and leaf == "kernel")
 
 
-RULES = {"llada": llada_rule}
-
-TIED_HEAD = {"llada": ("transformer.ff_out.weight", "transformer.wte.weight")}
-"""A tied model may still store its head: accepted if equal to the embedding."""
-
-HUB_PREFIX = {"llada": "model."}
-"""What the published checkpoints put before the canonical names."""
-
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|model\.)+")
-_INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-def canonical_name(name: str, block_group_size: int) -> str:
-    """Removes what DataParallel, torch.compile, FSDP, Opacus and the Hub class put into names.
-
-    Block groups (`transformer.block_groups.{g}.{j}.`) become plain blocks.
-    """
-    name = _INFIXES.sub("", _WRAPPERS.sub("", name))
+def _plain_blocks(name: str, block_group_size: int) -> str:
+    """Block groups (`transformer.block_groups.{g}.{j}.`) become plain blocks."""
     if match := re.match(r"^transformer\.block_groups\.(\d+)\.(\d+)\.(.+)$", name):
         group, within, rest = int(match[1]), int(match[2]), match[3]
         return f"transformer.blocks.{group * block_group_size + within}.{rest}"
     return name
+
+
+LLADA = Table(
+    rule=llada_rule,
+    hub_prefix="model.",
+    tied_head=("transformer.ff_out.weight", "transformer.wte.weight"),
+    canonical=_plain_blocks,
+)

@@ -1,0 +1,14 @@
+"""Where each parameter comes from: one table a family, keyed by our path."""
+
+from checkpoints_convert.rules.base import Fused, Rule, Table, clean_name
+from checkpoints_convert.rules.llada import LLADA
+
+__all__ = ["TABLES", "Fused", "Rule", "Table", "canonical_name"]
+
+TABLES: dict[str, Table] = {"llada": LLADA}
+"""Family name (as `sama_jax.models.registry` gives it) -> its table."""
+
+
+def canonical_name(family: str, name: str, block_group_size: int = 1) -> str:
+    """A stored tensor name without wrappers and prefixes: what a table's rules name."""
+    return TABLES[family].canonical(clean_name(name), block_group_size)

@@ -1,0 +1,53 @@
+"""The words that every weight table is written in."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Fused(NamedTuple):
+    """A parameter that is part of a larger source tensor, such as Q in a fused QKV.
+
+    The source's first axis is viewed as `view` (its product is the axis' length) and `pick` selects
+    from it: rows 0..h-1 of [h + 2 g] heads, or part 0 of every group.
+    """
+
+    view: tuple[int, ...]
+    pick: tuple[slice | int, ...]
+
+
+class Rule(NamedTuple):
+    """Source tensor of one parameter.
+
+    `{i}` in the name makes the parameter a stack over layers (axis 0); `{e}` one over experts (the
+    axis behind it).
+    """
+
+    source: str
+    transpose: bool = False
+    """PyTorch keeps linear weights as [out, in], our kernels are [in, out]."""
+    fused: Fused | None = None
+
+
+class Table(NamedTuple):
+    """All that the converter knows about a family's tensors."""
+
+    rule: Callable[[str, int], Rule]
+    """(our parameter path, number of layers) -> where it comes from."""
+    hub_prefix: str
+    """What the published checkpoints put before the canonical names."""
+    tied_head: tuple[str, str] | None = None
+    """(head, embedding): a tied model may still store its head, if it equals the embedding."""
+    canonical: Callable[[str, int], str] = lambda name, block_group_size: name
+    """Further renaming after `clean_name`, such as block groups to blocks."""
+    ignored: re.Pattern[str] | None = None
+    """Stored buffers that hold nothing learned, such as rotary frequencies."""
+
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|model\.)+")
+_INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def clean_name(name: str) -> str:
+    """Removes what DataParallel, torch.compile, FSDP, Opacus and the Hub class put into names."""
+    return _INFIXES.sub("", _WRAPPERS.sub("", name))

@@ -1,0 +1,32 @@
+"""What a family of models is to the registry."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["diffusion", "autoregressive", "masked"]
+"""How a model was trained to predict: noise levels from both sides, next token, or a fixed share of
+masked tokens. Attacks name the kinds that they are defined for."""
+
+
+class FamilyConfig(NamedTuple):
+    """What a `config.json` says, in our words."""
+
+    family: str
+    """Key of the family's weight table in `checkpoints_convert.rules`."""
+    arch: Any
+    """The network's own architecture class; hashable, with `vocab_size`."""
+    mask_id: int | None
+    """None where the config names none; then the tokenizer or `--mask-id` must."""
+    shift: bool
+    """True if the raw output at position i - 1 predicts the token at i."""
+    kind: Kind = "diffusion"
+    block_group_size: int = 1
+
+
+class Family(NamedTuple):
+    """One entry of the registry."""
+
+    read: Callable[[dict[str, Any], str], FamilyConfig]
+    """(parsed config.json, its path for messages) -> architecture. Raises `ModelError`."""
+    architectures: tuple[str, ...]
+    """Class names that a config's `architectures` may hold."""
