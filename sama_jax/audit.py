@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from sama_jax import attacks as attack_suite
-from sama_jax import data, model_folder, replay, report, scoring
+from sama_jax import data, model_folder, reading, replay, report, scoring
+from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.errors import Interrupted, UsageError, ValidityError
 from sama_jax.files import write_json
 from sama_jax.progress import console
 from sama_jax.run_folder import METRICS, RunFolder
-from sama_jax.types import ProbePlan
+from sama_jax.types import Encoded, ProbePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,15 @@ class AuditJob:
     texts: data.Texts
     out: Path
     attacks: Sequence[str] = ("all",)
+    """Names; of `all`, those that cannot be computed here are left out and listed."""
     settings: AuditSettings = field(default_factory=AuditSettings)
     limit: int | None = None
     batch_size: int | None = None
     """Rows a device works on at once; None: from the padded length."""
     mask_id: int | None = None
     store: Path | None = None
+    prefixes: data.Texts | None = None
+    """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
     plan: Path | None = None
     """Replay file whose masks and subsets SAMA uses instead of its own."""
     save_plan: Path | None = None
@@ -67,46 +71,67 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     Raises the errors of `sama_jax.errors`; `Interrupted` when a signal stopped it in good order.
     """
     say = console(job.quiet)
-    chosen = attack_suite.select(job.attacks)
     settings = job.settings
+    wanted = attack_suite.select(job.attacks)
     chosen_texts = data.collect(job.texts.texts[: job.limit])
     texts, notes = chosen_texts.texts, _data_notes(chosen_texts)
     target = model_folder.open_folder(job.target, mask_id=job.mask_id, dtype=settings.dtype)
     reference = model_folder.open_folder(job.reference, mask_id=job.mask_id, dtype=settings.dtype)
     tokenizer = _tokenizer(target, reference, texts)
+    prefixes = _prefixes(job, wanted, texts)
+    chosen, left_out = _supported(job, wanted, target, texts, prefixes)
     encoded = tokenizer.encode([t.text for t in texts], settings.max_length)
-    items = [scoring.prepare(e, settings, target.model.shift) for e in encoded]
-    plans = scoring.make_plans(chosen, settings, items, texts, job.plan)
-    if (job.save_plan or job.save_losses) and "sama" not in [a.name for a in chosen]:
-        raise UsageError("--save-plan and --save-losses write SAMA's probes: add sama to --attacks")
+    items = [reading.text_item(e, settings, target.model.shift) for e in encoded]
     roles = [
         scoring.Role("target", target, scoring.model_key(target, settings)),
         scoring.Role("reference", reference, scoring.model_key(reference, settings)),
     ]
+    ids = [t.id for t in texts]
+    replayed = reading.load_replayed(job.plan, settings, ids, items) if job.plan else None
+    kept = [None if t.id in prefixes.taken else item for t, item in zip(texts, items)]
+    keys = {r.name: r.store_key for r in roles}
+    reader = reading.Reader(chosen, settings, {"text": kept}, keys, None, replayed)
+    if (job.save_plan or job.save_losses) and "sama" not in [a.name for a in chosen]:
+        raise UsageError("--save-plan and --save-losses write SAMA's probes: add sama to --attacks")
     for note in notes:
         say.print(f"note: {note}")
     truncated = sum(e.truncated for e in encoded)
     if truncated:
         say.print(f"{truncated} of {len(texts)} texts are cut at {settings.max_length} tokens")
+    if prefixes.taken:
+        say.print(f"{len(prefixes.taken)} texts serve as prefixes and are not evaluated")
+    for name, reason in left_out.items():
+        say.print(f"not computed: {name} ({reason})")
+    maker = _ViewMaker(reader, texts, tokenizer, prefixes, settings, roles)
+    for view, made in reader.views.items():
+        if view != "text" and not maker.guided(view):
+            assert made is not None
+            reader.items[view] = maker(view)
     work = scoring.Work(
-        items,
-        plans,
+        reader,
         roles,
         settings,
+        make_items=maker,
         batch_size=job.batch_size,
         include_votes=job.include_votes,
         quiet=job.quiet,
     )
     if job.dry_run:
-        say.print(work.estimate(work.pending(None)))
+        say.print(work.estimate(everything=True))
         return None
     folder = RunFolder(job.out, _run_identity(job, texts, roles), _about(job, roles), job.store)
+    folder.write_manifest(not_computed=left_out, settings=asdict(settings), store_keys=keys)
     try:
-        work.run(folder, [t.id for t in texts], say)
-        rows = folder.join(_text_rows(job, texts, items), [a.name for a in chosen])
+        work.run(folder, ids, say)
+        labels = [t.label for t in texts]
+        known = None if None in labels else np.array(labels, np.int32)
+        scoring.score_corpus(reader, folder, ids, [t.text for t in texts], known)
+        text_rows = _text_rows(job, texts, items, encoded, prefixes)
+        reading.write_index(job.out / reading.INDEX, text_rows, reader.items)
+        rows = folder.join(text_rows, [a.name for a in chosen])
         metrics = report.compute_metrics(rows, settings.seed)
         write_json(job.out / METRICS, metrics)
-        _save_replay(job, work, folder, texts)
+        _save_replay(job, work, folder, texts, items)
         empty = sum(not i.maskable.any() for i in items)
         notes += [f"texts without a usable token: {empty}"] if empty else []
         folder.write_manifest(notes=notes, finished=True, cost=work.cost(folder))
@@ -119,6 +144,147 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     if job.strict and notes:
         raise ValidityError(f"{job.out}: finished, but under --strict: " + "; ".join(notes))
     return AuditResult(rows, metrics, folder.manifest["cost"], job.out)
+
+
+# --- what can be computed ------------------------------------------------------------------------
+
+
+class Prefixes(NamedTuple):
+    """Texts that stand before the scored ones, for the attacks that want them."""
+
+    texts: dict[str, list[str]]
+    """`nonmember`, `member` -> the prefix texts of that class."""
+    taken: set[str]
+    """Ids of texts that were taken from the evaluation and are not scored."""
+
+
+def _prefixes(job: AuditJob, wanted: list[Attack], texts: list[data.Text]) -> Prefixes:
+    """From `--prefixes`, else a few texts of each class, chosen by the seed and their ids alone."""
+    classes = {
+        query.view.context
+        for attack in wanted
+        for query in attack.queries(job.settings).values()
+        if query.view is not None and query.view.context is not None
+    }
+    if not classes:
+        return Prefixes({}, set())
+    shots, names = job.settings.prefix.shots, {"nonmember": 0, "member": 1}
+    found: dict[str, list[str]] = {}
+    if job.prefixes is not None:
+        for name, label in names.items():
+            given = [t.text for t in job.prefixes.texts if (t.label or 0) == label]
+            if given:
+                found[name] = given[:shots]
+        return Prefixes(found, set())
+    taken: set[str] = set()
+    for name, label in names.items():
+        pool = sorted(
+            (t for t in texts if t.label == label),
+            key=lambda t: hashlib.sha256(f"{job.settings.seed} {t.id}".encode()).digest(),
+        )
+        # At least as many must be left to evaluate on.
+        if name in classes and len(pool) >= 2 * shots:
+            found[name] = [t.text for t in pool[:shots]]
+            taken |= {t.id for t in texts if t.text in set(found[name])}
+    return Prefixes(found, taken)
+
+
+def _supported(
+    job: AuditJob,
+    wanted: list[Attack],
+    target: model_folder.ModelFolder,
+    texts: list[data.Text],
+    prefixes: Prefixes,
+) -> tuple[list[Attack], dict[str, str]]:
+    """The attacks that this run can compute, and why not the others.
+
+    An attack that was asked for by name is an error instead.
+    """
+    chosen, left_out = [], {}
+    for attack in wanted:
+        reason = _obstacle(attack, job.settings, target.model.kind, texts, prefixes)
+        if reason is None:
+            chosen.append(attack)
+        elif attack.name in job.attacks:
+            raise UsageError(f"attack '{attack.name}' cannot be computed here: {reason}")
+        else:
+            left_out[attack.name] = reason
+    if not chosen:
+        raise UsageError("none of the attacks can be computed here")
+    return chosen, left_out
+
+
+def _obstacle(
+    attack: Attack, settings: AuditSettings, kind: str, texts: list[data.Text], prefixes: Prefixes
+) -> str | None:
+    if attack.statistic is not None and kind not in attack.kinds:
+        return f"it is defined for {' and '.join(attack.kinds)} models, this one is {kind}"
+    for query in attack.queries(settings).values():
+        context = query.view.context if query.view else None
+        if context is not None and context not in prefixes.texts:
+            return (
+                f"it needs {context} prefixes: give --prefixes FILE, or at least "
+                f"{2 * settings.prefix.shots} labelled {context}s"
+            )
+    if attack.needs_texts:
+        counts = [sum(t.label == label for t in texts) for label in (0, 1)]
+        if min(counts) < 5 or None in [t.label for t in texts]:
+            return "it needs labels, at least five texts of each class"
+    return None
+
+
+class _ViewMaker:
+    """Makes the items of a view, all texts at once."""
+
+    def __init__(
+        self,
+        reader: reading.Reader,
+        texts: list[data.Text],
+        tokenizer: data.TextTokenizer,
+        prefixes: Prefixes,
+        settings: AuditSettings,
+        roles: list[scoring.Role],
+    ):
+        self.reader, self.texts, self.settings = reader, texts, settings
+        self.shift = roles[0].folder.model.shift
+        self.room = min(r.folder.max_length for r in roles)
+        self.joined = {name: "\n\n".join(found) for name, found in prefixes.texts.items()}
+        self._encode = lambda text: tokenizer.encode([text], settings.max_length)[0]
+        # A prefix may be longer than a text: it is cut from its beginning by the view.
+        whole = [t + "\n\n" for t in self.joined.values()]
+        ids = [e.ids for e in tokenizer.encode(whole, 65535)]
+        self.contexts = dict(zip(self.joined, ids))
+
+    def guided(self, view: str) -> bool:
+        return any(t.guide is not None and t.query.probes is not None and t.query.view is not None
+                   for t in self.reader.tasks.values() if t.view == view)  # fmt: skip
+
+    def __call__(self, view: str) -> list[reading.Item | None]:
+        made, task = self.reader.views[view], None
+        assert made is not None
+        if self.guided(view):
+            task = next(t for t in self.reader.tasks.values() if t.view == view).guide
+        items: list[reading.Item | None] = []
+        for row, original in enumerate(self.reader.items["text"]):
+            if original is None or original.ids is None or not len(original.ids):
+                items.append(None)
+                continue
+            guide = None
+            if task is not None:
+                role = next(iter(task.channels))
+                guide = self.reader.values(task, [row], role, "nll")[0][:, : len(original.ids)]
+            tools = reading.view_tools(
+                original,
+                self.settings,
+                encode=self._encode,
+                contexts=self.contexts,
+                joined=self.joined,
+                room=self.room,
+                guide=guide,
+            )
+            text = made.make(self.texts[row].text, original.ids, tools)
+            items.append(text and reading.view_item(text, original, self.settings, self.shift))
+        return items
 
 
 def _data_notes(texts: data.Texts) -> list[str]:
@@ -154,16 +320,21 @@ def _tokenizer(
 
 
 def _text_rows(
-    job: AuditJob, texts: list[data.Text], items: list[scoring.Item]
+    job: AuditJob,
+    texts: list[data.Text],
+    items: list[reading.Item],
+    encoded: list[Encoded],
+    prefixes: Prefixes,
 ) -> list[dict[str, Any]]:
     rows = []
-    for text, item in zip(texts, items):
+    for text, item, tokens in zip(texts, items, encoded):
         row: dict[str, Any] = {"id": text.id}
         if text.label is not None:
             row["label"] = text.label
-        row["n_tokens"] = len(item.encoded.ids)
-        row["truncated"] = item.encoded.truncated
-        row["status"] = "ok" if item.maskable.any() else "empty"
+        row["n_tokens"] = len(tokens.ids)
+        row["truncated"] = tokens.truncated
+        status = "ok" if item.maskable.any() else "empty"
+        row["status"] = "prefix" if text.id in prefixes.taken else status
         if job.include_text:
             row["text"] = text.text
         rows.append(row)
@@ -174,22 +345,28 @@ def _run_identity(
     job: AuditJob, texts: list[data.Text], roles: list[scoring.Role]
 ) -> dict[str, Any]:
     """What must be equal for a folder to be continued. Attacks may be added, so they are not in."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(repr((text.id, text.label, text.text)).encode("utf-8", "surrogatepass"))
     settings = asdict(job.settings)
     flat = {k: v for k, v in settings.items() if not isinstance(v, dict)}
-    flat |= {f"{g}.{k}": v for g in ("sama", "likelihood") for k, v in settings[g].items()}
+    groups = {g: inner for g, inner in settings.items() if isinstance(inner, dict)}
+    flat |= {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
     flat["dtype"] = str(roles[0].folder.model.dtype)
     return {
-        "data": digest.hexdigest()[:16],
+        "data": _digest(texts),
         "texts": len(texts),
         "target": roles[0].folder.identity,
         "reference": roles[1].folder.identity,
         "mask_id": roles[0].folder.model.mask_id,
         "plan": replay.load_plan(job.plan, job.settings.max_length).identity if job.plan else None,
+        "prefixes": _digest(job.prefixes.texts) if job.prefixes else None,
         **flat,
     }
+
+
+def _digest(texts: list[data.Text]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(repr((text.id, text.label, text.text)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def _about(job: AuditJob, roles: list[scoring.Role]) -> dict[str, Any]:
@@ -216,22 +393,27 @@ def _about(job: AuditJob, roles: list[scoring.Role]) -> dict[str, Any]:
 
 
 def _save_replay(
-    job: AuditJob, work: scoring.Work, folder: RunFolder, texts: list[data.Text]
+    job: AuditJob,
+    work: scoring.Work,
+    folder: RunFolder,
+    texts: list[data.Text],
+    items: list[reading.Item],
 ) -> None:
     """--save-plan and --save-losses, for SAMA's probes."""
     if not job.save_plan and not job.save_losses:
         return
-    plan = next(p for p in work.plans if any(a.name == "sama" for a in p.attacks))
+    task = work.reader.task("sama")
     ids, pieces, models = [t.id for t in texts], [], []
-    for start in range(0, len(ids), scoring.PLAN_ROWS):
-        rows = list(range(start, min(start + scoring.PLAN_ROWS, len(ids))))
-        drawn = plan.draw(rows)
+    for start in range(0, len(ids), reading.PLAN_ROWS):
+        rows = list(range(start, min(start + reading.PLAN_ROWS, len(ids))))
+        drawn = task.draw(rows)
         pieces.append(ProbePlan(*(x[: len(rows)] for x in drawn)))
-        models.append([work.read_losses(folder, plan, rows, r)[: len(rows)] for r in work.roles])
+        found = [work.reader.values(task, rows, role, "nll") for role in reading.ROLES]
+        models.append([x[: len(rows)] for x in found])
     if job.save_plan:
         tokens = np.full((len(ids), job.settings.max_length), -1, np.int32)
-        for row, item in enumerate(work.items):
-            tokens[row, : len(item.encoded.ids)] = item.encoded.ids
+        for row, item in enumerate(items):
+            tokens[row, : len(item.maskable)] = item.ids
         whole = jax.tree.map(lambda *x: np.concatenate(x), *pieces)
         replay.save_plan(job.save_plan, ids, tokens, whole, job.settings.preset)
     if job.save_losses:

@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 from sama_jax import __version__, config
 from sama_jax.errors import Interrupted, SamaError, UsageError
 
+STANDARD = "sama,loss,loss:sum,zlib,ratio"
+"""The attacks of an audit unless told otherwise: three plans' worth of passes."""
+
 EXIT_CODES = """\
 exit codes:
   0   done
@@ -76,9 +79,10 @@ def _add_audit(commands: Any) -> None:
     p.add_argument("--members", type=Path, metavar="F")
     p.add_argument("--nonmembers", type=Path, metavar="F")
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--attacks", default="all", metavar="a,b|all")
+    p.add_argument("--attacks", default=STANDARD, metavar="a,b|all", help=f"default: {STANDARD}")
+    p.add_argument("--prefixes", type=Path, metavar="F", help="texts for ReCaLL's prefixes")
     p.add_argument("--preset", default="default", help=", ".join(config.PRESETS))
-    p.add_argument("--passes", type=int, metavar="Q", help="of all attacks but SAMA")
+    p.add_argument("--passes", type=int, metavar="Q", help="forward passes of every attack")
     p.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--padding", default="hidden", choices=["hidden", "visible"])
@@ -156,7 +160,14 @@ def _audit(args: argparse.Namespace) -> None:
     )
     overrides = list(args.set)
     if args.passes is not None:
-        overrides.append(f"likelihood.passes={args.passes}")
+        overrides.insert(0, f"passes={args.passes}")
+        repeats = settings.sama.repeats
+        if args.passes % repeats:
+            raise UsageError(
+                f"--passes {args.passes}: the preset repeats its steps {repeats} times; give a "
+                f"multiple of {repeats}"
+            )
+        overrides.insert(0, f"sama.steps={args.passes // repeats}")
     if any(a.partition("=")[0].strip() == "preset" for a in overrides):
         raise UsageError("setting preset is a name only; choose one with --preset")
     settings = config.override(settings, overrides)
@@ -185,6 +196,7 @@ def _audit(args: argparse.Namespace) -> None:
         limit=args.limit,
         batch_size=args.batch_size,
         mask_id=args.mask_id,
+        prefixes=data.read_texts(args.prefixes) if args.prefixes else None,
         store=args.store,
         plan=args.plan,
         save_plan=args.save_plan,

@@ -108,7 +108,7 @@ class LikelihoodSettings:
     """The Monte-Carlo likelihood bound that Loss, ZLIB and Ratio read."""
 
     passes: int = 0
-    """Forward passes a text; 0 takes SAMA's number."""
+    """Forward passes a text; 0 takes the run's budget."""
     estimator: Estimator = "exact"
     """`exact`: k of L tokens masked, k spread evenly over 1..L, weight L/k (LLaDA's evaluation);
     `bernoulli`: each token with probability p, weight 1/p (published code)."""
@@ -124,12 +124,84 @@ class LikelihoodSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TailSettings:
+    """Min-K%, Min-K%++ and the other means over a text's lowest values."""
+
+    fraction: float = 0.2
+    """Share of a text's tokens that count, the lowest ones; at least one token."""
+    parts: int = 4
+    """Disjoint masks that together cover a text once: each masks one part in `parts`."""
+
+    def __post_init__(self):
+        _check(self)
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"tail.fraction must lie in 0..1, got {self.fraction}")
+        if self.parts < 1:
+            raise UsageError(f"tail.parts must be at least 1, got {self.parts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixSettings:
+    """ReCaLL and CON-ReCall: texts that stand, visible, before the text that is scored."""
+
+    shots: int = 7
+    """Texts of each class that make a prefix."""
+    tokens: int = 256
+    """Longest prefix; what is too much is cut off at its beginning."""
+    gamma: float = 1.0
+    """Weight of the member prefix in CON-ReCall."""
+
+    def __post_init__(self):
+        _check(self)
+        if self.shots < 1 or self.tokens < 1:
+            raise UsageError("prefix.shots and prefix.tokens must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComplementSettings:
+    """`complement`: disjoint masks that cover a text once, and the lower tail of what they show."""
+
+    parts: int = 0
+    """Masks; 0 takes the run's budget of passes."""
+    fraction: float = 0.2
+    """Share of the tokens, those with the lowest differences, that the score averages."""
+
+    def __post_init__(self):
+        _check(self)
+        if self.parts < 0 or not 0 < self.fraction <= 1:
+            raise UsageError("expected complement.parts >= 0 and 0 < complement.fraction <= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItsSettings:
+    """ITS: masks of tokens that attend little to each other (`Chrisqcwx/DLLM-MIA`)."""
+
+    attention: float = 1.0
+    """a, weight of the attention between tokens."""
+    balance: float = 0.1
+    """lambda, weight of how often a token was masked already."""
+    least: int = 3
+    """A token is drawn among this many of the lowest weights."""
+
+    def __post_init__(self):
+        _check(self)
+        if self.least < 1:
+            raise UsageError(f"its.least must be at least 1, got {self.least}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AuditSettings:
     """All that an audit's numbers depend on, besides models and texts."""
 
     preset: str = "default"
     sama: SamaSettings = field(default_factory=SamaSettings)
     likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
+    tail: TailSettings = field(default_factory=TailSettings)
+    prefix: PrefixSettings = field(default_factory=PrefixSettings)
+    complement: ComplementSettings = field(default_factory=ComplementSettings)
+    its: ItsSettings = field(default_factory=ItsSettings)
+    passes: int = 0
+    """Forward passes of every attack but SAMA on a text, its budget; 0 takes SAMA's number."""
     max_length: int = 512
     """Tokens a text is cut at."""
     seed: int = 42
@@ -143,6 +215,8 @@ class AuditSettings:
         _check(self)
         if not 1 <= self.max_length <= 65535:
             raise UsageError(f"max_length must lie in 1..65535, got {self.max_length}")
+        if self.passes < 0:
+            raise UsageError(f"passes must be 0 or more, got {self.passes}")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed must lie in 0..2^32-1, got {self.seed}")
         if self.pad_to and self.padding == "hidden":
@@ -159,9 +233,14 @@ class AuditSettings:
         return self.preset if unchanged else f"{self.preset}, changed"
 
     @property
+    def budget(self) -> int:
+        """Forward passes of every attack after `0` is resolved."""
+        return self.passes or self.sama.passes
+
+    @property
     def likelihood_passes(self) -> int:
         """Passes of the likelihood estimate after `0` is resolved."""
-        return self.likelihood.passes or self.sama.passes
+        return self.likelihood.passes or self.budget
 
 
 @dataclass(frozen=True, kw_only=True)

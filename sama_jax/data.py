@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sama_jax.errors import DataError, ModelError, UsageError
-from sama_jax.types import TextBatch
+from sama_jax.types import Encoded, TextBatch
 
 MAX_PROBLEMS = 10
 """Problems of single lines that one message lists; the rest are counted."""
@@ -49,18 +49,6 @@ class Texts(NamedTuple):
     """Texts that equal an earlier one."""
     in_both: list[str]
     """First id of each text that occurs with label 1 and with label 0."""
-
-
-class Encoded(NamedTuple):
-    """Tokens of one text, cut at the maximum length."""
-
-    ids: np.ndarray
-    """int32 [n]"""
-    special: np.ndarray
-    """bool [n]: tokens that the tokenizer added (begin, end), not those written in the text."""
-    truncated: bool
-    zlib_bytes: int
-    """Bytes of the zlib-compressed UTF-8 of the part of the text that the kept tokens cover."""
 
 
 class BatchPlan(NamedTuple):

@@ -43,6 +43,13 @@ class ModelFolder:
         return jax.eval_shape(self.model.init, jax.random.key(0))
 
     @property
+    def max_length(self) -> int:
+        """Tokens that the model was made for; a large number where its config does not say."""
+        names = ("max_sequence_length", "max_position_embeddings", "n_positions", "model_length")
+        found = [self.config[n] for n in names if isinstance(self.config.get(n), int)]
+        return min(found, default=2**20)
+
+    @property
     def num_params(self) -> int:
         """Parameters, unused embedding rows included."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))

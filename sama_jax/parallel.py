@@ -32,7 +32,7 @@ class Runner:
         if len(self.devices) == 1:
             self._jitted = jax.jit(score)
         else:
-            rows = ForwardBatch(tokens=0, valid=0, masks=1, positions=1, group=None)  # pyright: ignore
+            rows = ForwardBatch(0, 0, masks=1, positions=1, group=None, passes=None)  # pyright: ignore
             self._jitted = jax.pmap(
                 score,
                 axis_name="data",
@@ -70,11 +70,45 @@ class Runner:
             masks=split(batch.masks, 1),
             positions=split(batch.positions, 1),
             group=batch.group,
+            passes=batch.passes,
         )
 
 
 def _shape(batch: ForwardBatch) -> tuple[int, ...]:
     return (*batch.masks.shape, batch.positions.shape[-1])
+
+
+class RowRunner:
+    """Any function of parameters and arrays on some devices: one program a shape.
+
+    `run(params, seed, *arrays)`; arrays have a leading axis of rows, which is split over devices.
+    The result has its rows on axis 1.
+    """
+
+    def __init__(self, run: Callable[..., jax.Array], devices: Sequence[jax.Device]):  # pyright: ignore
+        self.devices = tuple(devices)
+        self._jitted = jax.jit(run)
+        self._programs: dict[tuple[int, ...], Any] = {}
+
+    def is_compiled(self, shape: tuple[int, ...]) -> bool:
+        """Whether a program for tokens [b, l] of this shape exists."""
+        return shape in self._programs
+
+    def compile(self, params: Params, seed: Any, *arrays: np.ndarray) -> None:
+        """Makes the program; the last array has the shape of the tokens."""
+        lowered = self._jitted.lower(params, seed, *self._split(arrays))
+        self._programs[arrays[-1].shape] = lowered.compile()
+
+    def __call__(self, params: Params, seed: Any, *arrays: np.ndarray) -> np.ndarray:
+        """Runs host arrays; rows must be a multiple of the devices."""
+        program = self._programs[arrays[-1].shape]
+        return np.asarray(program(params, seed, *self._split(arrays)))
+
+    def _split(self, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
+        if len(self.devices) == 1:
+            return arrays
+        rows = NamedSharding(Mesh(np.array(self.devices), ("data",)), PartitionSpec("data"))
+        return tuple(jax.device_put(a, rows) for a in arrays)
 
 
 def parameter_sharding(devices: Sequence[jax.Device]) -> Sharding:  # pyright: ignore

@@ -34,6 +34,15 @@ class Replay(NamedTuple):
     identity: str
 
 
+class Replayed(NamedTuple):
+    """A plan file matched with a run's texts."""
+
+    identity: str
+    plan: ProbePlan
+    row_of: list[int]
+    """Row of the plan for each text of the run."""
+
+
 def save_plan(path: Path, ids: list[str], tokens: np.ndarray, plan: ProbePlan, preset: str) -> None:
     """Writes a plan file; texts in the order of `ids`."""
     if plan.subsets.size and int(np.max(plan.subsets)) > np.iinfo(np.int16).max:

@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     LIKELIHOOD_MASKS = 3
     INITIAL_WEIGHTS = 4
     TRAINING_MASKS = 5
+    PARTITION_MASKS = 6
+    PROCEDURE = 7
 
 
 def text_key_data(tokens: np.ndarray) -> TextKeyData:

@@ -92,6 +92,10 @@ class RunFolder:
         entry = self._parts.setdefault(line["id"], {"scores": {}, "passes": {}})
         entry["scores"] |= line["scores"]
         entry["passes"] |= line["passes"]
+        undefined = entry.setdefault("undefined", {})
+        for name in line["scores"]:
+            undefined.pop(name, None)
+        undefined |= line.get("undefined", {})
         if "votes" in line:
             entry["votes"] = line["votes"]
 
@@ -101,9 +105,14 @@ class RunFolder:
         for text in texts:
             part = self._parts.get(text["id"], {"scores": {}, "passes": {}})
             known = list(dict.fromkeys([*attacks, *part["scores"]]))
+            if text.get("status") == "prefix":  # it was scored before it became one
+                part = {"scores": {}, "passes": {}}
             row = dict(text)
             row["scores"] = {a: part["scores"].get(a) for a in known}
             row["passes"] = {a: part["passes"].get(a, 0) for a in known}
+            undefined = {a: why for a, why in part.get("undefined", {}).items() if a in known}
+            if undefined and text.get("status", "ok") == "ok":
+                row["undefined"] = undefined
             if "votes" in part:
                 row["votes"] = part["votes"]
             rows.append(row)

@@ -1,61 +1,31 @@
-"""Scoring: texts under plans through two models into the loss store, and out of it as scores.
+"""Scoring: what attacks ask for, run through two models into the loss store, and scored from it.
 
 The part of an audit that knows nothing of files of texts, flags or reports. A batch is padded,
-masked and run for every plan and model that misses it; its losses are stored in one write; then
-its statistics are computed from the store.
+masked and run for every task and model that misses it; its losses are stored in one write; then
+every attack whose readings are complete is scored.
 """
 
 import functools
-import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sama_jax import data, losses, model_folder, parallel, replay, rng, votes
-from sama_jax.attacks.registry import Attack, Probes
+from sama_jax import data, losses, model_folder, parallel, rng, votes
+from sama_jax.attacks.registry import Attack, CorpusReading, Procedure
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.errors import UsageError
 from sama_jax.progress import ProgressBar, duration
+from sama_jax.reading import PLAN_ROWS, ROLES, Item, Reader, Task, passes
 from sama_jax.run_folder import RunFolder
-from sama_jax.store import Record, make_record
-from sama_jax.types import ForwardBatch, Params, ProbePlan, Reading, TextKeyData
+from sama_jax.store import make_record
+from sama_jax.types import ForwardBatch, Params, TextKeyData
 
-PLAN_ROWS = 8
-"""Texts whose plans and statistics are computed at once; one shape for all buckets."""
 TOKENS_A_STEP = 1024
 """Tokens a device works on at once on a CPU: 8 rows of 128. Larger batches ran slower there."""
 ACCELERATOR_TOKENS = 16384
-
-
-class Item(NamedTuple):
-    """A text with what its randomness and its place in the store derive from."""
-
-    encoded: data.Encoded
-    maskable: np.ndarray  # bool [n]
-    key: TextKeyData
-    store_key: str
-
-
-class Plan(NamedTuple):
-    """A probe plan of the run and the attacks that read it."""
-
-    identity: str
-    passes: int
-    slot_bounds: Any  # length -> int [t]
-    draw: Any  # rows -> ProbePlan of PLAN_ROWS texts at max_length (host)
-    attacks: list[Attack]
-    statistics: Any  # (plan, target, reference, num_tokens, zlib_bytes) -> {attack: [rows]}
-
-    @property
-    def needs_reference(self) -> bool:
-        return any(a.needs_reference for a in self.attacks)
 
 
 class Role(NamedTuple):
@@ -64,19 +34,6 @@ class Role(NamedTuple):
     name: str
     folder: model_folder.ModelFolder
     store_key: str
-
-
-def prepare(encoded: data.Encoded, settings: AuditSettings, shift: bool) -> Item:
-    maskable = np.ones(len(encoded.ids), bool)
-    if settings.sama.exclude_special:
-        maskable &= ~encoded.special
-    if settings.sama.exclude_position0_when_shifted and shift:
-        maskable[:1] = False
-    key = rng.text_key_data(encoded.ids)
-    name = f"{int(key.high):08x}{int(key.low):08x}"
-    if not maskable.all():
-        name += "-" + hashlib.sha256(maskable.tobytes()).hexdigest()[:8]
-    return Item(encoded, maskable, key, name)
 
 
 def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
@@ -93,148 +50,73 @@ def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
     )
 
 
-# --- plans ---------------------------------------------------------------------------------------
-
-
-def make_plans(
-    chosen: list[Attack],
-    settings: AuditSettings,
-    items: list[Item],
-    texts: list[data.Text],
-    replayed: Path | None,
-) -> list[Plan]:
-    """The distinct plans of the run: attacks that read the same probes share one."""
-    grouped: dict[str, tuple[Probes, list[Attack]]] = {}
-    for attack in chosen:
-        probes = attack.probes(settings)
-        identity = settings_hash(probes.identity, settings.seed)
-        grouped.setdefault(identity, (probes, []))[1].append(attack)
-    plans = []
-    for identity, (probes, members) in grouped.items():
-        # Statistics never see the seed; without it they are compiled once for all seeds.
-        statistics = _statistics(tuple(members), replace(settings, seed=0))
-        if replayed is not None and members[0].name == "sama":
-            plans.append(_replayed_plan(replayed, settings, items, texts, members, statistics))
-            continue
-        draw = partial(_draw, probes, items, settings)
-        plans.append(Plan(identity, probes.passes, probes.slot_bounds, draw, members, statistics))
-    if replayed is not None and not any(p.identity.startswith("plan-") for p in plans):
-        raise UsageError("--plan replays SAMA's probes, but sama is not among the attacks")
-    return plans
-
-
-@functools.lru_cache(maxsize=32)
-def _drawer(probes: Probes) -> Any:
-    """Jitted: plans of a batch of texts from the seed, their key data and maskable positions."""
-
-    def one(seed, high, low, maskable):
-        return probes.plan(rng.text_key(seed, TextKeyData(high, low)), maskable)
-
-    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
-
-
-def _draw(
-    probes: Probes, items: list[Item], settings: AuditSettings, rows: Sequence[int]
-) -> ProbePlan:
-    high, low = np.zeros(PLAN_ROWS, np.uint32), np.zeros(PLAN_ROWS, np.uint32)
-    maskable = np.zeros((PLAN_ROWS, settings.max_length), bool)
-    for i, row in enumerate(rows):
-        high[i], low[i] = items[row].key
-        maskable[i, : len(items[row].maskable)] = items[row].maskable
-    return jax.tree.map(np.asarray, _drawer(probes)(np.uint32(settings.seed), high, low, maskable))
-
-
-def _replayed_plan(
-    path: Path,
-    settings: AuditSettings,
-    items: list[Item],
-    texts: list[data.Text],
-    members: list[Attack],
-    statistics: Any,
-) -> Plan:
-    loaded = replay.load_plan(path, settings.max_length)
-    row_of = replay.match(loaded, [t.id for t in texts], [i.encoded.ids for i in items], path)
-    bounds = loaded.plan.scored.sum(axis=-1).max(axis=0, initial=1)  # pyright: ignore
-
-    def draw(rows: Sequence[int]) -> ProbePlan:
-        at = [row_of[r] for r in rows]
-        fill = PLAN_ROWS - len(at)
-        return jax.tree.map(
-            lambda x: np.concatenate([x[at], np.zeros((fill, *x.shape[1:]), x.dtype)]), loaded.plan
-        )
-
-    passes = loaded.plan.masks.shape[1]
-    return Plan(loaded.identity, passes, lambda _: bounds, draw, members, statistics)
-
-
-@functools.lru_cache(maxsize=32)
-def _statistics(members: tuple[Attack, ...], settings: AuditSettings) -> Any:
-    """Jitted: every attack's score of a batch of texts from their readings."""
-
-    def one(reading: Reading) -> dict[str, jax.Array]:
-        return {a.name: a.statistic(reading, settings) for a in members}
-
-    return jax.jit(jax.vmap(one))
-
-
-# --- the work ------------------------------------------------------------------------------------
-
-
 class Work:
-    """Which passes are missing, and doing them."""
+    """Which passes are missing, and doing them.
+
+    `make_items(view)` makes the items of a view that depends on a guide, once that has run.
+    """
 
     def __init__(
         self,
-        items: list[Item],
-        plans: list[Plan],
+        reader: Reader,
         roles: list[Role],
         settings: AuditSettings,
         *,
+        make_items: Callable[[str], list[Item | None]] | None = None,
         batch_size: int | None = None,
         include_votes: bool = False,
         quiet: bool = False,
     ):
-        self.items, self.plans, self.roles, self.settings = items, plans, roles, settings
+        self.reader, self.settings = reader, settings
+        self.roles = {r.name: r for r in roles}
+        self.make_items = make_items
         self.batch_size, self.include_votes, self.quiet = batch_size, include_votes, quiet
-        self._encoded = [i.encoded for i in items]
-        self._same_tokens = _group([i.store_key for i in items])
         self.devices = tuple(jax.local_devices())
-        self.seconds = dict.fromkeys((p.identity for p in plans), 0.0)
+        self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
+        self.tokens = {t.identity: 0 for t in reader.tasks.values()}
         self.compile_seconds = 0.0
         self.programs = 0
-        if self.settings.padding == "visible":
-            self.buckets = (self.settings.pad_to or self.settings.max_length,)
-        else:
-            self.buckets = data.bucket_lengths(self.settings.max_length)
+        self.passes_run = 0
+        """Forward passes of a text, all models together, that were really made."""
 
-    def _needed(self, plan: Plan) -> list[Role]:
-        return self.roles if plan.needs_reference else self.roles[:1]
+    # --- what is left ----------------------------------------------------------------------------
 
-    def pending(self, folder: RunFolder | None) -> list[int]:
-        """First text of each distinct token sequence of which some losses are not stored yet."""
+    def _tasks(self, view: str) -> list[Task]:
+        """Tasks of one view, guides first."""
+        tasks = [t for t in self.reader.tasks.values() if t.view == view]
+        guides = {t.guide.identity for t in self.reader.tasks.values() if t.guide is not None}
+        return sorted(tasks, key=lambda t: t.identity not in guides)
+
+    def _items(self, view: str) -> list[Item | None]:
+        """Items of a view; those of the text where they depend on a guide that has not run."""
+        return self.reader.items.get(view, self.reader.items["text"])
+
+    def pending(self, view: str = "text", *, everything: bool = False) -> list[int]:
+        """First text of each distinct token sequence of which some values are not stored yet."""
         seen, rows = set(), []
-        for row, item in enumerate(self.items):
-            if item.store_key in seen or not item.maskable.any():
+        tasks = self._tasks(view)
+        for row, item in enumerate(self._items(view)):
+            if item is None or item.store_key in seen or not item.maskable.any():
                 continue
             seen.add(item.store_key)
-            if folder is None or not all(
-                folder.store.has(r.store_key, p.identity, item.store_key)
-                for p in self.plans
-                for r in self._needed(p)
+            if everything or any(
+                self.reader.missing(t, role, item) for t in tasks for role in t.channels
             ):
                 rows.append(row)
         return rows
 
-    def batches(self, rows: list[int]) -> list[data.BatchPlan]:
+    def batches(self, rows: list[int], view: str = "text") -> list[data.BatchPlan]:
         """Batches of `rows`; a device works on `rows_of(length)` of them at once.
 
         All texts together decide on a text's bucket, so that a resumed run, which has fewer left,
         pads it to the same length and computes the same bits.
         """
-        distinct = self.pending(None)
-        lengths = np.array([len(self.items[r].encoded.ids) for r in distinct], np.int32)
+        items = self._items(view)
+        distinct = self.pending(view, everything=True)
+        lengths = np.array([items[r].length for r in distinct], np.int32)  # pyright: ignore
         wanted, batches = set(rows), []
-        for length, whole in _by_length(data.plan_batches(lengths, self.buckets, self._rows_of)):
+        buckets = self._buckets(int(lengths.max(initial=1)))
+        for length, whole in _by_length(data.plan_batches(lengths, buckets, self._rows_of)):
             left = [r for r in (distinct[i] for i in whole) if r in wanted]
             index = np.array([*left, -1], np.int32)
             full = np.full(len(left), length, np.int32)
@@ -244,6 +126,15 @@ class Work:
             ]
         return batches
 
+    def _buckets(self, longest: int) -> tuple[int, ...]:
+        if self.settings.padding == "visible":
+            fixed = self.settings.pad_to or self.settings.max_length
+            return (max(fixed, longest),)
+        limit = self.settings.max_length
+        if longest > limit:  # a view with a prefix
+            limit += self.settings.prefix.tokens
+        return data.bucket_lengths(limit)
+
     def _rows_of(self, length: int) -> int:
         if self.batch_size is not None:
             return self.batch_size * len(self.devices)
@@ -251,64 +142,98 @@ class Work:
         # Not below 4: a single row takes other kernels, and small batches waste both cores.
         return max(4, min(64, budget // length)) * len(self.devices)
 
+    def _slot_sizes(self, task: Task, length: int) -> np.ndarray:
+        most = min(length, self.settings.max_length)
+        return losses.slot_sizes(task.slot_bounds(most), most)
+
     def slots(self, length: int) -> tuple[int, ...]:
         """All sizes that the plans' passes need in a bucket: one program serves every plan."""
-        sizes = [losses.slot_sizes(p.slot_bounds(length), length) for p in self.plans]
-        return tuple(sorted({int(s) for group in sizes for s in group}))
+        plans = [t for t in self.reader.tasks.values() if t.slot_bounds is not None]
+        return tuple(sorted({int(s) for t in plans for s in self._slot_sizes(t, length)}))
 
-    def estimate(self, rows: list[int]) -> str:
+    def estimate(self, *, everything: bool = False) -> str:
         """One line: passes, tokens and time of what is left."""
-        passes, tokens, flops = 0, 0, 0.0
-        for batch in self.batches(rows):
-            real = int((batch.rows >= 0).sum())
-            for plan in self.plans:
-                scored = losses.slot_sizes(plan.slot_bounds(batch.length), batch.length)
-                for role in self._needed(plan):
-                    passes += real * plan.passes
-                    tokens += real * plan.passes * batch.length
-                    model = role.folder.model
-                    flops += len(batch.rows) * sum(
-                        model.flops_per_text(batch.length, float(s)) for s in scored
-                    )
-        rate = 0.5 * _matmul_rate(self.roles[0].folder.model) * len(self.devices)
+        texts, passes, tokens, flops = 0, 0, 0, 0.0
+        for view in self.reader.views:
+            rows = self.pending(view, everything=everything)
+            texts = max(texts, len(rows))
+            for batch in self.batches(rows, view):
+                real = int((batch.rows >= 0).sum())
+                for task in self._tasks(view):
+                    for role in task.channels:
+                        passes += real * task.passes
+                        tokens += real * task.passes * batch.length
+                        flops += len(batch.rows) * self._flops(task, role, batch.length)
+        rate = 0.5 * _matmul_rate(self.roles["target"].folder.model) * len(self.devices)
         return (
-            f"{len(rows)} texts, {passes} forward passes, {tokens:,} tokens with padding, "
+            f"{texts} texts, {passes} forward passes, {tokens:,} tokens with padding, "
             f"{flops / 1e12:.2f} TFLOP: about {duration(flops / rate)} after compiling"
         )
 
+    def _flops(self, task: Task, role: str, length: int) -> float:
+        model = self.roles[role].folder.model
+        if task.slot_bounds is None:
+            return task.passes * model.flops_per_text(length, float(length))
+        return sum(model.flops_per_text(length, float(s)) for s in self._slot_sizes(task, length))
+
+    # --- doing it --------------------------------------------------------------------------------
+
     def run(self, folder: RunFolder, ids: list[str], say: Any) -> None:
         """Computes what is missing, batch by batch, then scores what only needed the store."""
-        rows = self.pending(folder)
-        if rows:
-            say.print(self.estimate(rows))
+        self.reader.store = folder.store
+        if any(self.pending(view) for view in self.reader.views):
+            say.print(self.estimate())
             params = self._load(say)
-            batches = self.batches(rows)
-            self._log_buckets(batches, folder)
-            with ProgressBar("audit", len(self.items), "texts", quiet=self.quiet,
-                             done=len(self.items) - len(rows)) as bar:  # fmt: skip
-                for batch in batches:
-                    self._batch(batch, params, folder, bar)
-                    real = [int(r) for r in batch.rows if r >= 0]
-                    self._score(folder, ids, real)
-                    bar.advance(len(real))
-        wanted = [a.name for p in self.plans for a in p.attacks]
-        left = [r for r, name in enumerate(ids) if not folder.has_scores(name, wanted)]
-        for start in range(0, len(left), PLAN_ROWS):
-            self._score(folder, ids, left[start : start + PLAN_ROWS])
-        if rows:
+            for view in self._ordered_views():
+                self._run_view(view, params, folder, ids)
             say.print(f"{self.programs} programs compiled in {self.compile_seconds:.1f} s")
+        else:
+            list(self._ordered_views())
+        self._score_rows(folder, ids, range(len(ids)))
 
-    def _log_buckets(self, batches: list[data.BatchPlan], folder: RunFolder) -> None:
+    def _ordered_views(self) -> Iterator[str]:
+        """The text, its other views, and those that need a guide's result, made when due."""
+        items = self.reader.items
+        for view in sorted(self.reader.views, key=lambda v: (v != "text", v not in items)):
+            if view not in items:
+                assert self.make_items is not None
+                items[view] = self.make_items(view)
+            yield view
+
+    def _run_view(
+        self, view: str, params: dict[str, Params], folder: RunFolder, ids: list[str]
+    ) -> None:
+        rows = self.pending(view)
+        if not rows:
+            return
+        batches = self.batches(rows, view)
+        self._log_buckets(view, batches, folder)
+        items = self._items(view)
+        same = _group([item and item.store_key for item in items])
+        title = "audit" if view == "text" else f"audit, {view}"
+        with ProgressBar(title, len(ids), "texts", quiet=self.quiet,
+                         done=len(ids) - len(rows)) as bar:  # fmt: skip
+            for batch in batches:
+                real = [int(r) for r in batch.rows if r >= 0]
+                for task in self._tasks(view):
+                    for role in _distinct(task, self.roles):
+                        self._run_task(batch, task, role, params, folder, bar)
+                keys = [items[r].store_key for r in real]  # pyright: ignore
+                self._score_rows(folder, ids, sorted({s for k in keys for s in same[k]}))
+                bar.advance(len(real))
+
+    def _log_buckets(self, view: str, batches: list[data.BatchPlan], folder: RunFolder) -> None:
         counts: dict[int, int] = {}
         for batch in batches:
             counts[batch.length] = counts.get(batch.length, 0) + int((batch.rows >= 0).sum())
-        folder.log("buckets", texts={str(k): v for k, v in counts.items()})
+        folder.log("buckets", view=view, texts={str(k): v for k, v in counts.items()})
 
     def _load(self, say: Any) -> dict[str, Params]:
         """Weights of the models that are needed; one copy if both are the same."""
-        needed = self.roles if any(p.needs_reference for p in self.plans) else self.roles[:1]
+        needed = {r for t in self.reader.tasks.values() for r in t.channels}
         params: dict[str, Params] = {}
-        for role in needed:
+        for name in [r for r in ROLES if r in needed]:
+            role = self.roles[name]
             if role.store_key in params:
                 continue
             start, folder = time.monotonic(), role.folder
@@ -320,152 +245,340 @@ class Work:
             )
         return params
 
-    def _batch(
-        self, batch: data.BatchPlan, params: dict[str, Params], folder: RunFolder, bar: ProgressBar
+    def _run_task(
+        self,
+        batch: data.BatchPlan,
+        task: Task,
+        role: Role,
+        params: dict[str, Params],
+        folder: RunFolder,
+        bar: ProgressBar,
     ) -> None:
-        """All missing losses of one batch, each (plan, model) stored in one write."""
+        """All missing values of one batch, each (task, channel, model) stored in one write."""
+        items = self._items(task.view)
         real = np.flatnonzero(batch.rows >= 0)
-        keys = [self.items[r].store_key for r in batch.rows[real]]
-        for plan in self.plans:
-            for role in {r.store_key: r for r in self._needed(plan)}.values():
-                new = [
-                    i
-                    for i, key in zip(real, keys)
-                    if not folder.store.has(role.store_key, plan.identity, key)
-                ]
-                if not new:
-                    continue
-                start = time.monotonic()
-                forward, positions = self._forward(batch, plan)
-                # Target and reference share programs where their networks are the same.
-                runner = _runner(role.folder.model, self.slots(batch.length), self.devices)
-                if not runner.is_compiled(forward):
-                    bar.note(f"compiling for {batch.length} tokens")
-                    start += self._compile(runner, params[role.store_key], forward, folder)
-                bar.note(f"{role.name}, {batch.length} tokens")
-                out = runner(params[role.store_key], forward)
-                self.seconds[plan.identity] += time.monotonic() - start
-                records = [make_record(positions[:, i], out[:, i]) for i in new]
-                names = [self.items[batch.rows[i]].store_key for i in new]
-                folder.store.append(role.store_key, plan.identity, names, records)
+        left = {
+            int(i): self.reader.missing(task, role.name, items[batch.rows[i]])  # pyright: ignore
+            for i in real
+        }
+        channels = tuple(c for c in task.channels[role.name] if any(c in m for m in left.values()))
+        if not channels:
+            return
+        start = time.monotonic()
+        if task.slot_bounds is None:
+            values, positions = self._procedure(batch, task, role, params, folder, bar)
+        else:
+            values, positions = self._plan(batch, task, role, channels, params, folder, bar)
+        self.seconds[task.identity] += time.monotonic() - start
+        count = sum(bool(m) for m in left.values())
+        self.passes_run += count * task.passes
+        self.tokens[task.identity] += count * task.passes * batch.length
+        for number, channel in enumerate(channels):
+            new = [i for i, missing in left.items() if channel in missing]
+            records = [make_record(positions[:, i], values[number, :, i]) for i in new]
+            names = [items[batch.rows[i]].store_key for i in new]  # pyright: ignore
+            folder.store.append(role.store_key, task.stored(channel), names, records)
+
+    def _plan(
+        self,
+        batch: data.BatchPlan,
+        task: Task,
+        role: Role,
+        channels: tuple[str, ...],
+        params: dict[str, Params],
+        folder: RunFolder,
+        bar: ProgressBar,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values [c, t, b, k] and positions [t, b, k] of a batch under a probe plan."""
+        forward, positions = self._forward(batch, task)
+        # Target and reference share programs where their networks are the same.
+        runner = _runner(role.folder.model, self.slots(batch.length), self.devices, channels)
+        weights, found = params[role.store_key], []
+        for chunk in _chunks(forward):
+            if not runner.is_compiled(chunk):
+                bar.note(f"compiling for {batch.length} tokens")
+                self._compile(lambda c=chunk: runner.compile(weights, c), task, batch, folder)
+            bar.note(f"{role.name}, {batch.length} tokens")
+            out = runner(weights, chunk)
+            out = out.reshape(-1, len(channels), *out.shape[1:])
+            found.append(out[: int(chunk.passes)])
+        return np.concatenate(found).swapaxes(0, 1), positions
 
     def _compile(
-        self, runner: parallel.Runner, params: Params, forward: ForwardBatch, folder: RunFolder
-    ) -> float:
-        """Makes a program; returns the seconds it took."""
+        self, compile_: Callable[[], None], task: Task, batch: data.BatchPlan, folder: RunFolder
+    ) -> None:
+        """Makes a program; its seconds are not the task's."""
         start = time.monotonic()
-        runner.compile(params, forward)
+        compile_()
         seconds = time.monotonic() - start
         self.programs += 1
         self.compile_seconds += seconds
-        length = int(forward.tokens.shape[1])
-        folder.log("compile", length=length, compile_seconds=round(seconds, 2))
-        return seconds
+        self.seconds[task.identity] -= seconds
+        folder.log("compile", length=batch.length, compile_seconds=round(seconds, 2))
 
-    def _forward(self, batch: data.BatchPlan, plan: Plan) -> tuple[ForwardBatch, np.ndarray]:
-        """The scorer's input for one batch and plan (host arrays), and its positions [t, b, k]."""
-        slots, length = self.slots(batch.length), batch.length
-        padded = data.pad_batch(self._encoded, batch)
-        tokens, valid = np.asarray(padded.tokens), np.asarray(padded.valid)
+    def _padded(self, batch: data.BatchPlan, view: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and where they are valid, [b, l]; a prefix stands before its text."""
+        items = self._items(view)
+        tokens = np.zeros((len(batch.rows), batch.length), np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for i, row in enumerate(batch.rows):
+            item = items[row] if row >= 0 else None
+            if item is not None:
+                before = np.zeros(0, np.int32) if item.before is None else item.before
+                tokens[i, : item.length] = np.concatenate([before, item.ids])  # pyright: ignore
+                valid[i, : item.length] = True
         if self.settings.padding == "visible":
             tokens = np.where(valid, tokens, self._pad_id()).astype(np.int32)
             valid = np.ones_like(valid)
-        width = min(length, self.settings.max_length)
-        masks = np.zeros((plan.passes, len(batch.rows), length), bool)
+        return tokens, valid
+
+    def _forward(self, batch: data.BatchPlan, task: Task) -> tuple[ForwardBatch, np.ndarray]:
+        """The scorer's input for one batch and plan (host arrays), and the scored positions
+        [t, b, k] in the text's own coordinates."""
+        slots, items = self.slots(batch.length), self._items(task.view)
+        tokens, valid = self._padded(batch, task.view)
+        length = max(batch.length, self.settings.max_length)
+        masks = np.zeros((task.passes, len(batch.rows), length), bool)
         scored = np.zeros_like(masks)
+        offset = np.zeros(len(batch.rows), np.int32)
         for start in range(0, len(batch.rows), PLAN_ROWS):
             chunk = [int(r) for r in batch.rows[start : start + PLAN_ROWS] if r >= 0]
             if chunk:
-                drawn = plan.draw(chunk)
+                drawn = task.draw(chunk)
                 part = slice(start, start + len(chunk))
-                masks[:, part, :width] = drawn.masks[: len(chunk), :, :width].swapaxes(0, 1)
-                scored[:, part, :width] = drawn.scored[: len(chunk), :, :width].swapaxes(0, 1)
-        positions = losses.scored_positions(scored, slots[-1])
-        sizes = losses.slot_sizes(plan.slot_bounds(length), length)
-        group = np.searchsorted(np.array(slots), sizes).astype(np.int32)
-        return ForwardBatch(tokens, valid, masks, positions, group), positions  # pyright: ignore
+                width = drawn.masks.shape[-1]
+                masks[:, part, :width] = drawn.masks[: len(chunk)].swapaxes(0, 1)
+                scored[:, part, :width] = drawn.scored[: len(chunk)].swapaxes(0, 1)
+        for i, row in enumerate(batch.rows):
+            item = items[row] if row >= 0 else None
+            if item is not None and item.before is not None:
+                offset[i] = len(item.before)
+                masks[:, i] = np.roll(masks[:, i], offset[i], axis=-1)
+        own = losses.scored_positions(scored, slots[-1])
+        positions = np.where(own >= 0, own + offset[None, :, None], -1).astype(np.int32)
+        group = np.searchsorted(np.array(slots), self._slot_sizes(task, batch.length))
+        forward = ForwardBatch(
+            tokens,  # pyright: ignore
+            valid,  # pyright: ignore
+            masks[..., : batch.length],  # pyright: ignore
+            positions,  # pyright: ignore
+            group.astype(np.int32),  # pyright: ignore
+            np.int32(task.passes),  # pyright: ignore
+        )
+        return forward, own
+
+    def _procedure(
+        self,
+        batch: data.BatchPlan,
+        task: Task,
+        role: Role,
+        params: dict[str, Params],
+        folder: RunFolder,
+        bar: ProgressBar,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values [1, t, b, k] and positions [t, b, k] of a batch under a procedure."""
+        assert task.query.procedure is not None
+        items = self._items(task.view)
+        tokens, valid = self._padded(batch, task.view)
+        high, low = (np.zeros(len(batch.rows), np.uint32) for _ in range(2))
+        maskable = np.zeros(tokens.shape, bool)
+        for i, row in enumerate(batch.rows):
+            item = items[row] if row >= 0 else None
+            if item is not None:
+                high[i], low[i] = item.key
+                maskable[i, : len(item.maskable)] = item.maskable
+        runner = _procedure_runner(role.folder.model, task.query.procedure, self.devices)
+        args = (np.uint32(self.settings.seed), high, low, tokens, valid, maskable)
+        weights = params[role.store_key]
+        if not runner.is_compiled(tokens.shape):
+            bar.note(f"compiling for {batch.length} tokens")
+            self._compile(lambda: runner.compile(weights, *args), task, batch, folder)
+        bar.note(f"{role.name}, {batch.length} tokens")
+        dense = runner(weights, *args)
+        positions = losses.scored_positions(~np.isnan(dense), dense.shape[-1])
+        values = np.take_along_axis(dense, np.maximum(positions, 0), axis=-1)
+        return np.where(positions >= 0, values, np.nan)[None], positions
 
     def _pad_id(self) -> int:
-        config = self.roles[0].folder.config
+        config = self.roles["target"].folder.config
         return int(config.get("pad_token_id", config.get("eos_token_id", 0)) or 0)
 
     # --- scores ----------------------------------------------------------------------------------
 
-    def _score(self, folder: RunFolder, ids: list[str], rows: list[int]) -> None:
-        """Appends the scores of `rows` and of the texts with the same tokens."""
-        rows = sorted({same for r in rows for same in self._same_tokens[self.items[r].store_key]})
-        for start in range(0, len(rows), PLAN_ROWS):
-            chunk = rows[start : start + PLAN_ROWS]
-            lines = [{"id": ids[r], "scores": {}, "passes": {}} for r in chunk]
-            for plan in self.plans:
-                self._score_plan(folder, plan, chunk, lines)
-            folder.append_scores(lines)
-
-    def _score_plan(
-        self, folder: RunFolder, plan: Plan, rows: list[int], lines: list[dict[str, Any]]
-    ) -> None:
-        drawn = plan.draw(rows)
-        target, reference = (self.read_losses(folder, plan, rows, role) for role in self.roles)
-        tokens, zlib_bytes = np.zeros(PLAN_ROWS, np.int32), np.ones(PLAN_ROWS, np.int32)
-        for i, row in enumerate(rows):
-            tokens[i] = self.items[row].maskable.sum()
-            zlib_bytes[i] = self.items[row].encoded.zlib_bytes
-        reading = Reading(target, reference, drawn, tokens, zlib_bytes)  # pyright: ignore
-        scores = {k: np.asarray(v) for k, v in plan.statistics(reading).items()}
-        details = None
-        if self.include_votes and any(a.name == "sama" for a in plan.attacks):
-            ties = self.settings.sama.ties
-            details = votes.sign_statistics(
-                jnp.asarray(target), jnp.asarray(reference), drawn, ties=ties
-            )
-        for i, (row, line) in enumerate(zip(rows, lines)):
-            usable = bool(self.items[row].maskable.any())
-            for name, values in scores.items():
-                finite = usable and bool(np.isfinite(values[i]))
-                line["scores"][name] = float(values[i]) if finite else None
-                line["passes"][name] = plan.passes if usable else 0
-            if details is not None and usable:
-                line["votes"] = {
-                    "step_votes": np.asarray(details.step_votes[i]).tolist(),
-                    "step_weights": np.asarray(details.step_weights[i]).tolist(),
-                    "tie_rate": float(details.tie_rate[i]),
-                }
-
-    def read_losses(
-        self, folder: RunFolder, plan: Plan, rows: Sequence[int], role: Role
-    ) -> np.ndarray:
-        """Stored losses of up to PLAN_ROWS texts: float32 [PLAN_ROWS, t, max_length]."""
-        out = np.full((PLAN_ROWS, plan.passes, self.settings.max_length), np.nan, np.float32)
-        for i, row in enumerate(rows):
-            key = self.items[row].store_key
-            if folder.store.has(role.store_key, plan.identity, key):
-                record: Record = folder.store.read(role.store_key, plan.identity, key)
-                out[i] = record.dense(self.settings.max_length)
-        return out
+    def _score_rows(self, folder: RunFolder, ids: list[str], rows: Any) -> None:
+        score_rows(self.reader, folder, ids, rows, include_votes=self.include_votes)
 
     def cost(self, folder: RunFolder) -> dict[str, Any]:
-        """Seconds by attack (attacks on one plan share its passes), added up over resumed parts."""
-        before = (folder.manifest.get("cost") or {}).get("seconds") or {}
-        seconds = {
-            a.name: round(before.get(a.name, 0.0) + self.seconds[p.identity], 2)
-            for p in self.plans
-            for a in p.attacks
-        }
+        """Seconds and tokens by attack (attacks on one task share its passes), over all parts of
+        a resumed run."""
+        before = folder.manifest.get("cost") or {}
+        found: dict[str, dict[str, Any]] = {"seconds": {}, "tokens": {}}
+        for attack in self.reader.attacks:
+            tasks = [self.reader.task(attack.name, q) for q in self.reader.queries[attack.name]]
+            tasks += [t.guide for t in tasks if t.guide is not None]
+            names = {t.identity for t in tasks}
+            for kind, spent in (("seconds", self.seconds), ("tokens", self.tokens)):
+                old = (before.get(kind) or {}).get(attack.name, 0)
+                found[kind][attack.name] = round(old + sum(spent[n] for n in names), 2)
         return {
-            "seconds": before | seconds,
+            **{kind: (before.get(kind) or {}) | values for kind, values in found.items()},
             "compile_seconds": round(self.compile_seconds, 2),
             "programs": self.programs,
+            "passes_run": self.passes_run,
         }
 
 
-@functools.lru_cache(maxsize=32)
-def _runner(model: Any, slots: tuple[int, ...], devices: tuple[Any, ...]) -> parallel.Runner:
+def score_rows(
+    reader: Reader, folder: RunFolder, ids: list[str], rows: Any, *, include_votes: bool = False
+) -> None:
+    """Appends the scores that the store allows for and the folder lacks."""
+    settings = reader.settings
+    plain = [a for a in reader.attacks if a.corpus is None]
+    todo: dict[int, list[Attack]] = {}
+    for row in rows:
+        left = [a for a in plain if not folder.has_scores(ids[row], [a.name])]
+        due = [a for a in left if not reader.usable(a, row) or reader.ready(a, row)]
+        # A view that is not made yet is not missing.
+        due = [a for a in due if all(_made(reader, a))]
+        if due:
+            todo[row] = due
+    order = list(todo)
+    for start in range(0, len(order), PLAN_ROWS):
+        chunk = order[start : start + PLAN_ROWS]
+        wanted = [a for a in plain if any(a in todo[r] for r in chunk)]
+        scores = reader.statistics(wanted, chunk)
+        details = _votes(reader, chunk) if include_votes and _has_sama(wanted) else None
+        lines = []
+        for i, row in enumerate(chunk):
+            line: dict[str, Any] = {"id": ids[row], "scores": {}, "passes": {}}
+            for attack in todo[row]:
+                usable = reader.usable(attack, row)
+                value = float(scores[attack.name][i])
+                finite = usable and bool(np.isfinite(value))
+                line["scores"][attack.name] = value if finite else None
+                count = max(passes(attack, settings).values())
+                line["passes"][attack.name] = count if usable else 0
+                if not finite:
+                    line.setdefault("undefined", {})[attack.name] = attack.undefined
+            if details is not None and reader.usable(wanted[0], row):
+                line["votes"] = details[i]
+            lines.append(line)
+        folder.append_scores(lines)
+
+
+def _made(reader: Reader, attack: Attack) -> Iterator[bool]:
+    for query in reader.queries[attack.name].values():
+        yield query.view_name in reader.items
+
+
+def _has_sama(attacks: list[Attack]) -> bool:
+    return any(a.name == "sama" for a in attacks)
+
+
+def _votes(reader: Reader, rows: list[int]) -> list[dict[str, Any]]:
+    """SAMA's step votes, weights and tie rates."""
+    task = reader.task("sama")
+    reading = reader.reading(task, next(iter(reader.queries["sama"].values())), rows)
+    details = votes.sign_statistics(
+        jnp.asarray(reading.target),
+        jnp.asarray(reading.reference),
+        reading.plan,
+        ties=reader.settings.sama.ties,
+    )
+    return [
+        {
+            "step_votes": np.asarray(details.step_votes[i]).tolist(),
+            "step_weights": np.asarray(details.step_weights[i]).tolist(),
+            "tie_rate": float(details.tie_rate[i]),
+        }
+        for i in range(len(rows))
+    ]
+
+
+def score_corpus(
+    reader: Reader,
+    folder: RunFolder,
+    ids: list[str],
+    texts: list[str] | None,
+    labels: np.ndarray | None,
+) -> None:
+    """Appends the scores of attacks that look at all texts together."""
+    for attack in reader.attacks:
+        if attack.corpus is None or all(folder.has_scores(i, [attack.name]) for i in ids):
+            continue
+        if attack.needs_texts and texts is None:
+            continue
+        rows = list(range(len(ids)))
+        parts = np.full((len(ids), 0), np.nan, np.float32)
+        if attack.statistic is not None:
+            chunks = [rows[s : s + PLAN_ROWS] for s in range(0, len(rows), PLAN_ROWS)]
+            found = [reader.statistics([attack], c)[attack.name] for c in chunks]
+            parts = np.concatenate(found).reshape(len(ids), -1)
+            parts[[r for r in rows if not reader.usable(attack, r)]] = np.nan
+        values = attack.corpus(CorpusReading(parts, texts, labels), reader.settings)
+        count = max(passes(attack, reader.settings).values())
+        lines = []
+        for row, value in zip(rows, values):
+            finite = bool(np.isfinite(value)) and reader.usable(attack, row)
+            line: dict[str, Any] = {
+                "id": ids[row],
+                "scores": {attack.name: float(value) if finite else None},
+                "passes": {attack.name: count if finite else 0},
+            }
+            if not finite:
+                line["undefined"] = {attack.name: attack.undefined}
+            lines.append(line)
+        folder.append_scores(lines)
+
+
+@functools.lru_cache(maxsize=64)
+def _runner(
+    model: Any, slots: tuple[int, ...], devices: tuple[Any, ...], channels: tuple[str, ...]
+) -> parallel.Runner:
     """One scorer a network and set of slot sizes, kept for the whole process like any jit cache."""
-    return parallel.Runner(partial(losses.score_batch, model, slots), devices)
+
+    def score(params: Params, batch: ForwardBatch) -> jax.Array:
+        return losses.score_batch(model, slots, params, batch, channels)
+
+    return parallel.Runner(score, devices)
 
 
-def _group(names: list[str]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = {}
+@functools.lru_cache(maxsize=64)
+def _procedure_runner(
+    model: Any, procedure: Procedure, devices: tuple[Any, ...]
+) -> parallel.RowRunner:
+    def run(params, seed, high, low, tokens, valid, maskable):
+        keys = jax.vmap(lambda h, lo: rng.text_key(seed, TextKeyData(h, lo)))(high, low)
+        return procedure.run(model, params, keys, tokens, valid, maskable)
+
+    return parallel.RowRunner(run, devices)
+
+
+def _chunks(forward: ForwardBatch) -> Iterator[ForwardBatch]:
+    """A plan's passes in calls of `losses.PASSES_A_CALL`, the last one filled up."""
+    total, size = len(forward.group), losses.PASSES_A_CALL
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        fill = size - (stop - start)
+
+        def part(x: Any, start: int = start, stop: int = stop, fill: int = fill) -> Any:
+            return np.pad(x[start:stop], ((0, fill), *[(0, 0)] * (x.ndim - 1)))
+
+        yield forward._replace(
+            masks=part(forward.masks),
+            positions=part(forward.positions),
+            group=part(forward.group),
+            passes=np.int32(stop - start),  # pyright: ignore
+        )
+
+
+def _distinct(task: Task, roles: dict[str, Role]) -> list[Role]:
+    """The task's models, each once even if target and reference are the same."""
+    return list({roles[r].store_key: roles[r] for r in task.channels}.values())
+
+
+def _group(names: list[Any]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
     for row, name in enumerate(names):
         groups.setdefault(name, []).append(row)
     return groups

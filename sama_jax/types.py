@@ -6,6 +6,7 @@ for scored positions, `n` subsets, `m` tokens of a subset, `d` width, `v` vocabu
 
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 Params = Any
@@ -20,6 +21,17 @@ class TextBatch(NamedTuple):
     tokens: Int[Array, "b l"]
     valid: Bool[Array, "b l"]
     """True at real tokens, False at padding."""
+
+
+class Encoded(NamedTuple):
+    """Tokens of one text, cut at the maximum length (host)."""
+
+    ids: Int[np.ndarray, " n"]
+    special: Bool[np.ndarray, " n"]
+    """Tokens that the tokenizer added (begin, end), not those written in the text."""
+    truncated: bool
+    zlib_bytes: int
+    """Bytes of the zlib-compressed UTF-8 of the part of the text that the kept tokens cover."""
 
 
 class ProbePlan(NamedTuple):
@@ -49,6 +61,8 @@ class ForwardBatch(NamedTuple):
     """Scored positions of each pass in ascending order, -1 in unused slots."""
     group: Int[Array, " t"]
     """Index into the scorer's slot sizes; pass `t` uses the first `slots[group[t]]` of `k`."""
+    passes: Int[Array, ""]
+    """Passes to run, at most `t`: one program serves plans of any number."""
 
 
 class Reading(NamedTuple):
@@ -61,6 +75,11 @@ class Reading(NamedTuple):
     num_tokens: Int[Array, "*b"]
     zlib_bytes: Int[Array, "*b"]
     """Bytes of the zlib-compressed UTF-8 text (the part that was scored), default level."""
+    target_more: dict[str, Float[Array, "*b t l"]] = {}  # noqa: RUF012
+    """Other quantities than the loss, by channel (`losses.CHANNELS`)."""
+    reference_more: dict[str, Float[Array, "*b t l"]] = {}  # noqa: RUF012
+    views: dict[str, "Reading"] = {}  # noqa: RUF012
+    """Readings of other views of the text, by the names that the attack gave its queries."""
 
 
 class SignStatistics(NamedTuple):

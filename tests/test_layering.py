@@ -25,6 +25,7 @@ ROWS = [
         "checkpoints_convert",
     },
     {"sama_jax.model_folder", "sama_jax.progress", "sama_jax.replay", "sama_jax.run_folder"},
+    {"sama_jax.reading"},
     {"sama_jax.report", "sama_jax.training", "sama_jax.scoring"},
     {"sama_jax.audit", "sama_jax.finetune"},
     {"sama_jax.demo"},

@@ -3,6 +3,24 @@
 # Registration order is the order of every table: SAMA first.
 from sama_jax.attacks import sama  # isort: skip
 from sama_jax.attacks import likelihood  # isort: skip
-from sama_jax.attacks.registry import Attack, Probes, names, register, select
+from sama_jax.attacks.registry import (
+    Attack,
+    Probes,
+    Query,
+    names,
+    register,
+    register_corpus,
+    select,
+)
 
-__all__ = ["Attack", "Probes", "likelihood", "names", "register", "sama", "select"]
+__all__ = [
+    "Attack",
+    "Probes",
+    "Query",
+    "likelihood",
+    "names",
+    "register",
+    "register_corpus",
+    "sama",
+    "select",
+]
