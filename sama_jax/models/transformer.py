@@ -14,15 +14,17 @@ Parameter tree (`n` layers, widths `d`, MLP `f`, heads `h`, key/value heads `g`,
     final_norm/scale [d]
     lm_head/kernel  [d, v]; absent when tied
 
-Biases stand beside their kernels and scales where the architecture has them.
+Biases stand beside their kernels and scales where the architecture has them. A LoRA adapter adds
+`lora_a` [d, r] and `lora_b` [r, f] (float32, scale included) beside kernels and the embedding.
 Source of the arithmetic: LLaDA's modelling code as vendored in `Stry233/SAMA`
 (`trainer/model/llada/modeling_llada.py`); docs/models.md lists the facts.
 """
 
 import functools
 import math
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -109,7 +111,25 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             out = out + bias.astype(self.dtype)[None, :]
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+            out = (out.astype(jnp.float32) + flat @ a @ b).astype(self.dtype)
         return out.reshape(*x.shape[:-1], self.features)
+
+
+class Embed(nn.Embed):
+    """Table look-up. An adapter changes what is looked up, not a tied head: as PEFT's forward does.
+
+    Sums with an adapter are float32, here and in `Linear`, since PEFT keeps adapters in it.
+    """
+
+    def __call__(self, inputs: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        out = super().__call__(inputs)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            out = (out.astype(jnp.float32) + jnp.take(a, inputs, axis=0) @ b).astype(out.dtype)
+        return out
 
 
 def rotate(
@@ -145,20 +165,21 @@ def attend(
     k: Float[Array, "b g l a"],
     v: Float[Array, "b g l a"],
     key_valid: Bool[Array, "b l"],
-) -> Float[Array, "b h k a"]:
-    """Bidirectional attention; every query sees the valid keys; key head j serves h/g queries.
+) -> tuple[Float[Array, "b h k a"], Float[Array, "b h k l"]]:
+    """Attention and its weights. Every query sees the valid keys; key head j serves h/g queries.
 
     Scores and softmax are float32. Masked scores take the dtype's minimum, so a text without a
     valid position stays finite, and exp underflows to an exact 0 everywhere else.
     """
     b, h, n, a = q.shape
     g = k.shape[1]
-    weights = attention_weights(q, k, key_valid).reshape(b, g, h // g, n, -1)
-    return jnp.einsum("bgqnl,bgla->bgqna", weights.astype(v.dtype), v).reshape(b, h, n, a)
+    weights = attention_weights(q, k, key_valid)
+    grouped = weights.reshape(b, g, h // g, n, -1).astype(v.dtype)
+    return jnp.einsum("bgqnl,bgla->bgqna", grouped, v).reshape(b, h, n, a), weights
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention of some positions (`query`) over all (`x`)."""
+    """Grouped-query self-attention of some positions (`query`) over all (`x`), and its weights."""
 
     arch: Architecture
     dtype: Any
@@ -170,7 +191,7 @@ class Attention(nn.Module):
         query_positions: Int[Array, "b k"],
         x: Float[Array, "b l d"],
         key_valid: Bool[Array, "b l"],
-    ) -> Float[Array, "b k d"]:
+    ) -> tuple[Float[Array, "b k d"], Float[Array, "b h k l"]]:
         arch = self.arch
         dense = functools.partial(Linear, dtype=self.dtype)
         q = dense(arch.num_heads * arch.head_size, arch.qkv_bias, name="q_proj")(query)
@@ -185,14 +206,14 @@ class Attention(nn.Module):
 
         b, length, _ = x.shape
         key_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
-        out = attend(
+        out, weights = attend(
             rotate(heads(q, arch.num_heads), query_positions, arch.rope_theta, arch.rope_float32),
             rotate(heads(k, arch.num_kv_heads), key_positions, arch.rope_theta, arch.rope_float32),
             heads(v, arch.num_kv_heads),
             key_valid,
         )
         merged = out.swapaxes(1, 2).reshape(*query.shape[:2], arch.num_heads * arch.head_size)
-        return dense(arch.width, arch.linear_bias, name="o_proj")(merged)
+        return dense(arch.width, arch.linear_bias, name="o_proj")(merged), weights
 
 
 class Mlp(nn.Module):
@@ -210,7 +231,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block. With `positions`, its output (not its keys) is computed there only."""
+    """Pre-norm block. With `positions`, its output (not its keys) is computed there only.
+
+    Carries the stream and, where it is wanted, the sum of attention over layers (else None).
+    """
 
     arch: Architecture
     dtype: Any
@@ -218,11 +242,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b l d"],
+        carry: tuple[Float[Array, "b l d"], Float[Array, "b k l"] | None],
         key_valid: Bool[Array, "b l"],
         positions: Int[Array, "b k"] | None = None,
-    ) -> Float[Array, "b k d"]:
-        arch = self.arch
+    ) -> tuple[Float[Array, "b k d"], Float[Array, "b k l"] | None]:
+        (x, total), arch = carry, self.arch
         h = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="attn_norm")(x)
         if positions is None:
             b, length, _ = x.shape
@@ -230,9 +254,12 @@ class Block(nn.Module):
             kept, query = x, h
         else:
             kept, query = _take(x, positions), _take(h, positions)
-        kept = kept + Attention(arch, self.dtype, name="attn")(query, positions, h, key_valid)
+        attention = Attention(arch, self.dtype, name="attn")
+        out, weights = attention(query, positions, h, key_valid)
+        kept = kept + out
         h = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="mlp_norm")(kept)
-        return kept + Mlp(arch, self.dtype, name="mlp")(h)
+        kept = kept + Mlp(arch, self.dtype, name="mlp")(h)
+        return kept, None if total is None else total + weights.mean(axis=1)
 
 
 def _take(x: Float[Array, "b l d"], positions: Int[Array, "b k"]) -> Float[Array, "b k d"]:
@@ -247,9 +274,9 @@ class _ScannedBlock(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x, key_valid):
+    def __call__(self, carry, key_valid):
         block = nn.remat(Block) if self.remat else Block
-        return block(self.arch, self.dtype, name="block")(x, key_valid), None
+        return block(self.arch, self.dtype, name="block")(carry, key_valid), None
 
 
 class Network(nn.Module):
@@ -262,7 +289,7 @@ class Network(nn.Module):
 
     def setup(self):
         arch = self.arch
-        self.embed = nn.Embed(
+        self.embed = Embed(
             arch.vocab_size,
             arch.width,
             dtype=self.dtype,
@@ -281,16 +308,21 @@ class Network(nn.Module):
         if not arch.tied:
             self.lm_head = Linear(arch.vocab_size, arch.linear_bias, self.dtype)
 
-    def trunk(self, tokens, key_valid):
+    def _enter(self, tokens, key_valid, total):
         x = self.embed(tokens)
         if self.arch.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.arch.width), x.dtype)
+        carry = (x, total)
         if self.arch.num_layers > 1:
-            x, _ = self.blocks(x, key_valid)
-        return x
+            carry, _ = self.blocks(carry, key_valid)
+        return carry
+
+    def trunk(self, tokens, key_valid):
+        return self._enter(tokens, key_valid, None)[0]
 
     def last_hidden(self, stream, key_valid, positions=None):
-        return self.final_norm(self.last_block(stream, key_valid, positions))
+        x, _ = self.last_block((stream, None), key_valid, positions)
+        return self.final_norm(x)
 
     def hidden(self, tokens, key_valid):
         return self.last_hidden(self.trunk(tokens, key_valid), key_valid)
@@ -300,6 +332,11 @@ class Network(nn.Module):
         if self.arch.scale_logits:
             raw = raw * jnp.asarray(1.0 / math.sqrt(self.arch.width), raw.dtype)
         return raw
+
+    def attention(self, tokens, key_valid):
+        total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
+        carry = self._enter(tokens, key_valid, total)
+        return self.last_block(carry, key_valid)[1] / self.arch.num_layers
 
     def __call__(self, tokens, key_valid):
         return self.logits(self.hidden(tokens, key_valid))
@@ -316,6 +353,14 @@ class TransformerModel:
     dtype: Any = jnp.float32
     """Of activations; parameters are cast to it where they are used."""
     remat: bool = False
+    lora: tuple[tuple[str, int], ...] = ()
+    """Parameters that carry a LoRA adapter and its rank there: so that models are equal only if
+    they can share compiled programs. The network itself looks for the leaves."""
+
+    lora_paths: ClassVar[re.Pattern[str]] = re.compile(
+        r"embed/embedding|lm_head/kernel|(blocks|last_block)/(attn|mlp)/\w+_proj/kernel"
+    )
+    """Parameters that may carry one: those of `Linear` and `Embed`."""
 
     @property
     def vocab_size(self) -> int:
@@ -360,6 +405,15 @@ class TransformerModel:
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
         """Vocabulary logits in the activation dtype; full batches of them are never needed."""
         return self._apply(params, hidden, method="logits")
+
+    def attention(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l l"]:
+        """Weights (query, key) averaged over heads and layers, float32.
+
+        Rows sum to 1; those of padding queries hold no meaning. One layer's [b, h, l, l] at a time.
+        """
+        return self._apply(params, tokens, key_valid, method="attention")
 
     def _apply(self, params: Params, *args: Any, method: str) -> Any:
         return self._network.apply({"params": _unflatten_scan(params)}, *args, method=method)
