@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from checkpoints_convert.rules import TABLES, Rule, canonical_name
+from checkpoints_convert.rules import TABLES, Fused, Rule, canonical_name
 from sama_jax.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -117,12 +117,13 @@ def check(source: Source, family: str, num_layers: int, abstract: Any, where: st
             expected[name] = shape
     allowed = set(expected)
     problems = []
-    tied = TABLES[family].tied_head
-    if tied and tied[0] not in expected and tied[0] in source.tensors:
-        head, embedding = tied
-        allowed.add(head)
-        if not _equal(source, head, embedding):
-            problems.append(f"  differs    {head}: the head is tied, but differs from {embedding}")
+    tied, copies = TABLES[family].tied_head, TABLES[family].copies
+    for copy, original in (*((tied,) if tied else ()), *copies):
+        if copy in expected or copy not in source.tensors:
+            continue
+        allowed.add(copy)
+        if not _equal(source, copy, original):
+            problems.append(f"  differs    {copy}: the head is tied, but differs from {original}")
     problems += [
         f"  missing    {n} {list(s)}" for n, s in expected.items() if n not in source.tensors
     ]
@@ -164,9 +165,15 @@ def _sources(
     lead = _lead_axes(rule)
     inner = shape[lead:][::-1] if rule.transpose else shape[lead:]
     if rule.fused:
-        inner = (math.prod(rule.fused.view), *inner[1:])
+        inner = (math.prod(_view(rule.fused, inner[0])), *inner[1:])
     for place in np.ndindex(*shape[:lead]):
         yield _source_name(rule, place, shape, num_layers), inner
+
+
+def _view(fused: Fused, rows: int) -> tuple[int, ...]:
+    """A fused source's view, its -1 replaced by what makes `rows` of it picked."""
+    ones = tuple(1 if n == -1 else n for n in fused.view)
+    return tuple(rows // np.empty(ones)[fused.pick].size if n == -1 else n for n in fused.view)
 
 
 def _lead_axes(rule: Rule) -> int:
@@ -244,7 +251,7 @@ def export_tensors(params: Any, family: str, num_layers: int) -> dict[str, np.nd
             if rule.fused is None:
                 tensors[name] = np.ascontiguousarray(piece)
                 continue
-            view, pick = rule.fused
+            view, pick = _view(rule.fused, piece.shape[0]), rule.fused.pick
             rows = (math.prod(view), *piece.shape[1:])
             whole = tensors.setdefault(name, np.empty(rows, piece.dtype))
             part = whole.reshape(*view, *piece.shape[1:])

@@ -1,11 +1,19 @@
 """Where each parameter comes from: one table a family, keyed by our path."""
 
 from checkpoints_convert.rules.base import Fused, Rule, Table, clean_name
+from checkpoints_convert.rules.dit import MDLM, SEDD
+from checkpoints_convert.rules.encoders import BERT, MODERNBERT
 from checkpoints_convert.rules.llada import LLADA
 
 __all__ = ["TABLES", "Fused", "Rule", "Table", "canonical_name"]
 
-TABLES: dict[str, Table] = {"llada": LLADA}
+TABLES: dict[str, Table] = {
+    "llada": LLADA,
+    "mdlm": MDLM,
+    "sedd": SEDD,
+    "bert": BERT,
+    "modernbert": MODERNBERT,
+}
 """Family name (as `sama_jax.models.registry` gives it) -> its table."""
 
 

@@ -9,7 +9,8 @@ class Fused(NamedTuple):
     """A parameter that is part of a larger source tensor, such as Q in a fused QKV.
 
     The source's first axis is viewed as `view` (its product is the axis' length) and `pick` selects
-    from it: rows 0..h-1 of [h + 2 g] heads, or part 0 of every group.
+    from it: rows 0..h-1 of [h + 2 g] heads, or part 0 of every group. One entry of `view` may be
+    -1 if `pick` takes all of its axis: what is left for it, as in (3, -1) of Q, K and V.
     """
 
     view: tuple[int, ...]
@@ -38,6 +39,8 @@ class Table(NamedTuple):
     """What the published checkpoints put before the canonical names."""
     tied_head: tuple[str, str] | None = None
     """(head, embedding): a tied model may still store its head, if it equals the embedding."""
+    copies: tuple[tuple[str, str], ...] = ()
+    """Other (copy, original) that a file may hold if they are equal."""
     canonical: Callable[[str, int], str] = lambda name, block_group_size: name
     """Further renaming after `clean_name`, such as block groups to blocks."""
     ignored: re.Pattern[str] | None = None

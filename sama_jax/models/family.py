@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from sama_jax.errors import ModelError
+
 Kind = Literal["diffusion", "autoregressive", "masked"]
 """How a model was trained to predict: noise levels from both sides, next token, or a fixed share of
 masked tokens. Attacks name the kinds that they are defined for."""
@@ -30,3 +32,11 @@ class Family(NamedTuple):
     """(parsed config.json, its path for messages) -> architecture. Raises `ModelError`."""
     architectures: tuple[str, ...]
     """Class names that a config's `architectures` may hold."""
+
+
+def check_sizes(config: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    """Raises `ModelError` unless all these fields are positive integers."""
+    wrong = [n for n in names if type(config.get(n)) is not int or config[n] < 1]
+    if wrong:
+        found = "; ".join(f"{name} is {config.get(name)!r}" for name in wrong)
+        raise ModelError(f"{where}: expected positive integers, but {found}")

@@ -7,15 +7,34 @@ default of the family's own config class, never the value of its best-known chec
 from typing import Any
 
 from sama_jax.errors import ModelError, nearest
+from sama_jax.models.dit import MDLM, SEDD, DitArchitecture, DitModel, is_sedd
+from sama_jax.models.encoders import (
+    BERT,
+    MODERNBERT,
+    BertArchitecture,
+    EncoderModel,
+    ModernBertArchitecture,
+)
 from sama_jax.models.family import Family, FamilyConfig
 from sama_jax.models.llada import LLADA
 from sama_jax.models.transformer import Architecture, TransformerModel
 from sama_jax.types import Model
 
-FAMILIES: dict[str, Family] = {"llada": LLADA}
+FAMILIES: dict[str, Family] = {
+    "llada": LLADA,
+    "mdlm": MDLM,
+    "sedd": SEDD,
+    "bert": BERT,
+    "modernbert": MODERNBERT,
+}
 """`model_type` of a config -> the family."""
 
-_NETWORKS = {Architecture: TransformerModel}
+_NETWORKS: dict[type, Any] = {
+    Architecture: TransformerModel,
+    DitArchitecture: DitModel,
+    BertArchitecture: EncoderModel,
+    ModernBertArchitecture: EncoderModel,
+}
 """Architecture class -> the `Model` over it."""
 
 
@@ -33,7 +52,7 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     `where` is the file's path, for messages. Raises `ModelError` for what is not known: the two
     fields are both needed, since LLaDA-MoE's Hub config also says `llada`.
     """
-    kind = config.get("model_type")
+    kind = "sedd" if is_sedd(config) else config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(
             f"{where}: model_type is {kind!r}, which is not a supported family"

@@ -1,0 +1,345 @@
+"""MDLM and SEDD: one diffusion transformer whose norms are modulated by the noise level (adaLN).
+
+Reads top to bottom: architecture, layers, network, model, readers. Parameter tree (`c`: width of
+the condition; the rest as in `transformer.py`):
+
+    embed/embedding [v, d]
+    time/dense_0/{kernel [256, c], bias}, time/dense_1/{kernel [c, c], bias}
+    blocks/...      each leaf of a block stacked to [n - 1, ...]; absent when n = 1
+    last_block/...  attn_norm/scale [d], attn/{q,k,v,o}_proj/kernel [d, d],
+                    mlp_norm/scale [d], mlp/{up,down}_proj/{kernel, bias},
+                    modulation/{kernel [c, 6 d], bias}
+    final_norm/scale [d], final_modulation/{kernel [c, 2 d], bias}
+    lm_head/{kernel [d, v], bias}
+
+Sources of the arithmetic: `models/dit.py` and `diffusion.py` of kuleshov-group/mdlm (c112c52);
+`model/transformer.py`, `graph_lib.py` and `noise_lib.py` of louaaron/
+Score-Entropy-Discrete-Diffusion (0605786).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sama_jax.errors import ModelError
+from sama_jax.models.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.layers import (
+    LayerNorm,
+    LinenModel,
+    Projections,
+    add_weights,
+    all_positions,
+    attend,
+    flops,
+    scanned,
+    take,
+)
+from sama_jax.models.transformer import Linear, rotate
+from sama_jax.types import Params
+
+NORM_EPS = 1e-5
+ROPE_THETA = 10000.0
+TIME_WIDTH = 256
+"""Cosines and sines of the noise level."""
+MLP_RATIO = 4
+MAX_SHARE = 1 - 1e-3
+"""Share of masked tokens at time 1 of the log-linear schedule: 1 - exp(-sigma) = (1 - 1e-3) t."""
+EXCLUDED = -1e6
+"""Added to the mask token's logit: it is never predicted. MDLM's own number; exp of it is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitArchitecture:
+    """Everything that shapes the network."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    condition_width: int
+    timed: bool
+    """True if the noise level is an input (SEDD); MDLM feeds 0 whatever it is."""
+
+    @property
+    def mlp_width(self) -> int:
+        return MLP_RATIO * self.width
+
+
+def noise_level(
+    tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"], mask_id: int
+) -> Float[Array, " b"]:
+    """sigma of a text: the level whose expected share of masked tokens is the text's own.
+
+    Absorbing noise of total sigma masks a token with probability 1 - exp(-sigma), whatever the
+    schedule that led there; the log-linear one ends at a share of 0.999 (sigma 6.9).
+    """
+    masked = jnp.sum((tokens == mask_id) & key_valid, axis=-1)
+    share = masked / jnp.maximum(jnp.sum(key_valid, axis=-1), 1)
+    return -jnp.log1p(-jnp.minimum(share, MAX_SHARE))
+
+
+class TimeEmbedding(nn.Module):
+    """The condition of a noise level: float32, also in bfloat16 models, as in both sources."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, sigma: Float[Array, " c"]) -> Float[Array, "c w"]:
+        half = TIME_WIDTH // 2
+        frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle = sigma[:, None] * frequency[None]
+        x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        x = jax.nn.silu(Linear(self.width, True, jnp.float32, name="dense_0")(x))
+        return jax.nn.silu(Linear(self.width, True, jnp.float32, name="dense_1")(x))
+
+
+def split_modulation(vectors: Float[Array, "c p"], parts: int) -> list[Float[Array, "c 1 d"]]:
+    """`parts` vectors a condition, to broadcast over positions."""
+    return jnp.split(vectors[:, None], parts, axis=-1)
+
+
+class Mlp(nn.Module):
+    """down(gelu(up(x))), gelu by its tanh approximation."""
+
+    arch: DitArchitecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
+        up = Linear(self.arch.mlp_width, True, self.dtype, name="up_proj")(x)
+        up = jax.nn.gelu(up, approximate=True)
+        return Linear(self.arch.width, True, self.dtype, name="down_proj")(up)
+
+
+class Block(nn.Module):
+    """(stream, attention so far) -> the same; with `positions`, the stream there only.
+
+    The stream stays float32 whatever the dtype, as under the sources' autocast.
+    """
+
+    arch: DitArchitecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, carry, condition, key_valid, positions=None):
+        (x, total), arch = carry, self.arch
+        vectors = Linear(6 * arch.width, True, self.dtype, name="modulation")(condition)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_modulation(vectors, 6)
+        h = LayerNorm(NORM_EPS, False, jnp.float32, name="attn_norm")(x)
+        h = h * (1 + scale_a) + shift_a
+        attn = Projections(arch.width, arch.num_heads, False, self.dtype, name="attn")
+        q, k, v = attn.heads_of(take(h, positions), h)
+        q = rotate(q, all_positions(x) if positions is None else positions, ROPE_THETA, True)
+        k = rotate(k, all_positions(x), ROPE_THETA, True)
+        out, weights = attend(q, k, v, key_valid[:, None])
+        x = take(x, positions) + gate_a * attn.merge(out)
+        h = LayerNorm(NORM_EPS, False, jnp.float32, name="mlp_norm")(x)
+        h = h * (1 + scale_m) + shift_m
+        x = x + gate_m * Mlp(arch, self.dtype, name="mlp")(h)
+        return (x, add_weights(total, weights)), None
+
+
+class Network(nn.Module):
+    """The whole network; `trunk` returns the stream and the condition."""
+
+    arch: DitArchitecture
+    dtype: Any
+    remat: bool = False
+
+    def setup(self):
+        arch = self.arch
+        init = nn.initializers.normal(0.02)
+        self.embed = nn.Embed(arch.vocab_size, arch.width, embedding_init=init)
+        self.time = TimeEmbedding(arch.condition_width)
+        if arch.num_layers > 1:
+            axes = (nn.broadcast, nn.broadcast)
+            stack = scanned(Block, self.remat, arch.num_layers - 1, axes)
+            self.blocks = stack(arch, self.dtype)
+        self.last_block = Block(arch, self.dtype)
+        self.final_norm = LayerNorm(NORM_EPS, False, jnp.float32)
+        self.final_modulation = Linear(2 * arch.width, True, self.dtype)
+        self.lm_head = Linear(arch.vocab_size, True, self.dtype)
+
+    def _enter(self, tokens, key_valid, sigma, total):
+        condition = self.time(sigma)
+        carry = (self.embed(tokens).astype(jnp.float32), total)
+        if self.arch.num_layers > 1:
+            carry, _ = self.blocks(carry, condition, key_valid)
+        return carry, condition
+
+    def trunk(self, tokens, key_valid, sigma):
+        (x, _), condition = self._enter(tokens, key_valid, sigma, None)
+        return x, condition
+
+    def last_hidden(self, stream, key_valid, positions=None):
+        x, condition = stream
+        (x, _), _ = self.last_block((x, None), condition, key_valid, positions)
+        shift, scale = split_modulation(self.final_modulation(condition), 2)
+        return self.final_norm(x) * (1 + scale) + shift
+
+    def logits(self, hidden):
+        return self.lm_head(hidden)
+
+    def attention(self, tokens, key_valid, sigma):
+        total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
+        carry, condition = self._enter(tokens, key_valid, sigma, total)
+        (_, total), _ = self.last_block(carry, condition, key_valid)
+        return total / self.arch.num_layers
+
+    def __call__(self, tokens, key_valid, sigma):
+        return self.logits(self.last_hidden(self.trunk(tokens, key_valid, sigma), key_valid))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitModel(LinenModel):
+    """The `Model` protocol over `Network`.
+
+    `trunk`, `hidden` and `attention` take the noise level `sigma` [b] as an optional last argument.
+    By default it is 0 where the network ignores time, one condition for the whole batch, else what
+    the share of masked tokens implies (`noise_level`).
+    """
+
+    arch: DitArchitecture
+
+    @property
+    def _network(self) -> Network:
+        return Network(self.arch, self.dtype, self.remat)
+
+    def init(self, key) -> Params:
+        """Random float32 parameters."""
+        tokens, key_valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+        return self._network.init(key, tokens, key_valid, jnp.zeros(1))["params"]
+
+    def _sigma(self, tokens: Array, key_valid: Array, sigma: Array | None) -> Array:
+        if not self.arch.timed:
+            return jnp.zeros(1, jnp.float32)
+        return noise_level(tokens, key_valid, self.mask_id) if sigma is None else sigma
+
+    def trunk(
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        sigma: Float[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "c w"]]:
+        """The float32 stream that enters the last block, and the condition (one, or one a text)."""
+        sigma = self._sigma(tokens, key_valid, sigma)
+        return self._apply(params, tokens, key_valid, sigma, method="trunk")
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        sigma: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b l d"]:
+        """Final modulated hidden states of every position."""
+        stream = self.trunk(params, tokens, key_valid, sigma)
+        return self._apply(params, stream, key_valid, method="last_hidden")
+
+    def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
+        """Logits whose softmax is p(x0 = v) at a masked position.
+
+        MDLM: the head's output without the mask token (SUBS). SEDD: its log scores, likewise; p is
+        proportional to exp(log score) there, and what SEDD subtracts from all of them alike, log
+        (e^sigma - 1) and log(v - 1), cancels and is left out. Both define the distribution at an
+        unmasked position to be its own token; the values given here are those of a masked one.
+        """
+        raw = self._apply(params, hidden, method="logits")
+        excluded = (jnp.arange(self.vocab_size) == self.mask_id) * jnp.asarray(EXCLUDED, raw.dtype)
+        return raw + excluded.reshape((1,) * (raw.ndim - 1) + (-1,))
+
+    def attention(
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        sigma: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b l l"]:
+        """Weights (query, key) averaged over heads and layers; padding queries hold no meaning."""
+        sigma = self._sigma(tokens, key_valid, sigma)
+        return self._apply(params, tokens, key_valid, sigma, method="attention")
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        """Operations of one forward pass; modulation, one product a text, is left out."""
+        return flops(self.arch, length, scored, 2, 2 * self.arch.width * self.vocab_size)
+
+
+# --- readers -------------------------------------------------------------------------------------
+
+MDLM_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50258,
+    "hidden_dim": 768,
+    "cond_dim": 129,
+    "n_blocks": 12,
+    "n_heads": 12,
+    "time_conditioning": False,
+}
+"""Of the Hub's config class, as third parties report it; the published file overrides `cond_dim`
+with 128."""
+
+
+def read_mdlm(config: dict[str, Any], where: str) -> FamilyConfig:
+    """kuleshov-group/mdlm-owt's `config.json`. The mask is the last row, which MDLM appends to a
+    tokenizer without one; `mask_token_id` replaces it."""
+    full = {**MDLM_DEFAULTS, **config}
+    if type(full["time_conditioning"]) is not bool:
+        raise ModelError(f"{where}: time_conditioning is {full['time_conditioning']!r}, not a bool")
+    arch = _architecture(
+        full, where, full["vocab_size"], "hidden_dim", timed=full["time_conditioning"]
+    )
+    return FamilyConfig("mdlm", arch, full.get("mask_token_id", arch.vocab_size - 1), shift=False)
+
+
+def is_sedd(config: dict[str, Any]) -> bool:
+    """SEDD publishes its training configuration: it says `graph` and `tokens`, and no type."""
+    return "model_type" not in config and {"model", "graph", "noise", "tokens"} <= config.keys()
+
+
+def read_sedd(config: dict[str, Any], where: str) -> FamilyConfig:
+    """louaaron/sedd-small's `config.json`: `tokens`, `model.*`, `graph.type`, `noise.type`.
+
+    There are no defaults. The mask token is the row after the tokenizer's. `scale_by_sigma` only
+    adds a constant to all scores, so both values are accepted.
+    """
+    for section in ("model", "graph", "noise"):
+        if not isinstance(config.get(section), dict):
+            raise ModelError(f"{where}: expected SEDD's sections model, graph and noise")
+    for section, have in (("graph", "absorb"), ("noise", "loglinear")):
+        if config[section].get("type") != have:
+            raise ModelError(
+                f"{where}: {section}.type is {config[section].get('type')!r}, only '{have}' is "
+                "supported"
+            )
+    check_sizes(config, ("tokens",), where)
+    rows = config["tokens"] + 1
+    arch = _architecture(config["model"], f"{where}, model", rows, "hidden_size", timed=True)
+    return FamilyConfig("sedd", arch, config["tokens"], shift=False)
+
+
+def _architecture(
+    config: dict[str, Any], where: str, rows: int, width: str, *, timed: bool
+) -> DitArchitecture:
+    sizes = {**config, "vocab_size": rows}
+    check_sizes(sizes, ("vocab_size", width, "cond_dim", "n_blocks", "n_heads"), where)
+    if config[width] % (2 * config["n_heads"]):
+        raise ModelError(
+            f"{where}: n_heads {config['n_heads']} must divide {width} {config[width]} into even "
+            "sizes"
+        )
+    return DitArchitecture(
+        vocab_size=rows,
+        width=config[width],
+        num_layers=config["n_blocks"],
+        num_heads=config["n_heads"],
+        condition_width=config["cond_dim"],
+        timed=timed,
+    )
+
+
+MDLM = Family(read_mdlm, ("MDLM",))
+SEDD = Family(read_sedd, ("SEDD",))

@@ -1,0 +1,456 @@
+"""BERT and ModernBERT as masked language models.
+
+Reads top to bottom: architectures, layers, the two networks, model, readers. Parameter trees (`f`:
+MLP width; the rest as in `transformer.py`; every leaf of `blocks` is stacked over layers):
+
+    embed/embedding [v, d], embed_norm/scale [d]
+    blocks/..., last_block/...   attn_norm/scale [d], attn/{q,k,v,o}_proj/kernel [d, d],
+                                 mlp_norm/scale [d], mlp/up_proj/kernel, mlp/down_proj/kernel
+    head/dense/kernel [d, d], head/norm/scale [d], head/bias [v]
+
+BERT adds positions/embedding, types/embedding and a bias beside every kernel and scale. ModernBERT
+adds mlp/gate_proj/kernel, final_norm/scale, and `first_block`, which has no attn_norm. The head's
+decoder is the embedding. Source of the arithmetic: transformers 5, `models/{bert,modernbert}`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sama_jax.errors import ModelError
+from sama_jax.models.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.layers import (
+    LayerNorm,
+    LinenModel,
+    Projections,
+    add_weights,
+    all_positions,
+    attend,
+    flops,
+    scanned,
+    take,
+)
+from sama_jax.models.transformer import Linear, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertArchitecture:
+    """Everything that shapes a BERT."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    norm_eps: float
+    max_length: int
+    """Rows of the position table: no text can be longer."""
+    token_types: int
+    """Rows of the token type table; every token has type 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModernBertArchitecture:
+    """Everything that shapes a ModernBERT."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    norm_eps: float
+    local: tuple[bool, ...]
+    """By layer: whether a position sees only those at most `reach` away."""
+    reach: int
+    global_theta: float
+    local_theta: float
+
+
+class Head(nn.Module):
+    """norm(gelu(dense(x))), then the embedding as decoder, and a bias."""
+
+    arch: Any
+    use_bias: bool
+    dtype: Any
+
+    def setup(self):
+        self.dense = Linear(self.arch.width, self.use_bias, self.dtype)
+        self.norm = LayerNorm(self.arch.norm_eps, self.use_bias, self.dtype)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.arch.vocab_size,), jnp.float32)
+
+    def __call__(self, x, embed):
+        logits = embed.attend(self.norm(jax.nn.gelu(self.dense(x), approximate=False)))
+        return logits + self.bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _embed(arch: Any, rows: int, dtype: Any) -> nn.Embed:
+    init = nn.initializers.normal(0.02)
+    return nn.Embed(rows, arch.width, dtype=dtype, embedding_init=init)
+
+
+# --- BERT ----------------------------------------------------------------------------------------
+
+
+class BertBlock(nn.Module):
+    """Post-norm block: (stream, attention so far) -> the same, at `positions` if given."""
+
+    arch: BertArchitecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, carry, key_valid, positions=None):
+        (x, total), arch = carry, self.arch
+        attn = Projections(arch.width, arch.num_heads, True, self.dtype, name="attn")
+        query = take(x, positions)
+        q, k, v = attn.heads_of(query, x)
+        out, weights = attend(q, k, v, key_valid[:, None])
+        norm = LayerNorm(arch.norm_eps, True, self.dtype, name="attn_norm")
+        x = norm(query + attn.merge(out))
+        norm = LayerNorm(arch.norm_eps, True, self.dtype, name="mlp_norm")
+        x = norm(x + BertMlp(arch, self.dtype, name="mlp")(x))
+        return (x, add_weights(total, weights)), None
+
+
+class BertMlp(nn.Module):
+    """down(gelu(up(x))), exact gelu."""
+
+    arch: BertArchitecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
+        up = Linear(self.arch.mlp_width, True, self.dtype, name="up_proj")(x)
+        up = jax.nn.gelu(up, approximate=False)
+        return Linear(self.arch.width, True, self.dtype, name="down_proj")(up)
+
+
+class BertNetwork(nn.Module):
+    """The whole BERT."""
+
+    arch: BertArchitecture
+    dtype: Any
+    remat: bool = False
+
+    def setup(self):
+        arch = self.arch
+        self.embed = _embed(arch, arch.vocab_size, self.dtype)
+        self.positions = _embed(arch, arch.max_length, self.dtype)
+        self.types = _embed(arch, arch.token_types, self.dtype)
+        self.embed_norm = LayerNorm(arch.norm_eps, True, self.dtype)
+        if arch.num_layers > 1:
+            stack = scanned(BertBlock, self.remat, arch.num_layers - 1, (nn.broadcast,))
+            self.blocks = stack(arch, self.dtype)
+        self.last_block = BertBlock(arch, self.dtype)
+        self.head = Head(arch, True, self.dtype)
+
+    def _enter(self, tokens, key_valid, total):
+        if tokens.shape[1] > self.arch.max_length:
+            raise ModelError(
+                f"a batch has {tokens.shape[1]} positions, but the model has position embeddings "
+                f"for {self.arch.max_length} only; lower --max-length"
+            )
+        x = self.embed(tokens) + self.types(jnp.zeros_like(tokens))
+        carry = (self.embed_norm(x + self.positions(all_positions(x))), total)
+        if self.arch.num_layers > 1:
+            carry, _ = self.blocks(carry, key_valid)
+        return carry
+
+    def trunk(self, tokens, key_valid):
+        return self._enter(tokens, key_valid, None)[0]
+
+    def last_hidden(self, stream, key_valid, positions=None):
+        (x, _), _ = self.last_block((stream, None), key_valid, positions)
+        return x
+
+    def logits(self, hidden):
+        return self.head(hidden, self.embed)
+
+    def attention(self, tokens, key_valid):
+        total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
+        (_, total), _ = self.last_block(self._enter(tokens, key_valid, total), key_valid)
+        return total / self.arch.num_layers
+
+    def __call__(self, tokens, key_valid):
+        return self.logits(self.last_hidden(self.trunk(tokens, key_valid), key_valid))
+
+
+# --- ModernBERT ----------------------------------------------------------------------------------
+
+
+class ModernBertBlock(nn.Module):
+    """Pre-norm block: (stream, attention so far) -> the same, at `positions` if given.
+
+    `local` and `theta` are scalars of the layer, so that both kinds of layers are one scan.
+    """
+
+    arch: ModernBertArchitecture
+    dtype: Any
+    first: bool = False
+    """The first block has no norm before attention: the embedding's is there already."""
+
+    @nn.compact
+    def __call__(self, carry, local, theta, key_valid, positions=None):
+        (x, total), arch = carry, self.arch
+        h = x
+        if not self.first:
+            h = LayerNorm(arch.norm_eps, False, self.dtype, name="attn_norm")(x)
+        keys = all_positions(x)
+        queries = keys if positions is None else positions
+        attn = Projections(arch.width, arch.num_heads, False, self.dtype, name="attn")
+        q, k, v = attn.heads_of(take(h, positions), h)
+        near = jnp.abs(queries[:, :, None] - keys[:, None]) <= arch.reach
+        allowed = key_valid[:, None] & (near | ~local)
+        q, k = rotate(q, queries, theta, True), rotate(k, keys, theta, True)
+        out, weights = attend(q, k, v, allowed)
+        x = take(x, positions) + attn.merge(out)
+        h = LayerNorm(arch.norm_eps, False, self.dtype, name="mlp_norm")(x)
+        x = x + ModernBertMlp(arch, self.dtype, name="mlp")(h)
+        return (x, add_weights(total, weights)), None
+
+
+class ModernBertMlp(nn.Module):
+    """down(gelu(gate(x)) * up(x)), exact gelu."""
+
+    arch: ModernBertArchitecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
+        gate = Linear(self.arch.mlp_width, False, self.dtype, name="gate_proj")(x)
+        up = Linear(self.arch.mlp_width, False, self.dtype, name="up_proj")(x)
+        gate = jax.nn.gelu(gate, approximate=False)
+        return Linear(self.arch.width, False, self.dtype, name="down_proj")(gate * up)
+
+
+class ModernBertNetwork(nn.Module):
+    """The whole ModernBERT, of two layers or more."""
+
+    arch: ModernBertArchitecture
+    dtype: Any
+    remat: bool = False
+
+    def setup(self):
+        arch = self.arch
+        self.embed = _embed(arch, arch.vocab_size, self.dtype)
+        self.embed_norm = LayerNorm(arch.norm_eps, False, self.dtype)
+        self.first_block = ModernBertBlock(arch, self.dtype, first=True)
+        if arch.num_layers > 2:
+            axes = (0, 0, nn.broadcast)
+            stack = scanned(ModernBertBlock, self.remat, arch.num_layers - 2, axes)
+            self.blocks = stack(arch, self.dtype)
+        self.last_block = ModernBertBlock(arch, self.dtype)
+        self.final_norm = LayerNorm(arch.norm_eps, False, self.dtype)
+        self.head = Head(arch, False, self.dtype)
+
+    def _layers(self) -> tuple[Bool[Array, " n"], Float[Array, " n"]]:
+        """Kind and rotary base of every layer."""
+        local = jnp.array(self.arch.local)
+        theta = jnp.where(local, self.arch.local_theta, self.arch.global_theta)
+        return local, theta.astype(jnp.float32)
+
+    def _enter(self, tokens, key_valid, total):
+        local, theta = self._layers()
+        carry = (self.embed_norm(self.embed(tokens)), total)
+        carry, _ = self.first_block(carry, local[0], theta[0], key_valid)
+        if self.arch.num_layers > 2:
+            carry, _ = self.blocks(carry, local[1:-1], theta[1:-1], key_valid)
+        return carry
+
+    def _leave(self, carry, key_valid, positions=None):
+        local, theta = self._layers()
+        return self.last_block(carry, local[-1], theta[-1], key_valid, positions)[0]
+
+    def trunk(self, tokens, key_valid):
+        return self._enter(tokens, key_valid, None)[0]
+
+    def last_hidden(self, stream, key_valid, positions=None):
+        return self.final_norm(self._leave((stream, None), key_valid, positions)[0])
+
+    def logits(self, hidden):
+        return self.head(hidden, self.embed)
+
+    def attention(self, tokens, key_valid):
+        total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
+        _, total = self._leave(self._enter(tokens, key_valid, total), key_valid)
+        return total / self.arch.num_layers
+
+    def __call__(self, tokens, key_valid):
+        return self.logits(self.last_hidden(self.trunk(tokens, key_valid), key_valid))
+
+
+_NETWORKS = {BertArchitecture: BertNetwork, ModernBertArchitecture: ModernBertNetwork}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderModel(LinenModel):
+    """The `Model` protocol over either network."""
+
+    arch: BertArchitecture | ModernBertArchitecture
+
+    @property
+    def _network(self) -> nn.Module:
+        return _NETWORKS[type(self.arch)](self.arch, self.dtype, self.remat)  # pyright: ignore
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        """Operations of one forward pass. Local layers count all keys, since all are computed."""
+        arch = self.arch
+        head = 2 * arch.width * (arch.width + arch.vocab_size)
+        matrices = 2 if isinstance(arch, BertArchitecture) else 3
+        return flops(arch, length, scored, matrices, head)
+
+
+# --- readers -------------------------------------------------------------------------------------
+
+# Defaults of transformers' config classes (5.24).
+BERT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "position_embedding_type": "absolute",
+}
+_BERT_ONLY = {
+    "hidden_act": "gelu",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "position_embedding_type": "absolute",
+}
+MODERNBERT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50368,
+    "hidden_size": 768,
+    "intermediate_size": 1152,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 12,
+    "hidden_activation": "gelu",
+    "norm_eps": 1e-5,
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "decoder_bias": True,
+    "classifier_bias": False,
+    "classifier_activation": "gelu",
+    "tie_word_embeddings": True,
+    "local_attention": 128,
+    "global_attn_every_n_layers": 3,
+    "layer_types": None,
+    "global_rope_theta": 160000.0,
+    "local_rope_theta": 10000.0,
+    "rope_parameters": None,
+    "rope_scaling": None,
+}
+_MODERNBERT_ONLY = {
+    "hidden_activation": "gelu",
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "decoder_bias": True,
+    "classifier_bias": False,
+    "classifier_activation": "gelu",
+    "tie_word_embeddings": True,
+    "rope_scaling": None,
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+
+
+def read_bert(config: dict[str, Any], where: str) -> FamilyConfig:
+    """transformers' BERT. The mask id is the tokenizer's."""
+    full = {**BERT_DEFAULTS, **config}
+    _refuse_others(full, _BERT_ONLY, "BERT", where)
+    check_sizes(full, (*_SIZES, "max_position_embeddings", "type_vocab_size"), where)
+    arch = BertArchitecture(
+        **_shared(full, 1, where),
+        norm_eps=float(full["layer_norm_eps"]),
+        max_length=full["max_position_embeddings"],
+        token_types=full["type_vocab_size"],
+    )
+    return FamilyConfig("bert", arch, full.get("mask_token_id"), shift=False, kind="masked")
+
+
+def read_modernbert(config: dict[str, Any], where: str) -> FamilyConfig:
+    """transformers' ModernBERT, in the words of version 4 (`global_attn_every_n_layers`,
+    `global_rope_theta`) or 5 (`layer_types`, `rope_parameters`). The mask id is the tokenizer's."""
+    full = {**MODERNBERT_DEFAULTS, **config}
+    _refuse_others(full, _MODERNBERT_ONLY, "ModernBERT", where)
+    check_sizes(full, (*_SIZES, "local_attention", "global_attn_every_n_layers"), where)
+    layers, every = full["num_hidden_layers"], full["global_attn_every_n_layers"]
+    if layers < 2:
+        raise ModelError(f"{where}: num_hidden_layers is {layers}, expected 2 or more")
+    local = tuple(bool(i % every) for i in range(layers))
+    if full["layer_types"] is not None:
+        kinds = {"full_attention": False, "sliding_attention": True}
+        types = list(full["layer_types"])
+        if len(types) != layers or not set(types) <= kinds.keys():
+            raise ModelError(
+                f"{where}: layer_types is {types}, expected {layers} of {', '.join(kinds)}"
+            )
+        local = tuple(kinds[kind] for kind in types)
+    arch = ModernBertArchitecture(
+        **_shared(full, 2, where),
+        norm_eps=float(full["norm_eps"]),
+        local=local,
+        reach=full["local_attention"] // 2,
+        global_theta=_theta(full, "full_attention", "global_rope_theta", where),
+        local_theta=_theta(full, "sliding_attention", "local_rope_theta", where),
+    )
+    return FamilyConfig("modernbert", arch, full.get("mask_token_id"), shift=False, kind="masked")
+
+
+def _theta(config: dict[str, Any], kind: str, older: str, where: str) -> float:
+    """Rotary base of one kind of layers; `rope_parameters` goes before the older field."""
+    rope = (config["rope_parameters"] or {}).get(kind) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ModelError(
+            f"{where}: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}, only 'default' "
+            "is supported"
+        )
+    return float(rope.get("rope_theta", config[older]))
+
+
+def _refuse_others(config: dict[str, Any], only: dict[str, Any], name: str, where: str) -> None:
+    wrong = [
+        f"{field} is {config[field]!r}, only {have!r} is supported"
+        for field, have in only.items()
+        if config[field] != have
+    ]
+    if wrong:
+        raise ModelError(f"{where}: unsupported {name} variant: " + "; ".join(wrong))
+
+
+def _shared(config: dict[str, Any], parity: int, where: str) -> dict[str, int]:
+    """The sizes that both have; a head's must be a multiple of `parity` (2 for rotation)."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % (parity * heads):
+        raise ModelError(
+            f"{where}: num_attention_heads {heads} must divide hidden_size {width}"
+            + (" into even sizes" if parity == 2 else "")
+        )
+    return {
+        "vocab_size": config["vocab_size"],
+        "width": width,
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": heads,
+        "mlp_width": config["intermediate_size"],
+    }
+
+
+BERT = Family(read_bert, ("BertForMaskedLM", "BertForPreTraining"))
+MODERNBERT = Family(read_modernbert, ("ModernBertForMaskedLM",))

@@ -1,0 +1,187 @@
+"""What the networks beside the Llama-like one share: layer norm, attention, `Model` plumbing."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sama_jax.models.family import Kind
+from sama_jax.models.transformer import Linear
+from sama_jax.types import Params
+
+
+class LayerNorm(nn.Module):
+    """Layer norm, all of it in float32 as PyTorch's kernels do it; cast to `dtype` last."""
+
+    eps: float
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        row = (1,) * (x.ndim - 1) + x.shape[-1:]
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        wide = wide * scale.astype(jnp.float32).reshape(row)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+            wide = wide + bias.astype(jnp.float32).reshape(row)
+        return wide.astype(self.dtype)
+
+
+def split_heads(x: Float[Array, "b l d"], heads: int) -> Float[Array, "b h l a"]:
+    """Heads are contiguous parts of the last axis."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def attend(
+    q: Float[Array, "b h k a"],
+    k: Float[Array, "b h l a"],
+    v: Float[Array, "b h l a"],
+    allowed: Bool[Array, "b #k l"],
+) -> tuple[Float[Array, "b k d"], Float[Array, "b h k l"]]:
+    """Merged heads and the weights. Scores and softmax are float32.
+
+    Masked scores take the dtype's minimum: a query without any key stays finite.
+    """
+    scores = jnp.einsum("bhka,bhla->bhkl", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (1.0 / math.sqrt(q.shape[-1]))
+    lowest = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, lowest), axis=-1)
+    out = jnp.einsum("bhkl,bhla->bhka", weights.astype(v.dtype), v).swapaxes(1, 2)
+    return out.reshape(*out.shape[:2], -1), weights
+
+
+def all_positions(x: Float[Array, "b l d"]) -> Int[Array, "b l"]:
+    """0..l-1 in every row."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+
+
+def take(x: Float[Array, "b l d"], positions: Int[Array, "b k"] | None) -> Float[Array, "b k d"]:
+    """Rows of `x` at `positions`; all of them if None."""
+    if positions is None:
+        return x
+    return jnp.take_along_axis(x, positions[:, :, None], axis=1)
+
+
+def add_weights(total: Float[Array, "b k l"] | None, weights: Float[Array, "b h k l"]) -> Any:
+    """Sums mean-over-heads attention over layers; None where it is not wanted."""
+    return None if total is None else total + weights.mean(axis=1)
+
+
+def scanned(block: type[nn.Module], remat: bool, length: int, in_axes: tuple[Any, ...]) -> Any:
+    """`block` stacked `length` times: (carry, ..) -> (carry, None), parameters on a first axis."""
+    return nn.scan(
+        nn.remat(block) if remat else block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,  # pyright: ignore
+        length=length,
+    )
+
+
+class Projections(nn.Module):
+    """Queries of some positions, keys and values of all, heads split."""
+
+    width: int
+    heads: int
+    use_bias: bool
+    dtype: Any
+
+    def setup(self):
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            Linear(self.width, self.use_bias, self.dtype) for _ in range(4)
+        )
+
+    def heads_of(self, query, x):
+        """[b, h, k, a], [b, h, l, a], [b, h, l, a]."""
+        parts = (self.q_proj(query), self.k_proj(x), self.v_proj(x))
+        return tuple(split_heads(part, self.heads) for part in parts)
+
+    def merge(self, out):
+        """The output projection."""
+        return self.o_proj(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinenModel:
+    """The `Model` protocol over a Linen network with `trunk`, `last_hidden`, `logits`, `attention`.
+
+    Hashable, so it can be a static argument.
+    """
+
+    arch: Any
+    mask_id: int
+    shift: bool = False
+    kind: Kind = "diffusion"
+    dtype: Any = jnp.float32
+    """Of activations; parameters are cast to it where they are used."""
+    remat: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.arch.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.arch.num_layers
+
+    @property
+    def _network(self) -> nn.Module:
+        raise NotImplementedError
+
+    def init(self, key) -> Params:
+        """Random float32 parameters."""
+        tokens, key_valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+        return self._network.init(key, tokens, key_valid)["params"]
+
+    def trunk(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Any:
+        """What enters the last block."""
+        return self._apply(params, tokens, key_valid, method="trunk")
+
+    def last_hidden(
+        self,
+        params: Params,
+        stream: Any,
+        key_valid: Bool[Array, "b l"],
+        positions: Int[Array, "b k"],
+    ) -> Float[Array, "b k d"]:
+        """Final hidden states at `positions` only."""
+        return self._apply(params, stream, key_valid, positions, method="last_hidden")
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """Final hidden states of every position."""
+        stream = self.trunk(params, tokens, key_valid)
+        return self._apply(params, stream, key_valid, method="last_hidden")
+
+    def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
+        """Vocabulary logits in the activation dtype."""
+        return self._apply(params, hidden, method="logits")
+
+    def attention(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l l"]:
+        """Weights (query, key) averaged over heads and layers; padding queries hold no meaning."""
+        return self._apply(params, tokens, key_valid, method="attention")
+
+    def _apply(self, params: Params, *args: Any, method: str) -> Any:
+        return self._network.apply({"params": params}, *args, method=method)
+
+
+def flops(arch: Any, length: int, scored: float, mlp_matrices: int, head: int) -> float:
+    """Operations of one pass, 2 a multiply-accumulate; the last block and the `head` (operations
+    a position) at `scored` positions only. Norms, softmax and conditioning are left out."""
+    kv = 4 * arch.width**2
+    rest = 4 * arch.width**2 + 2 * mlp_matrices * arch.width * arch.mlp_width
+    rest += 4 * arch.width * length
+    return (arch.num_layers - 1) * (kv + rest) * length + kv * length + (rest + head) * scored
