@@ -106,8 +106,9 @@ class Block(nn.Module):
             self.q_norm = _norm(c, d)
             self.k_norm = _norm(c, kv)
 
-    def forward(self, x, key_valid):
-        c, (b, length, d) = self.c, x.shape
+    def heads(self, x):
+        """Rotated queries and keys, and values, all [b, heads, l, a]."""
+        c, (b, length, _) = self.c, x.shape
         h = self.attn_norm(x)
         q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         if c["attention_layer_norm"]:
@@ -117,7 +118,11 @@ class Block(nn.Module):
         k = rope(k, c["rope_theta"], c["rope_full_precision"])
         # Query heads 0..r-1 read key head 0, the next r key head 1, and so on.
         repeats = c["n_heads"] // c["n_kv_heads"]
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        return q, k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+
+    def forward(self, x, key_valid):
+        b, length, d = x.shape
+        q, k, v = self.heads(x)
         mask = None
         if key_valid is not None:
             mask = torch.zeros(b, 1, 1, length, dtype=q.dtype)
@@ -178,6 +183,22 @@ class Llada(nn.Module):
         if c["scale_logits"]:
             logits = logits * (1 / math.sqrt(c["d_model"]))
         return logits, hidden
+
+
+@torch.no_grad()
+def attention(module: Llada, tokens, key_valid):
+    """Attention weights (query, key) averaged over heads and layers, [b, l, l].
+
+    Head by head, and only over the valid keys of a text instead of by a mask.
+    """
+    total = torch.zeros(*tokens.shape, tokens.shape[1])
+    _, inputs = module(tokens, key_valid)
+    for block, x in zip(module.blocks(), inputs):
+        for q, k, keys, out in zip(*block.heads(x)[:2], key_valid, total):
+            for head in range(len(q)):
+                scores = q[head].float() @ k[head][keys].float().T / math.sqrt(block.head)
+                out[:, keys] += scores.softmax(dim=-1) / (len(q) * module.c["n_layers"])
+    return total
 
 
 def random_module(c: dict[str, Any], seed: int) -> Llada:

@@ -183,6 +183,22 @@ def test_last_block_at_scored_positions_equals_hidden_there(pair, variant):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=BLOCKS)
 
 
+@pytest.mark.parametrize("variant", ["gqa", "one_layer"])
+def test_attention_equals_pytorch_and_sums_to_one(pair, variant):
+    both = pair(variant)
+    expected = oracle.attention(
+        both.module, torch.from_numpy(TEXTS.tokens).long(), torch.from_numpy(TEXTS.valid)
+    ).numpy()
+    actual = np.asarray(
+        jax.jit(both.model.attention)(both.params, TEXTS.tokens, jnp.asarray(TEXTS.valid))
+    )
+    assert actual.dtype == np.float32
+    assert expected.max() > 0.05, "attention too flat to tell anything"
+    np.testing.assert_allclose(actual[TEXTS.valid], expected[TEXTS.valid], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(actual[TEXTS.valid].sum(axis=-1), 1, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(actual.sum(axis=1)[~TEXTS.valid], 0)
+
+
 # bfloat16
 
 
@@ -243,7 +259,7 @@ def test_attention_in_bfloat16_rounds_only_its_weights_and_its_output():
     mask = torch.from_numpy(TEXTS.valid)[:, None, None, :]
     exact = F.scaled_dot_product_attention(*wide, attn_mask=mask).numpy()
     spread = F.scaled_dot_product_attention(*wide[:2], wide[2].abs(), attn_mask=mask).numpy()
-    actual = jax.jit(attend)(
+    actual, _ = jax.jit(attend)(
         *(jnp.asarray(t.float().numpy(), jnp.bfloat16) for t in (q, k, v)), TEXTS.valid
     )
     error = np.abs(np.asarray(actual, np.float64) - exact)
