@@ -43,6 +43,7 @@ _VALUES = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _TENSOR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.(?!weight$)(?P<adapter>[^.]+))?"
     r"(?P<weight>\.weight)?$"
@@ -137,7 +138,7 @@ def open_adapter(
     """
     config = read_config(path)
     tensors, digest = _read_tensors(path)
-    expected = _expected(family, num_layers, abstract)
+    expected = _matrices(family, num_layers, abstract)
     pairs: dict[str, dict[str, str]] = {}
     problems = []
     for name, tensor in tensors.items():
@@ -158,7 +159,7 @@ def open_adapter(
     for weight, sides in pairs.items():
         if len(sides) == 1:
             ((side, name),) = sides.items()
-            problems.append(f"  missing    lora_{'AB'['BA'.index(side)]} to {name}")
+            problems.append(f"  missing    lora_{'B' if side == 'A' else 'A'} to {name}")
             continue
         made = _low_rank(config, sides, tensors, *expected[weight], path)
         if isinstance(made, LowRank):
@@ -198,13 +199,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
         ) from None
 
 
-def _expected(
+def _matrices(
     family: str, num_layers: int, abstract: Any
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
     """The base's matrices: canonical name -> (shape, whether it is an embedding table)."""
     found = {}
     for path, leaf in stream.leaf_paths(abstract).items():
-        for name, shape in stream.sources(path, leaf.shape, family, num_layers):
+        for _, name, shape in stream.sources(path, leaf.shape, family, num_layers):
             if len(shape) == 2:
                 found[name] = (shape, path.endswith("/embedding"))
     return found
@@ -252,7 +253,7 @@ def _low_rank(
             problems.append(
                 f"  shape      {sides[side]}: expected {wanted}, found {list(tensor.shape)}"
             )
-        if str(tensor.dtype) not in stream.DTYPES.values():
+        if str(tensor.dtype) not in _DTYPES:
             problems.append(f"  dtype      {sides[side]}: {tensor.dtype} is not supported")
     if problems:
         return problems
@@ -285,29 +286,30 @@ class _MergedSource(stream.Source):
     """The base's tensors with the adapter added where it has something to add."""
 
     def __init__(self, base: stream.Source, modules: dict[str, LowRank]):
-        super().__init__(base.tensors, base.handles)
-        self.modules = modules
+        super().__init__(base.tensors, {})
+        self.base, self.modules = base, modules
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Float32 where something is added, so that the only rounding is the reader's cast."""
-        base = super().window(name, index)
+        base = self.base.window(name, index)
         if name not in self.modules:
             return base
         return base.astype(np.float32) + self.modules[name].window(index)
 
 
-def merge(source: stream.Source, adapter: Adapter, family: str) -> stream.Source:
-    """The tensors of the merged model; each is made when it is read.
+def merge(
+    source: stream.Source, adapter: Adapter, family: str, num_layers: int, abstract: Any
+) -> stream.Source:
+    """The tensors of the merged model; each window is merged when it is read.
 
     Raises `ModelError` for an embedding adapter under a tied head: its forward pass adapts what is
     looked up and not the head, so no single table is equal to it.
     """
-    tied = TABLES[family].tied_head
-    embedding = [w for w, m in adapter.modules.items() if m.embedding]
-    if embedding and tied and tied[0] not in source.tensors:
+    head, embedding = TABLES[family].tied_head or ("", "")
+    if embedding in adapter.modules and head not in _matrices(family, num_layers, abstract):
         raise ModelError(
-            f"{adapter.path}: adapts the embedding of a model whose head is tied to it; merged, the "
-            "head would change, too. Keep it as an adapter instead (audit --adapter)"
+            f"{adapter.path}: adapts the embedding of a model whose head is tied to it; merged, "
+            "the head would change, too. Keep it beside the base instead (audit --adapter)"
         )
     return _MergedSource(source, adapter.modules)
 
@@ -323,31 +325,29 @@ def leaves(
     Args:
       allowed: paths that the network applies an adapter to. Another one is a `ModelError`.
     """
-    found = {}
+    found, refused = {}, []
     for path, leaf in stream.leaf_paths(abstract).items():
-        rule = TABLES[family].rule(path, num_layers)
-        lead = leaf.shape[: stream.lead_axes(rule)]
-        places = {
-            place: adapter.modules[name]
-            for place in np.ndindex(*lead)
-            if (name := stream.source_name(rule, place, leaf.shape, num_layers)) in adapter.modules
-        }
+        named = [(p, n) for p, n, _ in stream.sources(path, leaf.shape, family, num_layers)]
+        places = {p: adapter.modules[n] for p, n in named if n in adapter.modules}
         if not places:
             continue
-        if not allowed.fullmatch(path):
-            module = next(iter(places.values())).module
-            raise ModelError(
-                f"{adapter.path}: {module} cannot keep an adapter in this network; merge it first "
-                "(checkpoints_convert to-hf --adapter)"
-            )
+        if not allowed.fullmatch(path) or TABLES[family].rule(path, num_layers).fused:
+            refused += [m.module for m in places.values()]
+            continue
         rank = max(len(m.a) for m in places.values())
+        lead = leaf.shape[:-2]
         a = np.zeros((*lead, leaf.shape[-2], rank), np.float32)
         b = np.zeros((*lead, rank, leaf.shape[-1]), np.float32)
         for place, m in places.items():
-            rows = m.b if rule.fused is None else stream.pick_fused(m.b, rule.fused)
             a[place][:, : len(m.a)] = m.a.T
-            b[place][: len(m.a)] = rows.T
+            b[place][: len(m.a)] = m.b.T
         found[path] = (a, b)
+    if refused:
+        raise ModelError(
+            f"{adapter.path}: {len(set(refused))} modules of this family cannot keep an adapter "
+            f"beside the base (first {sorted(refused)[0]}); merge it (checkpoints_convert to-hf "
+            "--adapter) and use the merged folder"
+        )
     return found
 
 

@@ -113,7 +113,7 @@ def check(source: Source, family: str, num_layers: int, abstract: Any, where: st
     """Every tensor consumed, every parameter filled, every shape right: else one error for all."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in leaf_paths(abstract).items():
-        for name, shape in _sources(path, leaf.shape, family, num_layers):
+        for _, name, shape in sources(path, leaf.shape, family, num_layers):
             expected[name] = shape
     allowed = set(expected)
     problems = []
@@ -157,17 +157,17 @@ def _equal(source: Source, a: str, b: str) -> bool:
     return np.array_equal(source.window(a, everything), source.window(b, everything))
 
 
-def _sources(
+def sources(
     path: str, shape: tuple[int, ...], family: str, num_layers: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(source name, source shape) of one parameter, one for every layer and expert."""
+) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
+    """(place on the leading axes, source name, source shape) of every layer and expert."""
     rule = TABLES[family].rule(path, num_layers)
     lead = _lead_axes(rule)
     inner = shape[lead:][::-1] if rule.transpose else shape[lead:]
     if rule.fused:
         inner = (math.prod(_view(rule.fused, inner[0])), *inner[1:])
     for place in np.ndindex(*shape[:lead]):
-        yield _source_name(rule, place, shape, num_layers), inner
+        yield place, _source_name(rule, place, shape, num_layers), inner
 
 
 def _view(fused: Fused, rows: int) -> tuple[int, ...]:

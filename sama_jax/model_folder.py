@@ -7,8 +7,9 @@ safetensors and tokenizer files; never imports torch, never runs code from a fol
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from checkpoints_convert import stream
+from checkpoints_convert import peft, stream
 from sama_jax.errors import ModelError, OutputError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.types import Model, Params
@@ -35,11 +36,16 @@ class ModelFolder:
     model: Model
     source: stream.Source
     identity: str
-    """16 hex digits over architecture, headers, sizes and sampled bytes of the weight files."""
+    """16 hex digits over architecture, headers, sizes and sampled bytes of the weight files, and
+    over all of an adapter."""
+    base_identity: str
+    """The same without the adapter: folders that share it can share their weights."""
+    adapter: peft.Adapter | None = None
+    """A LoRA adapter that stands beside the weights in the parameter tree."""
 
     @property
     def abstract_params(self) -> Params:
-        """Shapes of the parameter tree, float32."""
+        """Shapes of the parameter tree, float32; without an adapter."""
         return jax.eval_shape(self.model.init, jax.random.key(0))
 
     @property
@@ -55,13 +61,23 @@ class ModelFolder:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
 
 
-def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") -> ModelFolder:
+def open_folder(
+    path: Path,
+    *,
+    mask_id: int | None = None,
+    dtype: str = "auto",
+    adapter: Path | None = None,
+    merge: bool = False,
+) -> ModelFolder:
     """Opens and checks a folder without loading it.
 
     Args:
       path: folder with `config.json` and safetensors.
       mask_id: replaces the config's mask id.
       dtype: of activations and loaded weights; `auto` is float32 on CPU, else the stored dtype.
+      adapter: folder of a LoRA adapter for this model.
+      merge: add the adapter to the weights as they are read (in float32, then cast), for an
+        ordinary parameter tree, instead of keeping it beside them.
 
     Raises:
       ModelError: one message that lists every tensor that does not fit.
@@ -81,7 +97,29 @@ def open_folder(path: Path, *, mask_id: int | None = None, dtype: str = "auto") 
     model = build_model(family, mask, jnp.dtype(dtype))
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     stream.check(source, family.family, model.num_layers, abstract, str(path))
-    return ModelFolder(path, config, family, model, source, _identity(path, repr(family.arch)))
+    identity = _identity(path, repr(family.arch))
+    folder = ModelFolder(path, config, family, model, source, identity, identity)
+    return folder if adapter is None else _with_adapter(folder, adapter, merge)
+
+
+def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
+    """A folder with a LoRA adapter, merged or beside its weights."""
+    family, abstract = folder.family, folder.abstract_params
+    layout = (family.family, folder.model.num_layers, abstract)
+    adapter = peft.open_adapter(path, folder.source, *layout, family.block_group_size)
+    digest = hashlib.sha256(f"{folder.identity} {adapter.identity} {merge}".encode())
+    identity = digest.hexdigest()[:16]
+    if merge:
+        source = peft.merge(folder.source, adapter, *layout)
+        return replace(folder, source=source, identity=identity, base_identity=identity)
+    leaves = peft.leaves(adapter, *layout, _lora_paths(folder))
+    lora = tuple((name, a.shape[-1]) for name, (a, _) in leaves.items())
+    return replace(with_options(folder, lora=lora), identity=identity, adapter=adapter)
+
+
+def _lora_paths(folder: ModelFolder) -> re.Pattern[str]:
+    """Parameters that the network applies an adapter to; none if it does not know any."""
+    return getattr(folder.model, "lora_paths", re.compile("(?!)"))
 
 
 def read_json_config(path: Path) -> dict[str, Any]:
@@ -107,7 +145,51 @@ def load(
     sharding: jax.sharding.Sharding,
     progress: Callable[[int], None] | None = None,
 ) -> Params:
-    """Loads the weights onto devices in the model's dtype; `progress` is told bytes done."""
+    """Loads the weights onto devices in the model's dtype; `progress` is told bytes done.
+
+    An adapter's leaves are float32.
+    """
+    (params,) = load_together([folder], sharding, progress)
+    return params
+
+
+def load_together(
+    folders: Sequence[ModelFolder],
+    sharding: jax.sharding.Sharding,
+    progress: Callable[[int], None] | None = None,
+) -> list[Params]:
+    """`load` of several folders. Those with the same weights and dtype share the very arrays: an
+    adapter and its base, or two adapters of one base, cost one base in memory."""
+    bases: dict[tuple[str, str], Params] = {}
+    loaded = []
+    for folder in folders:
+        key = (folder.base_identity, str(folder.model.dtype))
+        if key not in bases:
+            bases[key] = _load_base(folder, sharding, progress)
+        loaded.append(_attach_adapter(folder, bases[key], sharding, progress))
+    return loaded
+
+
+def _attach_adapter(
+    folder: ModelFolder,
+    params: Params,
+    sharding: jax.sharding.Sharding,
+    progress: Callable[[int], None] | None,
+) -> Params:
+    if folder.adapter is None:
+        return params
+    layout = (folder.family.family, folder.model.num_layers, folder.abstract_params)
+    leaves = peft.leaves(folder.adapter, *layout, _lora_paths(folder))
+    if progress:
+        progress(sum(a.nbytes + b.nbytes for a, b in leaves.values()))
+    return peft.attach(params, jax.device_put(leaves, sharding))
+
+
+def _load_base(
+    folder: ModelFolder,
+    sharding: jax.sharding.Sharding,
+    progress: Callable[[int], None] | None,
+) -> Params:
     dtype = folder.model.dtype
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), folder.abstract_params
