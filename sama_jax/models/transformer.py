@@ -7,10 +7,12 @@ its queries and MLP at scored positions only.
 Parameter tree (`n` layers, widths `d`, MLP `f`, heads `h`, key/value heads `g`, head size `a`):
 
     embed/embedding [v, d]
+    first_blocks_0/..., ...   dense layers before a stack of layers with experts
     blocks/...      each leaf of a block stacked to [n - 1, ...]; absent when n = 1
     last_block/...  attn_norm/scale [d], attn/{q,k,v,o}_proj/kernel, attn/{q,k}_norm/scale,
                     mlp_norm/scale [d], mlp/{gate,up}_proj/kernel [d, f],
-                    mlp/down_proj/kernel [f, d]
+                    mlp/down_proj/kernel [f, d]; with experts moe/... (see moe.py) and, for a
+                    shared one, shared/{gate,up,down}_proj/kernel
     final_norm/scale [d]
     lm_head/kernel  [d, v]; absent when tied
 
@@ -23,7 +25,7 @@ Source of the arithmetic: LLaDA's modelling code as vendored in `Stry233/SAMA`
 import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -32,6 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.models.family import Kind
+from sama_jax.models.moe import Experts, Moe
 from sama_jax.types import Params
 
 
@@ -62,6 +65,13 @@ class Architecture:
     """Multiply logits by 1 / sqrt(width)."""
     rope_float32: bool = True
     """Rotate queries and keys in float32 (else in the activation dtype)."""
+    rotary_size: int | None = None
+    """Leading channels of each head that are rotated; None: all of them."""
+    block_length: int | None = None
+    """Position i sees j if j // block_length <= i // block_length; None: every position."""
+    experts: Experts | None = None
+    """In the place of the MLP, but for the first `first_dense` layers."""
+    first_dense: int = 0
 
 
 class Norm(nn.Module):
@@ -147,16 +157,29 @@ def rotate(
     return out.astype(x.dtype)
 
 
+def _rotate_part(
+    x: Float[Array, "b h k a"], positions: Int[Array, "b k"], arch: Architecture
+) -> Float[Array, "b h k a"]:
+    """`rotate` on the leading `rotary_size` channels; the others pass."""
+    size = arch.rotary_size or arch.head_size
+    rotated = rotate(x[..., :size], positions, arch.rope_theta, arch.rope_float32)
+    return jnp.concatenate([rotated, x[..., size:]], axis=-1)
+
+
 def attention_weights(
-    q: Float[Array, "b h k a"], k: Float[Array, "b g l a"], key_valid: Bool[Array, "b l"]
+    q: Float[Array, "b h k a"],
+    k: Float[Array, "b g l a"],
+    key_valid: Bool[Array, "b l"],
+    visible: Bool[Array, "b k l"] | None = None,
 ) -> Float[Array, "b h k l"]:
-    """Softmax over the valid keys, float32."""
+    """Softmax in float32 over the valid keys, or those of them that are `visible` to the query."""
     b, h, n, a = q.shape
     grouped = q.reshape(b, k.shape[1], -1, n, a)
     scores = jnp.einsum("bgqna,bgla->bgqnl", grouped, k, preferred_element_type=jnp.float32)
     scores = scores * (1.0 / math.sqrt(a))
     lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(key_valid[:, None, None, None, :], scores, lowest), axis=-1)
+    allowed = key_valid[:, None, :] if visible is None else key_valid[:, None, :] & visible
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, lowest), axis=-1)
     return weights.reshape(b, h, n, -1)
 
 
@@ -165,15 +188,17 @@ def attend(
     k: Float[Array, "b g l a"],
     v: Float[Array, "b g l a"],
     key_valid: Bool[Array, "b l"],
+    visible: Bool[Array, "b k l"] | None = None,
 ) -> tuple[Float[Array, "b h k a"], Float[Array, "b h k l"]]:
-    """Attention and its weights. Every query sees the valid keys; key head j serves h/g queries.
+    """Attention and its weights. Every query sees the valid keys (those that are `visible` to it,
+    if given); key head j serves h/g queries.
 
     Scores and softmax are float32. Masked scores take the dtype's minimum, so a text without a
     valid position stays finite, and exp underflows to an exact 0 everywhere else.
     """
     b, h, n, a = q.shape
     g = k.shape[1]
-    weights = attention_weights(q, k, key_valid)
+    weights = attention_weights(q, k, key_valid, visible)
     grouped = weights.reshape(b, g, h // g, n, -1).astype(v.dtype)
     return jnp.einsum("bgqnl,bgla->bgqna", grouped, v).reshape(b, h, n, a), weights
 
@@ -206,11 +231,16 @@ class Attention(nn.Module):
 
         b, length, _ = x.shape
         key_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
+        visible = None
+        if arch.block_length is not None:
+            blocks = [p // arch.block_length for p in (query_positions, key_positions)]
+            visible = blocks[1][:, None, :] <= blocks[0][:, :, None]
         out, weights = attend(
-            rotate(heads(q, arch.num_heads), query_positions, arch.rope_theta, arch.rope_float32),
-            rotate(heads(k, arch.num_kv_heads), key_positions, arch.rope_theta, arch.rope_float32),
+            _rotate_part(heads(q, arch.num_heads), query_positions, arch),
+            _rotate_part(heads(k, arch.num_kv_heads), key_positions, arch),
             heads(v, arch.num_kv_heads),
             key_valid,
+            visible,
         )
         merged = out.swapaxes(1, 2).reshape(*query.shape[:2], arch.num_heads * arch.head_size)
         return dense(arch.width, arch.linear_bias, name="o_proj")(merged), weights
@@ -221,12 +251,13 @@ class Mlp(nn.Module):
 
     arch: Architecture
     dtype: Any
+    width: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
         arch, dense = self.arch, functools.partial(Linear, dtype=self.dtype)
-        gate = dense(arch.mlp_width, arch.linear_bias, name="gate_proj")(x)
-        up = dense(arch.mlp_width, arch.linear_bias, name="up_proj")(x)
+        gate = dense(self.width, arch.linear_bias, name="gate_proj")(x)
+        up = dense(self.width, arch.linear_bias, name="up_proj")(x)
         return dense(arch.width, arch.linear_bias, name="down_proj")(jax.nn.silu(gate) * up)
 
 
@@ -258,8 +289,16 @@ class Block(nn.Module):
         out, weights = attention(query, positions, h, key_valid)
         kept = kept + out
         h = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="mlp_norm")(kept)
-        kept = kept + Mlp(arch, self.dtype, name="mlp")(h)
-        return kept, None if total is None else total + weights.mean(axis=1)
+        return kept + self._mlp(h), None if total is None else total + weights.mean(axis=1)
+
+    def _mlp(self, h: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
+        arch = self.arch
+        if arch.experts is None:
+            return Mlp(arch, self.dtype, arch.mlp_width, name="mlp")(h)
+        out = Moe(arch.experts, self.dtype, name="moe")(h)
+        if arch.experts.shared_width:
+            out = out + Mlp(arch, self.dtype, arch.experts.shared_width, name="shared")(h)
+        return out
 
 
 def _take(x: Float[Array, "b l d"], positions: Int[Array, "b k"]) -> Float[Array, "b k d"]:
@@ -295,13 +334,16 @@ class Network(nn.Module):
             dtype=self.dtype,
             embedding_init=nn.initializers.normal(0.02),
         )
-        if arch.num_layers > 1:
+        dense = replace(arch, experts=None)
+        self.first_blocks = [Block(dense, self.dtype) for _ in range(arch.first_dense)]
+        stacked = arch.num_layers - 1 - arch.first_dense
+        if stacked:
             self.blocks = nn.scan(
                 _ScannedBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast,),  # pyright: ignore
-                length=arch.num_layers - 1,
+                length=stacked,
             )(arch, self.dtype, self.remat)
         self.last_block = Block(arch, self.dtype)
         self.final_norm = Norm(arch.norm_eps, arch.norm_bias, self.dtype)
@@ -313,7 +355,9 @@ class Network(nn.Module):
         if self.arch.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.arch.width), x.dtype)
         carry = (x, total)
-        if self.arch.num_layers > 1:
+        for block in self.first_blocks:
+            carry = block(carry, key_valid)
+        if self.arch.num_layers - 1 > self.arch.first_dense:
             carry, _ = self.blocks(carry, key_valid)
         return carry
 
@@ -427,10 +471,14 @@ class TransformerModel:
         arch = self.arch
         kv = 4 * arch.width * arch.num_kv_heads * arch.head_size
         q_and_o = 4 * arch.width * arch.num_heads * arch.head_size
-        rest = q_and_o + 6 * arch.width * arch.mlp_width
-        rest += 4 * arch.num_heads * arch.head_size * length
+        q_and_o += 4 * arch.num_heads * arch.head_size * length
+        dense = q_and_o + 6 * arch.width * arch.mlp_width
+        rest = dense
+        if arch.experts is not None:  # the active ones only
+            rest = q_and_o + arch.experts.flops_per_token(arch.width)
         head = 2 * arch.width * arch.vocab_size
         full = (arch.num_layers - 1) * (kv + rest) * length
+        full += arch.first_dense * (dense - rest) * length
         return full + kv * length + (rest + head) * scored
 
 
