@@ -149,6 +149,9 @@ def _add_set(p: argparse.ArgumentParser) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
+    for name in ("limit", "batch_size", "passes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     settings = config.AuditSettings(
         preset=args.preset,
         sama=config.preset(args.preset),
@@ -171,9 +174,6 @@ def _audit(args: argparse.Namespace) -> None:
     if any(a.partition("=")[0].strip() == "preset" for a in overrides):
         raise UsageError("setting preset is a name only; choose one with --preset")
     settings = config.override(settings, overrides)
-    for name in ("limit", "batch_size", "passes"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
 
     from sama_jax import attacks, data
     from sama_jax.audit import AuditJob, run_audit

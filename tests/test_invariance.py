@@ -240,6 +240,7 @@ def test_only_scored_slots_reach_the_vocabulary(models):
         masks=np.zeros((t, b, length), bool),
         positions=np.zeros((t, b, slots), np.int32),
         group=np.zeros(t, np.int32),
+        passes=np.int32(t),  # pyright: ignore
     )
     text = jax.jit(partial(losses.score_batch, model, (slots,))).lower(params, batch).as_text()
     assert f"{b * slots}x{model.vocab_size}xf32" in text

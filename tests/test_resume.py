@@ -20,11 +20,11 @@ import pytest
 
 from sama_jax import cli
 from sama_jax.config import AuditSettings
-from sama_jax.data import Encoded
 from sama_jax.errors import DataError
 from sama_jax.files import AppendOnly, read_json_lines
+from sama_jax.reading import Item, Reader
 from sama_jax.run_folder import RunFolder
-from sama_jax.scoring import Item, Work
+from sama_jax.scoring import Work
 from sama_jax.store import LossStore, make_record
 from sama_jax.types import TextKeyData
 
@@ -312,13 +312,13 @@ def test_a_text_is_padded_alike_however_few_are_left():
     """A resumed run must compute the same bits, and padding may change them."""
 
     def text(name: str, length: int) -> Item:
-        encoded = Encoded(np.zeros(length, np.int32), np.zeros(length, bool), False, 1)
         zero = np.uint32(0)
-        return Item(encoded, np.ones(length, bool), TextKeyData(zero, zero), name)  # pyright: ignore
+        return Item(TextKeyData(zero, zero), np.ones(length, bool), 1, name)  # pyright: ignore
 
     lengths = [20, 120, 60, 25, *[50] * 30, 30, 100]
     items = [text(f"{i}", length) for i, length in enumerate(lengths)]
-    work = Work(items, [], [], AuditSettings(max_length=128), batch_size=1)
+    settings = AuditSettings(max_length=128)
+    work = Work(Reader([], settings, {"text": [*items]}, {}, None), [], settings, batch_size=1)
 
     def padded(rows: list[int]) -> dict[int, int]:
         batches = work.batches(rows)
