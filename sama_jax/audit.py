@@ -120,7 +120,10 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         say.print(work.estimate(everything=True))
         return None
     folder = RunFolder(job.out, _run_identity(job, texts, roles), _about(job, roles), job.store)
-    folder.write_manifest(not_computed=left_out, settings=asdict(settings), store_keys=keys)
+    store = str(job.store.resolve()) if job.store else None
+    folder.write_manifest(
+        not_computed=left_out, settings=asdict(settings), store_keys=keys, store=store
+    )
     try:
         work.run(folder, ids, say)
         labels = [t.label for t in texts]

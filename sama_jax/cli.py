@@ -1,6 +1,7 @@
 """The `sama-jax` command line: parse, call, print. No logic, and no JAX before it is needed."""
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -49,6 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_audit(commands)
     _add_finetune(commands)
     _add_pretrain(commands)
+    _add_attacks(commands)
+    _add_score(commands)
+    _add_nll(commands)
+    _add_experiment(commands)
     _add_report(commands)
     return parser
 
@@ -134,6 +139,43 @@ def _add_pretrain(commands: Any) -> None:
     _add_training(p)
 
 
+def _add_attacks(commands: Any) -> None:
+    p = _command(commands, "attacks", "List the attacks: what each reads, its passes, its source.")
+    p.add_argument("--attacks", default="all", metavar="a,b|all")
+    p.add_argument("--preset", default="default", help=", ".join(config.PRESETS))
+    p.add_argument("--passes", type=int, metavar="Q", help="forward passes of every attack")
+    p.add_argument("--json", action="store_true")
+    _add_set(p)
+
+
+def _add_score(commands: Any) -> None:
+    p = _command(commands, "score", "Score more attacks from stored losses, without a model.")
+    p.add_argument("--store", type=Path, required=True, metavar="DIR", help="an audit's --out")
+    p.add_argument("--attacks", default="all", metavar="a,b|all")
+    p.add_argument("--quiet", action="store_true")
+
+
+def _add_nll(commands: Any) -> None:
+    p = _command(commands, "nll", "Likelihood bound of texts, with its standard error.")
+    p.add_argument("--model", type=Path, required=True, metavar="DIR")
+    p.add_argument("--data", type=Path, required=True, metavar="F")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--passes", type=int, default=128, metavar="Q", help="default: LLaDA's 128")
+    p.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
+    p.add_argument("--quiet", action="store_true")
+    _add_set(p)
+
+
+def _add_experiment(commands: Any) -> None:
+    p = _command(commands, "experiment", "Run an experiment of experiments/, or list them.")
+    p.add_argument("name", nargs="?", metavar="NAME|FILE", help="left out: list them")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME")
+    p.add_argument("--quiet", action="store_true")
+
+
 def _add_report(commands: Any) -> None:
     p = _command(commands, "report", "Write report.md and the figures of a run folder again.")
     p.add_argument("run", type=Path, metavar="DIR")
@@ -148,8 +190,27 @@ def _add_set(p: argparse.ArgumentParser) -> None:
 # --- commands ------------------------------------------------------------------------------------
 
 
+def _with_passes(settings: config.AuditSettings, passes: int | None) -> list[str]:
+    """`--passes Q` as overrides: the budget of every attack, SAMA's steps included."""
+    if passes is None:
+        return []
+    if passes < 1:
+        raise UsageError("--passes must be at least 1")
+    repeats = settings.sama.repeats
+    if passes % repeats:
+        raise UsageError(
+            f"--passes {passes}: the preset repeats its steps {repeats} times; give a multiple "
+            f"of {repeats}"
+        )
+    return [f"passes={passes}", f"sama.steps={passes // repeats}"]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _audit(args: argparse.Namespace) -> None:
-    for name in ("limit", "batch_size", "passes"):
+    for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     settings = config.AuditSettings(
@@ -161,16 +222,7 @@ def _audit(args: argparse.Namespace) -> None:
         padding=args.padding,
         pad_to=args.pad_to,
     )
-    overrides = list(args.set)
-    if args.passes is not None:
-        overrides.insert(0, f"passes={args.passes}")
-        repeats = settings.sama.repeats
-        if args.passes % repeats:
-            raise UsageError(
-                f"--passes {args.passes}: the preset repeats its steps {repeats} times; give a "
-                f"multiple of {repeats}"
-            )
-        overrides.insert(0, f"sama.steps={args.passes // repeats}")
+    overrides = [*_with_passes(settings, args.passes), *args.set]
     if any(a.partition("=")[0].strip() == "preset" for a in overrides):
         raise UsageError("setting preset is a name only; choose one with --preset")
     settings = config.override(settings, overrides)
@@ -178,7 +230,7 @@ def _audit(args: argparse.Namespace) -> None:
     from sama_jax import attacks, data
     from sama_jax.audit import AuditJob, run_audit
 
-    wanted = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    wanted = _names(args.attacks)
     attacks.select(wanted)
     if args.data and not (args.members or args.nonmembers):
         texts = data.read_texts(args.data)
@@ -260,6 +312,53 @@ def _pretrain(args: argparse.Namespace) -> None:
     )
 
 
+def _attacks(args: argparse.Namespace) -> None:
+    settings = config.AuditSettings(preset=args.preset, sama=config.preset(args.preset))
+    overrides = [*_with_passes(settings, args.passes), *args.set]
+    settings = config.override(settings, overrides)
+    from sama_jax import catalogue
+
+    found = catalogue.describe(_names(args.attacks), settings)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        catalogue.print_table(found)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from sama_jax.score import run_score
+
+    result = run_score(args.store, _names(args.attacks), quiet=args.quiet)
+    if not args.quiet:
+        _print_result(result)
+
+
+def _nll(args: argparse.Namespace) -> None:
+    if args.passes < 2:
+        raise UsageError("--passes must be at least 2: one pass has no standard error")
+    settings = config.AuditSettings(max_length=args.max_length, dtype=args.dtype, seed=args.seed)
+    settings = config.override(settings, [f"likelihood.passes={args.passes}", *args.set])
+    from sama_jax import data
+    from sama_jax.nll import RESULT, run_nll
+
+    texts = data.read_texts(args.data)
+    rows = run_nll(args.model, texts, args.out, settings, mask_id=args.mask_id, quiet=args.quiet)
+    known = [row for row in rows if row["nll"] is not None]
+    if known and not args.quiet:
+        mean = sum(row["nll"] for row in known) / len(known)
+        print(f"{len(known)} texts, {mean:.4f} nats a token on average: {args.out / RESULT}")
+
+
+def _experiment(args: argparse.Namespace) -> None:
+    from sama_jax import experiment
+
+    if args.name is None:
+        for name, summary in experiment.available().items():
+            print(f"{name}: {summary}")
+    else:
+        experiment.run_experiment(args.name, args.out, quiet=args.quiet)
+
+
 def _report(args: argparse.Namespace) -> None:
     from sama_jax import report
 
@@ -275,11 +374,15 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 _COMMANDS = {
+    "attacks": _attacks,
     "audit": _audit,
     "demo": _demo,
+    "experiment": _experiment,
     "finetune": _finetune,
+    "nll": _nll,
     "pretrain": _pretrain,
     "report": _report,
+    "score": _score,
 }
 
 

@@ -333,6 +333,18 @@ def setting_names(settings: Any) -> list[str]:
     return names
 
 
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass that `dataclasses.asdict` was made of; unknown keys are a `UsageError`."""
+    hints = get_type_hints(kind)
+    unknown = [k for k in values if k not in hints]
+    if unknown:
+        raise UsageError(f"unknown settings {unknown}: written by another version of sama_jax")
+    return kind(**{
+        k: from_dict(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v
+        for k, v in values.items()
+    })  # fmt: skip
+
+
 def settings_hash(*parts: Any) -> str:
     """16 hex digits over dataclasses, dicts and plain values; stable across processes."""
 

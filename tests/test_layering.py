@@ -27,8 +27,9 @@ ROWS = [
     {"sama_jax.model_folder", "sama_jax.progress", "sama_jax.replay", "sama_jax.run_folder"},
     {"sama_jax.reading"},
     {"sama_jax.report", "sama_jax.training", "sama_jax.scoring"},
-    {"sama_jax.audit", "sama_jax.finetune"},
-    {"sama_jax.demo"},
+    {"sama_jax.audit", "sama_jax.finetune", "sama_jax.nll", "sama_jax.catalogue"},
+    {"sama_jax.demo", "sama_jax.score"},
+    {"sama_jax.experiment"},
     {"sama_jax.cli"},
     {"sama_jax.__main__"},
 ]

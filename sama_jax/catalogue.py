@@ -1,0 +1,69 @@
+"""The list of attacks: what each reads, its passes before and after sharing, its source."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sama_jax import attacks as attack_suite
+from sama_jax.attacks.registry import Query, flatten
+from sama_jax.config import AuditSettings
+from sama_jax.reading import ROLES, passes
+
+
+def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
+    """One entry an attack, and the passes of all of them, alone and shared."""
+    chosen = attack_suite.select(names)
+    entries = []
+    alone, shared = 0, {}
+    for attack in chosen:
+        count = passes(attack, settings)
+        for query in flatten(attack.queries(settings)):
+            for role in ROLES if query.models == "both" else (query.models,):
+                shared[role, query.view_name, query.identity] = query.passes
+        alone += sum(count.values())
+        entries.append(
+            {
+                "name": attack.name,
+                "access": attack.access,
+                "models": list(attack.kinds),
+                "passes": count,
+                "reads": _reads(attack.queries(settings)),
+                "summary": attack.summary,
+                "source": attack.source,
+            }
+        )
+    return {
+        "attacks": entries,
+        "passes_before_sharing": alone,
+        "passes_after_sharing": sum(shared.values()),
+    }
+
+
+def _reads(queries: dict[str, Query]) -> list[str]:
+    """Views and quantities, such as `text: nll, mean`."""
+    return [f"{q.view_name}: {', '.join(q.channels)}" for q in queries.values()]
+
+
+def print_table(found: dict[str, Any]) -> None:
+    """The entries as a table on standard output."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("attack", "passes\ntarget + ref.", "access", "what it measures", "source"):
+        table.add_column(column, overflow="fold")
+    for entry in found["attacks"]:
+        count = entry["passes"]
+        table.add_row(
+            entry["name"],
+            f"{count['target']} + {count['reference']}",
+            entry["access"],
+            entry["summary"],
+            entry["source"],
+        )
+    Console().print(table)
+    before, after = found["passes_before_sharing"], found["passes_after_sharing"]
+    share = f" ({100 * after / before:.0f} %)" if before else ""
+    print(
+        f"{len(found['attacks'])} attacks; forward passes a text: {before} one by one, "
+        f"{after} shared{share}"
+    )
