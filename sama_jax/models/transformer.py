@@ -1,4 +1,4 @@
-"""One bidirectional Llama-like transformer for LLaDA and its relatives (Flax Linen).
+"""One Llama-like transformer for LLaDA, Dream, Qwen, Llama and their relatives (Flax Linen).
 
 Reads top to bottom: architecture, layers, network, and the pure functions that the rest of the
 package calls. Blocks are stacked and scanned; the last block is kept apart, because scoring needs
@@ -14,19 +14,20 @@ Parameter tree (`n` layers, widths `d`, MLP `f`, heads `h`, key/value heads `g`,
                     mlp/down_proj/kernel [f, d]; with experts moe/... (see moe.py) and, for a
                     shared one, shared/{gate,up,down}_proj/kernel
     final_norm/scale [d]
-    lm_head/kernel  [d, v]; absent when tied
+    lm_head/kernel  [d, v] ([d, head_rows]); absent when tied
 
 Biases stand beside their kernels and scales where the architecture has them. A LoRA adapter adds
 `lora_a` [d, r] and `lora_b` [r, f] (float32, scale included) beside kernels and the embedding.
 Source of the arithmetic: LLaDA's modelling code as vendored in `Stry233/SAMA`
-(`trainer/model/llada/modeling_llada.py`); docs/models.md lists the facts.
+(`trainer/model/llada/modeling_llada.py`); of the other families' switches those that their readers
+name; docs/models.md lists the facts.
 """
 
 import functools
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,16 @@ from jaxtyping import Array, Bool, Float, Int
 from sama_jax.models.family import Kind
 from sama_jax.models.moe import Experts, Moe
 from sama_jax.types import Params
+
+
+class Llama3Scaling(NamedTuple):
+    """Llama 3's stretching of slow rotary frequencies (`rope_type` llama3 in transformers)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+    """Positions of the first training phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +65,26 @@ class Architecture:
     norm_eps: float
     rope_theta: float
     qkv_bias: bool = False
-    linear_bias: bool = False
-    """Biases on the attention output, the MLP and the vocabulary head."""
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
     norm_bias: bool = False
-    qk_norm: bool = False
-    """RMS norm over the whole query and the whole key vector, before heads are split."""
+    qk_norm: Literal["whole", "head"] | None = None
+    """RMS norm of queries and keys: over the whole vector before heads are split, or by head."""
     scale_embedding: bool = False
     """Multiply embeddings by sqrt(width)."""
     scale_logits: bool = False
     """Multiply logits by 1 / sqrt(width)."""
+    rope_scaling: Llama3Scaling | None = None
     rope_float32: bool = True
-    """Rotate queries and keys in float32 (else in the activation dtype)."""
+    """Rotate queries and keys in float32; else round sines and cosines to the activation dtype and
+    rotate in it."""
     rotary_size: int | None = None
     """Leading channels of each head that are rotated; None: all of them."""
     block_length: int | None = None
-    """Position i sees j if j // block_length <= i // block_length; None: every position."""
+    """Position i sees j if j // block_length <= i // block_length; 1: causal; None: every j."""
+    head_rows: int | None = None
+    """Tokens that the head predicts; None: all rows of the embedding."""
     experts: Experts | None = None
     """In the place of the MLP, but for the first `first_dense` layers."""
     first_dense: int = 0
@@ -142,12 +158,26 @@ class Embed(nn.Embed):
         return out
 
 
+def _rescale(frequency: Float[Array, " a"], scaling: Llama3Scaling) -> Float[Array, " a"]:
+    """Fast frequencies stay, slow ones are divided by the factor, those between are blended."""
+    turns = scaling.original_length * frequency / (2.0 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequency * (keep + (1.0 - keep) / scaling.factor)
+
+
 def rotate(
-    x: Float[Array, "b h k a"], positions: Int[Array, "b k"], theta: float, float32: bool
+    x: Float[Array, "b h k a"],
+    positions: Int[Array, "b k"],
+    theta: float,
+    float32: bool,
+    scaling: Llama3Scaling | None = None,
 ) -> Float[Array, "b h k a"]:
     """Rotary embedding, half rotation: halves of the head, not interleaved pairs."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) * 2.0 / x.shape[-1])
+    if scaling is not None:
+        frequency = _rescale(frequency, scaling)
     angle = positions[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     wide = x.astype(jnp.float32) if float32 else x
@@ -162,7 +192,8 @@ def _rotate_part(
 ) -> Float[Array, "b h k a"]:
     """`rotate` on the leading `rotary_size` channels; the others pass."""
     size = arch.rotary_size or arch.head_size
-    rotated = rotate(x[..., :size], positions, arch.rope_theta, arch.rope_float32)
+    rope = (arch.rope_theta, arch.rope_float32, arch.rope_scaling)
+    rotated = rotate(x[..., :size], positions, *rope)
     return jnp.concatenate([rotated, x[..., size:]], axis=-1)
 
 
@@ -222,13 +253,12 @@ class Attention(nn.Module):
         q = dense(arch.num_heads * arch.head_size, arch.qkv_bias, name="q_proj")(query)
         k = dense(arch.num_kv_heads * arch.head_size, arch.qkv_bias, name="k_proj")(x)
         v = dense(arch.num_kv_heads * arch.head_size, arch.qkv_bias, name="v_proj")(x)
-        if arch.qk_norm:
-            q = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="q_norm")(q)
-            k = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="k_norm")(k)
-
-        def heads(t, count):
-            return t.reshape(*t.shape[:2], count, arch.head_size).swapaxes(1, 2)
-
+        norm = functools.partial(Norm, arch.norm_eps, arch.norm_bias, self.dtype)
+        if arch.qk_norm == "whole":
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        q, k, v = (t.reshape(*t.shape[:2], -1, arch.head_size).swapaxes(1, 2) for t in (q, k, v))
+        if arch.qk_norm == "head":
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         b, length, _ = x.shape
         key_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
         visible = None
@@ -236,14 +266,14 @@ class Attention(nn.Module):
             blocks = [p // arch.block_length for p in (query_positions, key_positions)]
             visible = blocks[1][:, None, :] <= blocks[0][:, :, None]
         out, weights = attend(
-            _rotate_part(heads(q, arch.num_heads), query_positions, arch),
-            _rotate_part(heads(k, arch.num_kv_heads), key_positions, arch),
-            heads(v, arch.num_kv_heads),
+            _rotate_part(q, query_positions, arch),
+            _rotate_part(k, key_positions, arch),
+            v,
             key_valid,
             visible,
         )
         merged = out.swapaxes(1, 2).reshape(*query.shape[:2], arch.num_heads * arch.head_size)
-        return dense(arch.width, arch.linear_bias, name="o_proj")(merged), weights
+        return dense(arch.width, arch.o_bias, name="o_proj")(merged), weights
 
 
 class Mlp(nn.Module):
@@ -256,9 +286,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
         arch, dense = self.arch, functools.partial(Linear, dtype=self.dtype)
-        gate = dense(self.width, arch.linear_bias, name="gate_proj")(x)
-        up = dense(self.width, arch.linear_bias, name="up_proj")(x)
-        return dense(arch.width, arch.linear_bias, name="down_proj")(jax.nn.silu(gate) * up)
+        gate = dense(self.width, arch.mlp_bias, name="gate_proj")(x)
+        up = dense(self.width, arch.mlp_bias, name="up_proj")(x)
+        return dense(arch.width, arch.mlp_bias, name="down_proj")(jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -348,7 +378,7 @@ class Network(nn.Module):
         self.last_block = Block(arch, self.dtype)
         self.final_norm = Norm(arch.norm_eps, arch.norm_bias, self.dtype)
         if not arch.tied:
-            self.lm_head = Linear(arch.vocab_size, arch.linear_bias, self.dtype)
+            self.lm_head = Linear(arch.head_rows or arch.vocab_size, arch.head_bias, self.dtype)
 
     def _enter(self, tokens, key_valid, total):
         x = self.embed(tokens)
@@ -380,7 +410,9 @@ class Network(nn.Module):
     def attention(self, tokens, key_valid):
         total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
         carry = self._enter(tokens, key_valid, total)
-        return self.last_block(carry, key_valid)[1] / self.arch.num_layers
+        _, total = self.last_block(carry, key_valid)
+        assert total is not None
+        return total / self.arch.num_layers
 
     def __call__(self, tokens, key_valid):
         return self.logits(self.hidden(tokens, key_valid))
@@ -476,7 +508,7 @@ class TransformerModel:
         rest = dense
         if arch.experts is not None:  # the active ones only
             rest = q_and_o + arch.experts.flops_per_token(arch.width)
-        head = 2 * arch.width * arch.vocab_size
+        head = 2 * arch.width * (arch.head_rows or arch.vocab_size)
         full = (arch.num_layers - 1) * (kv + rest) * length
         full += arch.first_dense * (dense - rest) * length
         return full + kv * length + (rest + head) * scored
