@@ -190,21 +190,6 @@ def _add_set(p: argparse.ArgumentParser) -> None:
 # --- commands ------------------------------------------------------------------------------------
 
 
-def _with_passes(settings: config.AuditSettings, passes: int | None) -> list[str]:
-    """`--passes Q` as overrides: the budget of every attack, SAMA's steps included."""
-    if passes is None:
-        return []
-    if passes < 1:
-        raise UsageError("--passes must be at least 1")
-    repeats = settings.sama.repeats
-    if passes % repeats:
-        raise UsageError(
-            f"--passes {passes}: the preset repeats its steps {repeats} times; give a multiple "
-            f"of {repeats}"
-        )
-    return [f"passes={passes}", f"sama.steps={passes // repeats}"]
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -222,7 +207,7 @@ def _audit(args: argparse.Namespace) -> None:
         padding=args.padding,
         pad_to=args.pad_to,
     )
-    overrides = [*_with_passes(settings, args.passes), *args.set]
+    overrides = [*config.budget_overrides(settings, args.passes), *args.set]
     if any(a.partition("=")[0].strip() == "preset" for a in overrides):
         raise UsageError("setting preset is a name only; choose one with --preset")
     settings = config.override(settings, overrides)
@@ -314,7 +299,7 @@ def _pretrain(args: argparse.Namespace) -> None:
 
 def _attacks(args: argparse.Namespace) -> None:
     settings = config.AuditSettings(preset=args.preset, sama=config.preset(args.preset))
-    overrides = [*_with_passes(settings, args.passes), *args.set]
+    overrides = [*config.budget_overrides(settings, args.passes), *args.set]
     settings = config.override(settings, overrides)
     from sama_jax import catalogue
 

@@ -281,6 +281,21 @@ def preset(name: str) -> SamaSettings:
     return PRESETS[name]
 
 
+def budget_overrides(settings: AuditSettings, passes: int | None) -> list[str]:
+    """`--passes Q` as overrides: the budget of every attack, SAMA's steps included."""
+    if passes is None:
+        return []
+    if passes < 1:
+        raise UsageError("--passes must be at least 1")
+    repeats = settings.sama.repeats
+    if passes % repeats:
+        raise UsageError(
+            f"--passes {passes}: the preset repeats its steps {repeats} times; give a multiple "
+            f"of {repeats}"
+        )
+    return [f"passes={passes}", f"sama.steps={passes // repeats}"]
+
+
 def override(settings: Any, assignments: list[str]) -> Any:
     """Applies `key=value` (dots reach into groups: `sama.steps=8`) to a frozen dataclass."""
     for assignment in assignments:

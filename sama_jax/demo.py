@@ -15,10 +15,10 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sama_jax import audit, data, finetune, report
-from sama_jax.config import AuditSettings, TrainSettings
+from sama_jax.config import AuditSettings, PrefixSettings, TrainSettings
 from sama_jax.errors import UsageError
 from sama_jax.files import write_atomic, write_json
 from sama_jax.metrics import auc
@@ -30,6 +30,8 @@ MIN_CHARS, MAX_CHARS = 250, 700
 NUM_MEMBERS = 125
 """Members, and as many non-members."""
 MAX_TOKENS = 96
+NUM_PREFIXES = 7
+"""Texts of each class for the prefixes of ReCaLL and CON-ReCall, none of them evaluated."""
 MASK_SEEDS = (0, 1, 2, 3, 4)
 
 # Parts of the library that are tests, generated tables or not always installed.
@@ -53,7 +55,7 @@ CONFIG: dict[str, Any] = {
     "rope": True,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-5,
-    "max_sequence_length": MAX_TOKENS,
+    "max_sequence_length": 4 * MAX_TOKENS,  # room for prefixes; trained on MAX_TOKENS
     "include_bias": False,
     "include_qkv_bias": False,
     "bias_for_layer_norm": False,
@@ -105,6 +107,51 @@ def _line_key(line: str) -> bytes:
     return hashlib.blake2b(re.sub(r"\s+", " ", line.strip()).encode(), digest_size=8).digest()
 
 
+def audit_settings() -> AuditSettings:
+    """Settings of the main audit."""
+    prefix = PrefixSettings(tokens=MAX_TOKENS)
+    return AuditSettings(max_length=MAX_TOKENS, seed=MASK_SEEDS[0], prefix=prefix)
+
+
+class Prepared(NamedTuple):
+    """The demo's models and texts."""
+
+    base: Path
+    target: Path
+    members: Path
+    nonmembers: Path
+    finetune: Path
+    """The members and the few that serve as prefixes."""
+    prefixes: Path
+    """A few members that the auditor knows (label 1) and texts that are none (label 0)."""
+    length: int
+
+
+def prepare(out: Path, *, seed: int = 42, fresh: bool = False, quiet: bool = False) -> Prepared:
+    """Makes, or finds made, the corpus, the base and the target in `out`."""
+    say = console(quiet)
+    if fresh and out.is_dir():
+        _remove(out)
+    _claim(out, seed)
+    made = _corpus(out, seed, say)
+    say.print("1/4 pre-training a small LLaDA on the standard library's source")
+    finetune.pretrain(
+        out / "corpus" / "config.json",
+        out / "corpus" / "pretrain.jsonl",
+        made.base,
+        _seeded(PRETRAIN, seed),
+        tokenizer=None,
+        heldout=made.nonmembers,
+        quiet=quiet,
+    )
+    say.print(f"2/4 fine-tuning on {NUM_MEMBERS + NUM_PREFIXES} members")
+    finetune.finetune(
+        made.base, made.finetune, made.target, _seeded(FINETUNE, seed), heldout=made.nonmembers,
+        quiet=quiet,
+    )  # fmt: skip
+    return made
+
+
 def run_demo(
     out: Path, *, seed: int = 42, fresh: bool = False, quiet: bool = False, command: str = ""
 ) -> dict[str, Any]:
@@ -114,34 +161,16 @@ def run_demo(
     that was interrupted continues; one with another `seed` needs `fresh` or another folder.
     """
     start, say = time.monotonic(), console(quiet)
-    if fresh and out.is_dir():
-        _remove(out)
-    _claim(out, seed)
-    members, nonmembers = _corpus(out, seed, say)
-    say.print("1/4 pre-training a small LLaDA on the standard library's source")
-    finetune.pretrain(
-        out / "corpus" / "config.json",
-        out / "corpus" / "pretrain.jsonl",
-        out / "base",
-        _seeded(PRETRAIN, seed),
-        tokenizer=None,
-        heldout=nonmembers,
-        quiet=quiet,
-    )
-    say.print(f"2/4 fine-tuning on {NUM_MEMBERS} members")
-    finetune.finetune(
-        out / "base", members, out / "target", _seeded(FINETUNE, seed), heldout=nonmembers,
-        quiet=quiet,
-    )  # fmt: skip
+    made = prepare(out, seed=seed, fresh=fresh, quiet=quiet)
     say.print(f"3/4 auditing {2 * NUM_MEMBERS} texts with every attack")
-    texts = data.read_split(members, nonmembers)
     job = audit.AuditJob(
-        target=out / "target",
-        reference=out / "base",
-        texts=texts,
+        target=made.target,
+        reference=made.base,
+        texts=data.read_split(made.members, made.nonmembers),
+        prefixes=data.read_texts(made.prefixes),
         out=out / "audit",
         attacks=("all",),
-        settings=AuditSettings(max_length=MAX_TOKENS, seed=MASK_SEEDS[0]),
+        settings=audit_settings(),
         quiet=quiet,
         command=command,
     )
@@ -178,10 +207,18 @@ def _seeded(settings: TrainSettings, seed: int) -> TrainSettings:
     return dataclasses.replace(settings, seed=seed)
 
 
-def _corpus(out: Path, seed: int, say: Any) -> tuple[Path, Path]:
+def _corpus(out: Path, seed: int, say: Any) -> Prepared:
     """Writes the three parts once: a random half of the documents that are kept out is members."""
     folder = out / "corpus"
-    members, nonmembers = folder / "members.jsonl", folder / "nonmembers.jsonl"
+    made = Prepared(
+        base=out / "base",
+        target=out / "target",
+        members=folder / "members.jsonl",
+        nonmembers=folder / "nonmembers.jsonl",
+        finetune=folder / "finetune.jsonl",
+        prefixes=folder / "prefixes.jsonl",
+        length=MAX_TOKENS,
+    )
     if not (folder / "config.json").is_file():
         documents = stdlib_documents()
         if len(documents) < 4 * NUM_MEMBERS:
@@ -190,16 +227,22 @@ def _corpus(out: Path, seed: int, say: Any) -> tuple[Path, Path]:
                 f"form, the demo needs {4 * NUM_MEMBERS}; use a Python that ships its .py files"
             )
         random.Random(seed).shuffle(documents)
+        members, known = documents[:NUM_MEMBERS], documents[NUM_MEMBERS:][:NUM_PREFIXES]
+        rest = documents[NUM_MEMBERS + NUM_PREFIXES :]
+        nonmembers, pretrain = rest[:NUM_MEMBERS], rest[NUM_MEMBERS:]
+        shots = [(t, 1) for t in known] + [(t, 0) for t in pretrain[-NUM_PREFIXES:]]
         parts = {
-            members: documents[:NUM_MEMBERS],
-            nonmembers: documents[NUM_MEMBERS : 2 * NUM_MEMBERS],
-            folder / "pretrain.jsonl": documents[2 * NUM_MEMBERS :],
+            made.members: [{"text": t} for t in members],
+            made.nonmembers: [{"text": t} for t in nonmembers],
+            made.finetune: [{"text": t} for t in members + known],
+            made.prefixes: [{"text": t, "label": label} for t, label in shots],
+            folder / "pretrain.jsonl": [{"text": t} for t in pretrain],
         }
         for path, texts in parts.items():
-            write_atomic(path, json_lines([{"text": t} for t in texts]))
+            write_atomic(path, json_lines(texts))
         write_json(folder / "config.json", CONFIG)  # last: its presence means complete
         say.print(f"corpus: {len(documents)} top-level functions and classes of this Python")
-    return members, nonmembers
+    return made
 
 
 def _seed_study(

@@ -3,6 +3,7 @@
 # Registration order is the order of every table: SAMA first.
 from sama_jax.attacks import sama  # isort: skip
 from sama_jax.attacks import likelihood  # isort: skip
+from sama_jax.attacks import ladder  # isort: skip
 from sama_jax.attacks.registry import (
     Attack,
     Probes,
@@ -17,6 +18,7 @@ __all__ = [
     "Attack",
     "Probes",
     "Query",
+    "ladder",
     "likelihood",
     "names",
     "register",

@@ -196,6 +196,8 @@ class Attack:
     """When a text has no score (null), in a few words."""
     corpus: Callable[[CorpusReading, AuditSettings], np.ndarray] | None = None
     """Scores of all texts from the statistic's values of each, NaN for null."""
+    in_all: bool = True
+    """Whether `all` means it, too."""
     needs_texts: bool = False
     """The corpus step reads texts and labels."""
 
@@ -298,7 +300,7 @@ def select(wanted: Sequence[str]) -> list[Attack]:
     found: dict[str, Attack] = {}
     for name in wanted:
         if name == "all":
-            found |= {n: _ATTACKS[n] for n in names()}
+            found |= {n: _ATTACKS[n] for n in names() if _ATTACKS[n].in_all}
         else:
             found[name] = get(name)
     if not found:
