@@ -75,8 +75,10 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     wanted = attack_suite.select(job.attacks)
     chosen_texts = data.collect(job.texts.texts[: job.limit])
     texts, notes = chosen_texts.texts, _data_notes(chosen_texts)
-    target = model_folder.open_folder(job.target, mask_id=job.mask_id, dtype=settings.dtype)
-    reference = model_folder.open_folder(job.reference, mask_id=job.mask_id, dtype=settings.dtype)
+    options: dict[str, Any] = {"mask_id": job.mask_id, "dtype": settings.dtype}
+    options["longest"] = settings.pad_to or settings.max_length
+    target = model_folder.open_folder(job.target, **options)
+    reference = model_folder.open_folder(job.reference, **options)
     tokenizer = _tokenizer(target, reference, texts)
     prefixes = _prefixes(job, wanted, texts)
     chosen, left_out = _supported(job, wanted, target, texts, prefixes)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from checkpoints_convert import peft, stream
+from sama_jax.data import TextTokenizer
 from sama_jax.errors import ModelError, OutputError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.types import Model, Params
@@ -68,24 +69,33 @@ def open_folder(
     dtype: str = "auto",
     adapter: Path | None = None,
     merge: bool = False,
+    longest: int = 0,
 ) -> ModelFolder:
     """Opens and checks a folder without loading it.
 
     Args:
       path: folder with `config.json` and safetensors.
-      mask_id: replaces the config's mask id.
+      mask_id: replaces the config's mask id, or the tokenizer's where the config names none.
       dtype: of activations and loaded weights; `auto` is float32 on CPU, else the stored dtype.
       adapter: folder of a LoRA adapter for this model.
       merge: add the adapter to the weights as they are read (in float32, then cast), for an
         ordinary parameter tree, instead of keeping it beside them.
+      longest: tokens of the longest text that the model has to read.
 
     Raises:
       ModelError: one message that lists every tensor that does not fit.
     """
     config = read_json_config(path)
     family = read_config(config, str(path / CONFIG))
+    limit = getattr(family.arch, "max_length", longest)
+    if longest > limit:
+        raise ModelError(
+            f"{path}: has position embeddings for {limit} tokens, but texts may have {longest}; "
+            f"give --max-length {limit} or less"
+        )
     source = stream.open_source(path, family.family, family.block_group_size)
     mask = family.mask_id if mask_id is None else mask_id
+    mask = tokenizer_mask(path) if mask is None else mask
     if not isinstance(mask, int) or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
             f"{path}: the mask token id is {mask!r}, but the embedding has "
@@ -120,6 +130,18 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
 def _lora_paths(folder: ModelFolder) -> re.Pattern[str]:
     """Parameters that the network applies an adapter to; none if it does not know any."""
     return getattr(folder.model, "lora_paths", re.compile("(?!)"))
+
+
+def tokenizer_mask(path: Path) -> int | None:
+    """The id of what the tokenizer's files call its mask token; None if they call none so."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            token = json.loads((path / file).read_text("utf-8"))["mask_token"]
+            name = token if isinstance(token, str) else token["content"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return TextTokenizer.from_folder(path).token_id(name)
+    return None
 
 
 def read_json_config(path: Path) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def run_nll(
     and `nll_total` (nats).
     """
     say = console(quiet)
-    folder = model_folder.open_folder(model, mask_id=mask_id, dtype=settings.dtype)
+    longest = settings.pad_to or settings.max_length
+    folder = model_folder.open_folder(model, mask_id=mask_id, dtype=settings.dtype, longest=longest)
     tokenizer = data.TextTokenizer.from_folder(folder.path)
     data.require_ids_fit(tokenizer, folder.model.vocab_size, str(model))
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)

@@ -5,6 +5,7 @@ MDLM and SEDD against plain modules of ours (`oracle_dit.py`), the encoders agai
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models
 
 from sama_jax import losses, model_folder
 from sama_jax.errors import ModelError
@@ -237,6 +239,24 @@ def test_a_text_longer_than_the_position_table_is_refused(pair):
     both = pair("bert")
     with pytest.raises(ModelError, match=r"257 positions.*256 only.*--max-length"):
         both.folder.model.trunk(both.params, tokens, np.ones(tokens.shape, bool))
+    model_folder.open_folder(both.path, mask_id=MASK_ID, longest=LENGTH)
+    with pytest.raises(ModelError, match=r"for 256 tokens.*may have 257.*--max-length 256"):
+        model_folder.open_folder(both.path, mask_id=MASK_ID, longest=LENGTH + 1)
+
+
+@pytest.mark.parametrize("written", ["[MASK]", {"content": "[MASK]", "lstrip": True}])
+def test_the_mask_id_is_the_tokenizers_where_the_config_has_none(pair, written, tmp_path):
+    both = pair("bert")
+    with pytest.raises(ModelError, match="--mask-id"):
+        model_folder.open_folder(both.path)
+    shutil.copytree(both.path, tmp_path / "bert")
+    words = {"[UNK]": 0, "a": 1, "[MASK]": 17}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "bert/tokenizer.json"))
+    settings = tmp_path / "bert/tokenizer_config.json"
+    settings.write_text(json.dumps({"mask_token": written}))
+    assert model_folder.open_folder(tmp_path / "bert").model.mask_id == 17
+    assert model_folder.open_folder(tmp_path / "bert", mask_id=5).model.mask_id == 5
 
 
 def test_modernbert_configs_of_version_4_and_5_are_the_same():
@@ -291,9 +311,10 @@ def test_dit_equals_pytorch(pair, variant):
 
 @pytest.mark.parametrize("variant", DIT)
 def test_dit_hidden_padding_equals_the_text_alone(pair, variant):
-    """Its noise level included: the share of masked tokens is among the valid ones."""
+    """Its noise level included: the share of masked tokens is among the valid ones, also where
+    the padding is made of mask tokens."""
     both = pair(variant)
-    padded = ours(both, TEXTS.valid).logits
+    padded = ours(both, TEXTS.valid, np.where(TEXTS.valid, TEXTS.tokens, MASK_ID)).logits
     for row, (start, end) in enumerate(SPANS):
         alone = TEXTS.tokens[row : row + 1, start:end]
         sigma = log_shares(np.ones(alone.shape, bool), alone)
