@@ -3,6 +3,7 @@
 MDLM and SEDD against plain modules of ours (`oracle_dit.py`), the encoders against transformers'.
 """
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -540,3 +541,21 @@ def test_kinds_and_mask_ids():
     }
     assert (read["mdlm"].mask_id, read["sedd_medium"].mask_id) == (50257, 50257)
     assert not any(f.shift for f in read.values())
+
+
+@pytest.mark.parametrize("name", ["sedd_medium", "bert", "modernbert_base"])
+def test_bfloat16_and_recomputed_blocks_keep_shapes_and_types(name):
+    """By tracing alone: the scanned carry keeps its dtype, and `remat` the parameter tree."""
+    family = read_config(PUBLISHED[name][0], name)
+    model = build_model(family, 0, jnp.dtype("bfloat16"))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    again = jax.eval_shape(dataclasses.replace(model, remat=True).init, jax.random.key(0))  # pyright: ignore
+    assert jax.tree.map(lambda x: x.shape, again) == jax.tree.map(lambda x: x.shape, params)
+    stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    out = jax.eval_shape(
+        functools.partial(forward, model), stored, TEXTS.tokens, TEXTS.valid, POSITIONS
+    )
+    assert out.logits.dtype == jnp.bfloat16
+    assert out.logits.shape == (*TEXTS.tokens.shape, model.vocab_size)
+    assert out.at_positions.shape == (*POSITIONS.shape, model.arch.width)
+    assert (out.attention.dtype, out.attention.shape) == (jnp.float32, (4, LENGTH, LENGTH))
