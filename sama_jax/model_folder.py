@@ -4,13 +4,14 @@ Composes `models` (architecture) and `checkpoints_convert` (tensors). Reads `con
 safetensors and tokenizer files; never imports torch, never runs code from a folder.
 """
 
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,13 @@ class ModelFolder:
     over all of an adapter."""
     base_identity: str
     """The same without the adapter: folders that share it can share their weights."""
-    adapter: peft.Adapter | None = None
-    """A LoRA adapter that stands beside the weights in the parameter tree."""
+    adapter: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """A LoRA adapter that stands beside the weights, as `peft.leaves` makes it (host)."""
 
     @property
     def abstract_params(self) -> Params:
         """Shapes of the parameter tree, float32; without an adapter."""
-        return jax.eval_shape(self.model.init, jax.random.key(0))
+        return _abstract_params(self.model)
 
     @property
     def max_length(self) -> int:
@@ -60,6 +61,12 @@ class ModelFolder:
     def num_params(self) -> int:
         """Parameters, unused embedding rows included."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(model: Model) -> Params:
+    """Shapes only; remembered, since tracing a model's `init` takes about 0.1 s."""
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def open_folder(
@@ -105,7 +112,7 @@ def open_folder(
         stored = source.dtype() if jax.default_backend() != "cpu" else "float32"
         dtype = stored if stored == "bfloat16" else "float32"
     model = build_model(family, mask, jnp.dtype(dtype))
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    abstract = _abstract_params(model)
     stream.check(source, family.family, model.num_layers, abstract, str(path))
     identity = _identity(path, repr(family.arch))
     folder = ModelFolder(path, config, family, model, source, identity, identity)
@@ -122,14 +129,10 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     if merge:
         source = peft.merge(folder.source, adapter, *layout)
         return replace(folder, source=source, identity=identity, base_identity=identity)
-    leaves = peft.leaves(adapter, *layout, _lora_paths(folder))
+    none = re.compile("(?!)")  # a network that does not say can keep no adapter
+    leaves = peft.leaves(adapter, *layout, getattr(folder.model, "lora_paths", none))
     lora = tuple((name, a.shape[-1]) for name, (a, _) in leaves.items())
-    return replace(with_options(folder, lora=lora), identity=identity, adapter=adapter)
-
-
-def _lora_paths(folder: ModelFolder) -> re.Pattern[str]:
-    """Parameters that the network applies an adapter to; none if it does not know any."""
-    return getattr(folder.model, "lora_paths", re.compile("(?!)"))
+    return replace(with_options(folder, lora=lora), identity=identity, adapter=leaves)
 
 
 def tokenizer_mask(path: Path) -> int | None:
@@ -188,23 +191,11 @@ def load_together(
         key = (folder.base_identity, str(folder.model.dtype))
         if key not in bases:
             bases[key] = _load_base(folder, sharding, progress)
-        loaded.append(_attach_adapter(folder, bases[key], sharding, progress))
+        leaves = jax.device_put(folder.adapter, sharding)
+        if leaves and progress:
+            progress(sum(x.nbytes for x in jax.tree.leaves(leaves)))
+        loaded.append(peft.attach(bases[key], leaves))
     return loaded
-
-
-def _attach_adapter(
-    folder: ModelFolder,
-    params: Params,
-    sharding: jax.sharding.Sharding,
-    progress: Callable[[int], None] | None,
-) -> Params:
-    if folder.adapter is None:
-        return params
-    layout = (folder.family.family, folder.model.num_layers, folder.abstract_params)
-    leaves = peft.leaves(folder.adapter, *layout, _lora_paths(folder))
-    if progress:
-        progress(sum(a.nbytes + b.nbytes for a, b in leaves.values()))
-    return peft.attach(params, jax.device_put(leaves, sharding))
 
 
 def _load_base(
