@@ -1,0 +1,330 @@
+"""The attack suite as a whole: one store, one recipe, invariants that hold for every attack."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+
+from sama_jax import attacks, cli, data, losses, metrics, reading
+from sama_jax.attacks.registry import ENTRY_POINTS
+from sama_jax.audit import AuditJob, AuditResult, run_audit
+from sama_jax.config import AuditSettings, PrefixSettings, SamaSettings
+from sama_jax.score import run_score
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = AuditSettings(
+    max_length=32,
+    passes=4,
+    sama=SamaSettings(steps=4, subsets=8),
+    prefix=PrefixSettings(shots=3, tokens=16),
+)
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("suite")
+    tiny.folder(folder / "target", seed=1)
+    tiny.folder(folder / "reference", seed=2)
+    found = tiny.texts(26, (4, 14))
+    found[3] = found[3].title()
+    tiny.write_texts(folder / "texts.jsonl", [*found, ""])
+    return folder
+
+
+def audit(box: Path, out: Path, *names: str, reference: str = "reference") -> AuditResult:
+    job = AuditJob(
+        target=box / "target",
+        reference=box / reference,
+        texts=data.read_texts(box / "texts.jsonl"),
+        out=out,
+        attacks=names,
+        settings=SETTINGS,
+        quiet=True,
+    )
+    result = run_audit(job)
+    assert result is not None
+    return result
+
+
+@pytest.fixture(scope="module")
+def everything(box: Path) -> AuditResult:
+    return audit(box, box / "all", "all")
+
+
+def column(rows: list[dict], name: str) -> list[float]:
+    return [r["scores"][name] for r in rows if r["scores"].get(name) is not None]
+
+
+def test_every_attack_that_can_be_computed_is_and_none_is_constant(everything: AuditResult):
+    manifest = json.loads((everything.out / "manifest.json").read_text())
+    left_out = manifest["not_computed"]
+    assert all("models, this one is diffusion" in reason for reason in left_out.values())
+    names = [n for n in attacks.names() if attacks.select([n])[0].in_all]
+    assert set(everything.rows[0]["scores"]) == set(names) - set(left_out)
+    for name in set(names) - set(left_out):
+        values = column(everything.rows, name)
+        assert np.isfinite(values).all()
+        assert len(set(values)) > 2, f"{name} is constant: {values}"
+
+
+def test_an_empty_text_and_prefix_texts_have_no_score_but_a_status(everything: AuditResult):
+    assert everything.rows[-1]["status"] == "empty"
+    taken = [r for r in everything.rows if r["status"] == "prefix"]
+    assert sum(r["label"] for r in taken) == 3
+    assert len(taken) == 6
+    for row in [everything.rows[-1], *taken]:
+        assert set(row["scores"].values()) == {None}
+    for row in everything.rows:
+        nulls = {n for n, s in row["scores"].items() if s is None}
+        if row["status"] == "ok":
+            assert set(row.get("undefined", {})) == nulls
+    evaluated = everything.metrics["attacks"]["sama"]
+    assert evaluated["n_members"] + evaluated["n_nonmembers"] == len(everything.rows) - 7
+
+
+def test_scores_from_the_store_are_those_of_a_full_run_and_cost_no_pass(
+    box: Path, everything: AuditResult, tmp_path: Path, monkeypatch
+):
+    stored = audit(box, tmp_path / "run", "sama", "loss", "ratio")
+    size = (tmp_path / "run" / "losses" / "losses-00000.bin").stat().st_size
+
+    def never(*_, **__):
+        raise AssertionError("a forward pass")
+
+    monkeypatch.setattr(losses, "score_batch", never)
+    result = run_score(tmp_path / "run", ["zlib", "ladder:signs"], quiet=True)
+    assert (tmp_path / "run" / "losses" / "losses-00000.bin").stat().st_size == size
+    monkeypatch.undo()
+    full = audit(box, tmp_path / "full", "sama", "loss", "ratio", "zlib", "ladder:signs")
+    for row, other, first in zip(result.rows, full.rows, stored.rows, strict=True):
+        assert row == other
+        assert first["scores"].items() <= row["scores"].items()
+    assert result.metrics == full.metrics
+
+
+def test_a_score_that_needs_passes_says_so(box: Path, tmp_path: Path, capsys):
+    audit(box, tmp_path / "run", "loss")
+    code = cli.main(["score", "--store", str(tmp_path / "run"), "--attacks", "sama"])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "its passes were not made for 26 of 27 texts" in said
+    assert "--attacks sama" in said
+    assert cli.main(["score", "--store", str(tmp_path / "none")]) == 3
+
+
+def test_adding_an_attack_computes_only_what_is_missing(box: Path, tmp_path: Path):
+    first = audit(box, tmp_path / "run", "loss")
+    second = audit(box, tmp_path / "run", "loss", "zlib", "ratio")
+    assert first.cost["passes_run"] == 26 * 4
+    assert second.cost["passes_run"] == 26 * 4  # the reference's alone
+    third = audit(box, tmp_path / "run", "loss", "ratio")
+    assert third.cost["passes_run"] == 0
+    assert third.rows == second.rows
+
+
+def test_shared_passes_are_at_most_sixty_percent(capsys):
+    assert cli.main(["attacks", "--json", "--passes", "8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passes_after_sharing"] <= 0.6 * found["passes_before_sharing"]
+    plain = {e["name"].partition(":")[0] for e in found["attacks"]}
+    assert len(plain) >= 18
+    assert cli.main(["attacks", "--passes", "8"]) == 0
+    assert f"{found['passes_after_sharing']} shared" in capsys.readouterr().out
+
+
+def test_identical_models_leave_every_calibrated_attack_constant_or_at_one_half(
+    box: Path, tmp_path: Path
+):
+    result = audit(box, tmp_path / "run", "all", reference="target")
+    for attack in attacks.select(["all"]):
+        if not attack.needs_reference(SETTINGS) or attack.name not in result.rows[0]["scores"]:
+            continue
+        if attack.name.split(":")[0] in ("neighbor", "its", "dfmia"):
+            continue  # the reference only proposes; its loss is not subtracted
+        values = column(result.rows, attack.name)
+        summary = result.metrics["attacks"][attack.name]
+        low, high = summary["auc_ci"]
+        assert len(set(values)) == 1 or low <= 0.5 <= high, attack.name
+
+
+def test_permuted_labels_give_one_half(everything: AuditResult):
+    """No statistic knows a label: drawn at random, they are guessed at chance."""
+    rows = [r for r in everything.rows if r["status"] == "ok"]
+    draw = np.random.default_rng(0)
+    for name in everything.metrics["attacks"]:
+        if name == "bows":
+            continue  # reads the labels; permuted in its own test
+        values = np.array([np.nan if (v := r["scores"][name]) is None else v for r in rows])
+        values = values[np.isfinite(values)]
+        labels = np.arange(len(values)) % 2
+        aucs = [metrics.auc(values, draw.permutation(labels)) for _ in range(200)]
+        error = np.std(aucs) / np.sqrt(len(aucs))
+        assert abs(np.mean(aucs) - 0.5) < 5 * error, name
+
+
+# --- the recipe ----------------------------------------------------------------------------------
+
+
+def recipe() -> tuple[str, str]:
+    """The Python file and the entry point that CONTRIBUTING.md shows."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    part = text[text.index("## Add an attack") : text.index("## Test")]
+    code, toml = (re.search(f"```{kind}\n(.*?)```", part, re.S) for kind in ("python", "toml"))
+    assert code
+    assert toml
+    return code[1], toml[1]
+
+
+def test_the_recipe_adds_an_attack_in_at_most_25_lines(box: Path, tmp_path: Path):
+    """Followed literally by a package of its own, in a process that knows only its entry point."""
+    code, toml = recipe()
+    assert len(code.strip().splitlines()) <= 25
+    site = tmp_path / "site"
+    info = site / "meangain-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "meangain.py").write_text(code)
+    assert f'entry-points."{ENTRY_POINTS}"' in toml
+    (info / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{toml.strip().splitlines()[1]}\n"
+                                           .replace('"', ""))  # fmt: skip
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: meangain\nVersion: 1.0\n")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
+
+    def run(*args: str) -> str:
+        command = [sys.executable, "-m", "sama_jax", *args]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = tmp_path / "run"
+    run("audit", "--target", f"{box / 'target'}", "--reference", f"{box / 'reference'}",
+        "--data", f"{box / 'texts.jsonl'}", "--out", f"{out}", "--attacks", "sama,meangain",
+        *tiny.SETTINGS)  # fmt: skip
+    listed = json.loads(run("attacks", "--json"))["attacks"]
+    mine = next(e for e in listed if e["name"] == "meangain")
+    assert mine["summary"].startswith("Mean of reference minus target loss")
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len(set(column(rows, "meangain"))) == 26
+    assert "meangain" in (out / "report.md").read_text()
+    assert "meangain" in json.loads((out / "metrics.json").read_text())["attacks"]
+
+
+# --- nll and experiments -------------------------------------------------------------------------
+
+
+def test_nll_has_the_likelihood_and_its_standard_error(box: Path, tmp_path: Path, capsys):
+    out = tmp_path / "nll"
+    command = ["nll", "--model", f"{box / 'target'}", "--data", f"{box / 'texts.jsonl'}"]
+    flags = ["--out", f"{out}", "--passes", "4", "--max-length", "32"]
+    assert cli.main([*command, *flags, "--quiet"]) == 0
+    rows = [json.loads(line) for line in (out / "nll.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in rows] == [f"t{i}" for i in range(27)]
+    assert rows[-1]["status"] == "empty"
+    assert rows[-1]["nll"] is None
+    scores = audit(box, tmp_path / "run", "loss").rows
+    for row, other in zip(rows[:-1], scores[:-1], strict=True):
+        assert row["nll"] == pytest.approx(-other["scores"]["loss"], rel=1e-6)
+        assert row["nll_total"] == pytest.approx(row["nll"] * row["n_tokens"], rel=1e-6)
+        assert 0 < row["standard_error"] < row["nll"]
+
+
+def test_the_standard_error_is_that_of_the_mean_of_the_passes():
+    from sama_jax.nll import bound_and_error
+    from sama_jax.types import ProbePlan, Reading
+
+    draw = np.random.default_rng(1)
+    scored = draw.random((6, 9)) < 0.5
+    scored[2] = False
+    weights = np.where(scored.any(axis=1), draw.random(6), 0.0).astype(np.float32)
+    target = np.where(scored, draw.random((6, 9)) * 5, np.nan).astype(np.float32)
+    plan = ProbePlan(scored, scored, weights, np.zeros((6, 0, 1), np.int32))  # pyright: ignore
+    found = bound_and_error(Reading(target, target, plan, 9, 40), SETTINGS)  # pyright: ignore
+    estimates = [w * np.nansum(t) for w, t in zip(weights, target) if w > 0]
+    expected = [np.mean(estimates), np.std(estimates, ddof=1) / np.sqrt(len(estimates))]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_experiments_are_well_formed_and_run(box: Path, tmp_path: Path, capsys):
+    from sama_jax import experiment
+
+    listed = experiment.available()
+    assert {"baseline_check", "ablation_ladder"} <= set(listed)
+    for name in listed:
+        for run in experiment.read(experiment.find(name))["runs"]:
+            attacks.select(run["attacks"])
+    ladder = experiment.read(experiment.find("ablation_ladder"))
+    assert [a for a, _ in ladder["compare"]] == ladder["runs"][0]["attacks"][:-1]
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"models: {{target: {box / 'target'}, reference: {box / 'reference'}}}\n"
+        f"data: {{data: {box / 'texts.jsonl'}}}\n"
+        "runs:\n- {name: r, passes: 4, max_length: 32, attacks: [loss, sama],"
+        " set: ['sama.subsets=8']}\n"
+        "compare: [[loss, sama]]\n"
+    )
+    assert cli.main(["experiment", str(file), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    made = json.loads((tmp_path / "out" / "experiment.json").read_text())["runs"]["r"]
+    aucs = {n: made["metrics"][n]["auc"] for n in ("loss", "sama")}
+    gained = made["compare"][0]["difference"]
+    assert gained == pytest.approx(aucs["sama"] - aucs["loss"], abs=1e-9)
+    file.write_text("runs:\n- {name: r, attacks: [loss], seeed: 3}\n")
+    assert cli.main(["experiment", str(file)]) == 3
+    assert "unknown field 'seeed', did you mean 'seed'" in capsys.readouterr().err
+    assert cli.main(["experiment", "ablation_lader"]) == 2
+    assert "ablation_ladder" in capsys.readouterr().err
+
+
+# --- the ladder ----------------------------------------------------------------------------------
+
+
+def test_the_rungs_against_loops():
+    from sama_jax.attacks import ladder
+    from sama_jax.types import ProbePlan, Reading
+
+    draw = np.random.default_rng(3)
+    steps, length, subsets, size = 5, 12, 7, 3
+    masks = draw.random((steps, length)) < 0.5
+    masks[1] = False
+    weights = np.where(masks.any(axis=1), 1 / np.arange(1, steps + 1), 0.0).astype(np.float32)
+    chosen = np.full((steps, subsets, size), -1, np.int32)
+    for t, n in np.ndindex(steps, subsets):
+        pool = np.flatnonzero(masks[t])
+        k = min(size, len(pool))
+        chosen[t, n, :k] = draw.choice(pool, k, replace=False)
+    target, reference = (
+        np.where(masks, draw.integers(0, 4096, masks.shape) / 1024, np.nan).astype(np.float32)
+        for _ in range(2)
+    )
+    plan = ProbePlan(masks, masks, weights, chosen)  # pyright: ignore
+    read = Reading(target, reference, plan, length, 40)  # pyright: ignore
+    difference = reference - target
+    recorded = [t for t in range(steps) if masks[t].any()]
+    means = [np.nanmean(difference[t]) for t in recorded]
+    groups = [[difference[t, [i for i in s if i >= 0]].mean() for s in chosen[t]] for t in recorded]
+    expected = {
+        ladder.progressive: np.mean(means),
+        ladder.subsets: np.mean([np.mean(g) for g in groups]),
+        ladder.signs: np.mean([np.mean(np.array(g) > 0) for g in groups]),
+        ladder.calibrated: sum(w * np.nansum(d) for w, d in zip(weights, difference))
+        / len(recorded),
+    }
+    for rung, value in expected.items():
+        np.testing.assert_allclose(rung(read, SETTINGS), value, rtol=2e-6)
+
+
+def test_the_index_gives_back_the_items(everything: AuditResult):
+    rows, items = reading.read_index(everything.out / reading.INDEX)
+    assert [r["id"] for r in rows] == [r["id"] for r in everything.rows]
+    assert all(len(found) == len(rows) for found in items.values())
+    text = items["text"][0]
+    assert text is not None
+    assert len(text.maskable) == everything.rows[0]["n_tokens"]
+    assert text.store_key.startswith(f"{int(text.key.high):08x}")
