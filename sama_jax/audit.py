@@ -41,6 +41,8 @@ class AuditJob:
     batch_size: int | None = None
     """Rows a device works on at once; None: from the padded length."""
     mask_id: int | None = None
+    adapter: Path | None = None
+    """LoRA adapter on top of `target`, which is then usually the reference's folder."""
     store: Path | None = None
     prefixes: data.Texts | None = None
     """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
@@ -77,7 +79,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     texts, notes = chosen_texts.texts, _data_notes(chosen_texts)
     options: dict[str, Any] = {"mask_id": job.mask_id, "dtype": settings.dtype}
     options["longest"] = settings.pad_to or settings.max_length
-    target = model_folder.open_folder(job.target, **options)
+    target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
     reference = model_folder.open_folder(job.reference, **options)
     tokenizer = _tokenizer(target, reference, texts)
     prefixes = _prefixes(job, wanted, texts)
@@ -394,6 +396,7 @@ def _about(job: AuditJob, roles: list[scoring.Role]) -> dict[str, Any]:
         "command": job.command,
         "target": str(job.target),
         "reference": str(job.reference),
+        **({"adapter": str(job.adapter)} if job.adapter else {}),
     }
 
 

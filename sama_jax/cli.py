@@ -78,8 +78,11 @@ def _add_demo(commands: Any) -> None:
 
 def _add_audit(commands: Any) -> None:
     p = _command(commands, "audit", "Which of these texts was the target fine-tuned on?")
-    p.add_argument("--target", type=Path, required=True, metavar="DIR", help="fine-tuned model")
+    p.add_argument("--target", type=Path, metavar="DIR", help="fine-tuned model")
     p.add_argument("--reference", type=Path, required=True, metavar="DIR", help="its base model")
+    p.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="LoRA adapter for --target (default: reference)"
+    )
     p.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
     p.add_argument("--members", type=Path, metavar="F")
     p.add_argument("--nonmembers", type=Path, metavar="F")
@@ -198,6 +201,8 @@ def _audit(args: argparse.Namespace) -> None:
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.target is None and args.adapter is None:
+        raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
     settings = config.AuditSettings(
         preset=args.preset,
         sama=config.preset(args.preset),
@@ -224,7 +229,8 @@ def _audit(args: argparse.Namespace) -> None:
     else:
         raise UsageError("give either --data F, or --members F and --nonmembers F")
     job = AuditJob(
-        target=args.target,
+        target=args.target or args.reference,
+        adapter=args.adapter,
         reference=args.reference,
         texts=texts,
         out=args.out,

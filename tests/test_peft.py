@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sama_jax import model_folder
+from sama_jax import cli, model_folder
 from sama_jax.errors import ModelError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
+import tiny
 
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -376,6 +377,9 @@ def test_identity_covers_the_adapters_bytes_and_scales_and_nothing_else(made):
     assert model_folder.open_folder(made.base, adapter=made.adapter).base_identity == plain.identity
     edit(made.adapter, inference_mode=False, lora_dropout=0.5, base_model_name_or_path="x/y")
     assert identity(made) == first
+    # The ends of names, but no whole parts of them.
+    edit(made.adapter, alpha_pattern={"proj": 99, "_out": 99}, rank_pattern={"q_pro": 1})
+    assert identity(made) == first
     edit(made.adapter, lora_alpha=17)
     found.add(identity(made))
     edit(made.adapter, use_rslora=True)
@@ -390,6 +394,42 @@ def test_identity_covers_the_adapters_bytes_and_scales_and_nothing_else(made):
 
     edit_tensors(made.adapter, nudge)
     assert identity(made) not in found
+
+
+# Audits
+
+
+def test_an_audit_with_an_adapter_reads_the_losses_of_the_merged_model(made, tmp_path, capsys):
+    base, merged = shutil.copytree(made.base, tmp_path / "base"), tmp_path / "model"
+    tiny.tokenizer().save(str(base / "tokenizer.json"))
+    opened = model_folder.open_folder(base, adapter=made.adapter, merge=True)
+    params = model_folder.load(opened, ONE_DEVICE)
+    model_folder.save_folder(merged, params, opened.model, opened.config, base)
+    texts = tiny.write_texts(tmp_path / "texts.jsonl", tiny.texts(16))
+    common = ["audit", "--reference", str(base), "--data", str(texts), "--attacks", "sama"]
+    common += [*tiny.SETTINGS, "--quiet"]
+    losses = {}
+    for name, target in {
+        "kept": ["--adapter", str(made.adapter)],
+        "merged": ["--target", str(merged)],
+    }.items():
+        out = ["--out", str(tmp_path / name), "--save-losses", str(tmp_path / f"{name}.npz")]
+        assert cli.main([*common, *target, *out]) == 0
+        losses[name] = dict(np.load(tmp_path / f"{name}.npz"))
+    kept, plain = losses["kept"], losses["merged"]
+    assert kept["reference"].tobytes() == plain["reference"].tobytes()
+    np.testing.assert_allclose(kept["target"], plain["target"], rtol=0, atol=1e-5)
+    assert np.nanmax(np.abs(kept["target"] - kept["reference"])) > 0.5
+    manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
+    assert manifest["adapter"] == str(made.adapter)
+    assert manifest["target"] == manifest["reference"] == str(base)
+    # The same folder as --target says the same; another scale is another target.
+    again = [*common, "--adapter", str(made.adapter), "--out", str(tmp_path / "kept")]
+    assert cli.main([*again, "--target", str(base)]) == 0
+    edit(made.adapter, lora_alpha=1)
+    capsys.readouterr()
+    assert cli.main(again) == 2
+    assert "target" in capsys.readouterr().err
 
 
 # What is refused
