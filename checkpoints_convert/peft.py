@@ -204,8 +204,9 @@ def _matrices(
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
     """The base's matrices: canonical name -> (shape, whether it is an embedding table)."""
     found = {}
-    for path, leaf in stream.leaf_paths(abstract).items():
-        for _, name, shape in stream.sources(path, leaf.shape, family, num_layers):
+    leaves = stream.leaf_paths(abstract)
+    for path in leaves:
+        for _, name, shape in stream.sources(path, leaves, family, num_layers):
             if len(shape) == 2:
                 found[name] = (shape, path.endswith("/embedding"))
     return found
@@ -326,12 +327,13 @@ def leaves(
       allowed: paths that the network applies an adapter to. Another one is a `ModelError`.
     """
     found, refused = {}, []
-    for path, leaf in stream.leaf_paths(abstract).items():
-        named = [(p, n) for p, n, _ in stream.sources(path, leaf.shape, family, num_layers)]
+    leaves = stream.leaf_paths(abstract)
+    for path, leaf in leaves.items():
+        named = [(p, n) for p, n, _ in stream.sources(path, leaves, family, num_layers)]
         places = {p: adapter.modules[n] for p, n in named if n in adapter.modules}
         if not places:
             continue
-        if not allowed.fullmatch(path) or TABLES[family].rule(path, num_layers).fused:
+        if not allowed.fullmatch(path) or stream.rule_of(path, leaves, family, num_layers).fused:
             refused += [m.module for m in places.values()]
             continue
         rank = max(len(m.a) for m in places.values())

@@ -7,6 +7,7 @@ Nothing is unpickled and no code of a folder is run. A leaf is filled window by 
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def open_source(folder: Path, family: str, block_group_size: int = 1) -> Source:
     """Reads all headers of a folder; a tensor that appears twice is an error."""
-    ignored = TABLES[family].ignored
+    ignored, refused = TABLES[family].ignored, TABLES[family].refused
     tensors: dict[str, SourceTensor] = {}
     handles: dict[Path, Any] = {}
     twice = []
@@ -90,6 +91,9 @@ def open_source(folder: Path, family: str, block_group_size: int = 1) -> Source:
                 key = canonical_name(family, name, block_group_size)
                 if ignored and ignored.search(key):
                     continue
+                for pattern, advice in refused:
+                    if re.search(pattern, key):
+                        raise ModelError(f"{file}: tensor {name}: {advice}")
                 if key in tensors:
                     twice.append(f"{name} ({file.name}) and {tensors[key].name}")
                 dtype = _DTYPES.get(piece.get_dtype(), piece.get_dtype())
@@ -112,8 +116,9 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
 def check(source: Source, family: str, num_layers: int, abstract: Any, where: str) -> None:
     """Every tensor consumed, every parameter filled, every shape right: else one error for all."""
     expected: dict[str, tuple[int, ...]] = {}
-    for path, leaf in leaf_paths(abstract).items():
-        for _, name, shape in sources(path, leaf.shape, family, num_layers):
+    leaves = leaf_paths(abstract)
+    for path in leaves:
+        for _, name, shape in sources(path, leaves, family, num_layers):
             expected[name] = shape
     allowed = set(expected)
     problems = []
@@ -157,13 +162,25 @@ def _equal(source: Source, a: str, b: str) -> bool:
     return np.array_equal(source.window(a, everything), source.window(b, everything))
 
 
+def rule_of(path: str, leaves: Mapping[str, Any], family: str, num_layers: int) -> Rule:
+    """The rule of one of `leaves` (as `leaf_paths` gives them); `joined` is turned into `fused`."""
+    rule = TABLES[family].rule(path, num_layers)
+    if not rule.joined:
+        return rule
+    parent, module, leaf = path.rsplit("/", 2)
+    rows = {name: leaves[f"{parent}/{name}/{leaf}"].shape[-1] for name in rule.joined}
+    start = sum(rows[name] for name in rule.joined[: rule.joined.index(module)])
+    part = Fused((sum(rows.values()),), (slice(start, start + rows[module]),))
+    return rule._replace(fused=part)
+
+
 def sources(
-    path: str, shape: tuple[int, ...], family: str, num_layers: int
+    path: str, leaves: Mapping[str, Any], family: str, num_layers: int
 ) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
     """(place on the leading axes, source name, source shape) of every layer and expert."""
-    rule = TABLES[family].rule(path, num_layers)
+    rule, shape = rule_of(path, leaves, family, num_layers), leaves[path].shape
     lead = _lead_axes(rule)
-    inner = shape[lead:][::-1] if rule.transpose else shape[lead:]
+    inner = _swap(shape[lead:]) if rule.transpose else shape[lead:]
     if rule.fused:
         inner = (math.prod(_view(rule.fused, inner[0])), *inner[1:])
     for place in np.ndindex(*shape[:lead]):
@@ -174,6 +191,11 @@ def _view(fused: Fused, rows: int) -> tuple[int, ...]:
     """A fused source's view, its -1 replaced by what makes `rows` of it picked."""
     ones = tuple(1 if n == -1 else n for n in fused.view)
     return tuple(rows // np.empty(ones)[fused.pick].size if n == -1 else n for n in fused.view)
+
+
+def _swap(axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last two axes change places: [out, in] and [in, out], of one matrix or of a stack."""
+    return (*axes[:-2], axes[-1], axes[-2])
 
 
 def _lead_axes(rule: Rule) -> int:
@@ -205,18 +227,24 @@ def load_params(
     Call `check` first. `progress` is told the bytes of each leaf when it is in place.
     """
 
+    leaves = leaf_paths(abstract)
+
     def leaf(path, target: jax.ShapeDtypeStruct) -> jax.Array:
-        rule = TABLES[family].rule("/".join(str(k.key) for k in path), num_layers)
-        lead = _lead_axes(rule)
+        name = "/".join(str(k.key) for k in path)
+        rule = rule_of(name, leaves, family, num_layers)
+        lead, dtype = _lead_axes(rule), target.dtype
+        if rule.buffer:
+            named = [n for _, n, _ in sources(name, leaves, family, num_layers)]
+            dtype = np.result_type(*(np.dtype(source.tensors[n].dtype) for n in named))
 
         def fill(index: tuple[slice, ...]) -> np.ndarray:
             ranges = [range(*s.indices(n)) for s, n in zip(index, target.shape)]
-            out = np.empty([len(r) for r in ranges], target.dtype)
+            out = np.empty([len(r) for r in ranges], dtype)
             for at in np.ndindex(*out.shape[:lead]):
                 place = tuple(r[i] for r, i in zip(ranges, at))
                 name = _source_name(rule, place, target.shape, num_layers)
                 window = _window(source, rule, name, index[lead:])
-                out[at] = window.T if rule.transpose else window
+                out[at] = window.swapaxes(-1, -2) if rule.transpose else window
             return out
 
         array = jax.make_array_from_callback(target.shape, target.sharding, fill)  # pyright: ignore
@@ -229,7 +257,7 @@ def load_params(
 
 def _window(source: Source, rule: Rule, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """The part of a source tensor that fills `index` of a parameter, in the source's layout."""
-    index = index[::-1] if rule.transpose else index
+    index = _swap(index) if rule.transpose else index
     if rule.fused is None:
         return source.window(name, index)
     everything = slice(None)
@@ -242,12 +270,13 @@ def _window(source: Source, rule: Rule, name: str, index: tuple[slice, ...]) -> 
 def export_tensors(params: Any, family: str, num_layers: int) -> dict[str, np.ndarray]:
     """The parameters under their Hub names, in their own dtype (host)."""
     tensors: dict[str, np.ndarray] = {}
-    for path, leaf in leaf_paths(params).items():
-        rule, array = TABLES[family].rule(path, num_layers), np.asarray(leaf)
+    leaves = leaf_paths(params)
+    for path, leaf in leaves.items():
+        rule, array = rule_of(path, leaves, family, num_layers), np.asarray(leaf)
         for place in np.ndindex(*array.shape[: _lead_axes(rule)]):
             name = _source_name(rule, place, array.shape, num_layers)
             name = TABLES[family].hub_prefix + name
-            piece = array[place].T if rule.transpose else array[place]
+            piece = array[place].swapaxes(-1, -2) if rule.transpose else array[place]
             if rule.fused is None:
                 tensors[name] = np.ascontiguousarray(piece)
                 continue

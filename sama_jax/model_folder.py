@@ -234,8 +234,8 @@ def save_folder(
                     shutil.copyfile(file, out / file.name)
         tensors = stream.export_tensors(params, family, model.num_layers)
         stream.save_weights(out, tensors, MAX_SHARD_BYTES)
-        dtypes = {str(a.dtype) for a in tensors.values()}
-        config = {**config, "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+        dtypes = [str(a.dtype) for a in tensors.values()]
+        config = {**config, "torch_dtype": max(sorted(set(dtypes)), key=dtypes.count)}
         if family == "llada":
             config["block_group_size"] = 1
         part = out / (CONFIG + ".part")

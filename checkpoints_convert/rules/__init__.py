@@ -4,6 +4,7 @@ from checkpoints_convert.rules.base import Fused, Rule, Table, clean_name
 from checkpoints_convert.rules.dit import MDLM, SEDD
 from checkpoints_convert.rules.encoders import BERT, MODERNBERT
 from checkpoints_convert.rules.llada import LLADA
+from checkpoints_convert.rules.moe import LLADA2, LLADA2_MERGED, LLADA_MOE
 
 __all__ = ["TABLES", "Fused", "Rule", "Table", "canonical_name"]
 
@@ -13,6 +14,9 @@ TABLES: dict[str, Table] = {
     "sedd": SEDD,
     "bert": BERT,
     "modernbert": MODERNBERT,
+    "lladamoe": LLADA_MOE,
+    "llada2": LLADA2,
+    "llada2_merged": LLADA2_MERGED,
 }
 """Family name (as `sama_jax.models.registry` gives it) -> its table."""
 

@@ -28,6 +28,11 @@ class Rule(NamedTuple):
     transpose: bool = False
     """PyTorch keeps linear weights as [out, in], our kernels are [in, out]."""
     fused: Fused | None = None
+    joined: tuple[str, ...] = ()
+    """Instead of `fused`: the source's first axis holds the rows of these modules, which stand
+    beside each other in our tree, in this order: Q, K and V of unequal numbers of heads."""
+    buffer: bool = False
+    """Not trained, such as the bias that balances experts: loaded in its stored dtype."""
 
 
 class Table(NamedTuple):
@@ -45,6 +50,8 @@ class Table(NamedTuple):
     """Further renaming after `clean_name`, such as block groups to blocks."""
     ignored: re.Pattern[str] | None = None
     """Stored buffers that hold nothing learned, such as rotary frequencies."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """(regular expression of a canonical name, advice): other layouts, known but not read."""
 
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|model\.)+")

@@ -17,6 +17,7 @@ from sama_jax.models.encoders import (
 )
 from sama_jax.models.family import Family, FamilyConfig
 from sama_jax.models.llada import LLADA
+from sama_jax.models.llada_moe import LLADA2, LLADA_MOE, is_lladamoe
 from sama_jax.models.transformer import Architecture, TransformerModel
 from sama_jax.types import Model
 
@@ -26,6 +27,10 @@ FAMILIES: dict[str, Family] = {
     "sedd": SEDD,
     "bert": BERT,
     "modernbert": MODERNBERT,
+    "lladamoe": LLADA_MOE,
+    "llada2_moe": LLADA2,
+    "llada2_moe_veomni": LLADA2,
+    "llada21_moe": LLADA2,
 }
 """`model_type` of a config -> the family."""
 
@@ -53,6 +58,7 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     fields are both needed, since LLaDA-MoE's Hub config also says `llada`.
     """
     kind = "sedd" if is_sedd(config) else config.get("model_type")
+    kind = "lladamoe" if is_lladamoe(config) else kind
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(
             f"{where}: model_type is {kind!r}, which is not a supported family"
