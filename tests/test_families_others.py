@@ -60,7 +60,6 @@ _ROPE: Any = {
 }
 VARIANTS: dict[str, Any] = {
     "mdlm": lambda: oracle_dit.mdlm_config(),
-    "mdlm_timed": lambda: oracle_dit.mdlm_config(time_conditioning=True, n_blocks=2),
     "sedd": lambda: oracle_dit.sedd_config(),
     "bert": lambda: transformers.BertForMaskedLM(
         transformers.BertConfig(**_BERT, max_position_embeddings=LENGTH, type_vocab_size=3)
@@ -77,7 +76,7 @@ VARIANTS: dict[str, Any] = {
         )
     ),
 }
-DIT = ("mdlm", "mdlm_timed", "sedd")
+DIT = ("mdlm", "sedd")
 ENCODERS = ("bert", "modernbert", "modernbert_layer_types")
 
 
@@ -288,8 +287,7 @@ def test_modernbert_configs_of_version_4_and_5_are_the_same():
 def test_dit_equals_pytorch(pair, variant):
     """Without padding, which the published networks cannot hide."""
     both = pair(variant)
-    timed = variant != "mdlm"
-    sigma = log_shares(EVERYWHERE) if timed else np.zeros(len(SPANS), np.float32)
+    sigma = log_shares(EVERYWHERE) if variant == "sedd" else np.zeros(len(SPANS), np.float32)
     head, weights = dit(both, TEXTS.tokens, sigma)
     actual = ours(both, EVERYWHERE)
     assert head.std() > 0.3, "logits too flat to tell anything"
@@ -319,7 +317,7 @@ def test_dit_hidden_padding_equals_the_text_alone(pair, variant):
     for row, (start, end) in enumerate(SPANS):
         alone = TEXTS.tokens[row : row + 1, start:end]
         sigma = log_shares(np.ones(alone.shape, bool), alone)
-        head, _ = dit(both, alone, sigma if variant != "mdlm" else np.zeros(1, np.float32))
+        head, _ = dit(both, alone, sigma if variant == "sedd" else np.zeros(1, np.float32))
         error = np.abs(padded[row, start:end] - head[0])[..., :MASK_ID]
         assert error.max() < LOGITS
 
@@ -331,11 +329,11 @@ def test_sigma_can_be_given_and_matters_only_where_the_network_knows_time(pair):
         model, params = both.folder.model, both.params
         hidden = jax.jit(model.hidden)(params, TEXTS.tokens, EVERYWHERE, given)
         actual = np.asarray(jax.jit(model.logits)(params, hidden))[..., :MASK_ID]
-        sigma = given if variant != "mdlm" else np.zeros_like(given)
+        sigma = given if variant == "sedd" else np.zeros_like(given)
         head, _ = dit(both, TEXTS.tokens, sigma)
         np.testing.assert_allclose(actual, head[..., :MASK_ID], rtol=0, atol=LOGITS)
         default = ours(both, EVERYWHERE).logits[..., :MASK_ID]
-        assert (np.abs(actual - default).max() > 100 * LOGITS) == (variant != "mdlm")
+        assert (np.abs(actual - default).max() > 100 * LOGITS) == (variant == "sedd")
 
 
 @pytest.mark.parametrize("variant", DIT)
@@ -540,6 +538,10 @@ def test_kinds_and_mask_ids():
         "modernbert_large": "masked",
     }
     assert (read["mdlm"].mask_id, read["sedd_medium"].mask_id) == (50257, 50257)
+    timed = read_config(oracle_dit.mdlm_config(time_conditioning=True), "mdlm").arch.timed
+    assert (timed, read["mdlm"].arch.timed, read["sedd_medium"].arch.timed) == (True, False, True)
+    assert read_config({"model_type": "mdlm", "mask_token_id": 7}, "mdlm").mask_id == 7
+    assert read_config({"model_type": "mdlm", "mask_token_id": None}, "mdlm").mask_id == 50257
     assert not any(f.shift for f in read.values())
 
 

@@ -292,7 +292,9 @@ def read_mdlm(config: dict[str, Any], where: str) -> FamilyConfig:
     arch = _architecture(
         full, where, full["vocab_size"], "hidden_dim", timed=full["time_conditioning"]
     )
-    return FamilyConfig("mdlm", arch, full.get("mask_token_id", arch.vocab_size - 1), shift=False)
+    mask_id = full.get("mask_token_id")
+    mask_id = arch.vocab_size - 1 if mask_id is None else mask_id
+    return FamilyConfig("mdlm", arch, mask_id, shift=False)
 
 
 def is_sedd(config: dict[str, Any]) -> bool:
