@@ -6,7 +6,7 @@ louaaron/Score-Entropy-Discrete-Diffusion.
 
 import re
 
-from checkpoints_convert.rules.base import Fused, Rule, Table
+from checkpoints_convert.rules.base import Rule, Table
 
 # Our path inside a block -> name inside `blocks.{i}`.
 _BLOCK = {
@@ -24,7 +24,7 @@ _TOP = {
     "final_modulation": "output_layer.adaLN_modulation",
     "lm_head": "output_layer.linear",
 }
-_QKV = ("attn/q_proj", "attn/k_proj", "attn/v_proj")
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def dit_rule(path: str, num_layers: int) -> Rule:
@@ -37,9 +37,8 @@ def dit_rule(path: str, num_layers: int) -> Rule:
         return Rule(f"{_TOP[module]}.{suffix}", kernel)
     stack, _, inside = module.partition("/")
     layer = "{i}" if stack == "blocks" else str(num_layers - 1)
-    if inside in _QKV:
-        part = Fused((3, -1), (_QKV.index(inside),))
-        return Rule(f"blocks.{layer}.attn_qkv.weight", kernel, part)
+    if inside.removeprefix("attn/") in _QKV:
+        return Rule(f"blocks.{layer}.attn_qkv.weight", kernel, joined=_QKV)
     return Rule(f"blocks.{layer}.{_BLOCK[inside]}.{suffix}", kernel)
 
 

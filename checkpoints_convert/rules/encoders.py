@@ -7,7 +7,7 @@ and the next-sentence head, is ignored by name.
 
 import re
 
-from checkpoints_convert.rules.base import Fused, Rule, Table
+from checkpoints_convert.rules.base import Rule, Table
 
 # Our path inside a block -> name inside `bert.encoder.layer.{i}`.
 _BERT_BLOCK = {
@@ -72,13 +72,10 @@ _MODERNBERT_BLOCK = {
     "mlp_norm": "mlp_norm",
     "mlp/down_proj": "mlp.Wo",
 }
-# Parts of a larger tensor: the first half of Wi is activated.
-_MODERNBERT_FUSED = {
-    "attn/q_proj": ("attn.Wqkv", 3, 0),
-    "attn/k_proj": ("attn.Wqkv", 3, 1),
-    "attn/v_proj": ("attn.Wqkv", 3, 2),
-    "mlp/gate_proj": ("mlp.Wi", 2, 0),
-    "mlp/up_proj": ("mlp.Wi", 2, 1),
+# Rows of several of our modules; the first half of Wi is activated.
+_MODERNBERT_JOINED = {
+    "attn.Wqkv": ("q_proj", "k_proj", "v_proj"),
+    "mlp.Wi": ("gate_proj", "up_proj"),
 }
 _MODERNBERT_TOP = {
     "embed": "model.embeddings.tok_embeddings.weight",
@@ -98,9 +95,9 @@ def modernbert_rule(path: str, num_layers: int) -> Rule:
         return Rule(_MODERNBERT_TOP[module], kernel)
     stack, _, inside = module.partition("/")
     layer = f"model.layers.{_layer(stack, num_layers)}"
-    if inside in _MODERNBERT_FUSED:
-        name, parts, part = _MODERNBERT_FUSED[inside]
-        return Rule(f"{layer}.{name}.weight", kernel, Fused((parts, -1), (part,)))
+    for name, modules in _MODERNBERT_JOINED.items():
+        if inside.rpartition("/")[2] in modules:
+            return Rule(f"{layer}.{name}.weight", kernel, joined=modules)
     return Rule(f"{layer}.{_MODERNBERT_BLOCK[inside]}.weight", kernel)
 
 
