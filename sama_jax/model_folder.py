@@ -25,6 +25,8 @@ from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.types import Model, Params
 
 CONFIG = "config.json"
+MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>")
+"""Mask tokens of published models whose tokenizers do not call them `mask_token`."""
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -54,6 +56,7 @@ class ModelFolder:
     def max_length(self) -> int:
         """Tokens that the model was made for; a large number where its config does not say."""
         names = ("max_sequence_length", "max_position_embeddings", "n_positions", "model_length")
+        names += ("block_size",)
         found = [self.config[n] for n in names if isinstance(self.config.get(n), int)]
         return min(found, default=2**20)
 
@@ -101,8 +104,7 @@ def open_folder(
             f"give --max-length {limit} or less"
         )
     source = stream.open_source(path, family.family, family.block_group_size)
-    mask = family.mask_id if mask_id is None else mask_id
-    mask = tokenizer_mask(path) if mask is None else mask
+    mask = _known_mask(path, family) if mask_id is None else mask_id
     if not isinstance(mask, int) or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
             f"{path}: the mask token id is {mask!r}, but the embedding has "
@@ -135,16 +137,60 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     return replace(with_options(folder, lora=lora), identity=identity, adapter=leaves)
 
 
+def _known_mask(path: Path, family: FamilyConfig) -> int | None:
+    """The mask id of the config, else of the tokenizer. Raises `ModelError` if they disagree."""
+    told = None if family.kind == "autoregressive" else tokenizer_mask(path)
+    if family.mask_id is None or told in (None, family.mask_id):
+        return told if family.mask_id is None else family.mask_id
+    raise ModelError(
+        f"{path}: the mask token id is {family.mask_id!r} by {CONFIG} (or its class's default), "
+        f"but {told} by the tokenizer's files; say with --mask-id which one is right"
+    )
+
+
 def tokenizer_mask(path: Path) -> int | None:
-    """The id of what the tokenizer's files call its mask token; None if they call none so."""
+    """The id of the mask token by the tokenizer's files, read as JSON; None if they name none.
+
+    What they call `mask_token`; else, since many leave that out, an added token of a usual name.
+    """
+    added = _added_tokens(path)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            token = json.loads((path / file).read_text("utf-8"))["mask_token"]
-            name = token if isinstance(token, str) else token["content"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return TextTokenizer.from_folder(path).token_id(name)
-    return None
+        token = _json_object(path / file).get("mask_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        if name in added:
+            return added[name]
+        if isinstance(name, str):
+            try:
+                return TextTokenizer.from_folder(path).token_id(name)
+            except ModelError:  # whoever needs the tokenizer itself will say so
+                return None
+    found = {name: added[name] for name in MASK_NAMES if name in added}
+    if len(set(found.values())) > 1:
+        raise ModelError(f"{path}: the tokenizer has several mask tokens: {found}; give --mask-id")
+    return next(iter(found.values()), None)
+
+
+def _added_tokens(path: Path) -> dict[str, int]:
+    """Tokens that stand beside the tokenizer's vocabulary, by any of its files."""
+    decoder = _json_object(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed = _json_object(path / "tokenizer.json").get("added_tokens") or []
+    try:
+        return {
+            **_json_object(path / "added_tokens.json"),
+            **{token["content"]: int(i) for i, token in decoder.items()},
+            **{token["content"]: int(token["id"]) for token in listed},
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: cannot read the tokenizer's added tokens ({error})") from None
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is none to read."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_json_config(path: Path) -> dict[str, Any]:

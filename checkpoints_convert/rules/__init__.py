@@ -1,24 +1,44 @@
 """Where each parameter comes from: one table a family, keyed by our path."""
 
 from checkpoints_convert.rules.base import Fused, Rule, Table, clean_name
+from checkpoints_convert.rules.decoders import DECODER
 from checkpoints_convert.rules.dit import MDLM, SEDD
 from checkpoints_convert.rules.encoders import BERT, MODERNBERT
 from checkpoints_convert.rules.llada import LLADA
 from checkpoints_convert.rules.moe import LLADA2, LLADA2_MERGED, LLADA_MOE
+from checkpoints_convert.rules.smdm import smdm_table
 
 __all__ = ["TABLES", "Fused", "Rule", "Table", "canonical_name"]
 
-TABLES: dict[str, Table] = {
-    "llada": LLADA,
-    "mdlm": MDLM,
-    "sedd": SEDD,
-    "bert": BERT,
-    "modernbert": MODERNBERT,
-    "lladamoe": LLADA_MOE,
-    "llada2": LLADA2,
-    "llada2_merged": LLADA2_MERGED,
-}
-"""Family name (as `sama_jax.models.registry` gives it) -> its table."""
+
+class _Tables(dict[str, Table]):
+    """A table by its name, or by a name with sizes where tensors cannot be split without them."""
+
+    def __missing__(self, family: str) -> Table:
+        name, _, sizes = family.partition("/")
+        if name != "smdm" or not sizes:
+            raise KeyError(family)
+        table = self[family] = smdm_table(*map(int, sizes.split("x")))
+        return table
+
+
+TABLES = _Tables(
+    {
+        "llada": LLADA,
+        "decoder": DECODER,
+        "mdlm": MDLM,
+        "sedd": SEDD,
+        "bert": BERT,
+        "modernbert": MODERNBERT,
+        "lladamoe": LLADA_MOE,
+        "llada2": LLADA2,
+        "llada2_merged": LLADA2_MERGED,
+    }
+)
+"""Family name (as `sama_jax.models.registry` gives it) -> its table.
+
+`smdm/14x1x128`: 14 key/value heads, each behind 1 query head, of size 128.
+"""
 
 
 def canonical_name(family: str, name: str, block_group_size: int = 1) -> str:

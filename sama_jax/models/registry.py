@@ -7,6 +7,7 @@ default of the family's own config class, never the value of its best-known chec
 from typing import Any
 
 from sama_jax.errors import ModelError, nearest
+from sama_jax.models.decoders import DECODERS, is_illada
 from sama_jax.models.dit import MDLM, SEDD, DitArchitecture, DitModel, is_sedd
 from sama_jax.models.encoders import (
     BERT,
@@ -18,11 +19,14 @@ from sama_jax.models.encoders import (
 from sama_jax.models.family import Family, FamilyConfig
 from sama_jax.models.llada import LLADA
 from sama_jax.models.llada_moe import LLADA2, LLADA_MOE, is_lladamoe
+from sama_jax.models.smdm import SMDM
 from sama_jax.models.transformer import Architecture, TransformerModel
 from sama_jax.types import Model
 
 FAMILIES: dict[str, Family] = {
     "llada": LLADA,
+    **DECODERS,
+    "smdm": SMDM,
     "mdlm": MDLM,
     "sedd": SEDD,
     "bert": BERT,
@@ -59,6 +63,7 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     """
     kind = "sedd" if is_sedd(config) else config.get("model_type")
     kind = "lladamoe" if is_lladamoe(config) else kind
+    kind = "illada" if is_illada(config) else kind
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(
             f"{where}: model_type is {kind!r}, which is not a supported family"

@@ -79,6 +79,8 @@ class Architecture:
     rope_float32: bool = True
     """Rotate queries and keys in float32; else round sines and cosines to the activation dtype and
     rotate in it."""
+    rope_table: str = "float32"
+    """Sines and cosines are rounded to this dtype, whatever the activations are."""
     rotary_size: int | None = None
     """Leading channels of each head that are rotated; None: all of them."""
     block_length: int | None = None
@@ -172,6 +174,7 @@ def rotate(
     theta: float,
     float32: bool,
     scaling: Llama3Scaling | None = None,
+    table: str = "float32",
 ) -> Float[Array, "b h k a"]:
     """Rotary embedding, half rotation: halves of the head, not interleaved pairs."""
     half = x.shape[-1] // 2
@@ -179,7 +182,7 @@ def rotate(
     if scaling is not None:
         frequency = _rescale(frequency, scaling)
     angle = positions[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle).astype(table), jnp.sin(angle).astype(table)
     wide = x.astype(jnp.float32) if float32 else x
     cos, sin = cos.astype(wide.dtype), sin.astype(wide.dtype)
     first, second = wide[..., :half], wide[..., half:]
@@ -192,7 +195,7 @@ def _rotate_part(
 ) -> Float[Array, "b h k a"]:
     """`rotate` on the leading `rotary_size` channels; the others pass."""
     size = arch.rotary_size or arch.head_size
-    rope = (arch.rope_theta, arch.rope_float32, arch.rope_scaling)
+    rope = (arch.rope_theta, arch.rope_float32, arch.rope_scaling, arch.rope_table)
     rotated = rotate(x[..., :size], positions, *rope)
     return jnp.concatenate([rotated, x[..., size:]], axis=-1)
 
