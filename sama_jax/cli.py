@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ exit codes:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line and exit code 2, like every other usage error."""
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="sama-jax",
         description="Membership-inference audits of fine-tuned diffusion language models.",
         epilog=EXIT_CODES,
@@ -377,7 +377,7 @@ _COMMANDS = {
 }
 
 
-def _end_on_signals(command: str) -> None:
+def _end_on_signals(name: str, command: str) -> None:
     """Ctrl-C and SIGTERM end the process at once, with one line.
 
     What is finished is in its files at any moment, so nothing is left to put in order, while an
@@ -387,7 +387,7 @@ def _end_on_signals(command: str) -> None:
 
     def end(*_: object) -> NoReturn:
         cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
-        line = f"sama-jax: interrupted; what is finished is kept: {command} continues\n"
+        line = f"{name}: interrupted; what is finished is kept: {command} continues\n"
         os.write(2, (cursor + line).encode())
         os._exit(Interrupted.exit_code)
 
@@ -396,27 +396,37 @@ def _end_on_signals(command: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit code; errors are one line on stderr.
+    """Entry point of the console script. Returns the exit code; errors are one line on stderr."""
+    return run_program("sama-jax", build_parser(), _COMMANDS, argv)
+
+
+def run_program(
+    program: str,
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, Callable[[argparse.Namespace], int | None]],
+    argv: Sequence[str] | None,
+) -> int:
+    """Parses, runs one of `commands`, turns errors into one line; returns the exit code.
 
     Without `argv` it owns the process: signals are caught, and after one nothing runs any more.
     """
-    command = shlex.join(["sama-jax", *(sys.argv[1:] if argv is None else argv)])
+    name = program.split()[-1]
+    command = f"{program} {shlex.join(sys.argv[1:] if argv is None else argv)}"
     if argv is None:
-        _end_on_signals(command)
-    args = build_parser().parse_args(argv)
+        _end_on_signals(name, command)
+    args = parser.parse_args(argv)
     args.command_line = command
     try:
-        _COMMANDS[args.command](args)
+        return commands[args.command](args) or 0
     except (Interrupted, KeyboardInterrupt) as error:
         text = str(error) or f"interrupted; what is finished is kept: {command} continues"
-        print(f"sama-jax: {text}", file=sys.stderr, flush=True)
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
         if argv is None:
             os._exit(Interrupted.exit_code)
         return Interrupted.exit_code
     except SamaError as error:
-        print(f"sama-jax: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def finetune(
       Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     with _interruptible(out) as stop:
+        base = model_folder.resolve(base)
         folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
         tokenizer = TextTokenizer.from_folder(base)
         require_ids_fit(tokenizer, folder.model.vocab_size, str(base))

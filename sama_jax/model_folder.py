@@ -19,12 +19,20 @@ import jax
 import jax.numpy as jnp
 
 from checkpoints_convert import peft, stream
+from sama_jax import checkpoint
 from sama_jax.data import TextTokenizer
 from sama_jax.errors import ModelError, OutputError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
+from sama_jax.orbax_source import OrbaxSource
 from sama_jax.types import Model, Params
 
 CONFIG = "config.json"
+PARAMS = "orbax"
+"""Folder of the parameters beside the config, where Orbax keeps them, not safetensors."""
+RECORD = "conversion.json"
+"""Where a converted folder comes from; written first, so that an unfinished one can be told."""
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+"""What is downloaded of a Hub repository: no code, no pickles."""
 MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>")
 """Mask tokens of published models whose tokenizers do not call them `mask_token`."""
 MAX_SHARD_BYTES = 5 * 10**9
@@ -72,6 +80,38 @@ def _abstract_params(model: Model) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def resolve(name: str | Path) -> Path:
+    """A model's folder: a path that exists, else a Hub id `owner/name[@revision]`, downloaded.
+
+    A name whose first part is a folder here is a path. `HF_HUB_OFFLINE=1` stays with what has been
+    downloaded before. Raises `ModelError`.
+    """
+    path = Path(name)
+    match = _HUB_ID.fullmatch(str(name))
+    if os.path.exists(path) or match is None or path.parent.is_dir():
+        return path
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ModelError(
+            f"{name}: no such folder; to download it from the Hub, pip install 'sama-jax[hub]'"
+        ) from None
+    try:
+        found = huggingface_hub.snapshot_download(
+            match["id"], revision=match["revision"], allow_patterns=list(HUB_FILES)
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # what its errors derive from
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ModelError(
+            f"{name}: no such folder here, and not available from the Hub "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+    return Path(found)
+
+
 def open_folder(
     path: Path,
     *,
@@ -84,7 +124,8 @@ def open_folder(
     """Opens and checks a folder without loading it.
 
     Args:
-      path: folder with `config.json` and safetensors.
+      path: folder with `config.json` and safetensors, or with parameters that
+        `checkpoints_convert to-orbax` wrote; or a Hub id.
       mask_id: replaces the config's mask id, or the tokenizer's where the config names none.
       dtype: of activations and loaded weights; `auto` is float32 on CPU, else the stored dtype.
       adapter: folder of a LoRA adapter for this model.
@@ -95,6 +136,7 @@ def open_folder(
     Raises:
       ModelError: one message that lists every tensor that does not fit.
     """
+    path = resolve(path)
     config = read_json_config(path)
     family = read_config(config, str(path / CONFIG))
     limit = getattr(family.arch, "max_length", longest)
@@ -103,7 +145,7 @@ def open_folder(
             f"{path}: has position embeddings for {limit} tokens, but texts may have {longest}; "
             f"give --max-length {limit} or less"
         )
-    source = stream.open_source(path, family.family, family.block_group_size)
+    source = _open_source(path, family)
     mask = _known_mask(path, family) if mask_id is None else mask_id
     if not isinstance(mask, int) or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
@@ -119,6 +161,14 @@ def open_folder(
     identity = _identity(path, repr(family.arch))
     folder = ModelFolder(path, config, family, model, source, identity, identity)
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
+
+
+def _open_source(path: Path, family: FamilyConfig) -> stream.Source:
+    """The tensors of a folder, in safetensors or kept by Orbax."""
+    if not (path / PARAMS).is_dir():
+        return stream.open_source(path, family.family, family.block_group_size)
+    model = build_model(family, 0, jnp.dtype("float32"))
+    return OrbaxSource(path / PARAMS, family.family, model.num_layers, _abstract_params(model))
 
 
 def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
@@ -197,6 +247,11 @@ def read_json_config(path: Path) -> dict[str, Any]:
     """The parsed `config.json` of a folder."""
     if not os.path.isdir(path):
         raise ModelError(f"{path}: no such folder; expected a model folder with {CONFIG}")
+    if not os.path.isfile(path / CONFIG) and os.path.isfile(path / RECORD):
+        raise ModelError(
+            f"{path}: a conversion that did not finish (it has a {RECORD} but no {CONFIG}); run "
+            "the same command of checkpoints_convert again"
+        )
     if not os.path.isfile(path / CONFIG):
         raise ModelError(
             f"{path}: has no {CONFIG}; expected a Hugging Face model folder ({CONFIG}, "
@@ -249,13 +304,36 @@ def _load_base(
     sharding: jax.sharding.Sharding,
     progress: Callable[[int], None] | None,
 ) -> Params:
-    dtype = folder.model.dtype
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), folder.abstract_params
-    )
-    return stream.load_params(
-        folder.source, folder.family.family, folder.model.num_layers, abstract, progress
-    )
+    return read_params(folder, lambda path, leaf: (folder.model.dtype, sharding), progress)
+
+
+def read_params(
+    folder: ModelFolder,
+    place: Callable[[str, jax.ShapeDtypeStruct], tuple[Any, jax.sharding.Sharding]],
+    progress: Callable[[int], None] | None = None,
+) -> Params:
+    """The weights, each leaf where and in the dtype that `place(its path, its shape)` says.
+
+    Buffers keep their stored dtype. Of an Orbax folder, `progress` is told all bytes at the end.
+    """
+    shapes, layout = folder.abstract_params, (folder.family.family, folder.model.num_layers)
+    leaves = stream.leaf_paths(shapes)
+    orbax = folder.source if isinstance(folder.source, OrbaxSource) else None
+    stored = stream.leaf_paths(orbax.params) if orbax else {}
+
+    def target(path: str) -> jax.ShapeDtypeStruct:
+        dtype, sharding = place(path, leaves[path])
+        if orbax and stream.rule_of(path, leaves, *layout).buffer:
+            dtype = stored[path].dtype
+        return jax.ShapeDtypeStruct(leaves[path].shape, dtype, sharding=sharding)
+
+    abstract = jax.tree.unflatten(jax.tree.structure(shapes), list(map(target, leaves)))
+    if not orbax:
+        return stream.load_params(folder.source, *layout, abstract, progress)
+    params = checkpoint.load_params(orbax.folder, abstract)
+    if progress:
+        progress(sum(x.nbytes for x in jax.tree.leaves(params)))
+    return params
 
 
 def save_folder(
@@ -275,9 +353,8 @@ def save_folder(
         out.mkdir(parents=True, exist_ok=True)
         (out / CONFIG).unlink(missing_ok=True)
         if tokenizer_from != out:
-            for file in sorted(tokenizer_from.iterdir()):
-                if file.is_file() and file.name != CONFIG and not _is_weights(file):
-                    shutil.copyfile(file, out / file.name)
+            for file in companions(tokenizer_from):
+                shutil.copyfile(file, out / file.name)
         tensors = stream.export_tensors(params, family, model.num_layers)
         stream.save_weights(out, tensors, MAX_SHARD_BYTES)
         dtypes = [str(a.dtype) for a in tensors.values()]
@@ -291,17 +368,31 @@ def save_folder(
         raise OutputError(f"{out}: cannot write the model folder ({error})") from None
 
 
+def companions(path: Path) -> list[Path]:
+    """Files of a folder beside config and weights: tokenizer, generation settings, licence."""
+    files = (f for f in sorted(path.iterdir()) if f.is_file() and f.name != CONFIG)
+    return [f for f in files if not _is_weights(f)]
+
+
 def _is_weights(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".part") or file.name.endswith(
-        ".index.json"
+    return (
+        file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".part")
+        or file.name.endswith(".index.json")
+        or file.name == RECORD
     )
 
 
 def _identity(path: Path, architecture: str, samples: int = 4, block: int = 4096) -> str:
     """Hashes a few blocks of every tensor instead of 16 GB.
 
-    Small tensors, the norms among them, are hashed whole, so that training any of them shows.
+    Small tensors, the norms among them, are hashed whole, so that training any of them shows. An
+    Orbax folder has that of what it was made from, unless dtype or architecture changed since.
     """
+    if (path / PARAMS).is_dir():
+        record = _json_object(path / RECORD)
+        if record.get("architecture") == architecture and "identity" in record:
+            return str(record["identity"])
+        return hashlib.sha256(f"{record} {architecture}".encode()).hexdigest()[:16]
     digest = hashlib.sha256(architecture.encode())
     for file in stream.weight_files(path):
         with file.open("rb") as handle:

@@ -5,6 +5,7 @@ parameters. One device is plain `jax.jit`. Numbers do not change: each device se
 shapes that a single device would.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from sama_jax.errors import UsageError
 from sama_jax.types import ForwardBatch, Params
 
 
@@ -116,3 +118,37 @@ def parameter_sharding(devices: Sequence[jax.Device]) -> Sharding:  # pyright: i
     if len(devices) == 1:
         return SingleDeviceSharding(devices[0])
     return NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())
+
+
+def make_mesh(text: str) -> Mesh:
+    """A mesh of all devices of all processes from `data=N,model=M`; an axis left out is 1.
+
+    Raises `UsageError`.
+    """
+    sizes = {"data": 1, "model": 1}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name.strip() not in sizes or not number.strip().isdigit():
+            raise UsageError(f"mesh {text!r}: expected data=N,model=M with numbers, found {part!r}")
+        sizes[name.strip()] = int(number)
+    if math.prod(sizes.values()) != jax.device_count():
+        raise UsageError(
+            f"mesh {text!r}: needs {math.prod(sizes.values())} devices, there are "
+            f"{jax.device_count()} ({jax.default_backend()})"
+        )
+    return Mesh(np.array(jax.devices()).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """A matrix or stack of them, split over `model` along its longest axis that this divides.
+
+    Everything else is replicated. For storing and moving parameters: it ignores what they do.
+    """
+    size = mesh.shape["model"]
+    axes = [i for i, n in enumerate(shape) if n % size == 0 and len(shape) > 1]
+    if not axes:
+        return NamedSharding(mesh, PartitionSpec())
+    longest = max(axes, key=lambda i: shape[i])
+    return NamedSharding(
+        mesh, PartitionSpec(*("model" if i == longest else None for i in range(len(shape))))
+    )

@@ -1,0 +1,140 @@
+"""`python -m checkpoints_convert`: parse, call, print. No logic, no JAX before it is needed."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sama_jax.cli import EXIT_CODES, Parser, run_program
+from sama_jax.errors import ModelError, UsageError
+
+PROGRAM = "python -m checkpoints_convert"
+DTYPES = ["keep", "float32", "bfloat16"]
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line; `verify`'s own flags only if it is the command (it is large)."""
+    parser = Parser(prog=PROGRAM, description="Model folders between formats.", **_FORMAT)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    summary = "Write parameters through Orbax: loads onto any mesh, in any dtype."
+    p = commands.add_parser("to-orbax", help=summary, description=summary, **_FORMAT)
+    _add_conversion(p)
+    p.add_argument("--mesh", metavar="data=N,model=M", help="spread over all devices")
+
+    summary = "Write safetensors in the Hugging Face layout."
+    p = commands.add_parser("to-hf", help=summary, description=summary, **_FORMAT)
+    _add_conversion(p)
+    p.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+
+    summary = "Say what a folder holds and whether it would be refused (exit code 4)."
+    p = commands.add_parser("inspect", help=summary, description=summary, **_FORMAT)
+    p.add_argument("src", metavar="SRC", help="model folder or Hub id")
+    p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
+    p.add_argument("--json", action="store_true")
+
+    summary = "Compare the losses of a model with PyTorch's."
+    p = commands.add_parser("verify", help=summary, description=summary, **_FORMAT)
+    if command == "verify":
+        from checkpoints_convert import verify
+
+        verify.add_arguments(p)
+    return parser
+
+
+_FORMAT = {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def _add_conversion(p: argparse.ArgumentParser) -> None:
+    p.add_argument("src", metavar="SRC", help="model folder or Hub id (owner/name[@revision])")
+    p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    p.add_argument("--dtype", default="keep", choices=DTYPES)
+    p.add_argument(
+        "--allow-pickle", action="store_true", help="read .bin, by torch's weights-only loading"
+    )
+    p.add_argument("--quiet", action="store_true")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMG".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise UsageError(f"--max-shard {text!r}: expected a size such as 5GB or 500MB")
+    return size
+
+
+def _to_orbax(args: argparse.Namespace) -> None:
+    if args.mesh is None:  # nothing is computed; an accelerator's memory would only be in the way
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from checkpoints_convert import convert
+
+    done = convert.to_orbax(
+        args.src,
+        args.out,
+        dtype=args.dtype,
+        mesh=args.mesh,
+        allow_pickle=args.allow_pickle,
+        quiet=args.quiet,
+    )
+    _print_done(done, args.quiet)
+
+
+def _to_hf(args: argparse.Namespace) -> None:
+    max_shard_bytes = _size(args.max_shard)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from checkpoints_convert import convert
+
+    done = convert.to_hf(
+        args.src,
+        args.out,
+        dtype=args.dtype,
+        max_shard_bytes=max_shard_bytes,
+        allow_pickle=args.allow_pickle,
+        quiet=args.quiet,
+    )
+    _print_done(done, args.quiet)
+
+
+def _print_done(done, quiet: bool) -> None:
+    from checkpoints_convert.convert import size
+
+    if not quiet and done.bytes_read:
+        print(
+            f"{done.out}: {done.num_params:,} parameters, {size(done.bytes_read)} read, "
+            f"{size(done.bytes_written)} written, in {done.seconds:.1f} s"
+        )
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from checkpoints_convert import inspect
+
+    found = inspect.describe(args.src, args.mask_id)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        inspect.print_description(found)
+    return 0 if found["loadable"] else ModelError.exit_code
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from checkpoints_convert import verify
+
+    return verify.run(args)
+
+
+_COMMANDS = {"inspect": _inspect, "to-hf": _to_hf, "to-orbax": _to_orbax, "verify": _verify}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; errors are one line on stderr."""
+    words = sys.argv[1:] if argv is None else argv
+    command = next((word for word in words if not word.startswith("-")), None)
+    return run_program(PROGRAM, build_parser(command), _COMMANDS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

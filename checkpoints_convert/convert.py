@@ -1,0 +1,384 @@
+"""to-orbax and to-hf: a model folder written again, by Orbax or as safetensors.
+
+A folder is opened and checked whole before anything is written. `conversion.json` is the first file
+of the output and `config.json` the last, so an interrupted conversion can be told from a finished
+one, and the same command starts it over.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from checkpoints_convert import pickled, stream
+from checkpoints_convert.rules import TABLES
+from sama_jax import __version__, checkpoint, model_folder, parallel
+from sama_jax.data import TextTokenizer, require_ids_fit
+from sama_jax.errors import UsageError
+from sama_jax.files import write_json, writing
+from sama_jax.model_folder import CONFIG, PARAMS, RECORD, ModelFolder
+from sama_jax.progress import ProgressBar, duration
+
+HOST_BASE_BYTES = 0.35 * 2**30
+"""Python, JAX and Orbax themselves."""
+BYTES_PER_SECOND = 300e6
+"""Read, transposed and written; two cores of a cloud machine do 300 to 500 MB/s."""
+
+
+class Converted(NamedTuple):
+    """What a conversion did."""
+
+    out: Path
+    num_params: int
+    bytes_read: int
+    """From the source's tensors by this process; 0 if OUT was finished already."""
+    bytes_written: int
+    """Parameters, over all processes."""
+    seconds: float
+
+
+def to_orbax(
+    src: str | Path,
+    out: Path,
+    *,
+    dtype: str = "keep",
+    mesh: str | None = None,
+    allow_pickle: bool = False,
+    quiet: bool = False,
+) -> Converted:
+    """Writes the parameters through Orbax, with config and tokenizer beside them.
+
+    The folder loads onto any mesh in any dtype. With several processes all call this together.
+
+    Args:
+      src: model folder or Hub id.
+      out: a new folder, or one where the same conversion was interrupted.
+      dtype: of the stored parameters; `keep` is each tensor's own.
+      mesh: `data=N,model=M` over all devices; each process reads and writes what its devices hold.
+        None is the first device.
+      allow_pickle: read `.bin` weights, by torch's weights-only loading.
+
+    Raises:
+      ModelError: everything that does not fit, in one message.
+      UsageError: `out` holds something else.
+      OutputError: the disk.
+    """
+    with _opened(src, out, allow_pickle) as folder:
+        kept = _stored_dtypes(folder)
+        wanted = kept if dtype == "keep" else dict.fromkeys(kept, jnp.dtype(dtype))
+        wide = [path for path, found in wanted.items() if found == np.float64]
+        if wide:
+            raise UsageError(
+                f"{folder.path}: {len(wide)} parameters are stored in float64, which JAX does not "
+                f"keep (first {wide[0]}); give --dtype float32"
+            )
+        if mesh is None:
+            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            place = dict.fromkeys(kept, one)
+        else:
+            grid = parallel.make_mesh(mesh)
+            shapes = stream.leaf_paths(folder.abstract_params)
+            place = {path: parallel.split_sharding(grid, shapes[path].shape) for path in kept}
+        record = _record(folder, "orbax", src, dtype if wanted != kept else "keep")
+        if _claim(out, record, quiet):
+            return Converted(out, folder.num_params, 0, 0, 0.0)
+        sizes = _local_bytes(folder, wanted, place)
+        # Orbax makes a copy of one leaf at a time to write it.
+        host = sum(sizes.values()) + 2 * max(sizes.values()) + HOST_BASE_BYTES
+        total = sum(
+            leaf.size * wanted[path].itemsize
+            for path, leaf in stream.leaf_paths(folder.abstract_params).items()
+        )
+        _announce(folder, total, host, quiet)
+
+        start = time.monotonic()
+        with _Megabytes("reading", total, quiet) as told:
+            params = model_folder.read_params(
+                folder, lambda path, _: (wanted[path], place[path]), told
+            )
+        if not quiet:
+            print(f"writing {out / PARAMS}", file=sys.stderr)
+        checkpoint.save_params(out / PARAMS, params)
+        _finish(folder, out, folder.config, dtype if wanted != kept else "keep")
+        return Converted(
+            out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start
+        )
+
+
+def to_hf(
+    src: str | Path,
+    out: Path,
+    *,
+    dtype: str = "keep",
+    max_shard_bytes: int = model_folder.MAX_SHARD_BYTES,
+    allow_pickle: bool = False,
+    quiet: bool = False,
+) -> Converted:
+    """Writes safetensors under the names of the published checkpoints; one process.
+
+    Args:
+      src: model folder (safetensors, or what `to_orbax` wrote) or Hub id.
+      out, allow_pickle: as in `to_orbax`.
+      dtype: `keep` copies every tensor bit for bit; another one leaves buffers alone.
+      max_shard_bytes: a file holds at most this many, or one larger tensor.
+
+    Raises:
+      as `to_orbax`.
+    """
+    with _opened(src, out, allow_pickle) as folder:
+        tensors = _hub_tensors(folder, dtype)
+        kept = all(
+            t.dtype == np.dtype(s.dtype)
+            for t, s in zip(tensors.values(), folder.source.tensors.values())
+        )
+        record = _record(folder, "hf", src, "keep" if kept else dtype)
+        if _claim(out, record, quiet):
+            return Converted(out, folder.num_params, 0, 0, 0.0)
+        total = sum(t.nbytes for t in tensors.values())
+        largest = max(t.nbytes for t in tensors.values())
+        if isinstance(folder.source, model_folder.OrbaxSource):  # it reads whole leaves
+            leaves = stream.leaf_paths(folder.source.params)
+            largest += max(x.size * x.dtype.itemsize for x in leaves.values())
+        _announce(folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
+
+        start = time.monotonic()
+        with _Megabytes("writing", total, quiet) as told, writing(out):
+            stream.save_weights(out, tensors, max_shard_bytes, told)
+        config = folder.config
+        if config.get("block_group_size", 1) != 1 and folder.family.family == "llada":
+            config = {**config, "block_group_size": 1}  # names of plain blocks
+        _finish(folder, out, config, "keep" if kept else dtype)
+        return Converted(
+            out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start
+        )
+
+
+# --- the source ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(src: str | Path, out: Path, allow_pickle: bool) -> Iterator[ModelFolder]:
+    """The checked source; pickles are first rewritten beside `out`, and removed in the end."""
+    path = model_folder.resolve(src)
+    rewritten = out.with_name(out.name + ".unpickled")
+    unpickle = allow_pickle and path.is_dir() and pickled.has_only_pickles(path)
+    try:
+        if unpickle:
+            with writing(rewritten):
+                shutil.rmtree(rewritten, ignore_errors=True)
+                pickled.rewrite(path, rewritten)
+        folder = model_folder.open_folder(rewritten if unpickle else path, dtype="float32")
+        _check_tokenizer(folder)
+        yield folder
+    finally:
+        if unpickle:
+            shutil.rmtree(rewritten, ignore_errors=True)
+
+
+def _check_tokenizer(folder: ModelFolder) -> None:
+    """Refuses a broken tokenizer; weights without any can be converted."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    if any((folder.path / name).is_file() for name in names):
+        tokenizer = TextTokenizer.from_folder(folder.path)
+        require_ids_fit(tokenizer, folder.model.vocab_size, str(folder.path))
+
+
+def _layout(folder: ModelFolder) -> tuple[str, int]:
+    return folder.family.family, folder.model.num_layers
+
+
+def _stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:
+    """Parameter path -> the dtype that holds all of its tensors exactly."""
+    leaves, stored = stream.leaf_paths(folder.abstract_params), folder.source.tensors
+    return {
+        path: _common_dtype(
+            {stored[n].dtype for _, n, _ in stream.sources(path, leaves, *_layout(folder))}
+        )
+        for path in leaves
+    }
+
+
+def _common_dtype(names: set[str]) -> np.dtype:
+    if "float64" in names:  # JAX would make it float32
+        return np.dtype("float64")
+    return np.dtype(jnp.result_type(*map(np.dtype, names)))
+
+
+def _hub_tensors(folder: ModelFolder, dtype: str) -> dict[str, stream.Pending]:
+    """Every tensor of the source under its published name, read when it is written."""
+    leaves, source = stream.leaf_paths(folder.abstract_params), folder.source
+    buffers = {
+        name
+        for path in leaves
+        if stream.rule_of(path, leaves, *_layout(folder)).buffer
+        for _, name, _ in stream.sources(path, leaves, *_layout(folder))
+    }
+    prefix = TABLES[folder.family.family].hub_prefix
+
+    def pending(name: str) -> stream.Pending:
+        tensor = source.tensors[name]
+        keep = dtype == "keep" or name in buffers
+        everything = (slice(None),) * len(tensor.shape)
+        return stream.Pending(
+            tensor.shape,
+            np.dtype(tensor.dtype if keep else dtype),
+            lambda: source.window(name, everything),
+        )
+
+    return {prefix + name: pending(name) for name in source.tensors}
+
+
+# --- what is said beforehand ---------------------------------------------------------------------
+
+
+def _local_bytes(folder: ModelFolder, dtypes: dict[str, Any], place: Any) -> dict[str, int]:
+    """Parameter path -> bytes of it that this process' devices hold, equal windows once."""
+    found = {}
+    for path, leaf in stream.leaf_paths(folder.abstract_params).items():
+        local = place[path].addressable_devices_indices_map(leaf.shape).values()
+        share = int(np.prod(place[path].shard_shape(leaf.shape)))
+        found[path] = len({str(index) for index in local}) * share * dtypes[path].itemsize
+    return found
+
+
+def _announce(folder: ModelFolder, total: int, host: float, quiet: bool) -> None:
+    if quiet:
+        return
+    free = ""
+    with contextlib.suppress(OSError):
+        if match := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
+            free = f" ({size(int(match[1]) * 1024)} available)"
+    print(
+        f"{folder.path}: {folder.family.family}, {folder.num_params:,} parameters, "
+        f"{size(total)} to write; host memory up to about {size(host)}{free}, about "
+        f"{duration(total / BYTES_PER_SECOND)}",
+        file=sys.stderr,
+    )
+
+
+def size(num_bytes: float) -> str:
+    """For people: "2.97 GB", "50 kB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.2f} {name}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
+class _Megabytes(ProgressBar):
+    """A progress bar that is told bytes; silent below 1 MB."""
+
+    def __init__(self, what: str, total: int, quiet: bool):
+        super().__init__(what, total // 10**6, "MB", quiet=quiet or total < 10**6)
+        self._bytes = 0
+
+    def __enter__(self) -> Callable[[int], None]:  # pyright: ignore
+        super().__enter__()
+        return self._told
+
+    def _told(self, amount: int) -> None:
+        self._bytes += amount
+        self.advance(self._bytes // 10**6 - self.done)
+
+
+# --- the output ----------------------------------------------------------------------------------
+
+
+def _record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> dict[str, Any]:
+    """`conversion.json`."""
+    identity = folder.identity
+    if dtype != "keep":
+        identity = hashlib.sha256(f"{identity} {dtype}".encode()).hexdigest()[:16]
+    return {
+        "format": kind,
+        "source": str(src),
+        "source_identity": folder.identity,
+        "dtype": dtype,
+        "identity": identity,
+        "architecture": repr(folder.family.arch),
+        "sama_jax": __version__,
+        "files": [file.name for file in model_folder.companions(folder.path)],
+    }
+
+
+def _claim(out: Path, record: dict[str, Any], quiet: bool) -> bool:
+    """Makes `out` with its record, emptied of an unfinished conversion. True if it is finished.
+
+    Raises `UsageError` if it holds anything else.
+    """
+    finished = _is_finished(out, record)
+    _together("checked")  # no process looks at what another one has begun
+    if finished:
+        if not quiet:
+            print(f"{out}: finished before, nothing to do", file=sys.stderr)
+        return True
+    if jax.process_index() == 0:
+        with writing(out):
+            if out.is_dir():
+                for item in out.iterdir():
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        write_json(out / RECORD, record)
+    _together("claimed")
+    return False
+
+
+def _is_finished(out: Path, record: dict[str, Any]) -> bool:
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise UsageError(f"{out}: is a file; give a new folder for the output")
+    names = {item.name for item in out.iterdir()}
+    if not names:
+        return False
+    try:
+        before = json.loads((out / RECORD).read_text("utf-8"))
+        files = {*before["files"], RECORD, CONFIG, PARAMS}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{out}: is not empty and holds no conversion (no readable {RECORD}); give a new folder"
+        ) from None
+    if CONFIG in names:
+        same = ("format", "source_identity", "dtype")
+        differs = [f"{k} was {before.get(k)!r}, is {record[k]!r}" for k in same
+                   if before.get(k) != record[k]]  # fmt: skip
+        if differs:
+            raise UsageError(
+                f"{out}: holds another conversion ({'; '.join(differs)}); give a new folder"
+            )
+        return True
+    ours = re.compile(rf"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|{PARAMS}\..*|.*\.part")
+    foreign = sorted(name for name in names - files if not ours.fullmatch(name))
+    if foreign:
+        raise UsageError(
+            f"{out}: holds an unfinished conversion and other files ({', '.join(foreign)}); move "
+            "them away or give a new folder"
+        )
+    return False
+
+
+def _finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -> None:
+    """Tokenizer and other files, then `config.json`, atomically."""
+    if jax.process_index() == 0:
+        with writing(out):
+            for file in model_folder.companions(folder.path):
+                shutil.copyfile(file, out / file.name)
+        if dtype != "keep":
+            names = [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]
+            config = {**config, **dict.fromkeys(names, dtype)}
+        write_json(out / CONFIG, config)
+    _together("finished")
+
+
+def _together(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoints_convert {name}")

@@ -1,0 +1,75 @@
+"""The tensors of an Orbax checkpoint of ours, as if it were a safetensors folder.
+
+So what reads tensors by name (checks, adapters, `to-hf`, `verify`) reads both. Loading onto devices
+does not go through here: Orbax reads each device's part itself.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from checkpoints_convert import stream
+from checkpoints_convert.rules import TABLES
+from sama_jax import checkpoint
+from sama_jax.errors import ModelError
+
+
+class OrbaxSource(stream.Source):
+    """Holds the parameters of the tensor that was read last: one leaf, three for a fused one."""
+
+    def __init__(self, folder: Path, family: str, num_layers: int, abstract: Any):
+        """Raises `ModelError` unless the parameters have the shapes of `abstract`."""
+        self.folder = folder
+        self.params = checkpoint.stored_params(folder)
+        """Shapes and stored dtypes."""
+        self._leaves = stream.leaf_paths(self.params)
+        self._held: dict[str, np.ndarray] = {}
+        self._wanted: set[str] = set()
+        self._require_fit(stream.leaf_paths(abstract))
+        prefix = TABLES[family].hub_prefix
+        exported = stream.export_tensors(self.params, family, num_layers, self._leaf)
+        self._pending = {name.removeprefix(prefix): made for name, made in exported.items()}
+        super().__init__(
+            {
+                name: stream.SourceTensor(folder, prefix + name, made.shape, str(made.dtype))
+                for name, made in self._pending.items()
+            },
+            {},
+        )
+
+    def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A window of a tensor, in its stored dtype."""
+        self._wanted = set()
+        values = self._pending[name].make()[index]
+        self._held = {path: leaf for path, leaf in self._held.items() if path in self._wanted}
+        self.bytes_read += values.nbytes
+        return values
+
+    def _leaf(self, path: str) -> np.ndarray:
+        self._wanted.add(path)
+        if path not in self._held:
+            others = [p for p in self._held if p not in self._wanted]
+            for other in others:
+                del self._held[other]
+            wanted = {p: np.ndarray if p == path else None for p in self._leaves}
+            tree = jax.tree.unflatten(jax.tree.structure(self.params), list(wanted.values()))
+            read = stream.leaf_paths(checkpoint.load_params(self.folder, tree))
+            self._held[path] = read[path]
+        return self._held[path]
+
+    def _require_fit(self, wanted: dict[str, Any]) -> None:
+        found = self._leaves
+        problems = [f"  missing    {p} {list(wanted[p].shape)}" for p in wanted if p not in found]
+        problems += [f"  unexpected {p} {list(found[p].shape)}" for p in found if p not in wanted]
+        problems += [
+            f"  shape      {p}: expected {list(wanted[p].shape)}, found {list(found[p].shape)}"
+            for p in wanted
+            if p in found and wanted[p].shape != found[p].shape
+        ]
+        if problems:
+            raise ModelError(
+                f"{self.folder}: {len(problems)} parameters do not fit its config.json; convert "
+                "the model again\n" + "\n".join(sorted(problems))
+            )
