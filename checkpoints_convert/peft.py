@@ -327,22 +327,26 @@ def leaves(
       allowed: paths that the network applies an adapter to. Another one is a `ModelError`.
     """
     found, refused = {}, []
-    leaves = stream.leaf_paths(abstract)
-    for path, leaf in leaves.items():
-        named = [(p, n) for p, n, _ in stream.sources(path, leaves, family, num_layers)]
+    shapes = stream.leaf_paths(abstract)
+    for path, leaf in shapes.items():
+        named = [(p, n) for p, n, _ in stream.sources(path, shapes, family, num_layers)]
         places = {p: adapter.modules[n] for p, n in named if n in adapter.modules}
         if not places:
             continue
-        if not allowed.fullmatch(path) or stream.rule_of(path, leaves, family, num_layers).fused:
+        if not allowed.fullmatch(path):
             refused += [m.module for m in places.values()]
             continue
+        fused = stream.rule_of(path, shapes, family, num_layers).fused
         rank = max(len(m.a) for m in places.values())
         lead = leaf.shape[:-2]
         a = np.zeros((*lead, leaf.shape[-2], rank), np.float32)
         b = np.zeros((*lead, rank, leaf.shape[-1]), np.float32)
         for place, m in places.items():
+            rows = m.b
+            if fused:  # the rows of B that belong to this parameter's part of the output
+                rows = rows.reshape(*fused.view, len(m.a))[fused.pick].reshape(-1, len(m.a))
             a[place][:, : len(m.a)] = m.a.T
-            b[place][: len(m.a)] = m.b.T
+            b[place][: len(m.a)] = rows.T
         found[path] = (a, b)
     if refused:
         raise ModelError(

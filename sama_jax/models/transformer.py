@@ -437,7 +437,7 @@ class TransformerModel:
     they can share compiled programs. The network itself looks for the leaves."""
 
     lora_paths: ClassVar[re.Pattern[str]] = re.compile(
-        r"embed/embedding|lm_head/kernel|(blocks|last_block)/(attn|mlp)/\w+_proj/kernel"
+        r"embed/embedding|lm_head/kernel|\w*blocks?(_\d+)?/(attn|mlp|shared)/\w+_proj/kernel"
     )
     """Parameters that may carry one: those of `Linear` and `Embed`."""
 
