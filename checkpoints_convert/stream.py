@@ -195,15 +195,9 @@ def sources(
     lead = _lead_axes(rule)
     inner = _swap(shape[lead:]) if rule.transpose else shape[lead:]
     if rule.fused:
-        inner = (math.prod(_view(rule.fused, inner[0])), *inner[1:])
+        inner = (math.prod(rule.fused.view), *inner[1:])
     for place in np.ndindex(*shape[:lead]):
         yield place, _source_name(rule, place, shape, num_layers), inner
-
-
-def _view(fused: Fused, rows: int) -> tuple[int, ...]:
-    """A fused source's view, its -1 replaced by what makes `rows` of it picked."""
-    ones = tuple(1 if n == -1 else n for n in fused.view)
-    return tuple(rows // np.empty(ones)[fused.pick].size if n == -1 else n for n in fused.view)
 
 
 def _swap(axes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -354,10 +348,17 @@ def _slabs(
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
-    """`out[...] = values`; bfloat16 as the plain numbers that NumPy moves five times faster."""
+    """`out[...] = values`, in strips that suit the cache where `out` lies transposed in memory.
+
+    16 rows at a time NumPy transposes 600 MB/s of bfloat16 on one core, all at once 110.
+    """
     if out.dtype == values.dtype and out.dtype.itemsize == 2:
-        out, values = out.view(np.uint16), values.view(np.uint16)
-    out[...] = values
+        out, values = out.view(np.uint16), values.view(np.uint16)  # not through bfloat16's own copy
+    if out.ndim < 2 or out.strides[-2] >= out.strides[-1]:
+        out[...] = values
+        return
+    for row in range(0, out.shape[-2], 16):
+        out[..., row : row + 16, :] = values[..., row : row + 16, :]
 
 
 class Pending(NamedTuple):
@@ -403,7 +404,7 @@ def export_tensors(
                 return piece
             whole = np.empty(shapes[name], piece.dtype) if whole is None else whole
             rest = piece.shape[1:]
-            part = whole.reshape(*_view(rule.fused, len(piece)), *rest)
+            part = whole.reshape(*rule.fused.view, *rest)
             part[rule.fused.pick] = piece.reshape(part[rule.fused.pick].shape)
         assert whole is not None
         return whole

@@ -9,8 +9,7 @@ class Fused(NamedTuple):
     """A parameter that is part of a larger source tensor, such as Q in a fused QKV.
 
     The source's first axis is viewed as `view` (its product is the axis' length) and `pick` selects
-    from it: rows 0..h-1 of [h + 2 g] heads, or part 0 of every group. One entry of `view` may be
-    -1 if `pick` takes all of its axis: what is left for it, as in (3, -1) of Q, K and V.
+    from it: rows 0..h-1 of [h + 2 g] heads, or part 0 of every group.
     """
 
     view: tuple[int, ...]
