@@ -29,6 +29,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     p = commands.add_parser("to-hf", help=summary, description=summary, **_FORMAT)
     _add_conversion(p)
     p.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="merge a LoRA adapter of SRC")
 
     summary = "Say what a folder holds and whether it would be refused (exit code 4)."
     p = commands.add_parser("inspect", help=summary, description=summary, **_FORMAT)
@@ -92,6 +93,7 @@ def _to_hf(args: argparse.Namespace) -> None:
         args.out,
         dtype=args.dtype,
         max_shard_bytes=max_shard_bytes,
+        adapter=args.adapter,
         allow_pickle=args.allow_pickle,
         quiet=args.quiet,
     )

@@ -122,6 +122,7 @@ def to_hf(
     *,
     dtype: str = "keep",
     max_shard_bytes: int = model_folder.MAX_SHARD_BYTES,
+    adapter: Path | None = None,
     allow_pickle: bool = False,
     quiet: bool = False,
 ) -> Converted:
@@ -132,17 +133,20 @@ def to_hf(
       out, allow_pickle: as in `to_orbax`.
       dtype: `keep` copies every tensor bit for bit; another one leaves buffers alone.
       max_shard_bytes: a file holds at most this many, or one larger tensor.
+      adapter: LoRA adapter that is merged into the tensors, in float32.
 
     Raises:
       as `to_orbax`.
     """
-    with _opened(src, out, allow_pickle) as folder:
+    with _opened(src, out, allow_pickle, adapter) as folder:
         tensors = _hub_tensors(folder, dtype)
         kept = all(
             t.dtype == np.dtype(s.dtype)
             for t, s in zip(tensors.values(), folder.source.tensors.values())
         )
         record = _record(folder, "hf", src, "keep" if kept else dtype)
+        if adapter is not None:
+            record["adapter"] = str(adapter)
         if _claim(out, record, quiet):
             return Converted(out, folder.num_params, 0, 0, 0.0)
         total = sum(t.nbytes for t in tensors.values())
@@ -168,8 +172,11 @@ def to_hf(
 
 
 @contextlib.contextmanager
-def _opened(src: str | Path, out: Path, allow_pickle: bool) -> Iterator[ModelFolder]:
-    """The checked source; pickles are first rewritten beside `out`, and removed in the end."""
+def _opened(
+    src: str | Path, out: Path, allow_pickle: bool, adapter: Path | None = None
+) -> Iterator[ModelFolder]:
+    """The checked source, an adapter merged; pickles are first rewritten beside `out`, and removed
+    in the end."""
     path = model_folder.resolve(src)
     rewritten = out.with_name(out.name + ".unpickled")
     unpickle = allow_pickle and path.is_dir() and pickled.has_only_pickles(path)
@@ -178,7 +185,9 @@ def _opened(src: str | Path, out: Path, allow_pickle: bool) -> Iterator[ModelFol
             with writing(rewritten):
                 shutil.rmtree(rewritten, ignore_errors=True)
                 pickled.rewrite(path, rewritten)
-        folder = model_folder.open_folder(rewritten if unpickle else path, dtype="float32")
+        folder = model_folder.open_folder(
+            rewritten if unpickle else path, dtype="float32", adapter=adapter, merge=True
+        )
         _check_tokenizer(folder)
         yield folder
     finally:

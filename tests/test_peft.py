@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from checkpoints_convert import convert
 from sama_jax import cli, model_folder
-from sama_jax.errors import ModelError
+from sama_jax.errors import ModelError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
@@ -336,18 +337,26 @@ def test_a_kept_adapter_is_float32_beside_bfloat16(saved):
     }
 
 
-def test_a_merged_folder_is_what_peft_merges(saved, tmp_path):
-    opened = model_folder.open_folder(saved.base, adapter=saved.adapter, merge=True)
-    params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(tmp_path / "out", params, opened.model, opened.config, saved.base)
-    assert same(params_of(tmp_path / "out"), params)
+def test_to_hf_writes_what_peft_merges(saved, tmp_path):
+    out = tmp_path / "out"
+    done = convert.to_hf(saved.base, out, adapter=saved.adapter, quiet=True)
+    assert done.bytes_read == (saved.base / "model.safetensors").stat().st_size - header(saved.base)
+    assert same(params_of(out), params_of(saved.base, saved.adapter, merge=True))
     module = oracle.random_module(small(), seed=0)
     merged = peft.PeftModel.from_pretrained(module, saved.adapter).merge_and_unload()  # pyright: ignore
-    ours = load_file(tmp_path / "out" / "model.safetensors")
-    theirs = merged.state_dict()
+    ours, theirs = load_file(out / "model.safetensors"), merged.state_dict()
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6, err_msg=name)
+    assert json.loads((out / "conversion.json").read_text())["adapter"] == str(saved.adapter)
+    with pytest.raises(UsageError, match="another conversion"):
+        convert.to_hf(saved.base, out, quiet=True)
+
+
+def header(folder: Path) -> int:
+    """Bytes before the values of a safetensors file."""
+    with (folder / "model.safetensors").open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 # One base in memory
@@ -504,9 +513,7 @@ def test_an_audit_with_an_adapter_reads_the_losses_of_the_merged_model(tmp_path,
     module = oracle.random_folder(base, small(d_model=16, n_layers=1), seed=0)
     make_adapter(module, lora("q_proj", "v_proj", "ff_proj"), adapter)
     tiny.tokenizer().save(str(base / "tokenizer.json"))
-    opened = model_folder.open_folder(base, adapter=adapter, merge=True)
-    params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(merged, params, opened.model, opened.config, base)
+    convert.to_hf(base, merged, adapter=adapter, quiet=True)
     texts = tiny.write_texts(tmp_path / "texts.jsonl", tiny.texts(8), labels=False)
     common = ["audit", "--reference", str(base), "--data", str(texts), "--attacks", "sama"]
     common += [*tiny.SETTINGS, "--quiet"]
