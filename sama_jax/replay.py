@@ -2,7 +2,8 @@
 
 Plan: `ids` [n], `tokens` int32 [n, L] (-1 padding), `masks` and `scored` bool [n, T, L], `subsets`
 int16 [n, T, N, m] (positions, -1 unused), `weights` float32 [n, T], `preset`. Losses: `ids`,
-`target` and `reference` float32 [n, T, L], NaN where not scored. No pickles on either side.
+`target` and `reference` float32 [n, T, L], NaN where not scored; optionally hidden states at a few
+places (docs/verify.md). No pickles on either side.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,9 @@ WARN_BYTES = 2**30
 
 _KINDS = {"ids": "U", "tokens": "iu", "masks": "b", "scored": "b", "subsets": "iu", "weights": "f"}
 """Arrays of a plan file and the kinds of their dtypes."""
+_LOSS_KINDS = {"ids": "U", "target": "f", "reference": "f", "state_at": "iu",
+               "target_states": "f", "reference_states": "f"}  # fmt: skip
+"""Arrays of a losses file; the last three are optional."""
 
 
 class Replay(NamedTuple):
@@ -32,6 +36,18 @@ class Replay(NamedTuple):
     tokens: np.ndarray
     plan: ProbePlan
     identity: str
+
+
+class Losses(NamedTuple):
+    """A losses file in memory, in the order of its plan."""
+
+    target: np.ndarray
+    """float32 [n, t, l] in nats; anything where the plan does not score."""
+    reference: np.ndarray
+    state_at: np.ndarray
+    """int [r, 3]: (row, pass, position) whose hidden states were saved, if any."""
+    states: dict[str, np.ndarray]
+    """`target`, `reference` -> float [r, s, d]: embedding, blocks, the last one normalised."""
 
 
 class Replayed(NamedTuple):
@@ -82,24 +98,14 @@ def _save(path: Path, **arrays: np.ndarray) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def load_plan(path: Path, max_length: int) -> Replay:
+def load_plan(path: Path, max_length: int | None = None) -> Replay:
     """Reads and checks a plan file.
 
     Raises:
-      UsageError: it was made with another `max_length`.
+      UsageError: it was made with another `max_length` (None: any will do).
       DataError: it is not a plan file.
     """
-    try:
-        data = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data)) as file:
-            arrays = {name: file[name] for name in _KINDS}
-        wrong = [f"{k} holds {a.dtype}" for k, a in arrays.items() if a.dtype.kind not in _KINDS[k]]
-        if wrong:
-            raise ValueError(", ".join(wrong))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: not a plan file ({error}); --save-plan writes one, see docs/replay.md"
-        ) from None
+    data, arrays = _load(path, _KINDS, "plan", "--save-plan")
     n, length = arrays["tokens"].shape if arrays["tokens"].ndim == 2 else (-1, -1)
     steps = arrays["masks"].shape[1] if arrays["masks"].ndim == 3 else -1
     shapes = {
@@ -114,7 +120,7 @@ def load_plan(path: Path, max_length: int) -> Replay:
         raise DataError(
             f"{path}: array shapes do not fit together: {', '.join(wrong) or 'subsets'}"
         )
-    if length != max_length:
+    if max_length is not None and length != max_length:
         raise UsageError(
             f"{path}: the plan was made for --max-length {length}, this run has {max_length}"
         )
@@ -128,6 +134,63 @@ def load_plan(path: Path, max_length: int) -> Replay:
     )
     identity = "plan-" + hashlib.sha256(data).hexdigest()[:16]
     return Replay([str(i) for i in arrays["ids"]], arrays["tokens"], plan, identity)
+
+
+def _load(
+    path: Path, kinds: dict[str, str], what: str, flag: str, optional: tuple[str, ...] = ()
+) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of an npz and its arrays of these names, their kinds of dtype checked."""
+    try:
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data)) as file:
+            wanted = [n for n in kinds if n not in optional or n in file.files]
+            arrays = {name: file[name] for name in wanted}
+        wrong = [f"{k} holds {a.dtype}" for k, a in arrays.items() if a.dtype.kind not in kinds[k]]
+        if wrong:
+            raise ValueError(", ".join(wrong))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: not a {what} file ({error}); {flag} writes one, see docs/replay.md"
+        ) from None
+    return data, arrays
+
+
+def load_losses(path: Path, replay: Replay) -> Losses:
+    """Reads the losses of a plan, in the order of its texts.
+
+    Raises `DataError` if the file is none, lacks a text, or has no number where the plan scores.
+    """
+    optional = ("state_at", "target_states", "reference_states")
+    _, arrays = _load(path, _LOSS_KINDS, "losses", "--save-losses", optional)
+    rows = {str(name): row for row, name in enumerate(arrays["ids"])}
+    missing = [name for name in replay.ids if name not in rows]
+    if missing:
+        raise DataError(f"{path}: has no losses of text '{missing[0]}'; save those of this plan")
+    order = [rows[name] for name in replay.ids]
+    scored, found = np.asarray(replay.plan.scored), []
+    for name in ("target", "reference"):
+        values = arrays[name].astype(np.float32)
+        if values.shape != (len(rows), *scored.shape[1:]):
+            raise DataError(
+                f"{path}: {name} has shape {list(values.shape)}, expected "
+                f"{[len(rows), *scored.shape[1:]]} for this plan"
+            )
+        values = values[order]
+        if not np.isfinite(values[scored]).all():
+            raise DataError(f"{path}: {name} has no finite loss somewhere where the plan scores")
+        found.append(values)
+    states = {k: arrays[f"{k}_states"] for k in ("target", "reference") if f"{k}_states" in arrays}
+    at = arrays.get("state_at", np.zeros((0, 3), int)).reshape(-1, 3).copy()
+    if any(s.ndim != 3 or len(s) != len(at) for s in states.values()):
+        raise DataError(f"{path}: states must be [r, s, d], one for each of the r rows of state_at")
+    shape = (len(rows), scored.shape[1], scored.shape[2])
+    if len(at) and not ((at >= 0) & (at < shape)).all():
+        raise DataError(f"{path}: state_at must hold (row, pass, position), each below {shape}")
+    place = {row: i for i, row in enumerate(order)}
+    kept = [i for i, row in enumerate(at[:, 0]) if int(row) in place]
+    at[:, 0] = [place.get(int(row), -1) for row in at[:, 0]]
+    target, reference = found
+    return Losses(target, reference, at[kept], {k: s[kept] for k, s in states.items()})
 
 
 def match(replay: Replay, ids: list[str], token_ids: list[np.ndarray], where: Path) -> list[int]:

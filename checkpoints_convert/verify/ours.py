@@ -1,0 +1,86 @@
+"""Our side of every comparison: a folder loaded at full precision, and its losses."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sama_jax import losses, model_folder
+from sama_jax.types import Params
+
+PARITY = 6
+"""Exit code of a comparison that found a difference."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest difference of a loss, in nats, and of a hidden state or logit in its own unit."""
+WHY = {
+    "float32": "float32: sums of the same numbers in another order differ by some 1e-6 of their "
+    "size a block; a wrong formula or weight differs by 1e-2 or more; 1e-4 lies between",
+    "bfloat16": "bfloat16: every value is rounded to 2^-8 of its size, some fifteen times a block; "
+    "so losses may differ by 5e-2 nats, and must come in the same order (rank correlation 0.99)",
+}
+RANKS = 0.99
+"""Spearman correlation of the losses that bfloat16 must keep."""
+
+
+class Ours(NamedTuple):
+    """A folder and its parameters on one device."""
+
+    folder: model_folder.ModelFolder
+    params: Params
+
+    @property
+    def model(self) -> Any:
+        return self.folder.model
+
+    @property
+    def dtype(self) -> str:
+        return str(jnp.dtype(self.model.dtype))
+
+
+def open_ours(
+    path: Path, *, dtype: str, adapter: Path | None = None, mask_id: int | None = None
+) -> Ours:
+    """Loads a folder; `dtype` is float32 or bfloat16, whatever is stored."""
+    folder = model_folder.open_folder(path, mask_id=mask_id, dtype=dtype, adapter=adapter)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return Ours(folder, model_folder.load(folder, device))
+
+
+def token_losses(
+    ours: Ours,
+    tokens: Int[np.ndarray, "b l"],
+    masks: Bool[np.ndarray, "b l"],
+    valid: Bool[np.ndarray, "b l"],
+    rows: int = 8,
+) -> Float[np.ndarray, "b l"]:
+    """Loss of every token, masked ones replaced by the mask id; `rows` texts at once."""
+    found = []
+    for start in range(0, len(tokens), rows):
+        part = [x[start : start + rows] for x in (tokens, masks, valid)]
+        fill = ((0, min(rows, len(tokens)) - len(part[0])), (0, 0))
+        out = _losses(ours.model, ours.params, *(np.pad(x, fill) for x in part))
+        found.append(np.asarray(out)[: len(part[0])])
+    return np.concatenate(found)
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(model: Any, params: Params, tokens: Array, masks: Array, valid: Array) -> Array:
+    stream = model.trunk(params, jnp.where(masks & valid, model.mask_id, tokens), valid)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    return losses.scored_nll(model, params, tokens, valid, stream, positions)
+
+
+def in_units(
+    actual: Float[np.ndarray, "*n d"], expected: Float[np.ndarray, "*n d"]
+) -> Float[np.ndarray, "*n d"]:
+    """|actual - expected| in units of each vector's root mean square plus the number itself.
+
+    States grow with depth, and a few channels of large models reach thousands of times the rest:
+    those are measured by themselves, all others by the typical size at their position.
+    """
+    unit = np.sqrt(np.mean(np.square(expected), axis=-1, keepdims=True)) + np.abs(expected)
+    return np.abs(actual - expected) / np.maximum(unit, np.finfo(np.float32).tiny)

@@ -1,0 +1,225 @@
+"""`--plan`: an audit's probes in our models, against the losses that another framework saved.
+
+Are the losses equal, which votes flip and why, and how far do the scores move? Where losses differ,
+the hidden states that the script saved beside them name the first block at fault.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+
+from checkpoints_convert.verify import live
+from checkpoints_convert.verify.ours import PARITY, TOLERANCE, WHY, Ours, in_units, open_ours
+from sama_jax import losses, replay, votes
+from sama_jax.errors import DataError
+from sama_jax.models.stages import stages
+from sama_jax.types import ForwardBatch, Params
+
+ROWS = 8
+"""Texts in one call."""
+
+
+class Flips(NamedTuple):
+    """Votes that differ, out of `total`."""
+
+    count: int
+    total: int
+    unexplained: int
+    """Flips whose sum is further from 0 than the tolerance of its losses allows."""
+    largest: float
+    """Largest |sum| among the flips, by either side, in nats."""
+
+
+def verify_plan(
+    target: Path, reference: Path, plan: Path, saved: Path, dtype: str, options: live.Options
+) -> int:
+    """Prints the comparison; 0 if losses agree and every flip is explained, else 6."""
+    probes = replay.load_plan(plan)
+    theirs = replay.load_losses(saved, probes)
+    _check_plan(plan, probes)
+    paths = {"target": (target, options.adapter), "reference": (reference, None)}
+    found, wrong = {}, []
+    table = Table(title=f"{plan.name}: {len(probes.ids)} texts, {dtype}")
+    for column in ("model", "losses", "largest difference", "mean", ""):
+        table.add_column(column)
+    for name, (path, adapter) in paths.items():
+        ours = open_ours(path, dtype=dtype, adapter=adapter, mask_id=options.mask_id)
+        _check_tokens(plan, probes, ours)
+        found[name] = plan_losses(ours, probes)
+        scored = probes.plan.scored
+        difference = np.abs(found[name] - getattr(theirs, name))[scored]
+        agrees = not difference.size or bool(difference.max() <= TOLERANCE[dtype])
+        numbers = (difference.max(initial=0), difference.mean() if difference.size else 0.0)
+        table.add_row(
+            name, str(scored.sum()), *(f"{v:.2e}" for v in numbers), "" if agrees else "DIFFERS"
+        )
+        if not agrees:
+            wrong.append(f"{name}: {first_difference(ours, probes, theirs, name, dtype)}")
+        del ours
+    Console().print(table)
+    print(WHY[dtype])
+    flips = count_flips(probes, found, {k: getattr(theirs, k) for k in paths}, TOLERANCE[dtype])
+    scores = [_scores(probes, x["target"], x["reference"]) for x in (found, theirs._asdict())]
+    print(
+        f"votes: {flips.count} of {flips.total} flip, {flips.unexplained} of them without a sum "
+        f"within the losses' tolerance of zero; largest sum of a flip {flips.largest:.2e} nats"
+    )
+    print(f"scores: largest difference {np.abs(scores[0] - scores[1]).max(initial=0):.2e}")
+    if not wrong and not flips.unexplained:
+        print(f"verdict: equal within {TOLERANCE[dtype]:g}, every flip explained")
+        return 0
+    for line in wrong:
+        print(line)
+    print("verdict: DIFFERENT")
+    return PARITY
+
+
+def _check_plan(path: Path, probes: replay.Replay) -> None:
+    valid = (probes.tokens >= 0)[:, None]
+    plan = probes.plan
+    if (plan.masks & ~valid).any() or (plan.scored & ~plan.masks).any():  # pyright: ignore
+        raise DataError(f"{path}: masks must lie on tokens, and what is scored must be masked")
+    if (valid[..., :-1] < valid[..., 1:]).any():
+        raise DataError(f"{path}: padding (-1) must stand behind a text's tokens")
+
+
+def _check_tokens(path: Path, probes: replay.Replay, ours: Ours) -> None:
+    if probes.tokens.max(initial=0) >= ours.model.vocab_size:
+        raise DataError(
+            f"{path}: tokens hold {probes.tokens.max()}, but the embedding of {ours.folder.path} "
+            f"has {ours.model.vocab_size} rows; is it another model's plan?"
+        )
+
+
+def plan_losses(ours: Ours, probes: replay.Replay) -> Float[np.ndarray, "n t l"]:
+    """Our losses of a plan, NaN where it does not score; by the scorer that audits use."""
+    masks, scored = probes.plan.masks, probes.plan.scored
+    out = np.full(scored.shape, np.nan, np.float32)
+    slots = max(1, int(scored.sum(axis=-1).max(initial=1)))
+    length = max(1, int((probes.tokens >= 0).sum(axis=1).max(initial=1)))
+    rows = min(ROWS, len(out))
+    for start in range(0, len(out), rows):
+        # The last rows once more: every call has the same shape.
+        part = np.minimum(np.arange(start, start + rows), len(out) - 1)
+        tokens = probes.tokens[part, :length]
+        batch = ForwardBatch(
+            np.maximum(tokens, 0).astype(np.int32),  # pyright: ignore
+            tokens >= 0,  # pyright: ignore
+            masks[part, :, :length].swapaxes(0, 1),
+            losses.scored_positions(scored[part], slots).swapaxes(0, 1),  # pyright: ignore
+            np.zeros(masks.shape[1], np.int32),  # pyright: ignore
+            np.int32(masks.shape[1]),  # pyright: ignore
+        )
+        values = np.asarray(_score(ours.model, slots, ours.params, batch)).swapaxes(0, 1)
+        for row, found in zip(part, values):
+            out[row][scored[row]] = found[~np.isnan(found)]
+    return out
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(model: Any, slots: int, params: Params, batch: ForwardBatch) -> jax.Array:
+    return losses.score_batch(model, (slots,), params, batch)
+
+
+def count_flips(
+    probes: replay.Replay,
+    ours: dict[str, np.ndarray],
+    theirs: dict[str, np.ndarray],
+    allowed: float,
+) -> Flips:
+    """Votes of subsets in recorded steps that differ. A sum over m tokens of both models' losses,
+    each off by at most `allowed`, can move by 2 m `allowed`; a flip within that of 0 is explained.
+    """
+    sums = [_sums(probes, x["target"], x["reference"]) for x in (ours, theirs)]
+    plan = probes.plan
+    size = (np.asarray(plan.subsets) >= 0).sum(axis=-1)
+    counted = (size > 0) & (np.asarray(plan.weights) > 0)[..., None]
+    flipped = ((sums[0] > 0) != (sums[1] > 0)) & counted
+    far = np.maximum(np.abs(sums[0]), np.abs(sums[1]))
+    unexplained = flipped & ~(far <= 2 * size * allowed)
+    return Flips(
+        int(flipped.sum()),
+        int(counted.sum()),
+        int(unexplained.sum()),
+        float(far[flipped].max(initial=0)),
+    )
+
+
+def _sums(
+    probes: replay.Replay, target: np.ndarray, reference: np.ndarray
+) -> Float[np.ndarray, "n t s"]:
+    """Reference minus target, summed over each subset; float32 as in the votes."""
+    plan = probes.plan
+    latest = jax.jit(jax.vmap(votes.latest_losses))
+    scored = np.asarray(plan.scored)
+    both = [latest(np.where(scored, x, 0), scored) for x in (reference, target)]
+    gain = np.asarray(both[0]) - np.asarray(both[1])
+    subsets = np.asarray(plan.subsets)
+    taken = np.take_along_axis(
+        gain[:, :, None], np.maximum(subsets, 0).reshape(*subsets.shape[:2], 1, -1), axis=-1
+    )
+    return np.where(subsets >= 0, taken.reshape(subsets.shape), 0).sum(axis=-1)
+
+
+def _scores(
+    probes: replay.Replay, target: np.ndarray, reference: np.ndarray
+) -> Float[np.ndarray, " n"]:
+    return np.asarray(votes.sign_statistics(target, reference, probes.plan).score)  # pyright: ignore
+
+
+# --- which block ---------------------------------------------------------------------------------
+
+
+def first_difference(
+    ours: Ours, probes: replay.Replay, theirs: replay.Losses, name: str, dtype: str
+) -> str:
+    """A line that names the first stage whose hidden states differ from the saved ones."""
+    if name not in theirs.states or not len(theirs.state_at):
+        return (
+            "the losses file holds no hidden states that could name the block; save them with the "
+            f"script in docs/verify.md, or run `verify {ours.folder.path}`, which compares with "
+            "PyTorch on this machine block by block"
+        )
+    saved = theirs.states[name]
+    names, states = states_at(ours, probes, theirs.state_at)
+    if saved.shape != states.shape:
+        return (
+            f"its saved hidden states are {list(saved.shape[1:])} (stages, width), ours "
+            f"{list(states.shape[1:])}: another architecture"
+        )
+    worst = in_units(states, saved.astype(np.float32)).max(axis=(0, 2))
+    for stage, value in zip(names, worst):
+        if not value <= TOLERANCE[dtype]:
+            return (
+                f"the first stage that differs is {stage} ({value:.1e} of its unit, allowed "
+                f"{TOLERANCE[dtype]:g}): its weights, or its arithmetic, are not those of the file"
+            )
+    return (
+        "all blocks agree, so the difference is behind them: vocabulary head, logit alignment "
+        "(--shift of the script), or the losses themselves"
+    )
+
+
+def states_at(
+    ours: Ours, probes: replay.Replay, at: np.ndarray
+) -> tuple[list[str], Float[np.ndarray, "r s d"]]:
+    """Our hidden states at (row, pass, position): what enters the blocks, what each gives, and
+    normalised what the last one gives, as `output_hidden_states` of transformers has them."""
+    row, step, position = at.T
+    length = max(1, int((probes.tokens[row] >= 0).sum(axis=1).max()))
+    tokens = probes.tokens[row, :length]
+    masks = np.asarray(probes.plan.masks)[row, step, :length]
+    read = np.where(masks, ours.model.mask_id, np.maximum(tokens, 0)).astype(np.int32)
+    found = [
+        (stage, np.asarray(state, np.float32)[np.arange(len(at)), position])
+        for stage, state in stages(ours.model, ours.params, read, tokens >= 0)  # pyright: ignore
+    ]
+    last, final = found[-2], found[-1]
+    found = [*found[:-2], (f"{last[0]} (with the final norm)", final[1])]
+    return [stage for stage, _ in found], np.stack([state for _, state in found], axis=1)
