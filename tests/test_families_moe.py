@@ -270,6 +270,7 @@ def test_absent_fields_take_the_class_defaults():
         (MOE(rope_theta=None), "unusable value"),
         ({k: v for k, v in MOE().items() if k != "rope_theta"}, "rope_theta is -1.0"),
         (MOE(num_experts=0), "num_experts is 0"),
+        ({k: v for k, v in MOE().items() if k != "num_experts"}, "num_experts is None"),
         (MOE(num_experts_per_tok=17), "17 active experts do not fit"),
         (MOE(num_attention_heads=3), "3 heads do not divide hidden_size 64"),
         (MOE(num_key_value_heads=3), "is not a multiple of num_key_value_heads 3"),
