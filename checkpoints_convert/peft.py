@@ -73,8 +73,6 @@ class Adapter(NamedTuple):
     """A checked adapter: every tensor of its file has found its place."""
 
     path: Path
-    base_name: str
-    """The base that it was trained on, in the words of its config; empty if it does not say."""
     modules: dict[str, LowRank]
     """Canonical name of the base's tensor -> what is added to it."""
     identity: str
@@ -166,8 +164,8 @@ def open_adapter(
             modules[weight] = made
         else:
             problems += made
-    base = config.get("base_model_name_or_path") or ""
     if problems:
+        base = config.get("base_model_name_or_path")
         told = f" (it was trained on {base!r})" if base else ""
         raise ModelError(
             f"{path}: {len(problems)} adapter tensors do not fit the base model; is it an adapter "
@@ -177,7 +175,7 @@ def open_adapter(
         raise ModelError(f"{path / WEIGHTS}: holds no LoRA tensor; expected lora_A and lora_B")
     for weight, m in sorted(modules.items()):
         digest.update(repr((weight, m.scale)).encode())
-    return Adapter(path, str(base), modules, digest.hexdigest()[:16])
+    return Adapter(path, modules, digest.hexdigest()[:16])
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
