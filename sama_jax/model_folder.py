@@ -128,7 +128,7 @@ def open_folder(
         `checkpoints_convert to-orbax` wrote; or a Hub id.
       mask_id: replaces the config's mask id, or the tokenizer's where the config names none.
       dtype: of activations and loaded weights; `auto` is float32 on CPU, else the stored dtype.
-      adapter: folder of a LoRA adapter for this model.
+      adapter: folder or Hub id of a LoRA adapter for this model.
       merge: add the adapter to the weights as they are read (in float32, then cast), for an
         ordinary parameter tree, instead of keeping it beside them.
       longest: tokens of the longest text that the model has to read.
@@ -175,7 +175,7 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     """A folder with a LoRA adapter, merged or beside its weights."""
     family, abstract = folder.family, folder.abstract_params
     layout = (family.family, folder.model.num_layers, abstract)
-    adapter = peft.open_adapter(path, folder.source, *layout, family.block_group_size)
+    adapter = peft.open_adapter(resolve(path), folder.source, *layout, family.block_group_size)
     digest = hashlib.sha256(f"{folder.identity} {adapter.identity} {merge}".encode())
     identity = digest.hexdigest()[:16]
     if merge:
