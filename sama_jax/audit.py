@@ -22,7 +22,7 @@ from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.errors import Interrupted, UsageError, ValidityError
 from sama_jax.files import write_json
 from sama_jax.progress import console
-from sama_jax.run_folder import METRICS, RunFolder
+from sama_jax.run_folder import METRICS, RunFolder, read_manifest
 from sama_jax.types import Encoded, ProbePlan
 
 
@@ -74,7 +74,9 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     """
     say = console(job.quiet)
     settings = job.settings
-    wanted = attack_suite.select(job.attacks)
+    before = read_manifest(job.out) or {}
+    # Attacks on all texts together are scored again: a new prefix changes what they see.
+    wanted = attack_suite.select([*job.attacks, *before.get("corpus_attacks", [])])
     chosen_texts = data.collect(job.texts.texts[: job.limit])
     texts, notes = chosen_texts.texts, _data_notes(chosen_texts)
     options: dict[str, Any] = {"mask_id": job.mask_id, "dtype": settings.dtype}
@@ -82,7 +84,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
     reference = model_folder.open_folder(job.reference, **options)
     tokenizer = _tokenizer(target, reference, texts)
-    prefixes = _prefixes(job, wanted, texts)
+    prefixes = _prefixes(job, wanted, texts, before.get("prefix_classes", []))
     chosen, left_out = _supported(job, wanted, target, texts, prefixes)
     encoded = tokenizer.encode([t.text for t in texts], settings.max_length)
     items = [reading.text_item(e, settings, target.model.shift) for e in encoded]
@@ -126,7 +128,12 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     folder = RunFolder(job.out, _run_identity(job, texts, roles), _about(job, roles), job.store)
     store = str(job.store.resolve()) if job.store else None
     folder.write_manifest(
-        not_computed=left_out, settings=asdict(settings), store_keys=keys, store=store
+        not_computed=left_out,
+        settings=asdict(settings),
+        store_keys=keys,
+        store=store,
+        prefix_classes=sorted(prefixes.texts) if prefixes.taken else [],
+        corpus_attacks=[a.name for a in chosen if a.corpus is not None],
     )
     try:
         work.run(folder, ids, say)
@@ -165,9 +172,14 @@ class Prefixes(NamedTuple):
     """Ids of texts that were taken from the evaluation and are not scored."""
 
 
-def _prefixes(job: AuditJob, wanted: list[Attack], texts: list[data.Text]) -> Prefixes:
-    """From `--prefixes`, else a few texts of each class, chosen by the seed and their ids alone."""
-    classes = {
+def _prefixes(
+    job: AuditJob, wanted: list[Attack], texts: list[data.Text], taken_before: Sequence[str]
+) -> Prefixes:
+    """From `--prefixes`, else a few texts of each class, chosen by the seed and their ids alone.
+
+    Classes that an earlier part of this run took prefixes from stay without them.
+    """
+    classes = set(taken_before) | {
         query.view.context
         for attack in wanted
         for query in attack.queries(job.settings).values()
@@ -234,8 +246,8 @@ def _obstacle(
                 f"{2 * settings.prefix.shots} labelled {context}s"
             )
     if attack.needs_texts:
-        counts = [sum(t.label == label for t in texts) for label in (0, 1)]
-        if min(counts) < 5 or None in [t.label for t in texts]:
+        left = [t.label for t in texts if t.id not in prefixes.taken]
+        if min(left.count(0), left.count(1)) < 5 or None in left:
             return "it needs labels, at least five texts of each class"
     return None
 
@@ -255,12 +267,13 @@ class _ViewMaker:
         self.reader, self.texts, self.settings = reader, texts, settings
         self.shift = roles[0].folder.model.shift
         self.room = min(r.folder.max_length for r in roles)
-        self.joined = {name: "\n\n".join(found) for name, found in prefixes.texts.items()}
+        self.joined = {name: " ".join(found) for name, found in prefixes.texts.items()}
         self._encode = lambda text: tokenizer.encode([text], settings.max_length)[0]
-        # A prefix may be longer than a text: it is cut from its beginning by the view.
-        whole = [t + "\n\n" for t in self.joined.values()]
-        ids = [e.ids for e in tokenizer.encode(whole, 65535)]
-        self.contexts = dict(zip(self.joined, ids))
+        # A prefix may be longer than a text: it is cut from its beginning by the view. Without the
+        # tokens that a tokenizer adds: an end of text would cut the prefix off from the text.
+        whole = ["".join(t + "\n\n" for t in found) for found in prefixes.texts.values()]
+        ids = [e.ids[~e.special] for e in tokenizer.encode(whole, 65535)]
+        self.contexts = dict(zip(prefixes.texts, ids))
 
     def guided(self, view: str) -> bool:
         return any(t.guide is not None and t.query.probes is not None and t.query.view is not None

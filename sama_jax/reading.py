@@ -185,12 +185,12 @@ class Reader:
             draw, slots, passes = self._draw_replayed, lambda _: bounds, rows
         else:
             identity = settings_hash(query.identity, settings.seed)
-            if guide is not None and query.probes is not None:
+            if guide is not None and query.guides_probes:
                 roles = [self.role_keys.get(r) for r in guide.channels]
                 identity = settings_hash(identity, *roles)
             if query.probes is not None:
                 passes = rows = query.probes.passes
-                draw = partial(self._draw, query, view, guide)
+                draw = partial(self._draw, query, view, guide if query.guides_probes else None)
                 slots = query.probes.slot_bounds
             else:
                 assert query.procedure is not None

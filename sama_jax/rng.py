@@ -26,6 +26,9 @@ class Purpose(IntEnum):
     TRAINING_MASKS = 5
     PARTITION_MASKS = 6
     PROCEDURE = 7
+    NEIGHBOR_MASKS = 8
+    HALF_MASKS = 9
+    INDEPENDENT_GROUPS = 10
 
 
 def text_key_data(tokens: np.ndarray) -> TextKeyData:

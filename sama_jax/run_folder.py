@@ -67,10 +67,14 @@ class RunFolder:
         seconds = round(time.time() - self._started, 3)
         self._log.append_json({"event": event, "seconds": seconds} | values)
 
-    def has_scores(self, text_id: str, attacks: list[str]) -> bool:
-        """Whether all `attacks` have been scored for a text (null counts as scored)."""
+    def has_scores(
+        self, text_id: str, attacks: list[str], values: list[float | None] | None = None
+    ) -> bool:
+        """Whether all `attacks` have been scored for a text (null counts as scored), with these
+        `values` if given."""
         scores = self._parts.get(text_id, {}).get("scores", {})
-        return all(a in scores for a in attacks)
+        found = [scores[a] for a in attacks if a in scores]
+        return len(found) == len(attacks) if values is None else found == values
 
     def append_scores(self, lines: list[dict[str, Any]]) -> None:
         """Appends `{"id", "scores", "passes", ...}` lines, in one write."""

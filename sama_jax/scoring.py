@@ -95,6 +95,7 @@ class Work:
         """First text of each distinct token sequence of which some values are not stored yet."""
         seen, rows = set(), []
         tasks = self._tasks(view)
+        everything = everything or view not in self.reader.items  # it cannot have been read
         for row, item in enumerate(self._items(view)):
             if item is None or item.store_key in seen or not item.maskable.any():
                 continue
@@ -131,8 +132,9 @@ class Work:
             fixed = self.settings.pad_to or self.settings.max_length
             return (max(fixed, longest),)
         limit = self.settings.max_length
-        if longest > limit:  # a view with a prefix
-            limit += self.settings.prefix.tokens
+        if longest > limit:  # a view with a prefix, which fits into the models' context
+            room = min(r.folder.max_length for r in self.roles.values())
+            limit = max(longest, min(limit + self.settings.prefix.tokens, room))
         return data.bucket_lengths(limit)
 
     def _rows_of(self, length: int) -> int:
@@ -181,24 +183,35 @@ class Work:
     def run(self, folder: RunFolder, ids: list[str], say: Any) -> None:
         """Computes what is missing, batch by batch, then scores what only needed the store."""
         self.reader.store = folder.store
+        items = self.reader.items
+        for view in self.reader.views:
+            if view not in items and self._guided_already(view):
+                self._make(view)
         if any(self.pending(view) for view in self.reader.views):
             say.print(self.estimate())
             params = self._load(say)
-            for view in self._ordered_views():
+            # The text, its other views, and those that need a guide's result, made when due.
+            for view in sorted(self.reader.views, key=lambda v: (v != "text", v not in items)):
+                if view not in items:
+                    self._make(view)
                 self._run_view(view, params, folder, ids)
             say.print(f"{self.programs} programs compiled in {self.compile_seconds:.1f} s")
-        else:
-            list(self._ordered_views())
         self._score_rows(folder, ids, range(len(ids)))
 
-    def _ordered_views(self) -> Iterator[str]:
-        """The text, its other views, and those that need a guide's result, made when due."""
-        items = self.reader.items
-        for view in sorted(self.reader.views, key=lambda v: (v != "text", v not in items)):
-            if view not in items:
-                assert self.make_items is not None
-                items[view] = self.make_items(view)
-            yield view
+    def _guided_already(self, view: str) -> bool:
+        """Whether the guides of a view that is not made yet were read by an earlier run."""
+        guides = [t.guide for t in self._tasks(view) if t.guide is not None]
+        return not any(
+            self.reader.missing(guide, role, item)
+            for guide in guides
+            for item in self._items(guide.view)
+            if item is not None and item.maskable.any()
+            for role in guide.channels
+        )
+
+    def _make(self, view: str) -> None:
+        assert self.make_items is not None
+        self.reader.items[view] = self.make_items(view)
 
     def _run_view(
         self, view: str, params: dict[str, Params], folder: RunFolder, ids: list[str]
@@ -502,33 +515,43 @@ def score_corpus(
     texts: list[str] | None,
     labels: np.ndarray | None,
 ) -> None:
-    """Appends the scores of attacks that look at all texts together."""
+    """Appends the scores of attacks that look at all texts together, where they are new.
+
+    They are computed each time, since a text that has become a prefix changes those of others.
+    """
     for attack in reader.attacks:
-        if attack.corpus is None or all(folder.has_scores(i, [attack.name]) for i in ids):
+        if attack.corpus is None or (attack.needs_texts and texts is None):
             continue
-        if attack.needs_texts and texts is None:
-            continue
-        rows = list(range(len(ids)))
-        parts = np.full((len(ids), 0), np.nan, np.float32)
-        if attack.statistic is not None:
-            chunks = [rows[s : s + PLAN_ROWS] for s in range(0, len(rows), PLAN_ROWS)]
+        usable = [r for r in range(len(ids)) if reader.usable(attack, r)]
+        parts = np.zeros((len(usable), 0), np.float32)
+        if attack.statistic is not None and usable:
+            chunks = [usable[s : s + PLAN_ROWS] for s in range(0, len(usable), PLAN_ROWS)]
             found = [reader.statistics([attack], c)[attack.name] for c in chunks]
-            parts = np.concatenate(found).reshape(len(ids), -1)
-            parts[[r for r in rows if not reader.usable(attack, r)]] = np.nan
-        values = attack.corpus(CorpusReading(parts, texts, labels), reader.settings)
+            parts = np.concatenate(found).reshape(len(usable), -1)
+        corpus = CorpusReading(
+            parts,
+            None if texts is None else [texts[r] for r in usable],
+            None if labels is None else labels[usable],
+        )
+        values = np.full(len(ids), np.nan)
+        if usable:
+            values[usable] = attack.corpus(corpus, reader.settings)
         count = max(passes(attack, reader.settings).values())
         lines = []
-        for row, value in zip(rows, values):
-            finite = bool(np.isfinite(value)) and reader.usable(attack, row)
+        for text_id, value in zip(ids, values):
+            score = float(value) if np.isfinite(value) else None
+            if folder.has_scores(text_id, [attack.name], [score]):
+                continue
             line: dict[str, Any] = {
-                "id": ids[row],
-                "scores": {attack.name: float(value) if finite else None},
-                "passes": {attack.name: count if finite else 0},
+                "id": text_id,
+                "scores": {attack.name: score},
+                "passes": {attack.name: 0 if score is None else count},
             }
-            if not finite:
+            if score is None:
                 line["undefined"] = {attack.name: attack.undefined}
             lines.append(line)
-        folder.append_scores(lines)
+        if lines:
+            folder.append_scores(lines)
 
 
 @functools.lru_cache(maxsize=64)

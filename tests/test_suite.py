@@ -35,7 +35,7 @@ def box(tmp_path_factory) -> Path:
     tiny.folder(folder / "target", seed=1)
     tiny.folder(folder / "reference", seed=2)
     found = tiny.texts(26, (4, 14))
-    found[3] = found[3].title()
+    found = [text.capitalize() if i % 3 else text for i, text in enumerate(found)]
     tiny.write_texts(folder / "texts.jsonl", [*found, ""])
     return folder
 

@@ -3,6 +3,10 @@
 # Registration order is the order of every table: SAMA first.
 from sama_jax.attacks import sama  # isort: skip
 from sama_jax.attacks import likelihood  # isort: skip
+from sama_jax.attacks import perturbed  # isort: skip
+from sama_jax.attacks import prefixed  # isort: skip
+from sama_jax.attacks import corpus  # isort: skip
+from sama_jax.attacks import its  # isort: skip
 from sama_jax.attacks import ladder  # isort: skip
 from sama_jax.attacks.registry import (
     Attack,
@@ -18,9 +22,13 @@ __all__ = [
     "Attack",
     "Probes",
     "Query",
+    "corpus",
+    "its",
     "ladder",
     "likelihood",
     "names",
+    "perturbed",
+    "prefixed",
     "register",
     "register_corpus",
     "sama",

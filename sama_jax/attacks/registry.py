@@ -42,7 +42,7 @@ class Probes(Protocol):
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """The plan of one text. `key` is the text's root key (`rng.text_key`).
 
-        Probes of a query with a `guide` take its values [t, l] as a third argument.
+        Probes of a query with a `guide` and no view take its values [t, l] as a third argument.
         """
         ...
 
@@ -93,7 +93,7 @@ class ViewTools(NamedTuple):
     contexts: dict[str, np.ndarray]
     """Token ids of the prefixes of this run, by class: `nonmember`, `member`."""
     joined: dict[str, str]
-    """The same prefixes as texts."""
+    """The same prefixes as texts, joined by spaces."""
     room: int
     """Tokens that fit into the models' context."""
     guide: np.ndarray | None
@@ -148,7 +148,7 @@ class Query:
     procedure: Procedure | None = None
     """Instead of probes; the reading's `target` and `reference` are its values."""
     guide: "Query | None" = None
-    """Read first; its values go to the probes, or to the view (`tools.guide`)."""
+    """Read first; its values go to the view if there is one (`tools.guide`), else to the probes."""
 
     @property
     def passes(self) -> int:
@@ -159,7 +159,14 @@ class Query:
     def identity(self) -> str:
         """Names its losses in the store, together with the seed, the model and the text."""
         what = (self.probes or self.procedure).identity  # pyright: ignore
-        return what if self.guide is None else settings_hash(what, self.guide.identity)
+        if self.guide is None or not self.guides_probes:
+            return what
+        return settings_hash(what, self.guide.identity)
+
+    @property
+    def guides_probes(self) -> bool:
+        """Whether masks depend on the guide. What a guided view reads depends on its tokens."""
+        return self.guide is not None and self.view is None
 
     @property
     def view_name(self) -> str:
@@ -167,7 +174,7 @@ class Query:
 
 
 class CorpusReading(NamedTuple):
-    """What an attack sees that scores all texts of a run together."""
+    """What an attack sees that scores all texts of a run together: those that it can read."""
 
     parts: Float[np.ndarray, "n p"]
     """The statistic's values of each text, NaN where it has none."""

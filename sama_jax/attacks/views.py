@@ -1,0 +1,120 @@
+"""Other texts made from a text: its lower-case form, a part of it, a prefix before it, neighbours.
+
+Host code, one text at a time. A view's randomness derives from the seed and the text's tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sama_jax.attacks.registry import ViewText, ViewTools
+
+
+@dataclass(frozen=True)
+class Lowercase:
+    """The text in lower case, with the text's own masks where the token count stays.
+
+    None where the tokens are the same: then there is nothing to compare.
+    """
+
+    name = "lowercase"
+    context = None
+
+    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+        lower = tools.encode(text.lower())
+        if np.array_equal(lower.ids, ids):
+            return None
+        return ViewText(lower.ids, lower.special, zlib_bytes=lower.zlib_bytes, same_masks=True)
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """The text without a random `fraction` of its tokens: at least one goes, at least one stays.
+
+    Tokens that the tokenizer added stay. A text of one token is its own copy.
+    """
+
+    fraction: float
+
+    @property
+    def name(self) -> str:
+        return f"deleted-{self.fraction}"
+
+    context = None
+
+    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+        special = tools.encode(text).special
+        own = np.flatnonzero(~special)
+        count = min(max(round(self.fraction * len(own)), 1), len(own) - 1)
+        kept = np.ones(len(ids), bool)
+        if count > 0:
+            kept[tools.generator.choice(own, count, replace=False)] = False
+        return ViewText(ids[kept], special[kept])
+
+
+@dataclass(frozen=True)
+class Context:
+    """The text behind visible texts of a class, under the text's own masks.
+
+    The prefix is cut at its beginning to `tokens`, and to what the models' context leaves beside
+    the text; None where that is not one token.
+    """
+
+    context: str
+    """`nonmember` or `member`."""
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"after-{self.context}s-{self.tokens}"
+
+    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+        room = min(self.tokens, tools.room - len(ids))
+        before = tools.contexts[self.context]
+        if room < 1 or not len(before):
+            return None
+        return ViewText(ids, tools.encode(text).special, before[-room:], same_masks=True)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Prefix and text as one text, cut at its end to the maximum length, masked and scored alike.
+
+    The circulated form. What is cut off is the text: of a prefix as long as the maximum, the view
+    is the prefix alone.
+    """
+
+    context: str
+
+    @property
+    def name(self) -> str:
+        return f"joined-{self.context}s"
+
+    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+        del ids
+        whole = tools.encode(f"{tools.joined[self.context]} {text}")
+        return ViewText(whole.ids, whole.special, zlib_bytes=whole.zlib_bytes)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The text with the tokens of one row of its guide put in their places, under its own masks.
+
+    None where that row proposes nothing.
+    """
+
+    row: int
+
+    @property
+    def name(self) -> str:
+        return f"neighbor-{self.row}"
+
+    context = None
+
+    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+        assert tools.guide is not None
+        proposed = tools.guide[self.row, : len(ids)]
+        if np.isnan(proposed).all():
+            return None
+        replaced = np.where(np.isnan(proposed), ids, np.nan_to_num(proposed)).astype(np.int32)
+        return ViewText(replaced, tools.encode(text).special, same_masks=True)
