@@ -56,6 +56,7 @@ def _add_conversion(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-pickle", action="store_true", help="read .bin, by torch's weights-only loading"
     )
+    p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
     p.add_argument("--quiet", action="store_true")
 
 
@@ -78,6 +79,7 @@ def _to_orbax(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         mesh=args.mesh,
         allow_pickle=args.allow_pickle,
+        mask_id=args.mask_id,
         quiet=args.quiet,
     )
     _print_done(done, args.quiet)
@@ -95,6 +97,7 @@ def _to_hf(args: argparse.Namespace) -> None:
         max_shard_bytes=max_shard_bytes,
         adapter=args.adapter,
         allow_pickle=args.allow_pickle,
+        mask_id=args.mask_id,
         quiet=args.quiet,
     )
     _print_done(done, args.quiet)

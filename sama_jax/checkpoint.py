@@ -185,7 +185,7 @@ def _context(tree: Any) -> ocp.Context:
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)]
     context = ocp.Context()
     if arrays:
-        largest = max(x.size * x.dtype.itemsize for x in arrays)
+        largest = 1 + max(x.size * x.dtype.itemsize for x in arrays)  # limits are exclusive
         context.memory.write_concurrent_bytes = max(largest, 2 * CHUNK_BYTES)
         context.memory.read_concurrent_bytes = max(2 * largest, 2 * CHUNK_BYTES)
     return context

@@ -146,7 +146,7 @@ def open_folder(
             f"give --max-length {limit} or less"
         )
     source = _open_source(path, family)
-    mask = _known_mask(path, family) if mask_id is None else mask_id
+    mask = known_mask(path, family) if mask_id is None else mask_id
     if not isinstance(mask, int) or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
             f"{path}: the mask token id is {mask!r}, but the embedding has "
@@ -187,7 +187,7 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     return replace(with_options(folder, lora=lora), identity=identity, adapter=leaves)
 
 
-def _known_mask(path: Path, family: FamilyConfig) -> int | None:
+def known_mask(path: Path, family: FamilyConfig) -> int | None:
     """The mask id of the config, else of the tokenizer. Raises `ModelError` if they disagree."""
     told = None if family.kind == "autoregressive" else tokenizer_mask(path)
     if family.mask_id is None or told in (None, family.mask_id):

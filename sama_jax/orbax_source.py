@@ -15,9 +15,11 @@ from checkpoints_convert.rules import TABLES
 from sama_jax import checkpoint
 from sama_jax.errors import ModelError
 
+TOGETHER_BYTES = 32 * 2**20
+
 
 class OrbaxSource(stream.Source):
-    """Holds the parameters of the tensor that was read last: one leaf, three for a fused one."""
+    """Holds the parameters of the tensor that was read last, and small ones behind them."""
 
     def __init__(self, folder: Path, family: str, num_layers: int, abstract: Any):
         """Raises `ModelError` unless the parameters have the shapes of `abstract`."""
@@ -43,21 +45,30 @@ class OrbaxSource(stream.Source):
         """A window of a tensor, in its stored dtype."""
         self._wanted = set()
         values = self._pending[name].make()[index]
-        self._held = {path: leaf for path, leaf in self._held.items() if path in self._wanted}
         self.bytes_read += values.nbytes
         return values
 
     def _leaf(self, path: str) -> np.ndarray:
         self._wanted.add(path)
         if path not in self._held:
-            others = [p for p in self._held if p not in self._wanted]
-            for other in others:
-                del self._held[other]
-            wanted = {p: np.ndarray if p == path else None for p in self._leaves}
-            tree = jax.tree.unflatten(jax.tree.structure(self.params), list(wanted.values()))
+            self._held = {p: leaf for p, leaf in self._held.items() if p in self._wanted}
+            chosen = self._from(path)
+            wanted = [np.ndarray if p in chosen else None for p in self._leaves]
+            tree = jax.tree.unflatten(jax.tree.structure(self.params), wanted)
             read = stream.leaf_paths(checkpoint.load_params(self.folder, tree))
-            self._held[path] = read[path]
+            self._held |= {p: read[p] for p in chosen}
         return self._held[path]
+
+    def _from(self, path: str) -> list[str]:
+        """This leaf and those behind it, as long as they are small: each read has a fixed cost."""
+        chosen, room = [path], TOGETHER_BYTES
+        paths = list(self._leaves)
+        for other in paths[paths.index(path) + 1 :]:
+            room -= self._leaves[other].size * self._leaves[other].dtype.itemsize
+            if room < 0:
+                break
+            chosen.append(other)
+        return chosen
 
     def _require_fit(self, wanted: dict[str, Any]) -> None:
         found = self._leaves
