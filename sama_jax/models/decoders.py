@@ -188,4 +188,5 @@ DECODERS: dict[str, Family] = {
 
 def is_illada(config: Mapping[str, Any]) -> bool:
     """By its class: what its config says for `model_type` has not been seen."""
-    return "ILLaDAForCausalLM" in (config.get("architectures") or ())
+    listed = config.get("architectures")
+    return isinstance(listed, list) and "ILLaDAForCausalLM" in listed
