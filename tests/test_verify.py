@@ -140,7 +140,8 @@ def perturbed(source: Path, path: Path, pattern: str, size: float = 1e-2) -> Pat
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "qwen2", "bert", "modernbert"])
-def test_every_pytorch_side_agrees_block_by_block(tmp_path, capsys, family):
+def test_every_pytorch_side_agrees_block_by_block(tmp_path, capsys, monkeypatch, family):
+    monkeypatch.setattr(alignment, "check", lambda *_: None)  # another program to compile
     assert run(make_folder(tmp_path / "model", family)) == 0
     out = capsys.readouterr().out
     found = re.findall(r"^│ (\S+(?: \S+)?) +│ (\d\S+) +│", out, re.M)
@@ -236,7 +237,8 @@ def test_folders_own_code_runs_only_if_told_so(folder, tmp_path, capsys, monkeyp
     assert out.count("block 3") == 2
 
 
-def test_lora_adapter_is_on_both_sides(folder, tmp_path, capsys):
+def test_lora_adapter_is_on_both_sides(folder, dump, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "check", lambda *_: None)
     tensors = {}
     for i in range(3):
         name = f"base_model.model.model.transformer.blocks.{i}.q_proj"
@@ -246,9 +248,7 @@ def test_lora_adapter_is_on_both_sides(folder, tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     assert run(folder, "--adapter", tmp_path) == 0
-    capsys.readouterr()
-    assert run(folder, "--dump", tmp_path / "base.npz") == 0
-    assert run(folder, "--adapter", tmp_path, "--against", tmp_path / "base.npz") == 6
+    assert run(folder, "--adapter", tmp_path, "--against", dump) == 6  # the base's losses
 
 
 def test_without_pytorch_one_line_says_what_to_install(folder, tmp_path, monkeypatch):
@@ -303,11 +303,19 @@ def test_blocks_one_by_one_are_the_scanned_network(family):
     tokens = np.random.default_rng(0).integers(0, 300, (2, 12)).astype(np.int32)
     valid = np.arange(12) < np.array([[12], [7]])
     found = dict(stages(model, params, tokens, valid))
+
+    @jax.jit
+    def both(params: Any, tokens: Any, valid: Any) -> Any:
+        entered = model.trunk(params, tokens, valid)
+        at = jnp.broadcast_to(jnp.arange(12)[None], (2, 12))
+        return entered, model.last_hidden(params, entered, valid, at)
+
     assert list(found) == ["embedding", "block 1", "block 2", "block 3", "final norm"]
-    stream = jax.jit(model.trunk)(params, tokens, valid)
-    stream = stream[0] if isinstance(stream, tuple) else stream
+    entered, final = both(params, tokens, valid)
+    stream = entered[0] if isinstance(entered, tuple) else entered
     np.testing.assert_allclose(found["block 2"], stream, rtol=0, atol=1e-6)
     assert np.abs(found["block 3"] - stream).max() > 1e-4
+    np.testing.assert_allclose(found["final norm"], final, rtol=0, atol=1e-5)
 
 
 # --- losses as a file -----------------------------------------------------------------------------

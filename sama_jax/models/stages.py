@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.models import dit, encoders, transformer
@@ -35,13 +34,12 @@ def stages(
 ) -> Iterator[tuple[str, Float[Array, "b l d"]]]:
     """What enters the first block (`embedding`), what each block gives (`block 1`, ..), and the
     final hidden states (`final norm`; BERT, which has none, gives its last block's again)."""
-    before = stream = _enter(model, params, tokens, key_valid)
+    stream = _enter(model, params, tokens, key_valid)
     yield "embedding", _state(stream)
     for number, weights in enumerate(block_params(params)):
-        before = stream
         stream = _block(_kind(model, number), model.dtype, weights, stream, key_valid)
         yield f"block {number + 1}", _state(stream)
-    yield "final norm", _leave(model, params, before, key_valid)
+    yield "final norm", _leave(model, params, stream)
 
 
 def _state(stream: Any) -> Float[Array, "b l d"]:
@@ -79,11 +77,18 @@ def _enter(model: Any, params: Params, tokens: Array, key_valid: Array) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def _leave(model: Any, params: Params, stream: Any, key_valid: Array) -> Array:
-    """The last block once more, and what stands behind it."""
-    b, length = key_valid.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
-    return model.last_hidden(params, stream, key_valid, positions)
+def _leave(model: Any, params: Params, stream: Any) -> Array:
+    """What stands behind the last block, before the head."""
+    if isinstance(model.arch, BertArchitecture):
+        return stream
+
+    def norm(bound: Any, x: Any) -> Array:
+        if not isinstance(model.arch, DitArchitecture):
+            return bound.final_norm(x)
+        shift, scale = dit.split_modulation(bound.final_modulation(x[1]), 2)
+        return bound.final_norm(x[0]) * (1 + scale) + shift
+
+    return model._network.apply({"params": params}, stream, method=norm)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
