@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sama_jax import alignment, data, model_folder, reading, replay, report, scoring
 from sama_jax import attacks as attack_suite
-from sama_jax import data, model_folder, reading, replay, report, scoring
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.errors import Interrupted, UsageError, ValidityError
 from sama_jax.files import write_json
 from sama_jax.progress import console
 from sama_jax.run_folder import METRICS, RunFolder, read_manifest
-from sama_jax.types import Encoded, ProbePlan
+from sama_jax.types import Encoded, Params, ProbePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,20 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         if view != "text" and not maker.guided(view):
             assert made is not None
             reader.items[view] = maker(view)
+    probe_ids = tokenizer.encode([alignment.TEXT], alignment.MAX_TOKENS)[0].ids
+
+    def check(role: scoring.Role, params: Params) -> None:
+        warning = alignment.check(role.folder.model, params, probe_ids)
+        if warning is not None:
+            notes.append(f"{role.name}: {warning}")
+            say.print(f"note: {notes[-1]}")
+
     work = scoring.Work(
         reader,
         roles,
         settings,
         make_items=maker,
+        check=check,
         batch_size=job.batch_size,
         include_votes=job.include_votes,
         quiet=job.quiet,

@@ -145,6 +145,7 @@ def metrics_table(
             header.replace(" (", "\n("),
             justify="right" if i else "left",
             vertical="bottom",
+            no_wrap=i == 0,  # a name cut in two cannot be copied
         )
     for cells in table_rows(metrics, rows, cost):
         table.add_row(*(Text(cell) for cell in cells))  # Text: brackets are not markup

@@ -53,7 +53,8 @@ def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
 class Work:
     """Which passes are missing, and doing them.
 
-    `make_items(view)` makes the items of a view that depends on a guide, once that has run.
+    `make_items(view)` makes the items of a view that depends on a guide, once that has run;
+    `check(role, params)` looks at a model that has been loaded.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class Work:
         settings: AuditSettings,
         *,
         make_items: Callable[[str], list[Item | None]] | None = None,
+        check: Callable[[Role, Params], None] | None = None,
         batch_size: int | None = None,
         include_votes: bool = False,
         quiet: bool = False,
     ):
         self.reader, self.settings = reader, settings
         self.roles = {r.name: r for r in roles}
-        self.make_items = make_items
+        self.make_items, self.check = make_items, check
         self.batch_size, self.include_votes, self.quiet = batch_size, include_votes, quiet
         self.devices = tuple(jax.local_devices())
         self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
@@ -242,21 +244,22 @@ class Work:
         folder.log("buckets", view=view, texts={str(k): v for k, v in counts.items()})
 
     def _load(self, say: Any) -> dict[str, Params]:
-        """Weights of the models that are needed; one copy if both are the same."""
+        """Weights of the models that are needed; what both have in common is held once."""
         needed = {r for t in self.reader.tasks.values() for r in t.channels}
-        params: dict[str, Params] = {}
-        for name in [r for r in ROLES if r in needed]:
-            role = self.roles[name]
-            if role.store_key in params:
-                continue
-            start, folder = time.monotonic(), role.folder
-            sharding = parallel.parameter_sharding(self.devices)
-            params[role.store_key] = model_folder.load(folder, sharding)
+        roles = {self.roles[r].store_key: self.roles[r] for r in ROLES if r in needed}
+        start, sharding = time.monotonic(), parallel.parameter_sharding(self.devices)
+        loaded = model_folder.load_together([r.folder for r in roles.values()], sharding)
+        seconds = time.monotonic() - start
+        for role, params in zip(roles.values(), loaded):
+            folder = role.folder
             say.print(
                 f"{role.name}: {folder.path}, {folder.num_params:,} parameters in "
-                f"{folder.model.dtype} ({time.monotonic() - start:.1f} s)"
+                f"{folder.model.dtype}"
             )
-        return params
+            if self.check is not None:
+                self.check(role, params)
+        say.print(f"weights loaded in {seconds:.1f} s")
+        return dict(zip(roles, loaded))
 
     def _run_task(
         self,
