@@ -112,6 +112,10 @@ def to_orbax(
         if not quiet:
             print(f"writing {out / PARAMS}", file=sys.stderr)
         checkpoint.save_params(out / PARAMS, params)
+        if jax.process_index() == 0:
+            files = sorted(file for file in (out / PARAMS).rglob("*") if file.is_file())
+            sizes = {str(f.relative_to(out / PARAMS)): f.stat().st_size for f in files}
+            write_json(out / RECORD, {**record, "sizes": sizes})
         _finish(folder, out, folder.config, dtype if wanted != kept else "keep")
         return Converted(
             out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start

@@ -167,6 +167,19 @@ def _open_source(path: Path, family: FamilyConfig) -> stream.Source:
     """The tensors of a folder, in safetensors or kept by Orbax."""
     if not (path / PARAMS).is_dir():
         return stream.open_source(path, family.family, family.block_group_size)
+    sizes = _json_object(path / RECORD).get("sizes", {})
+    files = {name: path / PARAMS / name for name in sizes}
+    found = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
+    wrong = [
+        f"  {name}: expected {size} bytes, found {found.get(name, 'no file')}"
+        for name, size in sizes.items()
+        if found.get(name) != size
+    ]
+    if wrong:
+        raise ModelError(
+            f"{path / PARAMS}: {len(wrong)} files of its Orbax checkpoint are missing or "
+            "incomplete; copy or convert the model again\n" + "\n".join(wrong)
+        )
     model = build_model(family, 0, jnp.dtype("float32"))
     return OrbaxSource(path / PARAMS, family.family, model.num_layers, _abstract_params(model))
 

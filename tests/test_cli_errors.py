@@ -233,8 +233,8 @@ MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "unknown family": (lambda f: edit_config(f, model_type="lada"), ["'lada'", "'llada'"]),
     "no family": (lambda f: edit_config(f, model_type=None), ["model_type is None"]),
     "other architecture": (
-        lambda f: edit_config(f, architectures=["LLaDAMoEModelLM"]),
-        ["LLaDAMoEModelLM", "LLaDAModelLM"],
+        lambda f: edit_config(f, architectures=["OLMoModelLM"]),
+        ["OLMoModelLM", "LLaDAModelLM"],
     ),
     "mask id": (lambda f: edit_config(f, mask_token_id=300), ["300", "--mask-id"]),
     "no mask id": (lambda f: edit_config(f, mask_token_id=50256), ["50256", "--mask-id"]),
