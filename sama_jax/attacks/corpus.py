@@ -119,7 +119,7 @@ def calibrated(corpus: CorpusReading, settings: AuditSettings) -> np.ndarray:
     """Target NLL, centred and scaled by what the likely non-members show. `parts` [n, 3]: the
     target's NLL, the gap of reference minus target NLL, and that of the perturbed copy."""
     del settings
-    known: np.ndarray = np.isfinite(corpus.parts).all(axis=1)
+    known = np.asarray(np.isfinite(corpus.parts).all(axis=1))
     scores = np.full(len(known), np.nan)
     nll, *gaps = corpus.parts[known].astype(np.float64).T
     if not len(nll):
