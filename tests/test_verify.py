@@ -57,8 +57,8 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(0.2 * noise + (0 if name.endswith("bias") else 1))
     return module.eval()
@@ -80,10 +80,6 @@ def save(path: Path, module: Any, **changes: Any) -> Path:
     return add_tokenizer(path)
 
 
-def a2d(name: str) -> dict[str, Any]:
-    return {"model_type": f"a2d-{name.lower()}", "architectures": [f"A2D{name}LMHeadModel"]}
-
-
 def make_folder(path: Path, family: str, seed: int = 0) -> Path:
     """A folder of each kind of PyTorch side."""
     if family == "llada":
@@ -94,12 +90,14 @@ def make_folder(path: Path, family: str, seed: int = 0) -> Path:
         made = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED))
         words = {"model_type": "Dream", "architectures": ["DreamModel"]}
         return save(path, randomise(made, seed), **words)
-    if family == "a2d-qwen3":
-        config = transformers.Qwen3Config(**GROUPED, head_dim=16, tie_word_embeddings=True)
-        return save(path, randomise(transformers.Qwen3ForCausalLM(config), seed), **a2d("Qwen3"))
-    if family == "qwen2":
-        made = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED))
-        return save(path, randomise(made, seed))
+    if family == "lladamoe":
+        moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        moe |= {"norm_topk_prob": False, "head_dim": 12}
+        made = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**GROUPED, **moe))
+        words = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "qk_layernorm": True}
+        words |= {"expert_intermediate_size": 16, "norm_topk_prob": True, "num_experts": 4}
+        words |= {"rope_theta": 10000.0, "moe_layer_freq": [1, 1, 1]}
+        return save(path, randomise(made, seed), **words)
     if family == "bert":
         made = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
         return save(path, randomise(made, seed))
@@ -139,7 +137,7 @@ def perturbed(source: Path, path: Path, pattern: str, size: float = 1e-2) -> Pat
 # --- side by side ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "qwen2", "bert", "modernbert"])
+@pytest.mark.parametrize("family", ["llada", "dream", "lladamoe", "bert", "modernbert"])
 def test_every_pytorch_side_agrees_block_by_block(tmp_path, capsys, monkeypatch, family):
     monkeypatch.setattr(alignment, "check", lambda *_: None)  # another program to compile
     assert run(make_folder(tmp_path / "model", family)) == 0
@@ -151,6 +149,19 @@ def test_every_pytorch_side_agrees_block_by_block(tmp_path, capsys, monkeypatch,
     assert all(float(v) < 2e-5 for _, v in found)
     assert "verdict, float32: equal" in out
     assert "random" not in out, "the built-in text was not used"
+
+
+def test_other_families_of_decoders_have_a_class_and_see_what_their_kind_sees():
+    for name in set(torch_reference._SAME_MATHS.values()) - {"Bert", "ModernBert"}:
+        assert hasattr(transformers, f"{name}ForCausalLM")
+    lowest = torch.finfo(torch.float32).min
+    for block, seen in (
+        (None, np.ones((4, 4))),
+        (1, np.tri(4)),
+        (2, np.kron(np.tri(2), np.ones((2, 2)))),
+    ):
+        mask = torch_reference._seen(4, block, torch.float32)
+        np.testing.assert_array_equal(mask[0, 0].numpy(), np.where(seen, 0, lowest))
 
 
 def test_first_block_that_differs_is_named(folder, tmp_path, capsys, monkeypatch):

@@ -120,7 +120,7 @@ def verify_live(path: Path, options: Options) -> int:
         folder = open_folder(path, mask_id=options.mask_id, dtype=dtype)
         inputs = make_inputs(folder, options.texts)
         wanted = torch_reference.Wanted(
-            path,
+            folder.path,
             folder.config,
             folder.model.num_layers,
             getattr(folder.model.arch, "block_length", None),

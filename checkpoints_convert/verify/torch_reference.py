@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from checkpoints_convert.stream import weight_files
 from sama_jax.errors import ModelError, UsageError
 
 try:
@@ -68,6 +69,7 @@ _SAME_MATHS = {
     "llama": "Llama",
     "bert": "Bert",
     "modernbert": "ModernBert",
+    "lladamoe": "Qwen3Moe",
 }
 """`model_type` -> the class of transformers that computes the same, but for what positions see,
 which an explicit mask decides. Another such family is one more line."""
@@ -76,12 +78,15 @@ which an explicit mask decides. Another such family is one more line."""
 def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Reference:
     """Loads a folder. Raises `ModelError` for a family that has no PyTorch side here."""
     config = wanted.config
+    weight_files(wanted.path)  # says so in one line if there are none, as with Orbax
     kind = config.get("model_type")
     if "ILLaDAForCausalLM" in (config.get("architectures") or ()):
         kind = "illada"
+    if kind == "llada" and "num_experts" in config:
+        kind = "lladamoe"
     if trust_remote_code:
         return _remote(wanted)
-    if kind == "llada" and "num_experts" not in config:
+    if kind == "llada":
         return _llada(wanted)
     if kind in _SAME_MATHS:
         return _known_class(wanted, kind, _SAME_MATHS[kind])
@@ -129,6 +134,8 @@ def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
     fields = {k: v for k, v in wanted.config.items() if k not in (*skipped, "dtype")}
     if kind == "illada":
         fields.setdefault("tie_word_embeddings", True)
+    if kind == "lladamoe":
+        fields = _qwen3_moe(fields, wanted.path)
     options = {
         "dtype": getattr(torch, wanted.dtype),
         "attn_implementation": "sdpa",
@@ -146,6 +153,32 @@ def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
         )
     seen = None if encoder else partial(_seen, block=wanted.block_length, dtype=module.dtype)
     return _hooked(wanted, module, cls.__name__, seen)
+
+
+def _qwen3_moe(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """LLaDA-MoE in Qwen3-MoE's words: the same network where every layer has experts and no more.
+    Its own code never renormalises the chosen experts' weights, whatever `norm_topk_prob` says."""
+    beyond = {
+        "moe_layer_freq": 0 in (config.get("moe_layer_freq") or []),
+        "shared_expert_intermediate_size": config.get("shared_expert_intermediate_size"),
+        "moe_router_enable_expert_bias": config.get("moe_router_enable_expert_bias"),
+        "partial_rotary_factor": config.get("partial_rotary_factor", 1) != 1,
+        "qk_layernorm": not config.get("qk_layernorm"),
+    }
+    if any(beyond.values()):
+        raise ModelError(
+            f"{where}: the PyTorch side of LLaDA-MoE is Qwen3-MoE's class, which has no place for "
+            f"its {', '.join(k for k, v in beyond.items() if v)}; use --against"
+        )
+    return {
+        **config,
+        "moe_intermediate_size": config["expert_intermediate_size"],
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def _remote(wanted: Wanted) -> Reference:
@@ -229,7 +262,7 @@ def _llada(wanted: Wanted) -> Reference:
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(wanted.path.glob("*.safetensors")):
+    for file in weight_files(wanted.path):
         tensors |= load_file(file)
     if wanted.adapter is not None:
         _merge(tensors, wanted.adapter)
