@@ -226,6 +226,21 @@ def test_bfloat16_stays_bfloat16_while_it_is_read(made, monkeypatch):
     assert seen == {jnp.dtype("bfloat16")}
 
 
+def test_what_was_read_into_is_the_array_itself(made, monkeypatch):
+    """On a CPU, so that a leaf is in memory once: JAX copies what is not aligned."""
+    starts = []
+    original = stream._aligned_empty
+
+    def record(*args: Any) -> np.ndarray:
+        starts.append((made := original(*args)).ctypes.data)
+        return made
+
+    monkeypatch.setattr(stream, "_aligned_empty", record)
+    folder = model_folder.open_folder(made("llada_bfloat16_shards"), dtype="bfloat16")
+    leaves = jax.tree.leaves(model_folder.load(folder, ONE_DEVICE))
+    assert [leaf.unsafe_buffer_pointer() for leaf in leaves] == starts
+
+
 def test_folders_are_converted_directly_bit_for_bit(made, tmp_path):
     source = made("llada_bfloat16_shards")
     assert run("to-hf", source, tmp_path / "out", "--quiet") == 0
@@ -293,6 +308,17 @@ def test_an_orbax_folder_loads_onto_any_mesh_in_any_dtype(made, tmp_path):
         loaded = load(kept, told)
         assert_same_parameters(loaded, model_folder.load(plain, ONE_DEVICE))
         assert sum(told) == sum(x.nbytes for x in jax.tree.leaves(loaded))
+
+
+def test_buffers_of_an_orbax_folder_keep_their_dtype(made, tmp_path):
+    """The bias that balances experts stays float32 among bfloat16."""
+    convert.to_orbax(made("llada2_bfloat16"), tmp_path / "orbax", quiet=True)
+    plain, kept = (
+        model_folder.load(model_folder.open_folder(path, dtype="bfloat16"), ONE_DEVICE)
+        for path in (made("llada2_bfloat16"), tmp_path / "orbax")
+    )
+    assert_same_parameters(kept, plain)
+    assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"float32", "bfloat16"}
 
 
 def test_identity_changes_with_dtype_and_architecture(made, tmp_path):
