@@ -443,7 +443,7 @@ def _save_replay(
     if job.save_plan:
         tokens = np.full((len(ids), job.settings.max_length), -1, np.int32)
         for row, item in enumerate(items):
-            tokens[row, : len(item.maskable)] = item.ids
+            tokens[row, : len(item.maskable)] = item.ids  # pyright: ignore
         whole = jax.tree.map(lambda *x: np.concatenate(x), *pieces)
         replay.save_plan(job.save_plan, ids, tokens, whole, job.settings.preset)
     if job.save_losses:
