@@ -66,6 +66,34 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 1022,
     "mask_token_id": 1023,
 }
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 384,
+    "vocab_size": 1024,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4 * MAX_TOKENS,
+}
+"""A next-token model of the demo's size: the same blocks, each position sees those before it."""
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 576,  # two matrices instead of three: as many parameters
+    "vocab_size": 1024,
+    "max_position_embeddings": 4 * MAX_TOKENS,
+}
+"""A masked language model of the demo's size."""
+NETWORKS = {"llada": CONFIG, "llama": LLAMA, "bert": BERT}
+"""What the demo can be made of: see `prepare`."""
 PRETRAIN = TrainSettings(epochs=2, learning_rate=2e-3, max_length=MAX_TOKENS)
 FINETUNE = TrainSettings(epochs=40, learning_rate=1e-3, max_length=MAX_TOKENS)
 """Forty epochs: memorised, as a small set that is fine-tuned on for long is."""
@@ -127,16 +155,32 @@ class Prepared(NamedTuple):
     length: int
 
 
-def prepare(out: Path, *, seed: int = 42, fresh: bool = False, quiet: bool = False) -> Prepared:
-    """Makes, or finds made, the corpus, the base and the target in `out`."""
+def prepare(
+    out: Path,
+    *,
+    network: str = "llada",
+    seed: int = 42,
+    fresh: bool = False,
+    quiet: bool = False,
+) -> Prepared:
+    """Makes, or finds made, the corpus, the base and the target in `out`.
+
+    Those of another `network` of `NETWORKS` lie in a folder of its name; the corpus and the lengths
+    of training are the same.
+    """
     say = console(quiet)
     if fresh and out.is_dir():
         _remove(out)
     _claim(out, seed)
-    made = _corpus(out, seed, say)
-    say.print("1/4 pre-training a small LLaDA on the standard library's source")
+    made, config = _corpus(out, seed, say), out / "corpus" / "config.json"
+    if network != "llada":
+        config = out / network / "config.json"
+        write_json(config, NETWORKS[network])
+        made = made._replace(base=out / network / "base", target=out / network / "target")
+    name = NETWORKS[network]["architectures"][0]
+    say.print(f"1/4 pre-training a small {name} on the standard library's source")
     finetune.pretrain(
-        out / "corpus" / "config.json",
+        config,
         out / "corpus" / "pretrain.jsonl",
         made.base,
         _seeded(PRETRAIN, seed),

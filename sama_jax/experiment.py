@@ -3,10 +3,13 @@
 A file is a mapping with
 
     summary   one line
-    models    `demo` (made here, see `sama-jax demo`), or {target: DIR, reference: DIR}
+    models    `demo` (made here, see `sama-jax demo`), `demo:llama` or `demo:bert` (the same of a
+              next-token or a masked language model), or {target: DIR, reference: DIR}
     data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}
-    runs      list of {name, attacks: [..], preset, passes, max_length, seed, set: [key=value, ..]}
+    runs      list of {name, attacks: [..], models, preset, passes, max_length, seed,
+              set: [key=value, ..]}; `models` of a run go before those of the file
     compare   list of [attack, attack]: AUC of the second minus the first, paired, in every run
+              that has both
 """
 
 from dataclasses import replace
@@ -23,7 +26,9 @@ from sama_jax.files import write_json
 from sama_jax.progress import console
 
 _FIELDS = {"summary", "models", "data", "runs", "compare"}
-_RUN_FIELDS = {"name", "attacks", "preset", "passes", "max_length", "seed", "set"}
+_RUN_FIELDS = {"name", "attacks", "models", "preset", "passes", "max_length", "seed", "set"}
+_DEMOS = {"demo": "llada", **{f"demo:{name}": name for name in demo.NETWORKS if name != "llada"}}
+"""What `models` may be called -> the network of the demo."""
 
 
 def _folders() -> list[Path]:
@@ -63,7 +68,15 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(run, dict) or not run.get("name") or not run.get("attacks"):
             raise DataError(f"{path}: run {number} needs a name and attacks")
         _known(run, _RUN_FIELDS, f"{path}, run {run['name']}")
-    return {"summary": "", "models": "demo", "compare": [], **found}
+    full = {"summary": "", "models": "demo", "compare": [], **found}
+    for models in (full["models"], *(run["models"] for run in full["runs"] if "models" in run)):
+        folders = isinstance(models, dict) and {"target", "reference"} <= set(models)
+        if not folders and models not in list(_DEMOS):
+            raise DataError(
+                f"{path}: models are {models!r}; expected {', '.join(_DEMOS)}, or target and "
+                "reference folders"
+            )
+    return full
 
 
 def _known(found: dict[str, Any], fields: set[str], where: str) -> None:
@@ -81,10 +94,11 @@ def run_experiment(name: str, out: Path | None, *, quiet: bool = False) -> dict[
     plan, say = read(path), console(quiet)
     out = out or Path("runs") / path.stem
     say.print(f"{path.stem}: {plan['summary']}")
-    target, reference, texts, prefixes, base = _models(plan, out, quiet)
     result: dict[str, Any] = {"experiment": path.stem, "runs": {}}
     for run in plan["runs"]:
         say.print(f"run {run['name']}")
+        models = run.get("models", plan["models"])
+        target, reference, texts, prefixes, base = _models(models, plan, out, quiet)
         job = audit.AuditJob(
             target=target,
             reference=reference,
@@ -98,7 +112,8 @@ def run_experiment(name: str, out: Path | None, *, quiet: bool = False) -> dict[
         )
         done = audit.run_audit(job)
         assert done is not None
-        compared = [_compare(done.rows, a, b, job.settings.seed) for a, b in plan["compare"]]
+        pairs = [pair for pair in plan["compare"] if set(pair) <= set(done.metrics["attacks"])]
+        compared = [_compare(done.rows, a, b, job.settings.seed) for a, b in pairs]
         result["runs"][run["name"]] = {"metrics": done.metrics["attacks"], "compare": compared}
         if not quiet:
             Console().print(report.metrics_table(done.metrics, done.rows, done.cost))
@@ -109,17 +124,15 @@ def run_experiment(name: str, out: Path | None, *, quiet: bool = False) -> dict[
 
 
 def _models(
-    plan: dict[str, Any], out: Path, quiet: bool
+    models: Any, plan: dict[str, Any], out: Path, quiet: bool
 ) -> tuple[Path, Path, data.Texts, data.Texts | None, config.AuditSettings]:
     """Target, reference, texts, prefixes, and the settings that go with them."""
-    if plan["models"] == "demo":
-        made = demo.prepare(out / "demo", quiet=quiet)
+    if isinstance(models, str):
+        made = demo.prepare(out / "demo", network=_DEMOS[models], quiet=quiet)
         texts = data.read_split(made.members, made.nonmembers)
         prefixes = data.read_texts(made.prefixes)
         return made.target, made.base, texts, prefixes, demo.audit_settings()
-    models, files = plan["models"], plan.get("data") or {}
-    if not isinstance(models, dict) or not {"target", "reference"} <= set(models):
-        raise DataError("models: expected `demo`, or target and reference folders")
+    files = plan.get("data") or {}
     if "data" in files:
         texts = data.read_texts(Path(files["data"]))
     elif {"members", "nonmembers"} <= set(files):

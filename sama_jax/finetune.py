@@ -34,17 +34,17 @@ from sama_jax.checkpoint import Checkpoints
 from sama_jax.config import TrainSettings
 from sama_jax.data import Texts, TextTokenizer, read_texts, require_ids_fit
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
-from sama_jax.models.registry import read_config
-from sama_jax.models.transformer import TransformerModel
+from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.progress import ProgressBar, console
 from sama_jax.training import (
+    HELD_OUT,
     Recipe,
     TrainState,
     batch_rows,
     init_state,
     learning_rate,
     make_recipe,
-    text_nll,
+    num_predicted,
     train_step,
 )
 from sama_jax.types import Model, Params, TextKeyData
@@ -60,6 +60,8 @@ REMAT_PARAMS = 300_000_000
 
 MANIFEST, LOG, CHECKPOINTS = "train.json", "log.jsonl", "checkpoints"
 END, MASK = "<|endoftext|>", "<|mdm_mask|>"
+MASK_TOKENS = (MASK, "[MASK]", "<mask>")
+"""Mask tokens that a given tokenizer may have."""
 
 
 # --- held-out loss -------------------------------------------------------------------------------
@@ -69,17 +71,20 @@ class _Heldout(NamedTuple):
     """Texts for the held-out loss, as the evaluation program takes them."""
 
     name: str
+    num_predicted: int
+    """Tokens that their losses stand for."""
     tokens: np.ndarray
     valid: np.ndarray
     keys: TextKeyData
 
 
-def _heldout(name: str, sequences: list[np.ndarray]) -> _Heldout:
+def _heldout(name: str, kind: str, sequences: list[np.ndarray]) -> _Heldout:
     chosen = sequences[:EVAL_TEXTS]
     tokens, lengths = _pad(chosen, _padded_length(chosen), 0)
     data = [rng.text_key_data(s) for s in chosen]
     keys = TextKeyData(*(jnp.array([getattr(d, f) for d in data]) for f in TextKeyData._fields))
-    return _Heldout(name, tokens, np.arange(tokens.shape[1])[None] < lengths[:, None], keys)
+    valid = np.arange(tokens.shape[1])[None] < lengths[:, None]
+    return _Heldout(name, num_predicted(kind, lengths), tokens, valid, keys)
 
 
 def _mean_nll(run: Callable[..., Array], params: Params, held: _Heldout, bar: ProgressBar) -> float:
@@ -94,7 +99,7 @@ def _mean_nll(run: Callable[..., Array], params: Params, held: _Heldout, bar: Pr
         total += float(np.asarray(nll, np.float64)[real].sum())
         bar.note("")
         bar.advance(int(real.sum()))
-    return total / int(held.valid.sum())
+    return total / held.num_predicted
 
 
 # --- texts to arrays -----------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def _digest(texts: list[str]) -> str:
 class _Start(NamedTuple):
     """What a run starts from."""
 
-    model: TransformerModel
+    model: Model
     family: str
     config: dict[str, Any]
     tokenizer: TextTokenizer
@@ -176,12 +181,13 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains all parameters of the model folder `base` on the texts of `data`, into folder `out`.
 
-    The same call continues an interrupted run and returns at once from a finished one. Weights
-    are kept and written in float32, whatever `base` stores.
+    The objective is that of the model's kind (`training.loss_of_kind`). The same call continues an
+    interrupted run and returns at once from a finished one. Weights are kept and written in
+    float32, whatever `base` stores.
 
     Returns:
       `steps`, `tokens`, `texts`, `loss` (mean of the last ten steps), `nll_before`, `nll_after`
-      (nats a token), `nll_on`, `seconds`, `tokens_per_second`.
+      (nats a token, by `training.HELD_OUT`), `nll_on`, `seconds`, `tokens_per_second`.
 
     Raises:
       UsageError: `out` belongs to another run.
@@ -191,6 +197,7 @@ def finetune(
     with _interruptible(out) as stop:
         base = model_folder.resolve(base)
         folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
+        _require_trainable(folder.family, settings, str(base))
         tokenizer = TextTokenizer.from_folder(base)
         require_ids_fit(tokenizer, folder.model.vocab_size, str(base))
         identity = {"command": "finetune", "base": folder.identity}
@@ -220,8 +227,8 @@ def pretrain(
     """Trains a model from random weights, into folder `out`.
 
     Args:
-      config: a LLaDA `config.json`; with no tokenizer given, its two last ids below `vocab_size`
-        are the end of text and the mask token, and may be left out.
+      config: the `config.json` of a supported family; with no tokenizer given, its two last ids
+        below `vocab_size` are the end of text and the mask token, and may be left out.
       tokenizer: `tokenizer.json`, or None to train a byte-level BPE on the texts.
 
     Returns and raises what `finetune` does.
@@ -229,14 +236,20 @@ def pretrain(
     with _interruptible(out) as stop:
         partial_config = _read_pretrain_config(config)
         vocab_size = partial_config["vocab_size"]
+        kind = read_config(partial_config, str(config)).kind
         if tokenizer is None:
-            name, end = "trained here", vocab_size - 2
-            ids = {"mask_token_id": vocab_size - 1, "eos_token_id": end, "pad_token_id": end}
+            name, ids = "trained here", _trained_ids(kind, vocab_size)
         else:
             loaded = TextTokenizer.from_file(tokenizer)
-            name, ids = loaded.fingerprint, {"mask_token_id": loaded.token_id(MASK)}
+            name, ids = loaded.fingerprint, _given_ids(kind, loaded)
         full = _with_token_ids(partial_config, ids, str(config))
         family = read_config(full, str(config))
+        _require_trainable(family, settings, str(config))
+        if kind != "autoregressive" and full.get("mask_token_id") is None:
+            raise ModelError(
+                f"{config}: has no mask_token_id, and the tokenizer has none of the tokens "
+                f"{', '.join(MASK_TOKENS)}; add one of them"
+            )
         identity = {
             "command": "pretrain",
             "base": hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(),
@@ -246,15 +259,28 @@ def pretrain(
         if run.finished:
             return run.manifest["result"]
         placed = _place_tokenizer(tokenizer, run, vocab_size)
-        model = TransformerModel(
-            arch=family.arch, mask_id=full["mask_token_id"], shift=family.shift
-        )
+        model = build_model(family, family.mask_id or 0, jnp.dtype("float32"))
         require_ids_fit(placed, model.vocab_size, str(config))
         key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
         # Outside jit, initialisers run one by one: 20 s instead of 2.
         init = jax.jit(model.init)
         start = _Start(model, family.family, full, placed, lambda: init(key))
         return _train(start, run, settings, stop)
+
+
+def _require_trainable(family: FamilyConfig, settings: TrainSettings, where: str) -> None:
+    """Raises where settings ask for what this kind of model cannot do."""
+    if settings.train_on_padding and family.kind != "diffusion":
+        raise UsageError(
+            f"{where}: train_on_padding is defined for diffusion models, this one is "
+            f"{family.kind}; leave it out"
+        )
+    limit = getattr(family.arch, "max_length", settings.max_length)
+    if settings.max_length > limit:
+        raise ModelError(
+            f"{where}: has position embeddings for {limit} tokens, but max_length is "
+            f"{settings.max_length}; lower it"
+        )
 
 
 class _Run(NamedTuple):
@@ -340,9 +366,7 @@ def _short(value: Any) -> Any:
 
 def _train(start: _Start, run: _Run, settings: TrainSettings, stop: "_Stop") -> dict[str, Any]:
     """From a checked start to a finished model folder."""
-    sequences = token_sequences(start.tokenizer, run.texts, settings, run.quiet)
-    if not sequences:
-        raise DataError(f"none of the {len(run.texts):,} training texts has a token")
+    sequences = _learnable(start, run.texts, settings, run.quiet, "training")
     tokens, lengths = _training_arrays(sequences, settings, start)
     held = _held_texts(start, run, settings, sequences)
     steps = math.ceil(settings.epochs * len(sequences) / settings.batch_size)
@@ -350,11 +374,10 @@ def _train(start: _Start, run: _Run, settings: TrainSettings, stop: "_Stop") -> 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     run.say(_estimate(sequences, tokens.shape[1], steps, settings, num_params))
 
-    model = dataclasses.replace(
-        start.model, dtype=jnp.dtype(settings.dtype), remat=num_params > REMAT_PARAMS
-    )
+    options = {"dtype": jnp.dtype(settings.dtype), "remat": num_params > REMAT_PARAMS}
+    model = dataclasses.replace(start.model, **options)  # pyright: ignore
     recipe = make_recipe(settings, steps)
-    evaluate = partial(text_nll, model, np.uint32(settings.seed))
+    evaluate = partial(HELD_OUT[model.kind], model, np.uint32(settings.seed))
     with Checkpoints(run.out / CHECKPOINTS) as checkpoints:
         state = _restore(checkpoints, abstract, recipe)
         if state is None:
@@ -401,6 +424,18 @@ def _estimate(
     )
 
 
+def _learnable(
+    start: _Start, texts: list[str], settings: TrainSettings, quiet: bool, name: str
+) -> list[np.ndarray]:
+    """The token sequences that have something to predict."""
+    sequences = token_sequences(start.tokenizer, texts, settings, quiet)
+    if start.model.kind == "autoregressive":  # nothing predicts a first token
+        sequences = [s for s in sequences if len(s) > 1]
+    if not sequences:
+        raise DataError(f"none of the {len(texts):,} {name} texts has a token to predict")
+    return sequences
+
+
 def _training_arrays(
     sequences: list[np.ndarray], settings: TrainSettings, start: _Start
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -419,12 +454,12 @@ def _training_arrays(
 def _held_texts(
     start: _Start, run: _Run, settings: TrainSettings, sequences: list[np.ndarray]
 ) -> _Heldout:
+    kind = start.model.kind
     if run.heldout is None:
-        return _heldout(f"the first {min(len(sequences), EVAL_TEXTS)} training texts", sequences)
-    found = token_sequences(start.tokenizer, run.heldout[:EVAL_TEXTS], settings, run.quiet)
-    if not found:
-        raise DataError(f"none of the {len(run.heldout):,} held-out texts has a token")
-    return _heldout(f"{min(len(found), EVAL_TEXTS)} held-out texts", found)
+        name = f"the first {min(len(sequences), EVAL_TEXTS)} training texts"
+        return _heldout(name, kind, sequences)
+    found = _learnable(start, run.heldout[:EVAL_TEXTS], settings, run.quiet, "held-out")
+    return _heldout(f"{min(len(found), EVAL_TEXTS)} held-out texts", kind, found)
 
 
 def _evaluate(
@@ -609,7 +644,7 @@ def _read_pretrain_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; expected a LLaDA config.json") from None
+        raise ModelError(f"{path}: no such file; expected a model's config.json") from None
     except (ValueError, OSError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
@@ -620,6 +655,25 @@ def _read_pretrain_config(path: Path) -> dict[str, Any]:
             "of text and mask"
         )
     return config
+
+
+def _trained_ids(kind: str, vocab_size: int) -> dict[str, int | None]:
+    """Where `train_tokenizer` puts the tokens that a config of this kind names."""
+    ids: dict[str, int | None] = dict.fromkeys(("eos_token_id", "pad_token_id"), vocab_size - 2)
+    if kind == "autoregressive":  # transformers' classes would assume id 1
+        return {**ids, "bos_token_id": vocab_size - 2}
+    return {"mask_token_id": vocab_size - 1, **ids}
+
+
+def _given_ids(kind: str, tokenizer: TextTokenizer) -> dict[str, int | None]:
+    """The ids that only a given tokenizer can tell."""
+    if kind == "autoregressive":
+        return {}
+    return {"mask_token_id": tokenizer.token_id(_mask_token(tokenizer) or MASK)}
+
+
+def _mask_token(tokenizer: TextTokenizer) -> str | None:
+    return next((name for name in MASK_TOKENS if tokenizer.token_id(name) is not None), None)
 
 
 def _place_tokenizer(given: Path | None, run: _Run, vocab_size: int) -> TextTokenizer:
@@ -633,7 +687,12 @@ def _place_tokenizer(given: Path | None, run: _Run, vocab_size: int) -> TextToke
         else:
             content = given.read_bytes()
         files.write_atomic(path, content)
-        fast = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+        written = TextTokenizer.from_file(path)
+        end = END if written.token_id(END) is not None else None
+        special = {"eos_token": end, "pad_token": end, "mask_token": _mask_token(written)}
+        # transformers would add a token that the tokenizer lacks, above the model's last row.
+        fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        fast |= {k: name for k, name in special.items() if name is not None}
         files.write_json(run.out / "tokenizer_config.json", fast)
         run.remember(tokenizer_sha256=hashlib.sha256(content).hexdigest())
     return TextTokenizer.from_file(path)
@@ -650,17 +709,12 @@ def _with_token_ids(
     ]
     if wrong:
         raise ModelError(f"{where}: {'; '.join(wrong)}; correct the field or leave it out")
-    full = {**config, **{f: n for f, n in ids.items() if n is not None}}
-    if full.get("mask_token_id") is None:
-        raise ModelError(
-            f"{where}: has no mask_token_id, and the tokenizer has no token {MASK}; add one of them"
-        )
-    return full
+    return {**config, **{f: n for f, n in ids.items() if n is not None}}
 
 
 def _copy_companions(base: Path, out: Path) -> None:
     """Tokenizer and other files beside the weights; not what this program writes itself."""
-    own = {model_folder.CONFIG, MANIFEST, LOG, "README.md"}
+    own = {model_folder.CONFIG, model_folder.RECORD, MANIFEST, LOG, "README.md"}
     weights = {".safetensors", ".bin", ".pt", ".pth", ".part"}
     with files.writing(out):
         for file in sorted(base.iterdir()):

@@ -1,7 +1,8 @@
-"""Masked-diffusion training as pure functions: masks, loss, optimiser, one step, one evaluation.
+"""Training as pure functions: a loss for each kind of model, optimiser, one step, evaluations.
 
-Source of the loss: `GUIDELINES.md` in `ML-GSAI/LLaDA`, and `trainer/misc/trainer.py` in
-`Stry233/SAMA`, which computes the same.
+Sources of the losses: for diffusion `GUIDELINES.md` in `ML-GSAI/LLaDA`, and
+`trainer/misc/trainer.py` in `Stry233/SAMA`, which computes the same; for masked language models
+arXiv 1810.04805, section 3.1.
 """
 
 from functools import partial
@@ -18,10 +19,28 @@ from sama_jax.config import TrainSettings
 from sama_jax.types import Model, Params, TextKeyData
 
 EVAL_PASSES = 8
-"""Forward passes of the held-out likelihood bound."""
+"""Forward passes of the held-out loss, but for next-token models, where one is exact."""
+MASKED_PERCENT = 15
+"""Part of a text that a masked language model learns to fill in (arXiv 1810.04805)."""
 
 
-# --- loss ----------------------------------------------------------------------------------------
+# --- losses --------------------------------------------------------------------------------------
+
+
+def _nll_everywhere(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    seen: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+) -> Float[Array, "b l"]:
+    """Loss of every token in nats, from an input `seen` that may hide some of them."""
+    hidden = model.hidden(params, seen, valid)
+    if model.shift:  # the output at i - 1 predicts token i; position 0 keeps its own
+        hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
+    b, length = tokens.shape
+    nll = losses.token_nll(model, params, hidden.reshape(b * length, -1), tokens.reshape(-1))
+    return nll.reshape(b, length)
 
 
 class LossAux(NamedTuple):
@@ -54,15 +73,74 @@ def diffusion_loss(
     Source: `GUIDELINES.md` in `ML-GSAI/LLaDA`, where every position of a batch is valid.
     """
     masks, p = diffusion_masks(key, valid, eps)
-    hidden = model.hidden(params, jnp.where(masks, model.mask_id, tokens), valid)
-    if model.shift:  # the output at i - 1 predicts token i; position 0 keeps its own
-        hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
-    b, length = tokens.shape
-    nll = losses.token_nll(model, params, hidden.reshape(b * length, -1), tokens.reshape(-1))
-    weighted = jnp.where(masks, nll.reshape(b, length) / p[:, None], 0.0)
+    nll = _nll_everywhere(model, params, tokens, jnp.where(masks, model.mask_id, tokens), valid)
+    weighted = jnp.where(masks, nll / p[:, None], 0.0)
     num_valid = valid.sum()
     loss = weighted.sum() / jnp.maximum(num_valid, 1).astype(jnp.float32)
     return loss, LossAux(masks.sum(), num_valid)
+
+
+def next_token_loss(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+) -> Float[Array, ""]:
+    """Mean loss in nats of every valid token but each text's first; `key` is not used."""
+    return _mean_over(_nll_everywhere(model, params, tokens, tokens, valid), _predicted(valid))
+
+
+def _predicted(valid: Bool[Array, "b l"]) -> Bool[Array, "b l"]:
+    """Tokens that a next-token model predicts: nothing stands before a first one."""
+    return valid & (jnp.arange(valid.shape[1]) > 0)[None, :]
+
+
+def fixed_share_masks(key: Key[Array, ""], valid: Bool[Array, " l"]) -> Bool[Array, " l"]:
+    """15 % of one text's valid tokens, rounded, at least one; none of a text without tokens.
+
+    Source of the count: `create_pretraining_data.py` in `google-research/bert`.
+    """
+    num = valid.sum()
+    count = jnp.maximum((MASKED_PERCENT * num + 50) // 100, 1)
+    return probes.random_ranks(key, valid, valid.shape[0]) < jnp.minimum(count, num)
+
+
+def masked_loss(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+) -> Float[Array, ""]:
+    """Mean loss in nats of 15 % of the tokens, all of them replaced by the mask token.
+
+    BERT's objective but for one thing: BERT leaves a tenth of them as they are and replaces another
+    tenth by random tokens, for inputs without masks, which nothing here reads.
+    """
+    masks = jax.vmap(fixed_share_masks)(jax.random.split(key, len(tokens)), valid)
+    seen = jnp.where(masks, model.mask_id, tokens)
+    return _mean_over(_nll_everywhere(model, params, tokens, seen, valid), masks)
+
+
+def _mean_over(nll: Float[Array, "b l"], counted: Bool[Array, "b l"]) -> Float[Array, ""]:
+    num = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+    return jnp.where(counted, nll, 0.0).sum() / num
+
+
+def loss_of_kind(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+    eps: float | Float[Array, ""],
+) -> Float[Array, ""]:
+    """The objective that models of this kind are trained with; `eps` is diffusion's alone."""
+    if model.kind == "diffusion":
+        return diffusion_loss(model, params, tokens, valid, key, eps)[0]
+    loss = {"autoregressive": next_token_loss, "masked": masked_loss}[model.kind]
+    return loss(model, params, tokens, valid, key)
 
 
 # --- optimiser and step --------------------------------------------------------------------------
@@ -140,9 +218,9 @@ def train_step(
     mask_key = jax.random.fold_in(key, state.step)
 
     def loss_fn(params):
-        return diffusion_loss(model, params, tokens, valid, mask_key, recipe.eps)
+        return loss_of_kind(model, params, tokens, valid, mask_key, recipe.eps)
 
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
     updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1), loss
@@ -188,11 +266,54 @@ def text_nll(
 
     def one_pass(args: tuple[Array, Array]) -> Float[Array, " b"]:
         mask, count = args
-        hidden = model.hidden(params, jnp.where(mask, model.mask_id, tokens), valid)
-        if model.shift:
-            hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        nll = losses.token_nll(model, params, flat, tokens.reshape(-1)).reshape(mask.shape)
+        nll = _nll_everywhere(model, params, tokens, jnp.where(mask, model.mask_id, tokens), valid)
         return jnp.where(mask, nll, 0.0).sum(axis=1) * num / jnp.maximum(count, 1)
 
     return jax.lax.map(one_pass, (masks.swapaxes(0, 1), counts.T)).mean(axis=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def next_token_nll(
+    model: Model,
+    seed: int | UInt[Array, ""],
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    keys: TextKeyData,
+) -> Float[Array, " b"]:
+    """Each text's exact negative log-likelihood in nats, given its first token."""
+    nll = _nll_everywhere(model, params, tokens, tokens, valid)
+    return jnp.where(_predicted(valid), nll, 0.0).sum(axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def masked_nll(
+    model: Model,
+    seed: int | UInt[Array, ""],
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    keys: TextKeyData,
+) -> Float[Array, " b"]:
+    """Each text's length times the mean loss of its masked tokens, in nats: 15 % at a time."""
+
+    def plan(data: TextKeyData, row: Bool[Array, " l"]) -> Bool[Array, "t l"]:
+        key = rng.for_purpose(rng.text_key(seed, data), rng.Purpose.LIKELIHOOD_MASKS)
+        return jax.vmap(lambda k: fixed_share_masks(k, row))(rng.step_keys(key, EVAL_PASSES))
+
+    masks = jax.vmap(plan)(keys, valid)
+
+    def one_pass(mask: Bool[Array, "b l"]) -> Float[Array, " b"]:
+        nll = _nll_everywhere(model, params, tokens, jnp.where(mask, model.mask_id, tokens), valid)
+        return jnp.where(mask, nll, 0.0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
+
+    return jax.lax.map(one_pass, masks.swapaxes(0, 1)).mean(axis=0) * valid.sum(axis=1)
+
+
+HELD_OUT = {"diffusion": text_nll, "autoregressive": next_token_nll, "masked": masked_nll}
+"""Kind of a model -> the held-out loss of a text in nats."""
+
+
+def num_predicted(kind: str, lengths: np.ndarray) -> int:
+    """Tokens that the held-out losses of texts of these lengths stand for (host)."""
+    return int(np.maximum(lengths - (kind == "autoregressive"), 0).sum())
