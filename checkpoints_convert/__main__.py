@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; errors are one line on stderr."""
     words = sys.argv[1:] if argv is None else argv
     command = next((word for word in words if not word.startswith("-")), None)
-    return run_program(PROGRAM, build_parser(command), _COMMANDS, argv)
+    again = "{command} starts over"
+    return run_program(PROGRAM, build_parser(command), _COMMANDS, argv, again)
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ _COMMANDS = {
 }
 
 
-def _end_on_signals(name: str, command: str) -> None:
+def _end_on_signals(line: str) -> None:
     """Ctrl-C and SIGTERM end the process at once, with one line.
 
     What is finished is in its files at any moment, so nothing is left to put in order, while an
@@ -387,8 +387,7 @@ def _end_on_signals(name: str, command: str) -> None:
 
     def end(*_: object) -> NoReturn:
         cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
-        line = f"{name}: interrupted; what is finished is kept: {command} continues\n"
-        os.write(2, (cursor + line).encode())
+        os.write(2, f"{cursor}{line}\n".encode())
         os._exit(Interrupted.exit_code)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -405,6 +404,7 @@ def run_program(
     parser: argparse.ArgumentParser,
     commands: Mapping[str, Callable[[argparse.Namespace], int | None]],
     argv: Sequence[str] | None,
+    interrupted: str = "what is finished is kept: {command} continues",
 ) -> int:
     """Parses, runs one of `commands`, turns errors into one line; returns the exit code.
 
@@ -412,14 +412,15 @@ def run_program(
     """
     name = program.split()[-1]
     command = f"{program} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    interrupted = f"interrupted; {interrupted.format(command=command)}"
     if argv is None:
-        _end_on_signals(name, command)
+        _end_on_signals(f"{name}: {interrupted}")
     args = parser.parse_args(argv)
     args.command_line = command
     try:
         return commands[args.command](args) or 0
     except (Interrupted, KeyboardInterrupt) as error:
-        text = str(error) or f"interrupted; what is finished is kept: {command} continues"
+        text = str(error) or interrupted
         print(f"{name}: {text}", file=sys.stderr, flush=True)
         if argv is None:
             os._exit(Interrupted.exit_code)

@@ -91,7 +91,7 @@ def resolve(name: str | Path) -> Path:
     """
     path = Path(name)
     match = _HUB_ID.fullmatch(str(name))
-    if os.path.exists(path) or match is None or path.parent.is_dir():
+    if match is None or os.path.isdir(path.parts[0]):
         return path
     try:
         import huggingface_hub
