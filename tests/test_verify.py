@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import verify
-from checkpoints_convert.verify import live, ours, plan, torch_reference
+from checkpoints_convert.verify import exchange, live, ours, plan, torch_reference
 from sama_jax import alignment, model_folder, replay
 from sama_jax.errors import DataError, ModelError, SamaError, UsageError
 from sama_jax.models.registry import build_model, read_config
@@ -246,6 +246,9 @@ def test_folders_own_code_runs_only_if_told_so(folder, tmp_path, capsys, monkeyp
     out = capsys.readouterr().out
     assert "TinyModel, the folder's own" in out
     assert out.count("block 3") == 2
+    (path / "modeling_tiny.py").write_text(code.replace("stand_in(input_ids)", "nothing"))
+    with pytest.raises(ModelError, match=r"cannot run \(name 'nothing' is not defined\)"):
+        run(path, "--trust-remote-code")
 
 
 def test_lora_adapter_is_on_both_sides(folder, dump, tmp_path, monkeypatch):
@@ -260,6 +263,8 @@ def test_lora_adapter_is_on_both_sides(folder, dump, tmp_path, monkeypatch):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     assert run(folder, "--adapter", tmp_path) == 0
     assert run(folder, "--adapter", tmp_path, "--against", dump) == 6  # the base's losses
+    with pytest.raises(ModelError, match="has no adapter_config"):
+        run(folder, "--adapter", folder)
 
 
 def test_without_pytorch_one_line_says_what_to_install(folder, tmp_path, monkeypatch):
@@ -374,14 +379,16 @@ def test_one_other_loss_is_found_and_named(dump, folder, tmp_path, capsys):
     assert run(folder, "--against", change(dump, tmp_path / "x.npz", nll=nll)) == 0
 
 
-def test_rank_decides_in_bfloat16(dump, folder, tmp_path):
-    """Losses squeezed together differ little, but their noise is all of their order."""
+def test_in_bfloat16_losses_must_also_keep_their_order(dump, folder, tmp_path, monkeypatch):
+    """Losses so close together that all of them are within the tolerance of one another."""
     found = np.load(dump, allow_pickle=False)
-    assert run(folder, "--against", dump, "--dtype", "bfloat16") == 0
-    nll = found["nll"].copy()
-    nll[found["mask"]] += 0.5
-    worse = change(dump, tmp_path / "x.npz", nll=nll)
-    assert run(folder, "--against", worse, "--dtype", "bfloat16") == 6
+    rng = np.random.default_rng(0)
+    here = (1 + 0.02 * rng.random(found["nll"].shape)).astype(np.float32)
+    monkeypatch.setattr(exchange, "token_losses", lambda *_: here)
+    near = here + np.float32(1e-4) * rng.standard_normal(here.shape).astype(np.float32)
+    for nll, code in ((near, 0), (rng.permuted(here, axis=1), 6)):
+        path = change(dump, tmp_path / "x.npz", nll=nll)
+        assert run(folder, "--against", path, "--dtype", "bfloat16") == code
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {

@@ -117,7 +117,7 @@ def verify_live(path: Path, options: Options) -> int:
 
     console, code = Console(), 0
     for dtype in _dtypes(path, options):
-        folder = open_folder(path, mask_id=options.mask_id, dtype=dtype)
+        folder = open_folder(path, mask_id=options.mask_id, dtype=dtype, adapter=options.adapter)
         inputs = make_inputs(folder, options.texts)
         wanted = torch_reference.Wanted(
             folder.path,

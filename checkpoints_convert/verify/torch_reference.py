@@ -242,6 +242,9 @@ def _hooked(
         try:
             with torch.no_grad():
                 out = module(input_ids=torch.from_numpy(tokens).long()[None], **mask)
+        except Exception as error:  # the folder's own code may do anything
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ModelError(f"{wanted.path}: {name} cannot run ({reason})") from None
         finally:
             for hook in hooks:
                 hook.remove()
