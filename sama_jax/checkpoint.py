@@ -145,6 +145,7 @@ def save_params(folder: Path, params: Any) -> None:
     # Random-like bits: zstd makes bfloat16 weights a fifth smaller and writing three times slower.
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.use_replica_parallel = False  # it compiles a slice of every shape
     try:
         with context, _without_log():
             ocp.save(str(folder.absolute()), params)
