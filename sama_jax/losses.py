@@ -4,6 +4,7 @@
 positions, and only for a chunk of them at a time.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,28 @@ CHANNELS = {
 """
 
 
+def in_chunks(
+    values_of: Callable[..., Float[Array, "c p"]], rows: tuple[Array, ...], vocab_size: int
+) -> Float[Array, "n p"]:
+    """`values_of(*rows)` [n, p] where it makes [n, vocab_size] float32 arrays on the way.
+
+    Computed in chunks of positions, so that they hold `HEAD_BYTES`; recomputed in a backward pass.
+    """
+    n = rows[0].shape[0]
+    chunk = max(1, HEAD_BYTES // (4 * vocab_size))
+    if n <= chunk:
+        return values_of(*rows)
+    num = -(-n // chunk)
+    chunk = -(-n // num)  # equal chunks: padding is below one position a chunk
+    fill = num * chunk - n
+
+    def split(x: Array) -> Array:
+        return jnp.pad(x, ((0, fill), *[(0, 0)] * (x.ndim - 1))).reshape(num, chunk, *x.shape[1:])
+
+    values = jax.lax.map(jax.checkpoint(lambda args: values_of(*args)), tuple(map(split, rows)))
+    return values.reshape(num * chunk, -1)[:n]
+
+
 def token_values(
     model: Model,
     params: Params,
@@ -77,27 +100,13 @@ def token_values(
     targets: Int[Array, " n"],
     channels: tuple[str, ...],
 ) -> Float[Array, "c n"]:
-    """`CHANNELS` at some positions, float32, computed in chunks of positions.
+    """`CHANNELS` at some positions, float32."""
 
-    Chunks are recomputed in a backward pass, so that training holds no more logits than scoring.
-    """
-
-    def chunk_values(args: tuple[Array, Array]) -> Float[Array, "p c"]:
-        h, t = args
+    def values(h: Float[Array, "c d"], t: Int[Array, " c"]) -> Float[Array, "c p"]:
         logits = model.logits(params, h).astype(jnp.float32)
         return jnp.stack([CHANNELS[name](logits, t) for name in channels], axis=1)
 
-    n = hidden.shape[0]
-    chunk = max(1, HEAD_BYTES // (4 * model.vocab_size))
-    if n <= chunk:
-        return chunk_values((hidden, targets)).T
-    num = -(-n // chunk)
-    chunk = -(-n // num)  # equal chunks: padding is below one position a chunk
-    fill = num * chunk - n
-    hidden = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(num, chunk, -1)
-    targets = jnp.pad(targets, (0, fill)).reshape(num, chunk)
-    values = jax.lax.map(jax.checkpoint(chunk_values), (hidden, targets))
-    return values.reshape(-1, len(channels))[:n].T
+    return in_chunks(values, (hidden, targets), model.vocab_size).T
 
 
 def token_nll(

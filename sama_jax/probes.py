@@ -114,3 +114,18 @@ def bernoulli_masks(
         return maskable & (noise < p), p
 
     return jax.vmap(one)(keys)
+
+
+def partition_masks(
+    key: Key[Array, ""], maskable: Bool[Array, " l"], parts: int, rounds: int, max_length: int
+) -> Bool[Array, "t l"]:
+    """`rounds` times `parts` disjoint masks that together cover the maskable positions, once.
+
+    Sizes within a round differ by at most one. With fewer positions than parts some are empty.
+    """
+    keys = rng.step_keys(key, rounds)
+    ranks = jax.vmap(lambda k: random_ranks(k, maskable, max_length))(keys)
+    total = jnp.maximum(maskable.sum(), 1)
+    part = jnp.where(maskable, ranks * parts // total, -1)  # rank x parts stays below 2^31
+    masks = part[:, None, :] == jnp.arange(parts)[None, :, None]
+    return masks.reshape(rounds * parts, -1)

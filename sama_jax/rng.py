@@ -25,10 +25,12 @@ class Purpose(IntEnum):
     INITIAL_WEIGHTS = 4
     TRAINING_MASKS = 5
     PARTITION_MASKS = 6
-    PROCEDURE = 7
     NEIGHBOR_MASKS = 8
     HALF_MASKS = 9
     INDEPENDENT_GROUPS = 10
+    RANDOM_SHARE_MASKS = 11
+    NOISE_LEVEL_MASKS = 12
+    DISTANCE_MASKS = 13
 
 
 def text_key_data(tokens: np.ndarray) -> TextKeyData:

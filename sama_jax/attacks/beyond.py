@@ -1,0 +1,68 @@
+"""SAMA's statistic beyond diffusion models: the paper's open question.
+
+`sama:ar` reads a next-token model: one pass gives every token but the first one loss, in one
+context, the tokens before it. What SAMA varies, the context and how much of it is hidden, cannot be
+varied there, so T densities become T times as many random subsets of the same losses, all alike.
+
+`sama:mlm` reads a masked language model (BERT, ModernBERT) with SAMA's own probes, but only up to
+the share of masked tokens that such models are trained on, 15 %: beyond it, their losses are those
+of a task that neither model knows.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sama_jax import votes
+from sama_jax.attacks.circulated import UnmaskedProbes
+from sama_jax.attacks.registry import register
+from sama_jax.attacks.sama import ProgressiveProbes
+from sama_jax.config import AuditSettings
+from sama_jax.types import Reading
+
+TRAINED_SHARE = 0.15
+"""Devlin et al., arXiv 1810.04805."""
+
+
+def next_token_probes(settings: AuditSettings) -> UnmaskedProbes:
+    """One pass, with as many subsets as SAMA draws over all its steps."""
+    s = settings.sama
+    return UnmaskedProbes(s.subsets * s.steps, s.subset_size)
+
+
+@register(
+    "sama:ar",
+    probes=next_token_probes,
+    access="loss of every token + reference",
+    source="arXiv 2601.20125, open question; this project",
+    kinds=("autoregressive",),
+    undefined="it needs at least two tokens",
+)
+def sama_ar(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """Share of random token subsets whose next-token loss the target lowers."""
+    found = votes.text_sign_statistics(
+        reading.target, reading.reference, reading.plan, settings.sama.ties
+    )
+    return jnp.where(reading.plan.weights.sum() > 0, found.score, jnp.nan)
+
+
+def masked_model_probes(settings: AuditSettings) -> ProgressiveProbes:
+    """SAMA's probes with densities up to `TRAINED_SHARE`."""
+    s = settings.sama
+    low, high = (min(d, TRAINED_SHARE) for d in (s.min_density, s.max_density))
+    return ProgressiveProbes(replace(s, min_density=low, max_density=high), settings.max_length)
+
+
+@register(
+    "sama:mlm",
+    probes=masked_model_probes,
+    access="masked logits + reference",
+    source="arXiv 2601.20125, open question; this project",
+    kinds=("masked",),
+)
+def sama_mlm(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """SAMA's score on a masked language model, at most 15 % of the text masked."""
+    return votes.text_sign_statistics(
+        reading.target, reading.reference, reading.plan, settings.sama.ties
+    ).score

@@ -1,0 +1,200 @@
+"""Forms of Min-K%, Min-K%++ and Ratio that circulate and measure something else.
+
+They are here to compare with published numbers, not to be used; docs/attacks.md says what each one
+measures. `mink`, `mink++` and `ratio` are the sound forms.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sama_jax import losses, probes, rng, votes
+from sama_jax.attacks import statistics
+from sama_jax.attacks.likelihood import LikelihoodProbes
+from sama_jax.attacks.registry import Query, register
+from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.types import ProbePlan, Reading
+
+COUNTED = 20
+"""Tokens that count: the number 20 where Min-K% has 20 per cent."""
+
+
+def _bernoulli(settings: AuditSettings) -> LikelihoodProbes:
+    """Masks of the published likelihood estimate."""
+    eps = settings.likelihood.eps
+    return LikelihoodProbes(settings.budget, "bernoulli", eps, settings.max_length)
+
+
+def sum_of_smallest(
+    values: Float[Array, " l"], missing: Int[Array, ""], stand_in: float
+) -> Float[Array, ""]:
+    """Sum of the `COUNTED` smallest of `values` (NaN: unread), where `missing` tokens more have the
+    value `stand_in`, which is below all others."""
+    ordered = jnp.sort(values)
+    absent = jnp.minimum(missing, COUNTED)
+    read = (~jnp.isnan(values)).sum()
+    used = jnp.arange(values.shape[0]) < jnp.minimum(COUNTED - absent, read)
+    total = jnp.where(used, ordered, 0.0).sum() + stand_in * absent
+    return jnp.where(missing + read > 0, total, jnp.nan)
+
+
+_DLM_MIA = "clearloveclearlove/DLM_MIA attack/attacks/"
+
+
+@register(
+    "mink:circulated",
+    probes=_bernoulli,
+    needs_reference=False,
+    access="loss of every token",
+    source=_DLM_MIA + "mink.py",
+)
+def mink_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """Sum of the 20 smallest mean probabilities; a token that was never masked counts 0."""
+    del settings
+    values = statistics.token_means(jnp.exp(-reading.target), reading.plan.scored)
+    unread = reading.num_tokens - (~jnp.isnan(values)).sum()
+    return jnp.where(reading.num_tokens > 0, sum_of_smallest(values, unread, 0.0), jnp.nan)
+
+
+@register(
+    "mink++:circulated",
+    probes=_bernoulli,
+    needs_reference=False,
+    access="loss of every token",
+    source=_DLM_MIA + "minkplusplus.py",
+)
+def minkpp_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """Sum of the 20 smallest mean log-probabilities; never masked, or missing to 20: -1000."""
+    del settings
+    values = statistics.token_means(-reading.target, reading.plan.scored)
+    missing = jnp.maximum(reading.num_tokens, COUNTED) - (~jnp.isnan(values)).sum()
+    return jnp.where(reading.num_tokens > 0, sum_of_smallest(values, missing, -1000.0), jnp.nan)
+
+
+# --- the forms of the ITS repository -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RandomShareProbes:
+    """Each pass masks a random share of the text, uniform in [0.01, 0.99]; at least one token."""
+
+    passes: int
+    max_length: int
+
+    @property
+    def identity(self) -> str:
+        return settings_hash("random share", self.passes)
+
+    def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
+        key = rng.for_purpose(key, rng.Purpose.RANDOM_SHARE_MASKS)
+        share_key, mask_key = jax.random.split(key)
+        share = jax.random.uniform(share_key, (self.passes,), minval=0.01, maxval=0.99)
+        total = maskable.sum().astype(jnp.int32)
+        counts = jnp.clip(jnp.rint(share * total).astype(jnp.int32), 1, total)
+        masks = probes.fresh_masks(mask_key, maskable, counts, self.max_length)
+        subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
+        return ProbePlan(masks, masks, masks.any(axis=1).astype(jnp.float32), subsets)
+
+    def slot_bounds(self, length: int) -> np.ndarray:
+        return np.full(self.passes, length)
+
+
+def random_share_probes(settings: AuditSettings) -> RandomShareProbes:
+    """The budget's number of passes."""
+    return RandomShareProbes(settings.budget, settings.max_length)
+
+
+def _largest_sums(values: Float[Array, "t l"], scored: Bool[Array, "t l"]) -> Float[Array, ""]:
+    """Mean over passes of the sum of the int(0.8 n) largest of n values; all of them if n = 1."""
+
+    def one(v: Float[Array, " l"], s: Bool[Array, " l"]) -> Float[Array, ""]:
+        n = s.sum()
+        taken = jnp.where(n == 1, 1, (8 * n) // 10)
+        ordered = -jnp.sort(jnp.where(s, -v, jnp.inf))
+        return jnp.where(jnp.arange(v.shape[0]) < taken, ordered, 0.0).sum()
+
+    used = scored.any(axis=1)
+    total = jnp.where(used, jax.vmap(one)(values, scored), 0.0).sum()
+    return total / jnp.where(used.any(), used.sum(), jnp.nan)
+
+
+@register(
+    "mink:its",
+    probes=random_share_probes,
+    needs_reference=False,
+    access="loss of every token",
+    source="Chrisqcwx/DLLM-MIA attack/attacks/mink.py",
+)
+def mink_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """Minus the sum of the largest 80 % of the losses of each pass: it grows with their number."""
+    del settings
+    return -_largest_sums(reading.target, reading.plan.scored)
+
+
+@register(
+    "mink++:its",
+    queries=lambda settings: {
+        "text": Query(
+            random_share_probes(settings), None, ("nll", "flat_mean", "flat_deviation"), "target"
+        )
+    },
+    access="logits of every token",
+    source="Chrisqcwx/DLLM-MIA attack/attacks/minkpp.py",
+)
+def minkpp_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """The same of losses normalised by the unweighted mean and deviation over the vocabulary."""
+    del settings
+    more = reading.target_more
+    z = (-reading.target - more["flat_mean"]) / (more["flat_deviation"] + 1e-8)
+    return -_largest_sums(-z, reading.plan.scored)
+
+
+# --- Ratio ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnmaskedProbes:
+    """One pass over the text as it is; every token but the first is read."""
+
+    draws: int = 0
+    """Subsets of the tokens that vote."""
+    subset_size: int = 1
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    @property
+    def identity(self) -> str:
+        return settings_hash("unmasked")
+
+    def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
+        scored = maskable & (jnp.arange(maskable.shape[0]) > 0)
+        key = rng.for_purpose(key, rng.Purpose.SUBSETS)
+        subsets = votes.sample_subsets(key, scored, self.draws, self.subset_size)
+        weights = scored.any().astype(jnp.float32)[None]
+        return ProbePlan(jnp.zeros_like(scored)[None], scored[None], weights, subsets[None])
+
+    def slot_bounds(self, length: int) -> np.ndarray:
+        return np.array([max(length - 1, 1)])
+
+
+@register(
+    "ratio:circulated",
+    queries=lambda _: {"text": Query(UnmaskedProbes(), channels=(losses.NEXT,))},
+    access="logits + reference",
+    source="Stry233/SAMA attack/attacks/ratio.py",
+    undefined="it needs at least two tokens",
+)
+def ratio_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """Minus the next-token loss of the unmasked text over the reference's: no likelihood here."""
+    del settings
+    scored = reading.plan.scored
+    target, reference = (
+        statistics.mean(statistics.token_means(x, scored))
+        for x in (reading.target, reading.reference)
+    )
+    return -target / reference
