@@ -150,7 +150,9 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         known = None if None in labels else np.array(labels, np.int32)
         scoring.score_corpus(reader, folder, ids, [t.text for t in texts], known)
         text_rows = _text_rows(job, texts, items, encoded, prefixes)
-        reading.write_index(job.out / reading.INDEX, text_rows, reader.items)
+        index = job.out / reading.INDEX
+        earlier = reading.read_index(index)[1] if index.is_file() else {}
+        reading.write_index(index, text_rows, earlier | reader.items)
         rows = folder.join(text_rows, [a.name for a in chosen])
         metrics = report.compute_metrics(rows, settings.seed)
         write_json(job.out / METRICS, metrics)
@@ -198,14 +200,12 @@ def _prefixes(
         return Prefixes({}, set())
     shots, names = job.settings.prefix.shots, {"nonmember": 0, "member": 1}
     found: dict[str, list[str]] = {}
-    if job.prefixes is not None:
-        for name, label in names.items():
+    for name, label in names.items():
+        if job.prefixes is not None:
             given = [t.text for t in job.prefixes.texts if (t.label or 0) == label]
             if given:
                 found[name] = given[:shots]
-        return Prefixes(found, set())
-    taken: set[str] = set()
-    for name, label in names.items():
+            continue
         pool = sorted(
             (t for t in texts if t.label == label),
             key=lambda t: hashlib.sha256(f"{job.settings.seed} {t.id}".encode()).digest(),
@@ -213,8 +213,8 @@ def _prefixes(
         # At least as many must be left to evaluate on.
         if name in classes and len(pool) >= 2 * shots:
             found[name] = [t.text for t in pool[:shots]]
-            taken |= {t.id for t in texts if t.text in set(found[name])}
-    return Prefixes(found, taken)
+    used = {text for given in found.values() for text in given}
+    return Prefixes(found, {t.id for t in texts if t.text in used})
 
 
 def _supported(

@@ -23,6 +23,7 @@ from sama_jax.audit import AuditJob, AuditResult, run_audit
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
+from sama_jax.score import run_score
 from sama_jax.types import Encoded, TextKeyData
 
 SETTINGS = AuditSettings(
@@ -338,9 +339,10 @@ def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
     # Too few texts of a class: none of it.
     few = [t for t in texts if t.label == 1] + [t for t in texts if t.label == 0][:5]
     assert set(chosen(box, few).texts) == {"member"}
-    # A file of prefixes takes nothing.
-    given = chosen(box, texts, prefixes=data.collect([one("a", "ka ro", 0)]))
-    assert given == audit.Prefixes({"nonmember": ["ka ro"]}, set())
+    # A file of prefixes takes nothing but texts that stand in it.
+    file = data.collect([one("a", "ka ro", 0), one("b", TEXTS[4], None)])
+    given = chosen(box, texts, prefixes=file)
+    assert given == audit.Prefixes({"nonmember": ["ka ro", TEXTS[4]]}, {"t4"})
 
 
 # --- all texts together --------------------------------------------------------------------------
@@ -497,18 +499,6 @@ def test_the_sampler_of_independent_groups_against_loops(size: int):
         assert (found[:, length:] == -1).all()
 
 
-def test_groups_avoid_tokens_that_attend_to_each_other():
-    """Two blocks of tokens that see only their own block: a pair never falls into one."""
-    block = jnp.kron(jnp.eye(2), jnp.ones((8, 8)))
-    settings = ItsSettings(balance=0.0, least=1)
-    may, counts = jnp.ones(16, bool), jnp.full(6, 2)
-    found = its.independent_groups(jax.random.key(0), block, may, counts, 2, settings, 16)
-    for row in np.asarray(found):
-        pair = np.flatnonzero(row == 0)
-        assert len(pair) == 2
-        assert pair[0] < 8 <= pair[1]
-
-
 def slow_votes(target, reference, groups: list[list[list[int]]]) -> float:
     """Unweighted mean over steps of the share of groups whose sum the target lowers."""
     shares = []
@@ -651,6 +641,16 @@ def test_scores_come_back_from_the_store_without_a_pass(
     # Neither does another attack forget which texts are prefixes.
     part = run(box, tmp_path / "run", "its")
     assert part.metrics == everything.metrics
+    assert run_audit(job(box, tmp_path / "run", *NAMES, dry_run=True)) is None
+
+
+def test_stored_views_are_scored_without_texts_and_models(everything: AuditResult, tmp_path: Path):
+    shutil.copytree(everything.out, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "parts")
+    names = [n for n in NAMES if n != "bows"]
+    found = run_score(tmp_path / "run", names, quiet=True)
+    for row, expected in zip(found.rows, everything.rows, strict=True):
+        assert row["scores"] == {n: expected["scores"][n] for n in names}
 
 
 def test_a_run_cut_off_before_a_guided_view_goes_on_with_it(
@@ -678,7 +678,8 @@ def test_recall_added_to_a_finished_run_gives_the_run_with_recall(
 ):
     first = run(box, tmp_path / "run", *WITHOUT_PREFIX)
     assert {r["status"] for r in first.rows} == {"ok", "empty"}
-    added = run(box, tmp_path / "run", *[n for n in NAMES if n not in WITHOUT_PREFIX])
+    # With `its`, so that programs are those of the run with everything.
+    added = run(box, tmp_path / "run", "its", *NAMES[len(WITHOUT_PREFIX) :])
     by_id = {r["id"]: r for r in everything.rows}
     for row in added.rows:
         expected = by_id[row["id"]]
@@ -691,6 +692,17 @@ def test_recall_added_to_a_finished_run_gives_the_run_with_recall(
     moved = [r for r in added.rows if r["status"] == "ok"]
     assert any(before[r["id"]]["bows"] != r["scores"]["bows"] for r in moved)
     assert all(before[r["id"]]["its"] == r["scores"]["its"] for r in moved)
+    # Views of the first part are still in the index, so that its scores can be made again.
+    run_score(tmp_path / "run", ["neighbor", "lowercase"], quiet=True)
+
+
+def test_neither_the_order_of_texts_nor_the_batch_changes_a_score(
+    box: Path, everything: AuditResult, tmp_path: Path
+):
+    turned = data.collect(data.read_texts(box / "texts.jsonl").texts[::-1])
+    again = run(box, tmp_path / "run", *NAMES, texts=turned)
+    for row, expected in zip(again.rows[::-1], everything.rows, strict=True):
+        assert row == expected
 
 
 def test_texts_without_tokens_have_no_score(everything: AuditResult):
@@ -705,9 +717,11 @@ def test_texts_without_tokens_have_no_score(everything: AuditResult):
 
 def test_a_corpus_in_lower_case_has_no_lowercase_scores(box: Path, tmp_path: Path):
     file = tiny.write_texts(tmp_path / "texts.jsonl", [t.lower() for t in TEXTS[:4]])
-    result = run(box, tmp_path / "run", *WITHOUT_PREFIX[:1], texts=data.read_texts(file))
+    # With others, so that programs are those of the run with everything.
+    names = ("lowercase", "neighbor", "dfmia", "its")
+    result = run(box, tmp_path / "run", *names, texts=data.read_texts(file))
     for row in result.rows:
-        assert row["scores"] == {"lowercase": None}
+        assert [n for n, s in row["scores"].items() if s is None] == ["lowercase"]
         assert "lower case" in row["undefined"]["lowercase"]
     assert "lowercase" in (tmp_path / "run" / "report.md").read_text()
 
@@ -725,5 +739,6 @@ def test_a_text_as_long_as_the_context_has_no_room_for_a_prefix(box: Path, tmp_p
     assert row["n_tokens"] == 32
     assert row["scores"]["recall"] is None
     assert "room before it" in row["undefined"]["recall"]
+    assert result.rows[1]["status"] == "prefix"
     scored = [r for r in result.rows if r["scores"]["recall"] is not None]
-    assert len(scored) == len(TEXTS) - 2  # neither the long nor the empty one
+    assert len(scored) == len(TEXTS) - 3  # neither these two nor the empty one
