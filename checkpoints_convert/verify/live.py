@@ -50,6 +50,7 @@ class Line(NamedTuple):
     mean: float
     in_units: float
     """Largest difference in the stage's own unit; of losses, in nats."""
+    allowed: float
     note: str
     agrees: bool
 
@@ -116,6 +117,7 @@ def verify_live(path: Path, options: Options) -> int:
     from checkpoints_convert.verify import torch_reference
 
     console, code = Console(), 0
+    exact = None
     for dtype in _dtypes(path, options):
         folder = open_folder(path, mask_id=options.mask_id, dtype=dtype, adapter=options.adapter)
         inputs = make_inputs(folder, options.texts)
@@ -130,7 +132,8 @@ def verify_live(path: Path, options: Options) -> int:
         # One network at a time in memory: theirs is gone when ours is loaded.
         name, theirs = _run_reference(wanted, inputs, folder.model.mask_id, options)
         ours = open_ours(path, dtype=dtype, adapter=options.adapter, mask_id=options.mask_id)
-        lines = list(compare(ours, inputs, theirs))
+        lines = list(compare(ours, inputs, theirs, exact))
+        exact = theirs if dtype == "float32" else None
         code = _print(console, f"{name}, {dtype}", dtype, lines) or code
         _print_alignment(ours)
     return code
@@ -160,41 +163,56 @@ def _dtypes(path: Path, options: Options) -> list[str]:
     return ["float32", "bfloat16"] if stored == "bfloat16" else ["float32"]
 
 
-def compare(ours: Ours, inputs: Inputs, theirs: list[Any]) -> Iterator[Line]:
+def compare(
+    ours: Ours, inputs: Inputs, theirs: list[Any], exact: list[Any] | None = None
+) -> Iterator[Line]:
     """The lines of the table, from the embedding to the losses.
 
-    `theirs` holds one `torch_reference.Stages` a text, without padding.
+    `theirs` holds one `torch_reference.Stages` a text, without padding; `exact`, for a comparison
+    in bfloat16, those of PyTorch in float32 from the same weights. What PyTorch's own rounding
+    changes is allowed twice: two runs each round in their own way. In a LLaDA of 12 layers of width
+    512 it already moves losses by 4e-2.
     """
-    allowed, valid = TOLERANCE[ours.dtype], inputs.valid
-    read = masked_tokens(inputs, ours.model.mask_id)
+    valid, read = inputs.valid, masked_tokens(inputs, ours.model.mask_id)
 
-    def line(stage: str, actual: np.ndarray, expected: np.ndarray, note: str = "") -> Line:
-        difference, units = np.abs(actual - expected), in_units(actual, expected)
-        worst = float(units.max())
-        return Line(
-            stage, float(difference.max()), float(difference.mean()), worst, note, worst <= allowed
-        )
+    def allowed(rounded: float) -> float:
+        return max(TOLERANCE[ours.dtype], 2 * rounded)
+
+    def line(stage: str, actual: np.ndarray, note: str = "") -> Line:
+        expected = _joined(theirs, stage)
+        difference = np.abs(actual - expected)
+        most = allowed(0.0 if exact is None else in_units(expected, _joined(exact, stage)).max())
+        worst = float(in_units(actual, expected).max())
+        sizes = float(difference.max()), float(difference.mean())
+        return Line(stage, *sizes, worst, most, note, worst <= most)
 
     hidden = None
     for stage, hidden in stages(ours.model, ours.params, read, valid):  # pyright: ignore
         if stage in theirs[0].states:
-            expected = np.concatenate([t.states[stage] for t in theirs])
-            yield line(stage, np.asarray(hidden, np.float32)[valid], expected)
+            yield line(stage, np.asarray(hidden, np.float32)[valid])
     logits = np.asarray(_logits(ours.model, ours.params, hidden), np.float32)[valid]
-    expected = np.concatenate([t.logits for t in theirs])
     asked = inputs.masks[valid]
-    yield line("logits", logits, expected, _agreement(logits[asked], expected[asked]))
-    nll = token_losses(ours, inputs.tokens, inputs.masks, valid)
+    yield line("logits", logits, _agreement(logits[asked], _joined(theirs, "logits")[asked]))
+
     answers = [row[keep] for row, keep in zip(inputs.tokens, valid)]
-    their_nll = np.concatenate(
-        [aligned_losses(t.logits, ids, ours.model.shift) for t, ids in zip(theirs, answers)]
-    )
-    difference = np.abs(nll[valid] - their_nll)[asked]
-    ranks = rank_agreement(nll[valid][asked], their_nll[asked])
-    worst = float(difference.max())
-    agrees = worst <= allowed and (ours.dtype == "float32" or ranks >= RANKS)
+
+    def their_losses(texts: list[Any]) -> np.ndarray:
+        parts = [aligned_losses(t.logits, a, ours.model.shift) for t, a in zip(texts, answers)]
+        return np.concatenate(parts)[asked]
+
+    nll = token_losses(ours, inputs.tokens, inputs.masks, valid)[valid][asked]
+    expected = their_losses(theirs)
+    difference = np.abs(nll - expected)
+    most = allowed(0.0 if exact is None else np.abs(expected - their_losses(exact)).max())
+    ranks, worst = rank_agreement(nll, expected), float(difference.max())
+    agrees = worst <= most and (ours.dtype == "float32" or ranks >= RANKS)
     note = f"{asked.sum()} losses, rank correlation {ranks:.6f}"
-    yield Line("losses", worst, float(difference.mean()), worst, note, agrees)
+    yield Line("losses", worst, float(difference.mean()), worst, most, note, agrees)
+
+
+def _joined(texts: list[Any], stage: str) -> Float[np.ndarray, "n d"]:
+    """A stage at all positions of all texts."""
+    return np.concatenate([t.logits if stage == "logits" else t.states[stage] for t in texts])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -228,10 +246,10 @@ def _agreement(actual: np.ndarray, expected: np.ndarray) -> str:
 def _print(console: Console, title: str, dtype: str, lines: list[Line]) -> int:
     """The table and the verdict."""
     table = Table(title=title)
-    for column in ("stage", "largest", "mean", "in its unit", "", "at masked positions"):
+    for column in ("stage", "largest", "mean", "in its unit", "allowed", "", "masked positions"):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
     for x in lines:
-        numbers = (f"{v:.1e}" for v in (x.largest, x.mean, x.in_units))
+        numbers = (f"{v:.1e}" for v in (x.largest, x.mean, x.in_units, x.allowed))
         table.add_row(x.stage, *numbers, "" if x.agrees else "DIFFERS", x.note)
     console.print(table)
     print(WHY[dtype])
@@ -239,12 +257,12 @@ def _print(console: Console, title: str, dtype: str, lines: list[Line]) -> int:
     # bfloat16 rounds every stage: only what comes out decides, the stages tell where.
     failed = first is not None if dtype == "float32" else not lines[-1].agrees
     if not failed:
-        print(f"verdict, {dtype}: equal within {TOLERANCE[dtype]:g}")
+        print(f"verdict, {dtype}: equal within {lines[-1].allowed:.2g}")
         return 0
     assert first is not None
     print(
         f"verdict, {dtype}: DIFFERENT; the first stage that differs is {first.stage} "
-        f"({first.in_units:.1e} of its unit, allowed {TOLERANCE[dtype]:g})"
+        f"({first.in_units:.1e} of its unit, allowed {first.allowed:.2g})"
     )
     return PARITY
 
