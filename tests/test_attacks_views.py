@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -254,6 +255,46 @@ def test_neighbours_are_the_references_best_guesses(
     check(everything, "neighbor", expected)
 
 
+class Table(NamedTuple):
+    """A model whose output at a position is a row of a table: that of the token it sees there."""
+
+    shift: bool
+    vocab_size = 12
+    mask_id = 11
+
+    def trunk(self, params, tokens, valid):
+        return params[tokens]
+
+    def last_hidden(self, params, stream, valid, positions):
+        return jnp.take_along_axis(stream, positions[..., None], axis=1)
+
+    def logits(self, params, hidden):
+        return hidden
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_neighbours_of_a_shifted_model_come_from_the_position_before(shift: bool):
+    draw = np.random.default_rng(0)
+    table = draw.normal(size=(12, 12)).astype(np.float32)
+    table[:, 11] = 9.0  # the mask token is likeliest everywhere
+    tokens = draw.integers(0, 11, (2, 14)).astype(np.int32)  # two more than may be masked
+    may = np.arange(14) < np.array([[12], [5]])
+    proposals = perturbed.NeighborProposals(3, 12)
+    keys = jax.random.split(jax.random.key(0), 2)
+    args = [jnp.asarray(a) for a in (table, tokens, may, may)]
+    args.insert(1, keys)
+    found = np.asarray(proposals.run(Table(shift), *args))  # pyright: ignore
+    where = np.asarray(jax.vmap(proposals.masks)(keys, may[:, :12])).swapaxes(0, 1)
+    assert where.sum(axis=-1).tolist() == [[1, 1]] * 3
+    np.testing.assert_array_equal(~np.isnan(found[..., :12]), where)
+    assert np.isnan(found[..., 12:]).all()
+    for t, b, i in np.argwhere(where):
+        seen = np.where(where[t, b], 11, tokens[b, :12])
+        odds = table[seen[max(i - 1, 0) if shift else i]].copy()
+        odds[[11, tokens[b, i]]] = -np.inf
+        assert found[t, b, i] == odds.argmax()
+
+
 # --- prefixes ------------------------------------------------------------------------------------
 
 
@@ -282,6 +323,9 @@ def test_recall_and_conrecall_against_passes_on_concatenated_tokens(
     assert {8, 16} <= cuts
     check(everything, "recall", recall)
     check(everything, "conrecall", conrecall)
+    # No batch is padded beyond the models' context.
+    log = [json.loads(line) for line in (everything.out / "log.jsonl").read_text().splitlines()]
+    assert max(int(k) for e in log if e["event"] == "buckets" for k in e["texts"]) == ROOM
 
 
 def test_circulated_recall_masks_the_prefix_and_cuts_the_text(
