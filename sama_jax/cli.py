@@ -130,7 +130,7 @@ def _add_training(p: argparse.ArgumentParser) -> None:
 
 
 def _add_finetune(commands: Any) -> None:
-    p = _command(commands, "finetune", "Fine-tune a model folder with LLaDA's masked loss.")
+    p = _command(commands, "finetune", "Fine-tune a model folder by its kind's own loss.")
     p.add_argument("--base", type=Path, required=True, metavar="DIR")
     _add_training(p)
 

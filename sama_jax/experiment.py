@@ -76,6 +76,9 @@ def read(path: Path) -> dict[str, Any]:
                 f"{path}: models are {models!r}; expected {', '.join(_DEMOS)}, or target and "
                 "reference folders"
             )
+    for pair in full["compare"]:
+        if not any({*pair} <= {*run["attacks"]} or "all" in run["attacks"] for run in full["runs"]):
+            raise DataError(f"{path}: compare {pair}: no run has both attacks")
     return full
 
 
