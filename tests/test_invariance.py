@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from sama_jax import audit, data, losses, model_folder, parallel, replay, scoring
+from sama_jax.cli import STANDARD
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.types import ForwardBatch
 
@@ -54,6 +55,7 @@ def run(models, texts, out, **changes):
         reference=models[1],
         texts=data.Texts(texts, 0, []),
         out=out / "run",
+        attacks=STANDARD.split(","),
         settings=SETTINGS,
         save_plan=out / "plan.npz",
         save_losses=out / "losses.npz",

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from sama_jax import cli
+from sama_jax.cli import STANDARD
 from sama_jax.config import AuditSettings
 from sama_jax.errors import DataError
 from sama_jax.files import AppendOnly, read_json_lines
@@ -276,7 +277,7 @@ def test_an_added_attack_costs_only_what_is_missing(models, tmp_path: Path):
     assert [list(row["scores"]) for row in first] == [["sama"]] * 20
     shard = (out / "losses" / "losses-00000.bin").read_bytes()
 
-    both = audit(models, data, out, "--attacks", "all")
+    both = audit(models, data, out, "--attacks", STANDARD)
     after = records_by_plan(out, tmp_path / "copy")
     assert {key: after[key] for key in before} == before
     assert list(after.values()) == [20] * 4
@@ -284,7 +285,7 @@ def test_an_added_attack_costs_only_what_is_missing(models, tmp_path: Path):
     assert [row["scores"]["sama"] for row in both] == [row["scores"]["sama"] for row in first]
     assert all(None not in row["scores"].values() and len(row["scores"]) > 1 for row in both)
 
-    at_once = audit(models, data, tmp_path / "at-once", "--attacks", "all")
+    at_once = audit(models, data, tmp_path / "at-once", "--attacks", STANDARD)
     assert [row["scores"] for row in at_once] == [row["scores"] for row in both]
 
     size = shard_bytes(out)
