@@ -47,23 +47,22 @@ def _reads(queries: dict[str, Query]) -> list[str]:
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """The entries as a table on standard output."""
+    """The entries on standard output: two lines an attack, so that 80 columns hold them."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("attack", "passes\ntarget + ref.", "access", "what it measures", "source"):
-        table.add_column(column, overflow="fold")
+    table.add_column("attack", no_wrap=True)
+    table.add_column("passes", no_wrap=True, justify="right")
+    table.add_column("what it measures\n[dim]what it needs; source[/dim]", overflow="fold")
     for entry in found["attacks"]:
         count = entry["passes"]
         table.add_row(
             entry["name"],
             f"{count['target']} + {count['reference']}",
-            entry["access"],
-            entry["summary"],
-            entry["source"],
+            f"{entry['summary']}\n[dim]{entry['access']}; {entry['source']}[/dim]",
         )
     Console().print(table)
     before, after = found["passes_before_sharing"], found["passes_after_sharing"]
     share = f" ({100 * after / before:.0f} %)" if before else ""
     print(
-        f"{len(found['attacks'])} attacks; forward passes a text: {before} one by one, "
-        f"{after} shared{share}"
+        f"{len(found['attacks'])} attacks; forward passes a text (target + reference): {before} one "
+        f"by one, {after} shared{share}"
     )

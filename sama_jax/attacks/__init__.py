@@ -2,10 +2,10 @@
 
 # Registration order is the order of every table: SAMA first.
 from sama_jax.attacks import sama  # isort: skip
-from sama_jax.attacks import beyond  # isort: skip
 from sama_jax.attacks import likelihood  # isort: skip
 from sama_jax.attacks import partition  # isort: skip
 from sama_jax.attacks import circulated  # isort: skip
+from sama_jax.attacks import beyond  # isort: skip
 from sama_jax.attacks import denoising  # isort: skip
 from sama_jax.attacks import infill  # isort: skip
 from sama_jax.attacks import perturbed  # isort: skip
