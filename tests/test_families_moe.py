@@ -410,9 +410,12 @@ def test_mixing_equals_every_expert_on_every_token(load):
         rows = lambda t: t.reshape(3, 50, *t.shape[1:])  # noqa: E731
         by_row = jax.jit(jax.vmap(mix, in_axes=(0, 0, 0, None, None, None)))
         split = by_row(rows(x), rows(index), rows(share), *weights)
-        np.testing.assert_allclose(split.reshape(out.shape), out, rtol=0, atol=1e-5)
+        # Other shapes may take other kernels, which differ by a rounding: numbers reach 192, where
+        # one unit in the last place is 1.5e-5.
+        rounding = 2 * np.spacing(np.abs(out).max())
+        np.testing.assert_allclose(split.reshape(out.shape), out, rtol=0, atol=rounding)
         one = jax.jit(mix)(x[:1], index[:1], share[:1], *weights)
-        np.testing.assert_allclose(one, out[:1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(one, out[:1], rtol=0, atol=rounding)
 
 
 def test_a_tile_at_a_time_is_all_that_exists():
