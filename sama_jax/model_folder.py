@@ -279,22 +279,24 @@ def read_json_config(path: Path) -> dict[str, Any]:
     return config
 
 
+Placement = jax.sharding.Sharding | Callable[[Params, Any], Params]
+"""Where parameters go: one sharding for all, or (tree of shapes, architecture) -> tree of them."""
+
+
 def load(
-    folder: ModelFolder,
-    sharding: jax.sharding.Sharding,
-    progress: Callable[[int], None] | None = None,
+    folder: ModelFolder, placement: Placement, progress: Callable[[int], None] | None = None
 ) -> Params:
     """Loads the weights onto devices in the model's dtype; `progress` is told bytes done.
 
     An adapter's leaves are float32.
     """
-    (params,) = load_together([folder], sharding, progress)
+    (params,) = load_together([folder], placement, progress)
     return params
 
 
 def load_together(
     folders: Sequence[ModelFolder],
-    sharding: jax.sharding.Sharding,
+    placement: Placement,
     progress: Callable[[int], None] | None = None,
 ) -> list[Params]:
     """`load` of several folders. Those with the same weights and dtype share the very arrays: an
@@ -302,22 +304,32 @@ def load_together(
     bases: dict[tuple[str, str], Params] = {}
     loaded = []
     for folder in folders:
-        key = (folder.base_identity, str(folder.model.dtype))
+        places = _places(folder, placement)
+        dtype = folder.model.dtype
+        key = (folder.base_identity, str(dtype))
         if key not in bases:
-            bases[key] = _load_base(folder, sharding, progress)
-        leaves = jax.device_put(folder.adapter, sharding)
+            bases[key] = read_params(folder, lambda path, _: (dtype, places[path]), progress)  # noqa: B023
+        leaves = {}
+        for path, pair in folder.adapter.items():
+            names = [f"{path.rpartition('/')[0]}/{name}" for name in ("lora_a", "lora_b")]
+            leaves[path] = tuple(_put(x, places[n]) for n, x in zip(names, pair))
         if leaves and progress:
             progress(sum(x.nbytes for x in jax.tree.leaves(leaves)))
         loaded.append(peft.attach(bases[key], leaves))
     return loaded
 
 
-def _load_base(
-    folder: ModelFolder,
-    sharding: jax.sharding.Sharding,
-    progress: Callable[[int], None] | None,
-) -> Params:
-    return read_params(folder, lambda path, leaf: (folder.model.dtype, sharding), progress)
+def _places(folder: ModelFolder, placement: Placement) -> dict[str, jax.sharding.Sharding]:
+    """The sharding of every parameter, an adapter's among them, by path."""
+    shapes = peft.attach(folder.abstract_params, dict(folder.adapter))
+    if callable(placement):
+        return stream.leaf_paths(placement(shapes, folder.model.arch))
+    return dict.fromkeys(stream.leaf_paths(shapes), placement)
+
+
+def _put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host array, the same in every process, onto devices of any of them."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def read_params(

@@ -1,123 +1,182 @@
-"""One scorer, any number of devices: the two ways to run `score_batch`.
+"""One scorer, any number of devices: what each device holds, and two ways to run a function.
 
-`replicated` splits rows over the devices of this process with `jax.pmap`; every device holds all
-parameters. One device is plain `jax.jit`. Numbers do not change: each device sees the rows and the
-shapes that a single device would.
+A `Layout` says which devices work and how. `pmap` splits rows over the devices of this process;
+every device holds all parameters (one device is plain `jax.jit`). `sharded` is one program over a
+`data` x `model` mesh, of several processes too: rows are split over `data`, parameters over `model`
+by the `RULES` below, and XLA adds the collectives. Either way a device works on the rows and, but
+for what `model` splits, the shapes that a single device would.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sama_jax.errors import UsageError
-from sama_jax.types import ForwardBatch, Params
+from sama_jax.types import Params
+
+AXES = ("data", "model")
 
 
-class Runner:
-    """A scorer on some devices: compiled ahead, one program a shape.
+# --- what each device holds ----------------------------------------------------------------------
 
-    Call `compile` before the first batch of a shape; so compiling is timed on its own, and a shape
-    that does not fit the device fails before any scoring.
+
+class Rule(NamedTuple):
+    """How the parameters whose whole path matches `pattern` are split."""
+
+    pattern: str
+    spec: tuple[str | None, ...] = ()
+    """Of the last axes; those before count layers and experts and are never split."""
+    heads: str | None = None
+    """Field of the architecture that `model` must divide, so that no head is cut in two."""
+    or_replicated: bool = False
+    """What does not divide is held whole by every device; else it is an error."""
+
+
+_COLUMN, _ROW, _VECTOR = (None, "model"), ("model", None), ("model",)
+
+RULES = (
+    # A product's output is split (column), and the next one sums over what is split (row).
+    Rule(r".*/lora_[ab]"),  # rank 8 to 64: small
+    Rule(r".*/attn/q_proj/kernel", _COLUMN, heads="num_heads"),
+    Rule(r".*/attn/q_proj/bias", _VECTOR, heads="num_heads"),
+    Rule(r".*/attn/[kv]_proj/kernel", _COLUMN, heads="num_kv_heads", or_replicated=True),
+    Rule(r".*/attn/[kv]_proj/bias", _VECTOR, heads="num_kv_heads", or_replicated=True),
+    Rule(r".*/attn/o_proj/kernel", _ROW, heads="num_heads"),
+    Rule(r".*/(mlp|shared|moe/experts)/(gate|up)_proj/kernel", _COLUMN),
+    Rule(r".*/(mlp|shared)/(gate|up)_proj/bias", _VECTOR),
+    Rule(r".*/(mlp|shared|moe/experts)/down_proj/kernel", _ROW),
+    # Vocabulary rows. BERT's 30,522 and GPT-2's 50,258 have few divisors; such models are small.
+    Rule(r"embed/embedding", _ROW, or_replicated=True),
+    Rule(r"lm_head/kernel", _COLUMN, or_replicated=True),
+    Rule(r"(lm_head|head)/bias", _VECTOR, or_replicated=True),
+    # Held whole: what is added after a sum over devices, norms, routers, conditions, small tables.
+    Rule(r".*/(o|down)_proj/bias"),
+    Rule(r"(.*/)?\w*norm/(scale|bias)"),
+    Rule(r".*/moe/router/(kernel|expert_bias)"),
+    Rule(r"(positions|types)/embedding"),
+    Rule(r"head/dense/(kernel|bias)"),
+    Rule(r"time/dense_[01]/(kernel|bias)"),
+    Rule(r"(.*/|final_)modulation/(kernel|bias)"),
+)
+"""The first that matches counts."""
+
+
+def parameter_shardings(
+    mesh: Mesh, abstract_params: Params, arch: Any, *, fully_sharded: bool = False
+) -> Params:
+    """A tree of `NamedSharding`, by `RULES`, for a tree of shapes (arrays or `ShapeDtypeStruct`).
+
+    Args:
+      mesh: with the axes `data` and `model`.
+      arch: the network's architecture, for its numbers of heads.
+      fully_sharded: split matrices over `data`, too; each device then fetches a layer when it needs
+        it.
+
+    Raises:
+      UsageError: one line a parameter that no rule covers or whose rule does not divide.
     """
+    problems: list[str] = []
 
-    def __init__(
-        self,
-        score: Callable[[Params, ForwardBatch], jax.Array],
-        devices: Sequence[jax.Device],  # pyright: ignore
-    ):
-        self.devices = tuple(devices)
-        self._programs: dict[tuple[int, ...], Any] = {}
-        if len(self.devices) == 1:
-            self._jitted = jax.jit(score)
-        else:
-            rows = ForwardBatch(0, 0, masks=1, positions=1, group=None, passes=None)  # pyright: ignore
-            self._jitted = jax.pmap(
-                score,
-                axis_name="data",
-                in_axes=(None, rows),  # pyright: ignore
-                out_axes=1,  # pyright: ignore
-                devices=list(self.devices),
-            )
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(str(k.key) for k in path)
+        try:
+            spec = _spec(name, tuple(leaf.shape), mesh.shape["model"], arch)
+        except ValueError as error:
+            problems.append(f"  {name} {tuple(leaf.shape)}: {error}")
+            spec = ()
+        if fully_sharded:
+            spec = _over_data(spec, leaf.shape, mesh.shape["data"])
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    def is_compiled(self, batch: ForwardBatch) -> bool:
-        """Whether a program for the batch's shape exists."""
-        return _shape(batch) in self._programs
-
-    def compile(self, params: Params, batch: ForwardBatch) -> None:
-        """Makes the program for the batch's shape."""
-        lowered = self._jitted.lower(params, self._split(batch))
-        self._programs[_shape(batch)] = lowered.compile()
-
-    def __call__(self, params: Params, batch: ForwardBatch) -> np.ndarray:
-        """Runs host arrays; rows must be a multiple of the devices. float32 [t, b, k] (host)."""
-        out = np.asarray(self._programs[_shape(batch)](params, self._split(batch)))
-        return out.reshape(out.shape[0], -1, out.shape[-1])
-
-    def _split(self, batch: ForwardBatch) -> ForwardBatch:
-        """A device axis before the rows, as `pmap` wants it; nothing on one device."""
-        num = len(self.devices)
-        if num == 1:
-            return batch
-
-        def split(x: Any, axis: int) -> Any:
-            return x.reshape(*x.shape[:axis], num, -1, *x.shape[axis + 1 :])
-
-        return ForwardBatch(
-            tokens=split(batch.tokens, 0),
-            valid=split(batch.valid, 0),
-            masks=split(batch.masks, 1),
-            positions=split(batch.positions, 1),
-            group=batch.group,
-            passes=batch.passes,
+    shardings = jax.tree_util.tree_map_with_path(place, abstract_params)
+    if problems:
+        raise UsageError(
+            f"{len(problems)} parameters cannot be split over model={mesh.shape['model']}; choose "
+            "another --mesh\n" + "\n".join(problems)
         )
+    return shardings
 
 
-def _shape(batch: ForwardBatch) -> tuple[int, ...]:
-    return (*batch.masks.shape, batch.positions.shape[-1])
+def _spec(name: str, shape: tuple[int, ...], size: int, arch: Any) -> tuple[str | None, ...]:
+    """The partition of one parameter; ValueError if there is none."""
+    rule = next((r for r in RULES if re.fullmatch(r.pattern, name)), None)
+    if rule is None:
+        raise ValueError("no sharding rule matches this path")
+    if "model" not in rule.spec:
+        return ()
+    spec = (None,) * (len(shape) - len(rule.spec)) + rule.spec
+    axis = spec.index("model")
+    count, what = shape[axis], f"axis {axis}"
+    if rule.heads is not None:
+        count = getattr(arch, rule.heads, None) or arch.num_heads
+        what = f"{rule.heads} {count}"
+    if count % size == 0 and shape[axis] % size == 0:
+        return spec
+    if rule.or_replicated:
+        return ()
+    raise ValueError(f"{what} is not divisible by model={size}")
 
 
-class RowRunner:
-    """Any function of parameters and arrays on some devices: one program a shape.
+def _over_data(
+    spec: tuple[str | None, ...], shape: tuple[int, ...], size: int
+) -> tuple[str | None, ...]:
+    """`spec` with `data` on the longest of a matrix's two axes that is whole and divides.
 
-    `run(params, seed, *arrays)`; arrays have a leading axis of rows, which is split over devices.
-    The result has its rows on axis 1.
+    Not on the axis of layers: a scan over it would fetch all layers at once.
     """
-
-    def __init__(self, run: Callable[..., jax.Array], devices: Sequence[jax.Device]):  # pyright: ignore
-        self.devices = tuple(devices)
-        self._jitted = jax.jit(run)
-        self._programs: dict[tuple[int, ...], Any] = {}
-
-    def is_compiled(self, shape: tuple[int, ...]) -> bool:
-        """Whether a program for tokens [b, l] of this shape exists."""
-        return shape in self._programs
-
-    def compile(self, params: Params, seed: Any, *arrays: np.ndarray) -> None:
-        """Makes the program; the last array has the shape of the tokens."""
-        lowered = self._jitted.lower(params, seed, *self._split(arrays))
-        self._programs[arrays[-1].shape] = lowered.compile()
-
-    def __call__(self, params: Params, seed: Any, *arrays: np.ndarray) -> np.ndarray:
-        """Runs host arrays; rows must be a multiple of the devices."""
-        program = self._programs[arrays[-1].shape]
-        return np.asarray(program(params, seed, *self._split(arrays)))
-
-    def _split(self, arrays: tuple[np.ndarray, ...]) -> tuple[Any, ...]:
-        if len(self.devices) == 1:
-            return arrays
-        rows = NamedSharding(Mesh(np.array(self.devices), ("data",)), PartitionSpec("data"))
-        return tuple(jax.device_put(a, rows) for a in arrays)
+    spec = spec or (None,) * len(shape)
+    last = range(max(len(shape) - 2, 0), len(shape))
+    free = [i for i in last if spec[i] is None and shape[i] % size == 0]
+    if len(shape) < 2 or not free:
+        return spec
+    longest = max(free, key=lambda i: shape[i])
+    return tuple("data" if i == longest else s for i, s in enumerate(spec))
 
 
-def parameter_sharding(devices: Sequence[jax.Device]) -> Sharding:  # pyright: ignore
-    """Parameters replicated over `devices`."""
-    if len(devices) == 1:
-        return SingleDeviceSharding(devices[0])
-    return NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())
+@dataclass(frozen=True)
+class Layout:
+    """Where a scorer runs. Hashable: programs are kept by it."""
+
+    mesh: Mesh
+    """Axes `data` and `model`. For `pmap`, devices of this process on `data`."""
+    kind: Literal["pmap", "sharded"] = "pmap"
+    fully_sharded: bool = False
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:  # pyright: ignore
+        return tuple(self.mesh.devices.flat)
+
+    @property
+    def row_parts(self) -> int:
+        """Parts that the rows of a batch are split into; it must divide their number."""
+        return self.mesh.shape["data"]
+
+    def shardings(self, abstract_params: Params, arch: Any) -> Params:
+        """A tree of shardings: where each parameter goes."""
+        if self.kind == "sharded":
+            return parameter_shardings(
+                self.mesh, abstract_params, arch, fully_sharded=self.fully_sharded
+            )
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda _: everywhere, abstract_params)
+
+    def owned(self, rows: int) -> np.ndarray:
+        """bool [rows]: whose results this process gets. Each row belongs to one process."""
+        first = self.mesh.devices[:, 0]  # the others of a `model` group hold the same results
+        own = np.array([d.process_index == jax.process_index() for d in first])
+        return np.repeat(own, rows // self.row_parts)
+
+
+def local_layout(devices: Sequence[jax.Device] | None = None) -> Layout:  # pyright: ignore
+    """Rows over devices of this process, by default all of them, each with all parameters."""
+    chosen = np.array(jax.local_devices() if devices is None else devices)
+    return Layout(_mesh(chosen.reshape(-1, 1)))
 
 
 def make_mesh(text: str) -> Mesh:
@@ -125,7 +184,7 @@ def make_mesh(text: str) -> Mesh:
 
     Raises `UsageError`.
     """
-    sizes = {"data": 1, "model": 1}
+    sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, number = part.partition("=")
         if name.strip() not in sizes or not number.strip().isdigit():
@@ -136,7 +195,11 @@ def make_mesh(text: str) -> Mesh:
             f"mesh {text!r}: needs {math.prod(sizes.values())} devices, there are "
             f"{jax.device_count()} ({jax.default_backend()})"
         )
-    return Mesh(np.array(jax.devices()).reshape(tuple(sizes.values())), tuple(sizes))
+    return _mesh(np.array(jax.devices()).reshape(tuple(sizes.values())))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
@@ -152,3 +215,101 @@ def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(
         mesh, PartitionSpec(*("model" if i == longest else None for i in range(len(shape))))
     )
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def row_sharding(mesh: Mesh, axis: int) -> Sharding:
+    """Of an array whose `axis` counts parts of the rows, one for each place on `data`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def program(
+    function: Callable[..., jax.Array], layout: Layout, row_axes: tuple[Any, ...], out_axis: int
+) -> Any:
+    """`function(params, *args)` on a layout, to be lowered and compiled.
+
+    Rows come in parts, on an axis before their own: `row_axes` has for each argument (or leaf of
+    one) the axis of its rows, None where it has none. The result's rows are on `out_axis`.
+    """
+    axes = (None, *row_axes)
+    if len(layout.devices) == 1:
+        return jax.jit(function)
+    if layout.kind == "pmap":
+        devices = list(layout.devices)
+        return jax.pmap(
+            function, axis_name="data", in_axes=axes, out_axes=out_axis, devices=devices  # pyright: ignore
+        )  # fmt: skip
+    # A part is what one device would work on, also where the function takes its rows in chunks:
+    # a chunk then has rows of every part, and no row leaves its device.
+    parts = jax.vmap(function, in_axes=axes, out_axes=out_axis, spmd_axis_name="data")
+    return jax.jit(parts, out_shardings=row_sharding(layout.mesh, out_axis))
+
+
+class Runner:
+    """A function of parameters and rows on a layout: compiled ahead, one program a shape.
+
+    Call `compile` before the first batch of a shape; so compiling is timed on its own, and a shape
+    that does not fit the device fails before any scoring. See `program` for the arguments.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., jax.Array],
+        layout: Layout,
+        row_axes: tuple[Any, ...],
+        out_axis: int = 1,
+    ):
+        self.layout, self._row_axes, self._out_axis = layout, row_axes, out_axis
+        self._jitted = program(function, layout, row_axes, out_axis)
+        self._programs: dict[Any, Any] = {}
+
+    def is_compiled(self, *args: Any) -> bool:
+        """Whether a program for arguments of these shapes exists."""
+        return _shapes(args) in self._programs
+
+    def compile(self, params: Params, *args: Any) -> None:
+        """Makes the program for arguments of these shapes."""
+        self._programs[_shapes(args)] = self._jitted.lower(params, *self._split(args)).compile()
+
+    def __call__(self, params: Params, *args: Any) -> np.ndarray:
+        """Runs host arrays, the same in every process; rows must be a multiple of `row_parts`.
+
+        Returns the results (host); those of rows that belong to other processes are NaN.
+        """
+        out = self._programs[_shapes(args)](params, *self._split(args))
+        if len(self.layout.devices) > 1:
+            out = self._own(out)
+            axis = self._out_axis
+            out = out.reshape(*out.shape[:axis], -1, *out.shape[axis + 2 :])
+        return np.asarray(out)
+
+    def _own(self, out: jax.Array) -> np.ndarray:
+        if out.is_fully_addressable:
+            return np.asarray(out)
+        whole = np.full(out.shape, np.nan, out.dtype)
+        for shard in out.addressable_shards:
+            whole[shard.index] = np.asarray(shard.data)
+        return whole
+
+    def _split(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """An axis of parts before the rows; for a mesh, global arrays."""
+        if len(self.layout.devices) == 1:
+            return args
+        parts = self.layout.row_parts
+
+        def split(axis: int | None, x: Any) -> Any:
+            if axis is not None:
+                x = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+            if self.layout.kind == "pmap":
+                return x
+            x, mesh = np.asarray(x), self.layout.mesh
+            at = NamedSharding(mesh, PartitionSpec()) if axis is None else row_sharding(mesh, axis)
+            return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
+
+        return jax.tree.map(split, self._row_axes, args, is_leaf=lambda a: a is None)
+
+
+def _shapes(args: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(np.shape(x) for x in jax.tree.leaves(args))

@@ -26,6 +26,8 @@ from sama_jax.types import ForwardBatch, Params, TextKeyData
 TOKENS_A_STEP = 1024
 """Tokens a device works on at once on a CPU: 8 rows of 128. Larger batches ran slower there."""
 ACCELERATOR_TOKENS = 16384
+FORWARD_ROWS = ForwardBatch(0, 0, masks=1, positions=1, group=None, passes=None)  # pyright: ignore
+"""Axis of the rows in each field of a `ForwardBatch`."""
 
 
 class Role(NamedTuple):
@@ -67,13 +69,14 @@ class Work:
         check: Callable[[Role, Params], None] | None = None,
         batch_size: int | None = None,
         include_votes: bool = False,
+        layout: parallel.Layout | None = None,
         quiet: bool = False,
     ):
         self.reader, self.settings = reader, settings
         self.roles = {r.name: r for r in roles}
         self.make_items, self.check = make_items, check
         self.batch_size, self.include_votes, self.quiet = batch_size, include_votes, quiet
-        self.devices = tuple(jax.local_devices())
+        self.layout = layout or parallel.local_layout()
         self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
         self.tokens = {t.identity: 0 for t in reader.tasks.values()}
         self.compile_seconds = 0.0
@@ -141,10 +144,11 @@ class Work:
 
     def _rows_of(self, length: int) -> int:
         if self.batch_size is not None:
-            return self.batch_size * len(self.devices)
-        budget = TOKENS_A_STEP if self.devices[0].platform == "cpu" else ACCELERATOR_TOKENS
+            return self.batch_size * self.layout.row_parts
+        on_cpu = self.layout.devices[0].platform == "cpu"
+        budget = TOKENS_A_STEP if on_cpu else ACCELERATOR_TOKENS
         # Not below 4: a single row takes other kernels, and small batches waste both cores.
-        return max(4, min(64, budget // length)) * len(self.devices)
+        return max(4, min(64, budget // length)) * self.layout.row_parts
 
     def _slot_sizes(self, task: Task, length: int) -> np.ndarray:
         most = min(length, self.settings.max_length)
@@ -168,7 +172,7 @@ class Work:
                         passes += real * task.passes
                         tokens += real * task.passes * batch.length
                         flops += len(batch.rows) * self._flops(task, role, batch.length)
-        rate = 0.5 * _matmul_rate(self.roles["target"].folder.model) * len(self.devices)
+        rate = 0.5 * _matmul_rate(self.roles["target"].folder.model) * len(self.layout.devices)
         return (
             f"{texts} texts, {passes} forward passes, {tokens:,} tokens with padding, "
             f"{flops / 1e12:.2f} TFLOP: about {duration(flops / rate)} after compiling"
@@ -247,8 +251,10 @@ class Work:
         """Weights of the models that are needed; what both have in common is held once."""
         needed = {r for t in self.reader.tasks.values() for r in t.channels}
         roles = {self.roles[r].store_key: self.roles[r] for r in ROLES if r in needed}
-        start, sharding = time.monotonic(), parallel.parameter_sharding(self.devices)
-        loaded = model_folder.load_together([r.folder for r in roles.values()], sharding)
+        start = time.monotonic()
+        loaded = model_folder.load_together(
+            [r.folder for r in roles.values()], self.layout.shardings
+        )
         seconds = time.monotonic() - start
         for role, params in zip(roles.values(), loaded):
             folder = role.folder
@@ -308,7 +314,7 @@ class Work:
         """Values [c, t, b, k] and positions [t, b, k] of a batch under a probe plan."""
         forward, positions = self._forward(batch, task)
         # Target and reference share programs where their networks are the same.
-        runner = _runner(role.folder.model, self.slots(batch.length), self.devices, channels)
+        runner = _runner(role.folder.model, self.slots(batch.length), self.layout, channels)
         weights, found = params[role.store_key], []
         for chunk in _chunks(forward):
             if not runner.is_compiled(chunk):
@@ -403,10 +409,10 @@ class Work:
             if item is not None:
                 high[i], low[i] = item.key
                 maskable[i, : len(item.maskable)] = item.maskable
-        runner = _procedure_runner(role.folder.model, task.query.procedure, self.devices)
+        runner = _procedure_runner(role.folder.model, task.query.procedure, self.layout)
         args = (np.uint32(self.settings.seed), high, low, tokens, valid, maskable)
         weights = params[role.store_key]
-        if not runner.is_compiled(tokens.shape):
+        if not runner.is_compiled(*args):
             bar.note(f"compiling for {batch.length} tokens")
             self._compile(lambda: runner.compile(weights, *args), task, batch, folder)
         bar.note(f"{role.name}, {batch.length} tokens")
@@ -559,25 +565,23 @@ def score_corpus(
 
 @functools.lru_cache(maxsize=64)
 def _runner(
-    model: Any, slots: tuple[int, ...], devices: tuple[Any, ...], channels: tuple[str, ...]
+    model: Any, slots: tuple[int, ...], layout: parallel.Layout, channels: tuple[str, ...]
 ) -> parallel.Runner:
     """One scorer a network and set of slot sizes, kept for the whole process like any jit cache."""
 
     def score(params: Params, batch: ForwardBatch) -> jax.Array:
         return losses.score_batch(model, slots, params, batch, channels)
 
-    return parallel.Runner(score, devices)
+    return parallel.Runner(score, layout, (FORWARD_ROWS,))
 
 
 @functools.lru_cache(maxsize=64)
-def _procedure_runner(
-    model: Any, procedure: Procedure, devices: tuple[Any, ...]
-) -> parallel.RowRunner:
+def _procedure_runner(model: Any, procedure: Procedure, layout: parallel.Layout) -> parallel.Runner:
     def run(params, seed, high, low, tokens, valid, maskable):
         keys = jax.vmap(lambda h, lo: rng.text_key(seed, TextKeyData(h, lo)))(high, low)
         return procedure.run(model, params, keys, tokens, valid, maskable)
 
-    return parallel.RowRunner(run, devices)
+    return parallel.Runner(run, layout, (None, 0, 0, 0, 0, 0))
 
 
 def _chunks(forward: ForwardBatch) -> Iterator[ForwardBatch]:

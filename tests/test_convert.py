@@ -208,7 +208,7 @@ def test_sharded_loading_reads_each_byte_once(name, mesh, made, reads, monkeypat
 
 def test_replicated_leaves_are_read_once_for_all_devices(made, reads):
     folder = model_folder.open_folder(made("llada"), dtype="float32")
-    everywhere = parallel.parameter_sharding(jax.devices())
+    everywhere = parallel.local_layout().shardings
     params = model_folder.load(folder, everywhere)
     assert len(params["embed"]["embedding"].addressable_shards) == 8
     assert sum(reads.values()) == 4 * folder.num_params
