@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sama_jax import alignment, data, model_folder, reading, replay, report, scoring
+from sama_jax import alignment, data, model_folder, parallel, reading, replay, report, scoring
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, settings_hash
@@ -40,6 +40,13 @@ class AuditJob:
     limit: int | None = None
     batch_size: int | None = None
     """Rows a device works on at once; None: from the padded length."""
+    parallel: str = "auto"
+    """`pmap`: every device holds the models; `sharded`: they are split over a mesh."""
+    mesh: str | None = None
+    """`data=N,model=M`; None: chosen."""
+    fully_sharded: bool = False
+    models: str = "auto"
+    """`together`, or `in-turn`: all of the target's passes, then all of the reference's."""
     mask_id: int | None = None
     adapter: Path | None = None
     """LoRA adapter on top of `target`, which is then usually the reference's folder."""
@@ -121,6 +128,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
             notes.append(f"{role.name}: {warning}")
             say.print(f"note: {notes[-1]}")
 
+    placed = _placement(job, roles)
+    say.print(_describe(placed))
     work = scoring.Work(
         reader,
         roles,
@@ -128,6 +137,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         make_items=maker,
         check=check,
         batch_size=job.batch_size,
+        layout=placed.layout,
+        in_turn=not placed.together,
         include_votes=job.include_votes,
         quiet=job.quiet,
     )
@@ -169,6 +180,37 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     if job.strict and notes:
         raise ValidityError(f"{job.out}: finished, but under --strict: " + "; ".join(notes))
     return AuditResult(rows, metrics, folder.manifest["cost"], job.out)
+
+
+def _placement(job: AuditJob, roles: list[scoring.Role]) -> parallel.Fit:
+    """What each device holds."""
+    folders = [role.folder for role in roles]
+
+    def splits(mesh: Any) -> None:
+        for folder in folders:
+            parallel.parameter_shardings(mesh, folder.abstract_params, folder.model.arch)
+
+    return parallel.choose_layout(
+        job.parallel,
+        job.mesh,
+        job.models,
+        model_folder.num_bytes(folders),
+        max(model_folder.num_bytes([f]) for f in folders),
+        splits,
+        fully_sharded=job.fully_sharded,
+    )
+
+
+def _describe(placed: parallel.Fit) -> str:
+    mesh, one = placed.layout.mesh, len(placed.layout.devices) == 1
+    where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
+    if placed.layout.kind == "sharded":
+        how = f"sharded, data={mesh.shape['data']},model={mesh.shape['model']}"
+        how += ", parameters split over data, too" if placed.layout.fully_sharded else ""
+    else:
+        how = "one device" if one else "pmap, every device holds the models"
+    turns = "both models together" if placed.together else "one model after the other"
+    return f"devices: {where}, {how}; {turns}"
 
 
 # --- what can be computed ------------------------------------------------------------------------

@@ -97,6 +97,7 @@ def _add_audit(commands: Any) -> None:
     p.add_argument("--pad-to", type=int, default=0, metavar="TOKENS")
     p.add_argument("--seed", type=int, default=42, help="of masks and subsets")
     p.add_argument("--batch-size", type=int, metavar="ROWS", help="texts a device works on at once")
+    _add_devices(p)
     p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N texts")
     p.add_argument(
@@ -111,6 +112,15 @@ def _add_audit(commands: Any) -> None:
     p.add_argument("--include-votes", action="store_true", help="step votes and tie rates, too")
     p.add_argument("--quiet", action="store_true")
     _add_set(p)
+
+
+def _add_devices(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--parallel", default="auto", choices=["auto", "pmap", "sharded"],
+                   help="models whole on every device, or split over a mesh")  # fmt: skip
+    p.add_argument("--mesh", metavar="data=N,model=M", help="rows over N devices, models over M")
+    p.add_argument("--fully-sharded", action="store_true", help="split parameters over data, too")
+    p.add_argument("--models", default="auto", choices=["auto", "together", "in-turn"],
+                   help="both in memory, or all of the target's passes first")  # fmt: skip
 
 
 def _add_training(p: argparse.ArgumentParser) -> None:
@@ -238,6 +248,10 @@ def _audit(args: argparse.Namespace) -> None:
         settings=settings,
         limit=args.limit,
         batch_size=args.batch_size,
+        parallel=args.parallel,
+        mesh=args.mesh,
+        fully_sharded=args.fully_sharded,
+        models=args.models,
         mask_id=args.mask_id,
         prefixes=data.read_texts(args.prefixes) if args.prefixes else None,
         store=args.store,

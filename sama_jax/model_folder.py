@@ -74,6 +74,12 @@ class ModelFolder:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
 
 
+def num_bytes(folders: Sequence[ModelFolder]) -> int:
+    """Of the parameters of several folders, each set of weights once, without adapters."""
+    bases = {(f.base_identity, str(f.model.dtype)): f for f in folders}
+    return sum(f.num_params * jnp.dtype(f.model.dtype).itemsize for f in bases.values())
+
+
 @functools.lru_cache(maxsize=64)
 def _abstract_params(model: Model) -> Params:
     """Shapes only; remembered, since tracing a model's `init` takes about 0.1 s."""

@@ -8,6 +8,7 @@ for what `model` splits, the shapes that a single device would.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -173,6 +174,95 @@ class Layout:
         return np.repeat(own, rows // self.row_parts)
 
 
+class Fit(NamedTuple):
+    """How a run's models are placed."""
+
+    layout: Layout
+    together: bool
+    """Both models at once, or one after the other."""
+
+
+def choose_layout(
+    kind: str,
+    mesh: str | None,
+    models: str,
+    bytes_together: int,
+    bytes_one: int,
+    splits: Callable[[Mesh], object],
+    *,
+    fully_sharded: bool = False,
+    room: int | None = None,
+) -> Fit:
+    """The simplest placement that fits; what the caller fixes stays fixed.
+
+    Both models on every device; else one after the other; else split over as few devices as it
+    takes, together, else in turn. Four fifths of a device's memory are for parameters.
+
+    Args:
+      kind: `auto`, `pmap` or `sharded`.
+      mesh: `data=N,model=M`, which implies `sharded`; None: chosen.
+      models: `auto`, `together` or `in-turn`.
+      bytes_together: of all parameters; `bytes_one`: of the larger model.
+      splits: raises `UsageError` where parameters cannot be split over a mesh.
+      room: bytes of memory a device; None: what this process' devices have.
+
+    Raises:
+      UsageError: nothing fits, or the flags contradict each other.
+    """
+    if mesh is not None and kind == "pmap":
+        raise UsageError("--mesh belongs to --parallel sharded; leave one of the two out")
+    room = int(0.8 * (device_bytes() if room is None else room))
+    turns = {"auto": (True, False), "together": (True,), "in-turn": (False,)}[models]
+    whole = mesh is None and kind != "sharded"
+    if mesh is not None:
+        grid = make_mesh(mesh)
+        splits(grid)
+        meshes = [grid]
+    elif kind == "pmap":
+        meshes = []
+    else:
+        meshes = _meshes(splits, whole)
+    fits = [(local_layout(), 1)] if whole else []
+    options = [(layout, size, together) for layout, size in fits for together in turns]
+    for grid in meshes:
+        size = grid.shape["model"] * (grid.shape["data"] if fully_sharded else 1)
+        options += [(Layout(grid, "sharded", fully_sharded), size, t) for t in turns]
+    for layout, size, together in options:
+        if (bytes_together if together else bytes_one) <= size * room:
+            return Fit(layout, together)
+    if kind != "auto" or mesh is not None or len(options) == 1:  # as the caller wishes
+        return Fit(options[-1][0], options[-1][2])
+    raise UsageError(
+        f"the larger model has {bytes_one / 2**30:.1f} GiB of parameters, and the "
+        f"{jax.device_count()} devices hold {room / 2**30:.1f} GiB of them each at most, split as "
+        "far as its heads and widths allow; use more devices, --dtype bfloat16, or force a "
+        "placement with --parallel"
+    )
+
+
+def _meshes(splits: Callable[[Mesh], object], only_split: bool) -> list[Mesh]:
+    """Meshes of all devices that the parameters can be split over, few parts first."""
+    count, found = jax.device_count(), []
+    for size in range(2 if only_split else 1, count + 1):
+        if count % size == 0:
+            grid = make_mesh(f"data={count // size},model={size}")
+            try:
+                splits(grid)
+            except UsageError:
+                continue
+            found.append(grid)
+    return found
+
+
+def device_bytes() -> int:
+    """Memory of the smallest device of this process; CPU devices share the machine's."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    limits = [(d.memory_stats() or {}).get("bytes_limit") for d in devices]
+    return min((n for n in limits if n), default=2**63)
+
+
 def local_layout(devices: Sequence[jax.Device] | None = None) -> Layout:  # pyright: ignore
     """Rows over devices of this process, by default all of them, each with all parameters."""
     chosen = np.array(jax.local_devices() if devices is None else devices)
@@ -273,17 +363,23 @@ class Runner:
         """Makes the program for arguments of these shapes."""
         self._programs[_shapes(args)] = self._jitted.lower(params, *self._split(args)).compile()
 
-    def __call__(self, params: Params, *args: Any) -> np.ndarray:
-        """Runs host arrays, the same in every process; rows must be a multiple of `row_parts`.
+    def start(self, params: Params, *args: Any) -> jax.Array:
+        """Hands host arrays, the same in every process, to the devices; for `fetch`.
 
-        Returns the results (host); those of rows that belong to other processes are NaN.
+        Rows must be a multiple of `row_parts`.
         """
-        out = self._programs[_shapes(args)](params, *self._split(args))
-        if len(self.layout.devices) > 1:
-            out = self._own(out)
-            axis = self._out_axis
-            out = out.reshape(*out.shape[:axis], -1, *out.shape[axis + 2 :])
-        return np.asarray(out)
+        return self._programs[_shapes(args)](params, *self._split(args))
+
+    def fetch(self, out: jax.Array) -> np.ndarray:
+        """What was started, when it is done (host); NaN in rows that belong to other processes."""
+        if len(self.layout.devices) == 1:
+            return np.asarray(out)
+        values, axis = self._own(out), self._out_axis
+        return values.reshape(*values.shape[:axis], -1, *values.shape[axis + 2 :])
+
+    def __call__(self, params: Params, *args: Any) -> np.ndarray:
+        """`start` and `fetch`."""
+        return self.fetch(self.start(params, *args))
 
     def _own(self, out: jax.Array) -> np.ndarray:
         if out.is_fully_addressable:

@@ -7,7 +7,7 @@ every attack whose readings are complete is scored.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,13 +70,14 @@ class Work:
         batch_size: int | None = None,
         include_votes: bool = False,
         layout: parallel.Layout | None = None,
+        in_turn: bool = False,
         quiet: bool = False,
     ):
         self.reader, self.settings = reader, settings
         self.roles = {r.name: r for r in roles}
         self.make_items, self.check = make_items, check
         self.batch_size, self.include_votes, self.quiet = batch_size, include_votes, quiet
-        self.layout = layout or parallel.local_layout()
+        self.layout, self.in_turn = layout or parallel.local_layout(), in_turn
         self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
         self.tokens = {t.identity: 0 for t in reader.tasks.values()}
         self.compile_seconds = 0.0
@@ -96,8 +97,11 @@ class Work:
         """Items of a view; those of the text where they depend on a guide that has not run."""
         return self.reader.items.get(view, self.reader.items["text"])
 
-    def pending(self, view: str = "text", *, everything: bool = False) -> list[int]:
-        """First text of each distinct token sequence of which some values are not stored yet."""
+    def pending(
+        self, view: str = "text", *, everything: bool = False, roles: Sequence[str] = ROLES
+    ) -> list[int]:
+        """First text of each distinct token sequence of which some values (of the models `roles`)
+        are not stored yet."""
         seen, rows = set(), []
         tasks = self._tasks(view)
         everything = everything or view not in self.reader.items  # it cannot have been read
@@ -106,7 +110,10 @@ class Work:
                 continue
             seen.add(item.store_key)
             if everything or any(
-                self.reader.missing(t, role, item) for t in tasks for role in t.channels
+                self.reader.missing(t, role, item)
+                for t in tasks
+                for role in t.channels
+                if role in roles
             ):
                 rows.append(row)
         return rows
@@ -195,14 +202,26 @@ class Work:
                 self._make(view)
         if any(self.pending(view) for view in self.reader.views):
             say.print(self.estimate())
-            params = self._load(say)
-            # The text, its other views, and those that need a guide's result, made when due.
-            for view in sorted(self.reader.views, key=lambda v: (v != "text", v not in items)):
-                if view not in items:
-                    self._make(view)
-                self._run_view(view, params, folder, ids)
+            turns = [[role] for role in ROLES] if self.in_turn else [list(ROLES)]
+            # A view whose guide is the other model's waits for that: then there is a second round.
+            while any(self.pending(view) for view in self.reader.views):
+                for turn in turns:
+                    self._run_turn(turn, folder, ids, say)
             say.print(f"{self.programs} programs compiled in {self.compile_seconds:.1f} s")
         self._score_rows(folder, ids, range(len(ids)))
+
+    def _run_turn(self, roles: list[str], folder: RunFolder, ids: list[str], say: Any) -> None:
+        """All that these models can do now; their parameters are freed at the end."""
+        items = self.reader.items
+        if not any(self.pending(view, roles=roles) for view in self.reader.views):
+            return
+        params = self._load(roles, say)
+        # The text, its other views, and those that need a guide's result, made when due.
+        for view in sorted(self.reader.views, key=lambda v: (v != "text", v not in items)):
+            if view not in items and self._guided_already(view):
+                self._make(view)
+            if view in items:
+                self._run_view(view, roles, params, folder, ids)
 
     def _guided_already(self, view: str) -> bool:
         """Whether the guides of a view that is not made yet were read by an earlier run."""
@@ -220,9 +239,14 @@ class Work:
         self.reader.items[view] = self.make_items(view)
 
     def _run_view(
-        self, view: str, params: dict[str, Params], folder: RunFolder, ids: list[str]
+        self,
+        view: str,
+        roles: list[str],
+        params: dict[str, Params],
+        folder: RunFolder,
+        ids: list[str],
     ) -> None:
-        rows = self.pending(view)
+        rows = self.pending(view, roles=roles)
         if not rows:
             return
         batches = self.batches(rows, view)
@@ -235,7 +259,7 @@ class Work:
             for batch in batches:
                 real = [int(r) for r in batch.rows if r >= 0]
                 for task in self._tasks(view):
-                    for role in _distinct(task, self.roles):
+                    for role in _distinct(task, self.roles, roles):
                         self._run_task(batch, task, role, params, folder, bar)
                 keys = [items[r].store_key for r in real]  # pyright: ignore
                 self._score_rows(folder, ids, sorted({s for k in keys for s in same[k]}))
@@ -247,10 +271,10 @@ class Work:
             counts[batch.length] = counts.get(batch.length, 0) + int((batch.rows >= 0).sum())
         folder.log("buckets", view=view, texts={str(k): v for k, v in counts.items()})
 
-    def _load(self, say: Any) -> dict[str, Params]:
+    def _load(self, wanted: list[str], say: Any) -> dict[str, Params]:
         """Weights of the models that are needed; what both have in common is held once."""
         needed = {r for t in self.reader.tasks.values() for r in t.channels}
-        roles = {self.roles[r].store_key: self.roles[r] for r in ROLES if r in needed}
+        roles = {self.roles[r].store_key: self.roles[r] for r in wanted if r in needed}
         start = time.monotonic()
         loaded = model_folder.load_together(
             [r.folder for r in roles.values()], self.layout.shardings
@@ -602,9 +626,9 @@ def _chunks(forward: ForwardBatch) -> Iterator[ForwardBatch]:
         )
 
 
-def _distinct(task: Task, roles: dict[str, Role]) -> list[Role]:
+def _distinct(task: Task, roles: dict[str, Role], among: list[str]) -> list[Role]:
     """The task's models, each once even if target and reference are the same."""
-    return list({roles[r].store_key: roles[r] for r in task.channels}.values())
+    return list({roles[r].store_key: roles[r] for r in task.channels if r in among}.values())
 
 
 def _group(names: list[Any]) -> dict[Any, list[int]]:
