@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax import losses
@@ -89,7 +90,10 @@ def measure(model: Model, params: Params, token_ids: Sequence[int] | np.ndarray)
     positions = losses.scored_positions(masks, -(-len(ids) // STRIDE))
     tokens = np.broadcast_to(ids, masks.shape)
     plain: Any = replace(model, shift=False)  # pyright: ignore  # one program for both kinds
-    found = np.asarray(both_losses(plain, params, tokens, masks, positions), np.float64)
+    both = both_losses(plain, params, tokens, masks, positions)
+    if not both.is_fully_addressable:  # a model over the devices of several processes
+        both = multihost_utils.process_allgather(both, tiled=True)
+    found = np.asarray(both, np.float64)
     used = positions >= 0
     kinds = ids[positions[used]]
     own, other = (_by_token(values[used], kinds) for values in found)

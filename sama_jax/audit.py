@@ -6,7 +6,10 @@ at any moment and continued by the same command.
 
 import hashlib
 import importlib.metadata
+import json
 import platform
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +18,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sama_jax import alignment, data, model_folder, parallel, reading, replay, report, scoring
+from sama_jax import (
+    alignment,
+    data,
+    model_folder,
+    parallel,
+    processes,
+    reading,
+    replay,
+    report,
+    scoring,
+)
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, settings_hash
@@ -63,6 +76,8 @@ class AuditJob:
     dry_run: bool = False
     quiet: bool = False
     command: str = ""
+    peers: processes.Peers = field(default_factory=processes.Peers)
+    """The other processes of this run, if there are any."""
 
 
 class AuditResult(NamedTuple):
@@ -75,12 +90,14 @@ class AuditResult(NamedTuple):
 
 
 def run_audit(job: AuditJob) -> AuditResult | None:
-    """Runs or continues an audit; returns None for a dry run.
+    """Runs or continues an audit; returns None for a dry run, and where another process or
+    `merge` writes the results.
 
     Raises the errors of `sama_jax.errors`; `Interrupted` when a signal stopped it in good order.
     """
-    say = console(job.quiet)
-    settings = job.settings
+    peers = job.peers
+    quiet = job.quiet or peers.rank > 0
+    say, settings = console(quiet), job.settings
     before = read_manifest(job.out) or {}
     # Attacks on all texts together are scored again: a new prefix changes what they see.
     wanted = attack_suite.select([*job.attacks, *before.get("corpus_attacks", [])])
@@ -139,13 +156,16 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         batch_size=job.batch_size,
         layout=placed.layout,
         in_turn=not placed.together,
+        peers=peers,
         include_votes=job.include_votes,
-        quiet=job.quiet,
+        quiet=quiet,
     )
     if job.dry_run:
         say.print(work.estimate(everything=True))
         return None
-    folder = RunFolder(job.out, _run_identity(job, texts, roles), _about(job, roles), job.store)
+    run = _run_identity(job, texts, roles)
+    _same_everywhere(peers, [run, [a.name for a in chosen], _describe(placed)])
+    folder = _open_folder(job, run, _about(job, roles))
     store = str(job.store.resolve()) if job.store else None
     folder.write_manifest(
         not_computed=left_out,
@@ -157,13 +177,24 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     )
     try:
         work.run(folder, ids, say)
+        text_rows = _text_rows(job, texts, items, encoded, prefixes)
+        if peers.count > 1:
+            peers.gather("passes", None)
+            parallel.disconnect()
+            if not folder.shared:
+                _write_index(job, text_rows, reader)
+                say.print(_HINT)
+                return None
+            if peers.rank > 0:
+                return None
+            folder.refresh()
+            scoring.score_rows(
+                reader, folder, ids, range(len(ids)), include_votes=job.include_votes
+            )
         labels = [t.label for t in texts]
         known = None if None in labels else np.array(labels, np.int32)
         scoring.score_corpus(reader, folder, ids, [t.text for t in texts], known)
-        text_rows = _text_rows(job, texts, items, encoded, prefixes)
-        index = job.out / reading.INDEX
-        earlier = reading.read_index(index)[1] if index.is_file() else {}
-        reading.write_index(index, text_rows, earlier | reader.items)
+        _write_index(job, text_rows, reader)
         rows = folder.join(text_rows, [a.name for a in chosen])
         metrics = report.compute_metrics(rows, settings.seed)
         write_json(job.out / METRICS, metrics)
@@ -199,6 +230,56 @@ def _placement(job: AuditJob, roles: list[scoring.Role]) -> parallel.Fit:
         splits,
         fully_sharded=job.fully_sharded,
     )
+
+
+_HINT = (
+    "each process has written its own part, since --out is not on a disk that all of them share: "
+    "copy the folders to one machine, then sama-jax merge OUT PART_DIR..."
+)
+
+
+def _same_everywhere(peers: processes.Peers, what: Any) -> None:
+    """Raises `UsageError` unless all processes were started for the same thing."""
+    text = json.dumps(what, sort_keys=True, default=str)
+    found = peers.gather("run", hashlib.sha256(text.encode()).hexdigest())
+    other = next((rank for rank, value in enumerate(found) if value != found[0]), None)
+    if other is not None:
+        raise UsageError(
+            f"processes 0 and {other} do not agree on texts, models, settings, attacks or devices; "
+            "start all with the same command, on the same files"
+        )
+
+
+def _open_folder(job: AuditJob, run: dict[str, Any], about: dict[str, Any]) -> RunFolder:
+    """Process 0 opens it first; the others find out whether they see the same folder."""
+    peers, session = job.peers, {"session": secrets.token_hex(8)}
+    if peers.rank == 0:
+        folder = RunFolder(job.out, run, about | session, job.store)
+        peers.gather("folder", session["session"])
+        folder.shared = all(peers.gather("shared", True))
+        return folder
+    session["session"] = peers.gather("folder", "")[0]
+    seen = _sees(job.out, session["session"])
+    shared = all(peers.gather("shared", seen))
+    folder = RunFolder(job.out, run, about, job.store, rank=peers.rank, writes=not seen)
+    folder.shared = shared
+    return folder
+
+
+def _sees(path: Path, session: str) -> bool:
+    """Whether process 0's manifest is here; a network disk may take a moment."""
+    for wait in (0.0, 0.5, 2.0):
+        time.sleep(wait)
+        if ((read_manifest(path) or {}).get("session")) == session:
+            return True
+    return False
+
+
+def _write_index(job: AuditJob, rows: list[dict[str, Any]], reader: reading.Reader) -> None:
+    """What scoring without the texts needs: how plans are drawn again."""
+    index = job.out / reading.INDEX
+    earlier = reading.read_index(index)[1] if index.is_file() else {}
+    reading.write_index(index, rows, earlier | reader.items)
 
 
 def _describe(placed: parallel.Fit) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sama_jax import __version__, config
+from sama_jax import __version__, config, processes
 from sama_jax.errors import Interrupted, SamaError, UsageError
 
 STANDARD = "sama,loss,loss:sum,zlib,ratio"
@@ -25,7 +25,7 @@ exit codes:
   5   finished, but a validity gate failed under --strict
   6   parity failed
   74  disk full or not writable
-  75  interrupted (Ctrl-C, SIGTERM); the same command continues
+  75  interrupted (Ctrl-C, SIGTERM, another process is lost); the same command continues
 """
 
 
@@ -121,6 +121,12 @@ def _add_devices(p: argparse.ArgumentParser) -> None:
     p.add_argument("--fully-sharded", action="store_true", help="split parameters over data, too")
     p.add_argument("--models", default="auto", choices=["auto", "together", "in-turn"],
                    help="both in memory, or all of the target's passes first")  # fmt: skip
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: process 0's")
+    p.add_argument("--num-processes", type=int, metavar="N")
+    p.add_argument("--process-id", type=int, metavar="I")
+    p.add_argument("--distributed", action="store_true", help="the same from Slurm or a TPU slice")
+    p.add_argument("--start-timeout", type=float, default=processes.START_SECONDS, metavar="S",
+                   help="seconds that processes wait for each other at the start")  # fmt: skip
 
 
 def _add_training(p: argparse.ArgumentParser) -> None:
@@ -207,7 +213,7 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _audit(args: argparse.Namespace) -> None:
+def _audit(args: argparse.Namespace) -> int | None:
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
@@ -226,9 +232,22 @@ def _audit(args: argparse.Namespace) -> None:
     if any(a.partition("=")[0].strip() == "preset" for a in overrides):
         raise UsageError("setting preset is a name only; choose one with --preset")
     settings = config.override(settings, overrides)
+    place = processes.given_place(args.coordinator, args.num_processes, args.process_id)
+    if place is None and args.distributed:
+        place = processes.found_place(os.environ)
+    peers = processes.join()
+    if peers is None and place is not None and place.count > 1 and not args.dry_run:
+        command = [sys.executable, "-m", "sama_jax", *args.argv]
+        kept = (
+            "finished batches are kept: the same command, with any number of processes, continues"
+        )
+        return processes.supervise(command, place, args.start_timeout, kept)
 
-    from sama_jax import attacks, data
+    from sama_jax import attacks, data, parallel
     from sama_jax.audit import AuditJob, run_audit
+
+    if peers is not None:
+        parallel.connect(peers.jax_address, peers.count, peers.rank)
 
     wanted = _names(args.attacks)
     attacks.select(wanted)
@@ -264,6 +283,7 @@ def _audit(args: argparse.Namespace) -> None:
         dry_run=args.dry_run,
         quiet=args.quiet,
         command=args.command_line,
+        peers=peers or processes.Peers(),
     )
     result = run_audit(job)
     if result is not None and not args.quiet:
@@ -410,7 +430,9 @@ def _end_on_signals(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code; errors are one line on stderr."""
-    return run_program("sama-jax", build_parser(), _COMMANDS, argv)
+    code = run_program("sama-jax", build_parser(), _COMMANDS, argv)
+    processes.leave(code)
+    return code
 
 
 def run_program(
@@ -430,7 +452,7 @@ def run_program(
     if argv is None:
         _end_on_signals(f"{name}: {interrupted}")
     args = parser.parse_args(argv)
-    args.command_line = command
+    args.command_line, args.argv = command, sys.argv[1:] if argv is None else list(argv)
     try:
         return commands[args.command](args) or 0
     except (Interrupted, KeyboardInterrupt) as error:

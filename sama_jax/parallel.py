@@ -307,6 +307,19 @@ def split_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     )
 
 
+# --- several processes ---------------------------------------------------------------------------
+
+
+def connect(address: str, count: int, rank: int) -> None:
+    """Makes this one of several JAX processes; all call it, before anything touches a device."""
+    jax.distributed.initialize(address, count, rank)
+
+
+def disconnect() -> None:
+    """After the last common computation; all call it. This process' own devices stay in use."""
+    jax.distributed.shutdown()
+
+
 # --- running -------------------------------------------------------------------------------------
 
 

@@ -233,15 +233,15 @@ class Reader:
 
     # --- the store -------------------------------------------------------------------------------
 
-    def missing(self, task: Task, role: str, item: Item) -> tuple[str, ...]:
-        """Channels of a task that are not stored yet for an item."""
+    def missing(
+        self, task: Task, role: str, item: Item, *, readable: bool = False
+    ) -> tuple[str, ...]:
+        """Channels of a task that are not stored yet for an item, or (`readable`) not here."""
         if self.store is None:
             return task.channels[role]
-        key = self.role_keys[role]
+        key, known = self.role_keys[role], self.store.has if readable else self.store.exists
         return tuple(
-            c
-            for c in task.channels[role]
-            if not self.store.has(key, task.stored(c), item.store_key)
+            c for c in task.channels[role] if not known(key, task.stored(c), item.store_key)
         )
 
     def values(self, task: Task, rows: Sequence[int], role: str, channel: str) -> np.ndarray:
@@ -270,7 +270,9 @@ class Reader:
         for task in tasks:
             items = self.items.get(task.view)
             item = None if items is None else items[row]
-            if item is None or any(self.missing(task, role, item) for role in task.channels):
+            if item is None or any(
+                self.missing(task, role, item, readable=True) for role in task.channels
+            ):
                 return False
         return True
 

@@ -21,22 +21,36 @@ METRICS = "metrics.json"
 
 
 class RunFolder:
-    """An open output folder. Create with the identity of the run (`run`), a flat JSON dict."""
+    """An open output folder. Create with the identity of the run (`run`), a flat JSON dict.
 
-    def __init__(self, path: Path, run: dict[str, Any], about: dict[str, Any], store: Path | None):
-        self.path, self._started = path, time.time()
+    Of several processes each has a `rank`, its own files for what it appends, and, but for the
+    first (`writes`), leaves the manifest alone.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run: dict[str, Any],
+        about: dict[str, Any],
+        store: Path | None,
+        *,
+        rank: int = 0,
+        writes: bool = True,
+    ):
+        self.path, self._started, self._writes = path, time.time(), writes
+        self.shared = True
+        """Whether all processes of the run see this very folder."""
         before = self._claim(path, run)
         self.manifest = before | about | {"run": run, "finished": False}
         if not before:  # a folder without a manifest cannot be continued
             self.write_manifest()
         with contextlib.ExitStack() as opened:
-            self._log = opened.enter_context(contextlib.closing(_append(path / "log.jsonl")))
-            scores = _append(path / "parts" / "scores-00000.jsonl")
+            log = path / (f"log-{rank:05d}.jsonl" if rank else "log.jsonl")
+            self._log = opened.enter_context(contextlib.closing(_append(log)))
+            scores = _append(path / "parts" / f"scores-{rank:05d}.jsonl")
             self._scores = opened.enter_context(contextlib.closing(scores))
-            self._parts: dict[str, dict[str, Any]] = {}
-            for part in sorted((path / "parts").glob("scores-*.jsonl")):
-                self._merge_file(part)
-            losses = LossStore(store or path / "losses")
+            self._read_parts()
+            losses = LossStore(store or path / "losses", f"losses-{rank:05d}.bin")
             self.store = opened.enter_context(contextlib.closing(losses))
             self.write_manifest()
             self.log("start", command=about.get("command"), records=len(self.store))
@@ -61,6 +75,16 @@ class RunFolder:
                 + "; ".join(f"{k} was {before.get(k)!r}, is {run.get(k)!r}" for k in changed)
             )
         return manifest
+
+    def refresh(self) -> None:
+        """Reads what other processes have appended."""
+        self._read_parts()
+        self.store.refresh()
+
+    def _read_parts(self) -> None:
+        self._parts: dict[str, dict[str, Any]] = {}
+        for part in sorted((self.path / "parts").glob("scores-*.jsonl")):
+            self._merge_file(part)
 
     def log(self, event: str, **values: Any) -> None:
         """One line in log.jsonl."""
@@ -126,7 +150,8 @@ class RunFolder:
     def write_manifest(self, **values: Any) -> None:
         """Adds to the manifest and writes it."""
         self.manifest |= values
-        write_json(self.path / MANIFEST, self.manifest)
+        if self._writes:
+            write_json(self.path / MANIFEST, self.manifest)
 
     def close(self) -> None:
         self._files.close()

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sama_jax import data, losses, model_folder, parallel, rng, votes
+from sama_jax import data, losses, model_folder, parallel, processes, rng, votes
 from sama_jax.attacks.registry import Attack, CorpusReading, Procedure
 from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.errors import UsageError
 from sama_jax.progress import ProgressBar, duration
 from sama_jax.reading import PLAN_ROWS, ROLES, Item, Reader, Task, passes
 from sama_jax.run_folder import RunFolder
@@ -71,6 +72,7 @@ class Work:
         include_votes: bool = False,
         layout: parallel.Layout | None = None,
         in_turn: bool = False,
+        peers: processes.Peers | None = None,
         quiet: bool = False,
     ):
         self.reader, self.settings = reader, settings
@@ -78,6 +80,7 @@ class Work:
         self.make_items, self.check = make_items, check
         self.batch_size, self.include_votes, self.quiet = batch_size, include_votes, quiet
         self.layout, self.in_turn = layout or parallel.local_layout(), in_turn
+        self.peers = peers or processes.Peers()
         self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
         self.tokens = {t.identity: 0 for t in reader.tasks.values()}
         self.compile_seconds = 0.0
@@ -196,32 +199,65 @@ class Work:
     def run(self, folder: RunFolder, ids: list[str], say: Any) -> None:
         """Computes what is missing, batch by batch, then scores what only needed the store."""
         self.reader.store = folder.store
-        items = self.reader.items
-        for view in self.reader.views:
-            if view not in items and self._guided_already(view):
-                self._make(view)
-        if any(self.pending(view) for view in self.reader.views):
+        self._agree(folder)
+        self._make_due()
+        if any(self._left(view) for view in self.reader.views):
             say.print(self.estimate())
-            turns = [[role] for role in ROLES] if self.in_turn else [list(ROLES)]
-            # A view whose guide is the other model's waits for that: then there is a second round.
-            while any(self.pending(view) for view in self.reader.views):
-                for turn in turns:
-                    self._run_turn(turn, folder, ids, say)
+        turns = [[role] for role in ROLES] if self.in_turn else [list(ROLES)]
+        held: dict[str, Params] = {}
+        unmade = True
+        while unmade:
+            unmade = any(view not in self.reader.items for view in self.reader.views)
+            views = [v for v in self.reader.views if v in self.reader.items]
+            for turn in turns:
+                if any(self._left(view, turn) for view in views):
+                    params = held or self._load(turn, say)
+                    for view in views:
+                        self._run_view(view, turn, params, folder, ids)
+                    held = {} if self.in_turn else params
+                    params = {}  # frees this model before the next one is loaded
+            if unmade:  # views whose guide had to run first, for all texts
+                self.peers.gather("guides", None)
+                folder.store.refresh()
+                self._make_due()
+        if self.programs:
             say.print(f"{self.programs} programs compiled in {self.compile_seconds:.1f} s")
         self._score_rows(folder, ids, range(len(ids)))
 
-    def _run_turn(self, roles: list[str], folder: RunFolder, ids: list[str], say: Any) -> None:
-        """All that these models can do now; their parameters are freed at the end."""
-        items = self.reader.items
-        if not any(self.pending(view, roles=roles) for view in self.reader.views):
-            return
-        params = self._load(roles, say)
-        # The text, its other views, and those that need a guide's result, made when due.
-        for view in sorted(self.reader.views, key=lambda v: (v != "text", v not in items)):
-            if view not in items and self._guided_already(view):
+    def _agree(self, folder: RunFolder) -> None:
+        """What any process has stored before need not be computed by any of them.
+
+        Afterwards all of them see the same records, since none has begun to append.
+        """
+        if self.peers.count > 1:
+            keys = [] if folder.shared else folder.store.keys()
+            for other in self.peers.gather("records", keys):
+                folder.store.elsewhere |= {tuple(key) for key in other}
+            unmade = [v for v in self.reader.views if v not in self.reader.items]
+            if unmade and not folder.shared:
+                raise UsageError(
+                    f"attacks on {unmade[0]} read losses of all texts on the way, but --out is not "
+                    "on a disk that all processes share; use one that is, or leave them out"
+                )
+
+    def _make_due(self) -> None:
+        """Makes the views whose guide has been read."""
+        for view in self.reader.views:
+            if view not in self.reader.items and self._guided_already(view):
                 self._make(view)
-            if view in items:
-                self._run_view(view, roles, params, folder, ids)
+
+    def _left(self, view: str, roles: Sequence[str] = ROLES) -> list[int]:
+        """`pending` texts that this process works on.
+
+        On a mesh all processes work on all; else each has every n-th batch of texts, with all of
+        their views, whatever has been stored before.
+        """
+        rows = self.pending(view, roles=roles)
+        if self.peers.count == 1 or self.layout.kind == "sharded":
+            return rows
+        plan, count = self.batches(self.pending(everything=True), "text"), self.peers.count
+        owner = {int(row): i % count for i, batch in enumerate(plan) for row in batch.rows}
+        return [r for r in rows if owner.get(r, r % count) == self.peers.rank]
 
     def _guided_already(self, view: str) -> bool:
         """Whether the guides of a view that is not made yet were read by an earlier run."""
@@ -246,7 +282,7 @@ class Work:
         folder: RunFolder,
         ids: list[str],
     ) -> None:
-        rows = self.pending(view, roles=roles)
+        rows = self._left(view, roles)
         if not rows:
             return
         batches = self.batches(rows, view)
@@ -316,11 +352,17 @@ class Work:
         else:
             values, positions = self._plan(batch, task, role, channels, params, folder, bar)
         self.seconds[task.identity] += time.monotonic() - start
-        count = sum(bool(m) for m in left.values())
+        owned = self.layout.owned(len(batch.rows))
+        count = sum(bool(m) and bool(owned[i]) for i, m in left.items())
         self.passes_run += count * task.passes
         self.tokens[task.identity] += count * task.passes * batch.length
         for number, channel in enumerate(channels):
             new = [i for i, missing in left.items() if channel in missing]
+            if not owned.all():
+                plan = task.stored(channel)
+                names = [items[batch.rows[i]].store_key for i in new if not owned[i]]  # pyright: ignore
+                folder.store.elsewhere |= {(role.store_key, plan, name) for name in names}
+                new = [i for i in new if owned[i]]
             records = [make_record(positions[:, i], values[number, :, i]) for i in new]
             names = [items[batch.rows[i]].store_key for i in new]  # pyright: ignore
             folder.store.append(role.store_key, task.stored(channel), names, records)

@@ -75,19 +75,25 @@ class LossStore:
     def __init__(self, folder: Path, shard: str = "losses-00000.bin"):
         """Indexes every shard; cuts an incomplete last frame off the one this process owns."""
         self._places: dict[tuple[str, str, str], _Place] = {}
+        self._ends: dict[Path, int] = {}
+        self.elsewhere: set[tuple[str, str, str]] = set()
+        """Records that another process of this run holds where this one cannot read them."""
         self.num_records = 0
         """Records in all shards, repeated ones counted: equals the number of distinct keys if no
         batch was ever computed twice."""
-        own = folder / shard
-        keep = 0
+        self._folder, self._own = folder, folder / shard
         for path in sorted(folder.glob("losses-*.bin")):
-            end = self._index(path)
-            keep = end if path == own else keep
-        self._shard = AppendOnly(own, keep)
+            self._ends[path] = self._index(path, 0)
+        self._shard = AppendOnly(self._own, self._ends.get(self._own, 0))
 
-    def _index(self, path: Path) -> int:
-        """Reads the frames' headers; returns where the last complete frame ends."""
-        end = 0
+    def refresh(self) -> None:
+        """Reads what other processes have appended to their shards."""
+        for path in sorted(self._folder.glob("losses-*.bin")):
+            if path != self._own:
+                self._ends[path] = self._index(path, self._ends.get(path, 0))
+
+    def _index(self, path: Path, end: int) -> int:
+        """Reads the frames' headers from a byte on; returns where the last complete one ends."""
         with reading(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             while end < size:
@@ -117,9 +123,17 @@ class LossStore:
     def __len__(self) -> int:
         return len(self._places)
 
+    def keys(self) -> list[tuple[str, str, str]]:
+        """(model, plan, text) of every record."""
+        return list(self._places)
+
     def has(self, model: str, plan: str, text: str) -> bool:
-        """Whether the losses of (model, plan, text) are stored."""
+        """Whether the losses of (model, plan, text) can be read here."""
         return (model, plan, text) in self._places
+
+    def exists(self, model: str, plan: str, text: str) -> bool:
+        """Whether they are stored, here or by another process."""
+        return self.has(model, plan, text) or (model, plan, text) in self.elsewhere
 
     def append(self, model: str, plan: str, texts: Sequence[str], records: list[Record]) -> None:
         """Stores a batch in one write."""

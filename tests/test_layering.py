@@ -15,7 +15,7 @@ ROWS = [
     {"sama_jax.config", "sama_jax.rng"},
     {"sama_jax.probes", "sama_jax.losses", "sama_jax.votes", "sama_jax.metrics"},
     {"sama_jax.attacks"},
-    {"sama_jax.files"},
+    {"sama_jax.files", "sama_jax.processes"},
     {
         "sama_jax.models",
         "sama_jax.data",
@@ -55,7 +55,13 @@ ONLY_IN = {
     "matplotlib": {"sama_jax.report"},
     "pickle": set(),
 }
-NO_JAX = {"sama_jax.config", "sama_jax.errors", "sama_jax.files", "sama_jax.store"}
+NO_JAX = {
+    "sama_jax.processes",
+    "sama_jax.config",
+    "sama_jax.errors",
+    "sama_jax.files",
+    "sama_jax.store",
+}
 
 
 def modules() -> dict[str, Path]:
