@@ -206,9 +206,7 @@ class _Link:
         for message in _messages(self.sock):
             if "beat" not in message:
                 self._events.put((self.rank, message))
-        self._events.put(
-            (self.rank, {"gone": [self.rank], "how": "stopped, killed or unreachable"})
-        )
+        self._events.put((self.rank, {"gone": [self.rank], "how": "stopped, dead or unreachable"}))
 
     def _beat(self) -> None:
         while not self.ended:
@@ -244,9 +242,9 @@ class _Hub:
                 break
             rank, count = hello.get("rank"), hello.get("count")
             if count != place.count or rank in self.links or rank not in range(1, place.count):
+                reason = f"process 0 has --num-processes {place.count}: process {rank} of {count} "
                 with contextlib.suppress(OSError):
-                    _send(sock, {"refused": f"process 0 has --num-processes {place.count}, and "
-                                 f"process {rank} of {count} does not fit or is there already"})  # fmt: skip
+                    _send(sock, {"refused": reason + "does not fit, or is there already"})
                 sock.close()
                 continue
             self.links[rank] = _Link(sock, rank, self.events)
@@ -338,7 +336,7 @@ class _Watch:
         self.done: set[int] = set()
 
     def run(self, command: Sequence[str], jax_address: str) -> int:
-        place, events = self.place, self.hub.events
+        place = self.place
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as crash, ours:
             fds = (theirs.fileno(), crash.fileno())
