@@ -119,7 +119,7 @@ def test_models_in_turn_give_the_same_and_hold_one_at_a_time(
         return loaded
 
     monkeypatch.setattr(model_folder, "load_together", counted)
-    plan, losses, scores = run(models, texts, tmp_path / "run", parallel="pmap", models="in-turn")
+    _, losses, _ = run(models, texts, tmp_path / "run", parallel="pmap", models="in-turn")
     for role in ("target", "reference"):
         np.testing.assert_allclose(losses[role], expected[1][role], rtol=LOSS_TOLERANCE, atol=0)
     (start, first), (between, second) = held
