@@ -168,6 +168,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     folder = _open_folder(job, run, _about(job, roles))
     store = str(job.store.resolve()) if job.store else None
     folder.write_manifest(
+        attacks=[a.name for a in chosen],
         not_computed=left_out,
         settings=asdict(settings),
         store_keys=keys,
@@ -177,12 +178,14 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     )
     try:
         work.run(folder, ids, say)
+        costs: list[dict[str, Any]] = []
         text_rows = _text_rows(job, texts, items, encoded, prefixes)
         if peers.count > 1:
-            peers.gather("passes", None)
+            costs = peers.gather("passes", work.cost(folder))
             parallel.disconnect()
             if not folder.shared:
                 _write_index(job, text_rows, reader)
+                folder.write_manifest(cost=costs[peers.rank])
                 say.print(_HINT)
                 return None
             if peers.rank > 0:
@@ -201,7 +204,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         _save_replay(job, work, folder, texts, items)
         empty = sum(not i.maskable.any() for i in items)
         notes += [f"texts without a usable token: {empty}"] if empty else []
-        folder.write_manifest(notes=notes, finished=True, cost=work.cost(folder))
+        cost = work.cost(folder) if peers.count == 1 else scoring.sum_costs(costs)
+        folder.write_manifest(notes=notes, finished=True, cost=cost)
         folder.log("finished", texts=len(rows))
         report.write_report(job.out)
     except KeyboardInterrupt:

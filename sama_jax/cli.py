@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pretrain(commands)
     _add_attacks(commands)
     _add_score(commands)
+    _add_merge(commands)
     _add_nll(commands)
     _add_experiment(commands)
     _add_report(commands)
@@ -171,6 +172,13 @@ def _add_score(commands: Any) -> None:
     p = _command(commands, "score", "Score more attacks from stored losses, without a model.")
     p.add_argument("--store", type=Path, required=True, metavar="DIR", help="an audit's --out")
     p.add_argument("--attacks", default="all", metavar="a,b|all")
+    p.add_argument("--quiet", action="store_true")
+
+
+def _add_merge(commands: Any) -> None:
+    p = _command(commands, "merge", "Join the parts of an audit whose hosts share no disk.")
+    p.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    p.add_argument("parts", type=Path, nargs="+", metavar="PART_DIR", help="the hosts' --out")
     p.add_argument("--quiet", action="store_true")
 
 
@@ -358,6 +366,14 @@ def _score(args: argparse.Namespace) -> None:
         _print_result(result)
 
 
+def _merge(args: argparse.Namespace) -> None:
+    from sama_jax.merge import run_merge
+
+    result = run_merge(args.out, args.parts, quiet=args.quiet)
+    if not args.quiet:
+        _print_result(result)
+
+
 def _nll(args: argparse.Namespace) -> None:
     if args.passes < 2:
         raise UsageError("--passes must be at least 2: one pass has no standard error")
@@ -404,6 +420,7 @@ _COMMANDS = {
     "demo": _demo,
     "experiment": _experiment,
     "finetune": _finetune,
+    "merge": _merge,
     "nll": _nll,
     "pretrain": _pretrain,
     "report": _report,

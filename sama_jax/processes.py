@@ -130,8 +130,9 @@ def join() -> Peers | None:
     told = json.loads(text)
     # What C++ code and uncaught exceptions print, such as the dump of a process whose peer has
     # died, goes to a file; the supervisor shows it if that was not the reason.
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    os.dup2(told.pop("crash"), 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
+    os.dup2(told["crash"], 1)
+    os.dup2(told["crash"], 2)
     report = os.fdopen(2, "w", buffering=1, closefd=False)
 
     def crashed(*error: Any) -> NoReturn:

@@ -516,6 +516,16 @@ class Work:
         }
 
 
+def sum_costs(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`Work.cost` of several processes, added up; programs are those of the first."""
+    total: dict[str, Any] = dict(costs[0]) if costs else {}
+    for kind in ("seconds", "tokens"):
+        names = dict.fromkeys(name for cost in costs for name in cost.get(kind, {}))
+        total[kind] = {n: round(sum(c[kind].get(n, 0) for c in costs), 2) for n in names}
+    total["passes_run"] = sum(cost.get("passes_run", 0) for cost in costs)
+    return total
+
+
 def score_rows(
     reader: Reader, folder: RunFolder, ids: list[str], rows: Any, *, include_votes: bool = False
 ) -> None:

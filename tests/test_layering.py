@@ -38,7 +38,7 @@ ROWS = [
     {"checkpoints_convert.convert", "checkpoints_convert.inspect"},
     {"sama_jax.audit", "sama_jax.finetune", "sama_jax.nll", "sama_jax.catalogue"},
     {"sama_jax.demo", "sama_jax.score"},
-    {"sama_jax.experiment"},
+    {"sama_jax.experiment", "sama_jax.merge"},
     {"sama_jax.cli"},
     {"sama_jax.__main__", "checkpoints_convert.__main__"},
 ]
