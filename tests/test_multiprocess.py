@@ -32,12 +32,11 @@ TEXTS = 24
 
 
 class Inputs(NamedTuple):
-    """Models and texts that all runs share, and the scores of one process."""
+    """Models and texts that all runs share."""
 
     target: Path
     reference: Path
     texts: Path
-    scores: dict[str, dict]
 
 
 def environment(devices: int = 2) -> dict[str, str]:
@@ -116,22 +115,27 @@ def records(out: Path) -> tuple[int, int]:
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("multiprocess")
     wide = {"n_layers": 2, "d_model": 32, "mlp_hidden_size": 48, "n_heads": 4, "n_kv_heads": 4}
-    made = Inputs(
+    return Inputs(
         tiny.folder(root / "target", seed=1, **wide),
         tiny.folder(root / "reference", seed=2, **wide),
         tiny.write_texts(root / "texts.jsonl", tiny.texts(TEXTS, words=(3, 30))),
-        {},
     )
-    (result,) = finish([audit(made, root / "one")])
+
+
+@pytest.fixture(scope="module")
+def expected(inputs, tmp_path_factory):
+    """The scores of one process."""
+    out = tmp_path_factory.mktemp("expected") / "run"
+    (result,) = finish([audit(inputs, out)])
     assert result[0] == 0, result[1]
-    return made._replace(scores=scores_of(root / "one"))
+    return scores_of(out)
 
 
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def test_one_of_two_is_killed_and_one_process_goes_on(inputs, tmp_path):
+def test_one_of_two_is_killed_and_one_process_goes_on(inputs, expected, tmp_path):
     """The survivor names it at once, without a dump; then every text once, and the same scores."""
     out = tmp_path / "run"
     first, second = running = start(inputs, [out, out])
@@ -153,27 +157,27 @@ def test_one_of_two_is_killed_and_one_process_goes_on(inputs, tmp_path):
     assert 2 <= len(done) < TEXTS
     (result,) = finish([audit(inputs, out)])
     assert result[0] == 0, result[1]
-    assert_same_scores(out, inputs.scores)
+    assert_same_scores(out, expected)
     total, distinct = records(out)
     assert total == distinct == TEXTS * 3  # two models under SAMA's plan, the target under loss's
     assert not any(p.poll() is None for p in running)
 
 
-def test_a_mesh_over_two_processes_gives_the_same_scores(inputs, tmp_path):
+def test_a_mesh_over_two_processes_gives_the_same_scores(inputs, expected, tmp_path):
     out = tmp_path / "run"
     for code, told in finish(start(inputs, [out, out], "--mesh", "data=2,model=2")):
         assert code == 0, told
-    assert_same_scores(out, inputs.scores, tolerance=1e-5)
+    assert_same_scores(out, expected, tolerance=1e-5)
     total, distinct = records(out)
     assert total == distinct == TEXTS * 3
     shards = sorted(p.name for p in (out / "losses").iterdir())
     assert shards == ["losses-00000.bin", "losses-00001.bin"]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["finished"]
-    assert manifest["cost"]["passes_run"] == TEXTS * (2 * 3 + 16)
+    assert manifest["cost"]["passes_run"] == TEXTS * (2 * 3 + 3)
 
 
-def test_without_a_shared_disk_the_parts_are_merged(inputs, tmp_path):
+def test_without_a_shared_disk_the_parts_are_merged(inputs, expected, tmp_path):
     """The second half of a run: what is stored on either host is computed by neither."""
     outs = [tmp_path / "a", tmp_path / "b"]
     for code, told in finish(start(inputs, outs)):
@@ -186,7 +190,7 @@ def test_without_a_shared_disk_the_parts_are_merged(inputs, tmp_path):
     done = subprocess.run([str(c) for c in command], env=environment(), text=True, timeout=PATIENCE,
                           capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert_same_scores(tmp_path / "out", inputs.scores)
+    assert_same_scores(tmp_path / "out", expected)
     again = subprocess.run([str(c) for c in command], env=environment(), text=True,
                            timeout=PATIENCE, capture_output=True)  # fmt: skip
     assert again.returncode == 2
