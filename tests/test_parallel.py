@@ -23,7 +23,7 @@ from sama_jax.models import dit, encoders, moe, transformer
 
 LOSS_TOLERANCE = 1e-5
 SETTINGS = AuditSettings(
-    sama=SamaSettings(steps=3, subsets=16, subset_size=3), max_length=32, seed=5
+    sama=SamaSettings(steps=2, subsets=16, subset_size=3), max_length=32, seed=5
 )
 MESHES = ["data=8", "data=4,model=2", "data=2,model=4", "model=8"]
 
@@ -42,14 +42,14 @@ def texts():
     return [data.Text(f"t{i}", text, i % 2, f"memory:{i}") for i, text in enumerate(found)]
 
 
-def run(models, texts, out, **changes):
+def run(folders, texts, out, **changes):
     """Plan, losses of target and reference, SAMA's scores, and the run's log."""
     job = audit.AuditJob(
-        target=models[0],
-        reference=models[1],
+        target=folders[0],
+        reference=folders[1],
         texts=data.Texts(texts, 0, []),
         out=out,
-        attacks=["sama", "loss"],
+        attacks=["sama"],
         settings=SETTINGS,
         save_plan=out.with_suffix(".plan.npz"),
         save_losses=out.with_suffix(".losses.npz"),
