@@ -206,8 +206,8 @@ def test_visible_padding_changes_losses_and_hidden_padding_does_not(models, text
 
 
 def test_at_most_two_programs_a_bucket(models, tmp_path):
-    """100 texts of mixed length, every attack: one program a bucket serves plans and models."""
-    texts = [data.Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(100, words=(1, 60)))]
+    """1,000 texts of mixed length, all plans: one program a bucket serves plans and models."""
+    texts = [data.Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(1000, words=(1, 60)))]
     # A setting of its own, so that no other test has compiled these programs already.
     settings = dataclasses.replace(SETTINGS, sama=SamaSettings(steps=3, subsets=4, subset_size=2))
     scoring._runner.cache_clear()
@@ -220,11 +220,13 @@ def test_at_most_two_programs_a_bucket(models, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "score_batch", counted)
-        run(models, texts, tmp_path, settings=settings, batch_size=1)
+        run(models, texts, tmp_path, settings=settings, batch_size=8)
     scoring._runner.cache_clear()
     log = read_lines(tmp_path / "run" / "log.jsonl")
     used = next(e["texts"] for e in log if e["event"] == "buckets")
     assert len(used) >= 2
+    assert sum(used.values()) == 1000
+    print(f"{len(traces)} programs for {len(used)} buckets: {used}")
     assert 0 < len(traces) <= 2 * len(used)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["cost"]["programs"] == len(traces)
