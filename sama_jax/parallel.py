@@ -274,7 +274,7 @@ def make_mesh(text: str) -> Mesh:
 
     Raises `UsageError`.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, number = part.partition("=")
         if name.strip() not in sizes or not number.strip().isdigit():

@@ -241,7 +241,7 @@ class _Hub:
                 hello = next(_messages(sock), {})
             except TimeoutError:
                 break
-            rank, count = hello.get("rank"), hello.get("count")
+            rank, count = hello.get("rank", -1), hello.get("count")
             if count != place.count or rank in self.links or rank not in range(1, place.count):
                 reason = f"process 0 has --num-processes {place.count}: process {rank} of {count} "
                 with contextlib.suppress(OSError):

@@ -203,7 +203,7 @@ class Work:
         self._make_due()
         if any(self._left(view) for view in self.reader.views):
             say.print(self.estimate())
-        turns = [[role] for role in ROLES] if self.in_turn else [list(ROLES)]
+        turns: list[list[str]] = [[r] for r in ROLES] if self.in_turn else [[*ROLES]]
         held: dict[str, Params] = {}
         unmade = True
         while unmade:
