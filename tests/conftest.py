@@ -1,9 +1,40 @@
-"""Eight CPU devices, strict broadcasting and full-precision products for every test."""
+"""Eight CPU devices, strict broadcasting and full-precision products for every test.
+
+At the end, the largest differences from PyTorch that the parity tests recorded, a line a family.
+"""
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 assert jax.device_count() == 8
+
+
+@pytest.fixture
+def record_parity(record_property):
+    """`record_parity(family, logits, losses)`: largest absolute differences of one comparison."""
+
+    def record(family: str, logits: float, losses: float) -> None:
+        record_property("parity", [family, float(logits), float(losses)])
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With several processes, too: properties travel with the reports."""
+    worst: dict[str, tuple[float, float]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) != "call":
+                continue
+            for name, value in report.user_properties:
+                if name == "parity":
+                    family, *found = value
+                    worst[family] = tuple(map(max, worst.get(family, (0.0, 0.0)), found))
+    if worst:
+        terminalreporter.section("largest differences from PyTorch in float32")
+        for family, (logits, losses) in sorted(worst.items()):
+            terminalreporter.line(f"{family:<14} logits {logits:.1e}  losses {losses:.1e} nats")

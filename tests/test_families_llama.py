@@ -98,6 +98,11 @@ THEIRS: dict[str, tuple[tuple[Any, Any], dict[str, Any]]] = {
 }
 CAUSAL = ("llama", "qwen2", "qwen3")
 FAMILIES = [*OURS, *THEIRS]
+LABELS = {
+    **{"dream": "Dream", "illada": "iLLaDA", "smdm": "SMDM", "smdm_gqa": "SMDM"},
+    **{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"},
+    **{"a2d-llama": "A2D Llama", "a2d-qwen2": "A2D Qwen2", "a2d-qwen3": "A2D Qwen3"},
+}
 
 
 class Pair(NamedTuple):
@@ -228,7 +233,7 @@ SCORED[1, SPANS[1][0]] = False
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_and_losses_equal_pytorch(pair, name):
+def test_logits_and_losses_equal_pytorch(pair, name, record_parity):
     """Tolerances as in test_parity.py, for the same reason: float32 sums in another order."""
     both = pair(name)
     assert both.folder.model.mask_id == (0 if name in CAUSAL else MASK_ID)
@@ -239,7 +244,7 @@ def test_logits_and_losses_equal_pytorch(pair, name):
     assert expected.std() > 0.5, "logits too flat to tell anything"
     difference = np.abs(logits - expected)[TEXTS.valid].max()
     loss_difference = np.abs(nll - expected_nll(expected, name in SHIFTED))[SCORED].max()
-    print(f"\n{name:12} logits {difference:.1e} losses {loss_difference:.1e}")
+    record_parity(LABELS[name], difference, loss_difference)
     assert difference < 1e-4
     assert loss_difference < 1e-5
 
