@@ -189,6 +189,8 @@ def _opened(
     """The checked source, an adapter merged; pickles are first rewritten beside `out`, and removed
     in the end."""
     path = model_folder.resolve(src)
+    if allow_pickle and not stream.has_weights(path):  # only now: many models have them as well
+        path = model_folder.resolve(src, (*model_folder.HUB_FILES, *model_folder.PICKLES))
     rewritten = out.with_name(out.name + ".unpickled")
     unpickle = allow_pickle and path.is_dir() and pickled.has_only_pickles(path)
     try:

@@ -1,6 +1,5 @@
 """inspect: what a model folder holds and whether it would be refused. Loads no weights."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,8 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
         "float32_bytes": 4 * folder.num_params,
         "identity": folder.identity,
     }
-    record = path / model_folder.RECORD
-    if record.is_file():
-        found["converted_from"] = json.loads(record.read_text("utf-8")).get("source")
+    if record := model_folder.json_object(path / model_folder.RECORD):
+        found["converted_from"] = record.get("source")
     try:
         tokenizer = TextTokenizer.from_folder(path)
         require_ids_fit(tokenizer, folder.model.vocab_size, str(path))
@@ -101,7 +99,7 @@ def print_description(found: dict[str, Any]) -> None:
             "maximum length": found["max_length"] or "not limited by its config",
             "stored": f"{dtypes} ({found['storage']})",
             "parameters": f"{found['parameters']:,}",
-            "memory": f"{gib[0]:.2f} GiB in bfloat16, {gib[1]:.2f} GiB in float32, on each device",
+            "memory": f"{gib[0]:.2f} GiB in bfloat16, {gib[1]:.2f} GiB in float32",
             "identity": found["identity"],
         }
     if found.get("converted_from"):

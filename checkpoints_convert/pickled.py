@@ -21,8 +21,7 @@ INDEX = "pytorch_model.bin.index.json"
 
 def has_only_pickles(folder: Path) -> bool:
     """Whether a folder's weights exist as pickles and not as safetensors."""
-    safe = any((folder / name).is_file() for name in (stream.SINGLE, stream.INDEX))
-    return not safe and bool(_files(folder))
+    return not stream.has_weights(folder) and bool(_files(folder))
 
 
 def rewrite(folder: Path, out: Path) -> None:

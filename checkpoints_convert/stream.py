@@ -69,6 +69,11 @@ class Source:
         return max(set(names), key=names.count)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors of a model, whole or not."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, as its index lists them. Raises `ModelError`."""
     if (folder / INDEX).is_file():
@@ -84,8 +89,11 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     hint = ""
-    if any(folder.glob("*.bin")):
-        hint = "; it holds pickled .bin weights, which are never read: save it as safetensors"
+    if any(folder.glob("*.bin*")):  # an index of pickles, too: of a Hub id that is all there is
+        hint = (
+            "; its weights are pickled (.bin), which only `checkpoints_convert to-hf SRC OUT "
+            "--allow-pickle` reads: it writes them as safetensors"
+        )
     raise ModelError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
 
 

@@ -33,6 +33,8 @@ RECORD = "conversion.json"
 """Where a converted folder comes from; written first, so that an unfinished one can be told."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 """What is downloaded of a Hub repository: no code, no pickles."""
+PICKLES = ("pytorch_model*.bin",)
+"""What is downloaded beside them where the caller reads pickles."""
 MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>")
 """Mask tokens of published models whose tokenizers do not call them `mask_token`."""
 MAX_SHARD_BYTES = 5 * 10**9
@@ -89,11 +91,11 @@ def _abstract_params(model: Model) -> Params:
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     """A model's folder: a path that exists, else a Hub id `owner/name[@revision]`, downloaded.
 
     A name whose first part is a folder here is a path. `HF_HUB_OFFLINE=1` stays with what has been
-    downloaded before. Raises `ModelError`.
+    downloaded before. `files` are the patterns of what is downloaded. Raises `ModelError`.
     """
     path = Path(name)
     match = _HUB_ID.fullmatch(str(name))
@@ -107,7 +109,7 @@ def resolve(name: str | Path) -> Path:
         ) from None
     try:
         found = huggingface_hub.snapshot_download(
-            match["id"], revision=match["revision"], allow_patterns=list(HUB_FILES)
+            match["id"], revision=match["revision"], allow_patterns=list(files)
         )
     except (OSError, ValueError, RuntimeError) as error:  # what its errors derive from
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -173,7 +175,7 @@ def _open_source(path: Path, family: FamilyConfig) -> stream.Source:
     """The tensors of a folder, in safetensors or kept by Orbax."""
     if not (path / PARAMS).is_dir():
         return stream.open_source(path, family.family, family.block_group_size)
-    sizes = _json_object(path / RECORD).get("sizes", {})
+    sizes = json_object(path / RECORD).get("sizes", {})
     files = {name: path / PARAMS / name for name in sizes}
     found = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
     wrong = [
@@ -224,7 +226,7 @@ def tokenizer_mask(path: Path) -> int | None:
     """
     added = _added_tokens(path)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _json_object(path / file).get("mask_token")
+        token = json_object(path / file).get("mask_token")
         name = token.get("content") if isinstance(token, dict) else token
         if name in added:
             return added[name]
@@ -241,11 +243,11 @@ def tokenizer_mask(path: Path) -> int | None:
 
 def _added_tokens(path: Path) -> dict[str, int]:
     """Tokens that stand beside the tokenizer's vocabulary, by any of its files."""
-    decoder = _json_object(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    listed = _json_object(path / "tokenizer.json").get("added_tokens") or []
+    decoder = json_object(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed = json_object(path / "tokenizer.json").get("added_tokens") or []
     try:
         return {
-            **_json_object(path / "added_tokens.json"),
+            **json_object(path / "added_tokens.json"),
             **{token["content"]: int(i) for i, token in decoder.items()},
             **{token["content"]: int(token["id"]) for token in listed},
         }
@@ -253,7 +255,7 @@ def _added_tokens(path: Path) -> dict[str, int]:
         raise ModelError(f"{path}: cannot read the tokenizer's added tokens ({error})") from None
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
     """A file's JSON object; empty if there is none to read."""
     try:
         found = json.loads(file.read_text("utf-8"))
@@ -420,7 +422,7 @@ def _identity(path: Path, architecture: str, samples: int = 4, block: int = 4096
     Orbax folder has that of what it was made from, unless dtype or architecture changed since.
     """
     if (path / PARAMS).is_dir():
-        record = _json_object(path / RECORD)
+        record = json_object(path / RECORD)
         if record.get("architecture") == architecture and "identity" in record:
             return str(record["identity"])
         return hashlib.sha256(f"{record} {architecture}".encode()).hexdigest()[:16]

@@ -29,6 +29,7 @@ from sama_jax.errors import ModelError
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
 import oracle_dit
+import oracle_llama
 import oracle_moe
 import test_cli_errors
 import tiny
@@ -104,6 +105,19 @@ TRANSFORMERS: dict[str, Callable[[], Any]] = {
         transformers.LlamaConfig(**_LAYERS, num_key_value_heads=2)
     ),
 }
+SMDM: dict[str, Any] = {
+    **{"model_type": "smdm", "n_layer": 3, "n_head": 4, "n_query_groups": 2, "n_embd": 32},
+    **{"intermediate_size": 48, "vocab_size": 63},
+}
+
+
+def save_smdm(path: Path) -> None:
+    """Q, K and V of each key/value head in one matrix."""
+    module = oracle_llama.Smdm({**SMDM, "norm_eps": 1e-5})
+    oracle_llama.randomise(module, False, 0)
+    oracle.write_folder(path, SMDM, dict(module.state_dict()), shards=2)
+
+
 FOLDERS: dict[str, Callable[[Path], Any]] = {
     "llada": lambda p: oracle.random_folder(p, oracle.config(**LLADA), 0),
     "llada_bfloat16_shards": lambda p: oracle.random_folder(
@@ -117,6 +131,7 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
         0,
         shards=2,
     ),
+    "smdm": save_smdm,
     "mdlm": lambda p: oracle_dit.random_folder(p, oracle_dit.mdlm_config(), 0, shards=2),
     "llada_moe_bfloat16": lambda p: oracle_moe.random_folder(
         p, oracle_moe.llada_moe_config(num_experts=4), 0, shards=3, dtype=torch.bfloat16
@@ -645,7 +660,7 @@ def test_pickles_are_read_on_request_only(command, shards, dtype, tmp_path, caps
     (folder / "model.safetensors").unlink()
     pickle_weights(folder, tensors, shards)
     assert run(command, folder, tmp_path / "out") == 4
-    assert "never read" in capsys.readouterr().err
+    assert "to-hf SRC OUT --allow-pickle" in capsys.readouterr().err
     assert run(command, folder, tmp_path / "out", "--allow-pickle", "--quiet") == 0
     assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
     convert.to_hf(tmp_path / "out", tmp_path / "again", quiet=True)
@@ -723,6 +738,27 @@ def test_code_and_pickles_are_not_downloaded(monkeypatch, tmp_path):
              "w.pt", "merges.txt"]  # fmt: skip
     got = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["patterns"]))
     assert got == [f for f in files if not f.endswith((".py", ".bin", ".pt"))]
+
+
+def test_pickles_of_a_hub_id_are_downloaded_on_request_only(monkeypatch, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    oracle.write_folder(there, oracle.config(**LLADA), {})
+    (there / "model.safetensors").unlink()
+    tensors = dict(oracle.random_module(oracle.config(**LLADA), 0).state_dict())
+    pickle_weights(there, tensors, 2)
+
+    def snapshot_download(repo, revision, allow_patterns):
+        for file in there.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, here)
+        return str(here)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert run("to-hf", "owner/name", tmp_path / "out") == 4
+    assert not list(here.glob("*.bin"))
+    assert run("to-hf", "owner/name", tmp_path / "out", "--allow-pickle", "--quiet") == 0
+    assert_same_tensors(read_tensors(tmp_path / "out"), tensors)
 
 
 # --- inspect -------------------------------------------------------------------------------------
