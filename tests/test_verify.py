@@ -215,6 +215,13 @@ def test_family_without_a_pytorch_side_is_refused_by_name(tmp_path):
         run(tmp_path)
 
 
+def test_parameters_that_orbax_keeps_are_not_for_pytorch(tmp_path):
+    (tmp_path / "orbax").mkdir()
+    wanted = torch_reference.Wanted(tmp_path, oracle.config(), 3, None, "float32")
+    with pytest.raises(ModelError, match=r"kept by Orbax.*to-hf"):
+        torch_reference.open_reference(wanted)
+
+
 REMOTE = """
 import pathlib, torch, transformers, oracle
 

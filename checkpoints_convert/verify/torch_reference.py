@@ -78,7 +78,12 @@ which an explicit mask decides. Another such family is one more line."""
 def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Reference:
     """Loads a folder. Raises `ModelError` for a family that has no PyTorch side here."""
     config = wanted.config
-    weight_files(wanted.path)  # says so in one line if there are none, as with Orbax
+    if (wanted.path / "orbax").is_dir():
+        raise ModelError(
+            f"{wanted.path}: its parameters are kept by Orbax, which PyTorch does not read; verify "
+            "the folder that it was made from, or one that `to-hf` writes from it"
+        )
+    weight_files(wanted.path)  # says so in one line if there are none
     kind = config.get("model_type")
     if "ILLaDAForCausalLM" in (config.get("architectures") or ()):
         kind = "illada"
@@ -270,7 +275,8 @@ def _llada(wanted: Wanted) -> Reference:
     if wanted.adapter is not None:
         _merge(tensors, wanted.adapter)
     dtype = getattr(torch, wanted.dtype)
-    weights = {re.sub(r"^.*?transformer\.", "", n): t.to(dtype) for n, t in tensors.items()}
+    inner = r"^.*?transformer\.|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    weights = {re.sub(inner, "", n): t.to(dtype) for n, t in tensors.items()}
     size = wanted.config.get("block_group_size", 1)
     if size > 1:
         flat = lambda m: f"blocks.{size * int(m[1]) + int(m[2])}."  # noqa: E731
@@ -279,7 +285,7 @@ def _llada(wanted: Wanted) -> Reference:
 
 
 def _run_llada(c: dict[str, Any], w: dict[str, torch.Tensor], tokens: np.ndarray) -> Stages:
-    heads = c["n_heads"]
+    heads = c.get("n_heads", 12)
     groups = c.get("n_kv_heads") or (1 if c.get("multi_query_attention") else heads)
     states: dict[str, np.ndarray] = {}
 
@@ -318,7 +324,7 @@ def _run_llada(c: dict[str, Any], w: dict[str, torch.Tensor], tokens: np.ndarray
     with torch.no_grad():
         x = w["wte.weight"][torch.from_numpy(tokens).long()]
         if c.get("input_emb_norm"):
-            x = x * c["d_model"] ** 0.5
+            x = x * x.shape[-1] ** 0.5
         states["embedding"] = _array(x)
         for i in range(c["n_layers"]):
             at = f"blocks.{i}"
@@ -333,7 +339,7 @@ def _run_llada(c: dict[str, Any], w: dict[str, torch.Tensor], tokens: np.ndarray
         tied = c.get("weight_tying", True)
         logits = F.linear(x, w["wte.weight"]) if tied else linear("ff_out", x)
         if c.get("scale_logits"):
-            logits = logits * (1 / math.sqrt(c["d_model"]))
+            logits = logits * (1 / math.sqrt(x.shape[-1]))
     return Stages(states, _array(logits))
 
 
