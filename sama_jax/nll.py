@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sama_jax import data, model_folder, reading, scoring
+from sama_jax import alignment, data, model_folder, reading, scoring
 from sama_jax.attacks.likelihood import likelihood_probes
 from sama_jax.attacks.registry import Attack, Query
 from sama_jax.config import AuditSettings
 from sama_jax.files import write_atomic
 from sama_jax.progress import console
 from sama_jax.run_folder import RunFolder, json_lines
-from sama_jax.types import Reading
+from sama_jax.types import Params, Reading
 
 RESULT = "nll.jsonl"
 
@@ -71,7 +71,14 @@ def run_nll(
     items = [reading.text_item(e, settings, folder.model.shift) for e in encoded]
     role = scoring.Role("target", folder, scoring.model_key(folder, settings))
     reader = reading.Reader([_NLL], settings, {"text": [*items]}, {"target": role.store_key}, None)
-    work = scoring.Work(reader, [role], settings, quiet=quiet)
+    probe_ids = tokenizer.encode([alignment.TEXT], alignment.MAX_TOKENS)[0].ids
+
+    def check(role: scoring.Role, params: Params) -> None:
+        warning = alignment.check(role.folder.model, params, probe_ids)
+        if warning is not None:
+            say.print(f"note: {warning}")
+
+    work = scoring.Work(reader, [role], settings, check=check, quiet=quiet)
     run = {"nll": reader.task("nll").identity, "model": folder.identity,
            "max_length": settings.max_length}  # fmt: skip
     output = RunFolder(out, run, {"model": str(model)}, None)
