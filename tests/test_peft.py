@@ -198,7 +198,23 @@ SIZES = {
 }
 
 
-def test_dream(tmp_path):
+DREAM = {
+    "sama_default": lambda: lora("q_proj", "v_proj"),
+    "rslora_and_patterns": lambda: lora(
+        *("q_proj", "o_proj", "down_proj"),
+        r=2,
+        use_rslora=True,
+        rank_pattern={r"layers\.[02]\.mlp\.down_proj": 4},
+        alpha_pattern={"self_attn.q_proj": 5},
+    ),
+    "head": lambda: lora("lm_head"),
+    "all_linear": lambda: lora(r=4, target_modules="all-linear"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.utils.save_and_load")  # an adapted head
+@pytest.mark.parametrize("name", DREAM)
+def test_dream(tmp_path, name):
     config = {
         **SIZES,
         "model_type": "Dream",
@@ -211,14 +227,7 @@ def test_dream(tmp_path):
     module = oracle_llama.Decoder(config)
     oracle_llama.randomise(module, False, seed=0)
     oracle.write_folder(tmp_path / "base", config, dict(module.state_dict()))
-    adapter = lora(
-        *("q_proj", "o_proj", "down_proj"),
-        r=2,
-        use_rslora=True,
-        rank_pattern={r"layers\.[02]\.mlp\.down_proj": 4},
-        alpha_pattern={"self_attn.q_proj": 5},
-    )
-    wrapped = make_adapter(module, adapter, tmp_path / "adapter")
+    wrapped = make_adapter(module, DREAM[name](), tmp_path / "adapter")
     tokens, valid = inputs()
     theirs = wrapped(torch.from_numpy(tokens).long(), torch.from_numpy(valid)).numpy()
     folder = model_folder.open_folder(tmp_path / "base", adapter=tmp_path / "adapter")
