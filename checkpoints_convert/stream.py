@@ -63,6 +63,11 @@ class Source:
         self.bytes_read += values.nbytes
         return values
 
+    def unlisted(self) -> list[str]:
+        """Weight files that lie beside those of the folder's index."""
+        beside = {f for file in self._handles for f in file.parent.glob("*.safetensors")}
+        return sorted(file.name for file in beside - self._handles.keys())
+
     def dtype(self) -> str:
         """The dtype that most tensors are stored in, such as `bfloat16`."""
         names = [t.dtype for t in self.tensors.values()]
@@ -115,7 +120,8 @@ def open_source(folder: Path, family: str, block_group_size: int = 1) -> Source:
                     if re.search(pattern, key):
                         raise ModelError(f"{file}: tensor {name}: {advice}")
                 if key in tensors:
-                    twice.append(f"{name} ({file.name}) and {tensors[key].name}")
+                    first = tensors[key]
+                    twice.append(f"{first.name} ({first.file.name}) and {name} ({file.name})")
                 dtype = _DTYPES.get(piece.get_dtype(), piece.get_dtype())
                 tensors[key] = SourceTensor(file, name, tuple(piece.get_shape()), str(dtype))
         except (SafetensorError, OSError) as error:
@@ -169,9 +175,11 @@ def check(source: Source, family: str, num_layers: int, abstract: Any, where: st
         if n in allowed and t.dtype not in _DTYPES.values()
     ]
     if problems:
+        unlisted = source.unlisted()
+        hint = f" {INDEX} does not list {', '.join(unlisted)}." if unlisted else ""
         raise ModelError(
             f"{where}: {len(problems)} tensors do not fit its config.json; is it another model, or "
-            "an incomplete copy?\n" + "\n".join(sorted(problems))
+            f"an incomplete copy?{hint}\n" + "\n".join(sorted(problems))
         )
 
 
