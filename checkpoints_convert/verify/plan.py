@@ -67,8 +67,9 @@ def verify_plan(
     flips = count_flips(probes, found, {k: getattr(theirs, k) for k in paths}, TOLERANCE[dtype])
     scores = [_scores(probes, x["target"], x["reference"]) for x in (found, theirs._asdict())]
     print(
-        f"votes: {flips.count} of {flips.total} flip, {flips.unexplained} of them without a sum "
-        f"within the losses' tolerance of zero; largest sum of a flip {flips.largest:.2e} nats"
+        f"votes: {flips.count} of {flips.total} flip, {flips.unexplained} unexplained (their sums are "
+        "further from zero than the losses' tolerance allows); largest sum of a flip "
+        f"{flips.largest:.2e} nats"
     )
     print(f"scores: largest difference {np.abs(scores[0] - scores[1]).max(initial=0):.2e}")
     if not wrong and not flips.unexplained:
