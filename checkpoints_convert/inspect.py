@@ -79,6 +79,10 @@ def _licence(path: Path) -> str | None:
     return f"see {files[0]}" if files else None
 
 
+def _binary(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"
+
+
 def print_description(found: dict[str, Any]) -> None:
     """The same for people, one line a fact."""
     lines: dict[str, Any] = {"folder": found["path"]}
@@ -94,12 +98,12 @@ def print_description(found: dict[str, Any]) -> None:
         }
     if "parameters" in found:
         dtypes = ", ".join(f"{count} x {name}" for name, count in found["stored_dtypes"].items())
-        gib = [found[name] / 2**30 for name in ("bfloat16_bytes", "float32_bytes")]
+        memory = [_binary(found[name]) for name in ("bfloat16_bytes", "float32_bytes")]
         lines |= {
             "maximum length": found["max_length"] or "not limited by its config",
             "stored": f"{dtypes} ({found['storage']})",
             "parameters": f"{found['parameters']:,}",
-            "memory": f"{gib[0]:.2f} GiB in bfloat16, {gib[1]:.2f} GiB in float32",
+            "memory": f"{memory[0]} in bfloat16, {memory[1]} in float32",
             "identity": found["identity"],
         }
     if found.get("converted_from"):
