@@ -67,8 +67,8 @@ def verify_plan(
     flips = count_flips(probes, found, {k: getattr(theirs, k) for k in paths}, TOLERANCE[dtype])
     scores = [_scores(probes, x["target"], x["reference"]) for x in (found, theirs._asdict())]
     print(
-        f"votes: {flips.count} of {flips.total} flip, {flips.unexplained} unexplained (their sums are "
-        "further from zero than the losses' tolerance allows); largest sum of a flip "
+        f"votes: {flips.count} of {flips.total} flip, {flips.unexplained} unexplained (their sums "
+        "are further from zero than the losses' tolerance allows); largest sum of a flip "
         f"{flips.largest:.2e} nats"
     )
     print(f"scores: largest difference {np.abs(scores[0] - scores[1]).max(initial=0):.2e}")
