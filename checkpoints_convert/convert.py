@@ -25,7 +25,7 @@ from checkpoints_convert import pickled, stream
 from checkpoints_convert.rules import TABLES
 from sama_jax import __version__, checkpoint, model_folder, parallel
 from sama_jax.data import TextTokenizer, require_ids_fit
-from sama_jax.errors import UsageError
+from sama_jax.errors import ModelError, UsageError
 from sama_jax.files import write_json, writing
 from sama_jax.model_folder import CONFIG, PARAMS, RECORD, ModelFolder
 from sama_jax.progress import ProgressBar, duration
@@ -102,7 +102,7 @@ def to_orbax(
             leaf.size * wanted[path].itemsize
             for path, leaf in stream.leaf_paths(folder.abstract_params).items()
         )
-        _announce(folder, total, host, quiet)
+        _announce(src, folder, total, host, quiet)
 
         start = time.monotonic()
         with _Megabytes("reading", total, quiet) as told:
@@ -161,7 +161,7 @@ def to_hf(
         if isinstance(folder.source, model_folder.OrbaxSource):  # it reads whole leaves
             leaves = stream.leaf_paths(folder.source.params)
             largest += max(x.size * x.dtype.itemsize for x in leaves.values())
-        _announce(folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
+        _announce(src, folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
 
         start = time.monotonic()
         with _Megabytes("writing", total, quiet) as told, writing(out):
@@ -206,6 +206,10 @@ def _opened(
         )
         _check_tokenizer(folder)
         yield folder
+    except ModelError as error:
+        if not unpickle:
+            raise
+        raise ModelError(str(error).replace(str(rewritten), str(src))) from None  # it goes away
     finally:
         if unpickle:
             shutil.rmtree(rewritten, ignore_errors=True)
@@ -284,7 +288,7 @@ def _local_bytes(folder: ModelFolder, dtypes: dict[str, Any], place: Any) -> dic
     return found
 
 
-def _announce(folder: ModelFolder, total: int, host: float, quiet: bool) -> None:
+def _announce(src: str | Path, folder: ModelFolder, total: int, host: float, quiet: bool) -> None:
     if quiet:
         return
     free = ""
@@ -292,7 +296,7 @@ def _announce(folder: ModelFolder, total: int, host: float, quiet: bool) -> None
         if match := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
             free = f" ({size(int(match[1]) * 1024)} available)"
     print(
-        f"{folder.path}: {folder.family.family}, {folder.num_params:,} parameters, "
+        f"{src}: {folder.family.family}, {folder.num_params:,} parameters, "
         f"{size(total)} to write; host memory up to about {size(host)}{free}, about "
         f"{duration(total / BYTES_PER_SECOND)}",
         file=sys.stderr,

@@ -664,6 +664,11 @@ def test_pickles_are_read_on_request_only(command, shards, dtype, tmp_path, caps
     assert run(command, folder, tmp_path / "out", "--allow-pickle", "--quiet") == 0
     assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
     convert.to_hf(tmp_path / "out", tmp_path / "again", quiet=True)
+    pickle_weights(folder, dict(list(tensors.items())[1:]), shards)
+    capsys.readouterr()
+    assert run(command, folder, tmp_path / "broken", "--allow-pickle") == 4
+    assert capsys.readouterr().err.startswith(f"checkpoints_convert: {folder}: 1 tensors")
+    assert not (tmp_path / "broken").exists()
     assert_same_tensors(read_tensors(tmp_path / "again"), tensors)
 
 
