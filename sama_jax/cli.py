@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_merge(commands)
     _add_nll(commands)
+    _add_plan(commands)
     _add_experiment(commands)
     _add_report(commands)
     return parser
@@ -193,6 +194,53 @@ def _add_nll(commands: Any) -> None:
     p.add_argument("--seed", type=int, default=42)
     p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
     p.add_argument("--quiet", action="store_true")
+    _add_set(p)
+
+
+def _add_plan(commands: Any) -> None:
+    p = _command(
+        commands, "plan", "Memory and time of an audit on TPUs that you need not have, or on CPUs."
+    )
+    p.add_argument(
+        "--model", type=Path, required=True, metavar="DIR|FILE", help="model folder or config.json"
+    )
+    p.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="such as v5e:4x4, v6e:2x4, v5p:2x2x2, v4:2x2x4; cpu:8 for 8 simulated CPU devices",
+    )
+    p.add_argument(
+        "--mesh",
+        metavar="data=N,model=M",
+        help="default: the fewest parts of the model that fit",
+    )
+    p.add_argument(
+        "--rows", type=int, metavar="N", help="texts at once on each group of M chips"
+    )
+    p.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
+    p.add_argument("--attacks", default=STANDARD, metavar="a,b|all", help=f"default: {STANDARD}")
+    p.add_argument("--preset", default="default", help=", ".join(config.PRESETS))
+    p.add_argument("--passes", type=int, metavar="Q", help="forward passes of every attack")
+    p.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default: bfloat16"
+    )
+    p.add_argument(
+        "--models",
+        default="together",
+        choices=["together", "in-turn"],
+        help="both in memory, or one after the other",
+    )
+    p.add_argument("--texts", type=int, default=1000, metavar="N", help="default: 1000")
+    p.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        metavar="U",
+        help="share of the chips' peak that is reached, for the time (default: 0.4)",
+    )
+    p.add_argument("--json", type=Path, metavar="F", help="write everything as JSON, too")
+    p.add_argument("--quiet", action="store_true", help="no progress")
     _add_set(p)
 
 
@@ -390,6 +438,41 @@ def _nll(args: argparse.Namespace) -> None:
         print(f"{len(known)} texts, {mean:.4f} nats a token on average: {args.out / RESULT}")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    for name in ("texts", "max_length"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 < args.utilisation <= 1:
+        raise UsageError(f"--utilisation must lie between 0 and 1, got {args.utilisation}")
+    settings = config.AuditSettings(
+        preset=args.preset,
+        sama=config.preset(args.preset),
+        max_length=args.max_length,
+        dtype=args.dtype,
+    )
+    overrides = [*config.budget_overrides(settings, args.passes), *args.set]
+    settings = config.override(settings, overrides)
+    from sama_jax import plan
+    from sama_jax.files import write_json
+
+    job = plan.PlanJob(
+        model=args.model,
+        topology=args.topology,
+        mesh=args.mesh,
+        rows=args.rows,
+        settings=settings,
+        attacks=_names(args.attacks),
+        texts=args.texts,
+        utilisation=args.utilisation,
+        models=2 if args.models == "together" else 1,
+        quiet=args.quiet,
+    )
+    found = plan.run_plan(job)
+    print("\n".join(plan.lines(found)))
+    if args.json:
+        write_json(args.json, found)
+
+
 def _experiment(args: argparse.Namespace) -> None:
     from sama_jax import experiment
 
@@ -422,6 +505,7 @@ _COMMANDS = {
     "finetune": _finetune,
     "merge": _merge,
     "nll": _nll,
+    "plan": _plan,
     "pretrain": _pretrain,
     "report": _report,
     "score": _score,

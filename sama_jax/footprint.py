@@ -1,0 +1,166 @@
+"""What scoring keeps in a device's memory, in closed form: from sizes alone, nothing is compiled.
+
+Parameters are what they are. Temporaries are the largest of three phases of a pass, beside the
+residual stream: attention of one layer, the MLP of one layer, the vocabulary head at the scored
+positions. `sama-jax plan` prints them beside what XLA allots (docs/plan.md compares the two).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sama_jax import losses
+from sama_jax.types import Params
+
+
+class Work(NamedTuple):
+    """What one device works on at once."""
+
+    rows: int
+    """Texts, on this device."""
+    length: int
+    """Padded tokens of a text."""
+    slots: int
+    """Most positions of a text that a pass scores."""
+    passes: int = losses.PASSES_A_CALL
+    """Passes in a call of the scorer."""
+    parts: int = 1
+    """Devices that the parameters are split over (`model` of a mesh)."""
+
+
+class Temporaries(NamedTuple):
+    """Bytes on one device beside parameters and inputs."""
+
+    stream: int
+    """The residual stream: alive in every phase."""
+    result: int
+    """The losses: so, too."""
+    attention: int
+    mlp: int
+    head: int
+
+    @property
+    def peak(self) -> int:
+        """What is alive in every phase, and the largest phase: one uses the others' memory."""
+        return self.stream + self.result + max(self.attention, self.mlp, self.head)
+
+
+class Footprint(NamedTuple):
+    """Bytes on one device while it scores."""
+
+    parameters: int
+    """Of all models that are resident."""
+    inputs: int
+    temporaries: Temporaries
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.inputs + self.temporaries.peak
+
+
+def parameter_bytes(shapes: Params, dtype: Any, shardings: Params | None = None) -> int:
+    """Bytes of one model's parameters on one device; without shardings, all of them.
+
+    Args:
+      shapes: tree of arrays or `ShapeDtypeStruct`.
+      dtype: that they are held in.
+      shardings: tree of `jax.sharding.Sharding`, the same structure.
+    """
+    leaves = [tuple(leaf.shape) for leaf in jax.tree.leaves(shapes)]
+    if shardings is not None:
+        leaves = [s.shard_shape(x) for x, s in zip(leaves, jax.tree.leaves(shardings))]
+    return sum(map(math.prod, leaves)) * np.dtype(dtype).itemsize
+
+
+def input_bytes(work: Work) -> int:
+    """Bytes of a `ForwardBatch` on one device."""
+    a_pass = work.length + 4 * work.slots  # mask and positions
+    return work.rows * (5 * work.length + work.passes * a_pass)
+
+
+def temporaries(arch: Any, dtype: Any, work: Work) -> Temporaries:
+    """Bytes that a pass needs on the way, by phase, on one device.
+
+    Args:
+      arch: the network's architecture class (`Model.arch`).
+      dtype: of the activations.
+
+    Scores exist twice in float32 (before and after the softmax, once masked), next to the values;
+    queries and keys are gone by then. An MLP holds its input, gate, up, and their product. The head
+    holds float32 logits of `losses.HEAD_BYTES`, or of all scored positions if they are fewer.
+    """
+    size, (rows, length, slots) = np.dtype(dtype).itemsize, work[:3]
+    heads, kv_heads = arch.num_heads, getattr(arch, "num_kv_heads", arch.num_heads)
+    head_size = getattr(arch, "head_size", None) or arch.width // heads
+    tokens = rows * length
+    scores = 4 * tokens * length * _part(heads, work.parts)
+    values = size * tokens * head_size * _part(kv_heads, work.parts)
+    queries_keys = values + size * tokens * head_size * _part(heads, work.parts)
+    experts = getattr(arch, "experts", None)
+    inner = _inner(arch) if experts is None else experts.shared_width
+    wide = size * tokens * _part(inner, work.parts)
+    return Temporaries(
+        stream=size * tokens * arch.width,
+        result=4 * work.passes * rows * slots,
+        attention=values + scores + max(scores, queries_keys),
+        mlp=size * tokens * arch.width + 3 * wide,
+        head=logit_bytes(arch.vocab_size, rows * slots, work.parts),
+    )
+
+
+def _inner(arch: Any) -> int:
+    """Width of a block's MLP; diffusion transformers have four times their own."""
+    return getattr(arch, "mlp_width", None) or 4 * arch.width
+
+
+def _part(count: int, parts: int) -> int:
+    """What a device has of `count` things that are split if they can be."""
+    return count // parts if count % parts == 0 else count
+
+
+def logit_bytes(vocab_size: int, positions: int, parts: int = 1) -> int:
+    """Float32 logits that are held at once when losses of `positions` are read."""
+    chunk = max(1, losses.HEAD_BYTES // (4 * vocab_size))
+    return 4 * min(positions, chunk) * _part(vocab_size, parts)
+
+
+def full_logits_bytes(vocab_size: int, rows: int, length: int, parts: int = 1) -> int:
+    """Float32 logits of every position at once, which scoring never makes."""
+    return 4 * rows * length * _part(vocab_size, parts)
+
+
+def footprint(
+    arch: Any,
+    dtype: Any,
+    work: Work,
+    shapes: Params,
+    shardings: Params | None = None,
+    models: int = 1,
+) -> Footprint:
+    """All of it, with the parameters of `models` models of one architecture."""
+    parameters = models * parameter_bytes(shapes, dtype, shardings)
+    return Footprint(parameters, input_bytes(work), temporaries(arch, dtype, work))
+
+
+def fits(found: Footprint, capacity: int) -> bool:
+    """Whether it goes into `capacity` bytes with `MARGIN` to spare."""
+    return found.total * (1 + MARGIN) <= capacity
+
+
+def largest_rows(
+    arch: Any, dtype: Any, work: Work, parameters: int, capacity: int, most: int = 4096
+) -> int:
+    """The most rows (`work.rows` is not looked at) that fit beside `parameters` bytes; 0: none."""
+    low, high = 0, most
+    while low < high:
+        rows = (low + high + 1) // 2
+        some = work._replace(rows=rows)
+        found = Footprint(parameters, input_bytes(some), temporaries(arch, dtype, some))
+        low, high = (rows, high) if fits(found, capacity) else (low, rows - 1)
+    return low
+
+
+MARGIN = 0.15
+"""The closed form is within 15 % of what XLA allots (tests/test_plan.py, docs/plan.md)."""

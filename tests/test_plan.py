@@ -1,0 +1,260 @@
+"""Planning: the closed form against XLA's own memory analysis, the parser, the command's errors.
+
+The scorer is compiled here for the eight CPU devices of the tests, from shapes alone.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from sama_jax import ahead, cli, footprint, parallel, plan
+from sama_jax.models.registry import build_model, read_config
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+
+def config(vocab: int, **changes: Any) -> dict[str, Any]:
+    return tiny.config(
+        **{"n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "weight_tying": False, **changes},
+        vocab_size=vocab,
+        embedding_size=vocab,
+    )
+
+
+SIZES = {
+    # name: config, rows, length, slots; each is large in another phase of a pass
+    "attention": (config(1024, d_model=128, mlp_hidden_size=256), 8, 256, 16),
+    "mlp": (config(1024, d_model=64, mlp_hidden_size=2048), 16, 32, 8),
+    "head": (config(16384, d_model=64, mlp_hidden_size=128), 16, 64, 32),
+}
+
+
+def model_of(values: dict[str, Any], dtype: str = "float32") -> Any:
+    return build_model(read_config(values, "config.json"), 0, jnp.dtype(dtype))
+
+
+def closed_form(values: dict[str, Any], load: footprint.Load, data: int) -> footprint.Footprint:
+    model = model_of(values)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    axis_types = (AxisType.Auto,) * 2
+    mesh: Any = AbstractMesh((data, load.parts), parallel.AXES, axis_types=axis_types)
+    shardings = parallel.parameter_shardings(mesh, shapes, model.arch)
+    return footprint.footprint(model.arch, model.dtype, load, shapes, shardings)
+
+
+# --- the closed form -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", [(2, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_closed_form_agrees_with_the_compiled_program(name, mesh):
+    values, rows, length, slots = SIZES[name]
+    request = ahead.Request(
+        values, "config.json", "float32", "cpu", "cpu:8", {}, mesh, rows, length, (slots,)
+    )
+    compiled = ahead.compile_scorer(request)
+    found = closed_form(values, footprint.Load(rows, length, slots, parts=mesh[1]), mesh[0])
+
+    assert found.parameters + found.inputs == pytest.approx(compiled["arguments_bytes"], rel=0.01)
+    allotted = compiled["temporaries_bytes"] + compiled["output_bytes"]
+    assert found.temporaries.peak == pytest.approx(allotted, rel=0.15)
+    phases = found.temporaries._asdict()
+    assert max(("attention", "mlp", "head"), key=lambda phase: phases[phase]) == name
+    # Two sums over `model` a block, of the stream each.
+    reduced = compiled["collectives"]["all-reduce"]
+    assert reduced.bytes > 2 * 2 * found.temporaries.stream
+    assert reduced.count >= 2 * values["n_layers"]
+
+
+def test_parameters_of_llada_8b_are_those_of_the_checkpoint():
+    # 16,031,162,368 bytes of bfloat16, by the index of the published safetensors.
+    path = Path(__file__).parents[1] / "docs" / "examples" / "llada-8b.json"
+    model = model_of(json.loads(path.read_text("utf-8")), "bfloat16")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert footprint.parameter_bytes(shapes, "bfloat16") == 16_031_162_368
+
+
+def test_largest_rows_are_the_last_that_fit():
+    values, _, length, slots = SIZES["attention"]
+    model = model_of(values)
+    parameters, load = 10**6, footprint.Load(0, length, slots)
+
+    def total(rows: int) -> footprint.Footprint:
+        some = load._replace(rows=rows)
+        return footprint.Footprint(
+            parameters,
+            footprint.input_bytes(some),
+            footprint.temporaries(model.arch, model.dtype, some),
+        )
+
+    capacity = 50 * 10**6
+    rows = footprint.largest_rows(model.arch, model.dtype, load, parameters, capacity)
+    assert 0 < rows < 100
+    assert footprint.fits(total(rows), capacity)
+    assert not footprint.fits(total(rows + 1), capacity)
+    assert footprint.largest_rows(model.arch, model.dtype, load, parameters, parameters) == 0
+
+
+def test_full_logits_of_eight_texts_take_two_gibibytes():
+    assert footprint.full_logits_bytes(126464, 8, 512) == 2_071_986_176
+    assert footprint.full_logits_bytes(126464, 8, 512, parts=4) == 2_071_986_176 // 4
+    assert footprint.logit_bytes(126464, 8 * 512) <= 64 * 2**20
+
+
+# --- collectives ---------------------------------------------------------------------------------
+
+HLO = """\
+HloModule jit_score, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%block (p.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-reduce.1 = f32[4,8]{1,0:T(8,128)} all-reduce(%x), channel_id=1, to_apply=%add
+  %all-gather-start.1 = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%y), channel_id=2
+  %all-gather-done.1 = bf16[16,8]{1,0} all-gather-done(%all-gather-start.1)
+}
+
+%small (p.2: f32[8]) -> f32[8] {
+  %all-reduce.2 = f32[] all-reduce(%z), channel_id=3, to_apply=%add
+}
+
+%large (p.3: f32[8]) -> f32[8] {
+  %all-reduce.3 = (f32[2]{0}, pred[4]{0}) all-reduce(%z, %w), channel_id=4, to_apply=%add
+}
+
+%pass (p.4: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %while.1 = (s32[], f32[8]) while(%t), condition=%c, body=%block, \
+backend_config={"known_trip_count":{"n":"31"}}
+  %conditional.1 = f32[8]{0} conditional(%i, %a, %b), branch_computations={%small, %large}
+}
+
+ENTRY %main (p.5: f32[8]) -> f32[8] {
+  %while.2 = (s32[], f32[8]) while(%t), condition=%c, body=%pass
+}
+"""
+
+
+def test_collectives_are_counted_by_loops_and_branches():
+    assert ahead.collectives(HLO) == {
+        "all-reduce": ahead.Traffic(31 + 1, 31 * 4 * 8 * 4 + 2 * 4 + 4),
+        "all-gather": ahead.Traffic(31, 31 * 16 * 8 * 2),
+    }
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny.config(n_heads=4, n_kv_heads=4)))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str, str]:
+    code = cli.main(["plan", *map(str, flags)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_compiles_in_a_process_of_its_own(model, tmp_path, capsys):
+    result = tmp_path / "plan.json"
+    code, out, err = run(
+        capsys, "--model", model, "--topology", "cpu:2", "--mesh", "data=1,model=2",
+        "--rows", 3, "--max-length", 32, "--attacks", "sama", "--set", "sama.steps=1",
+        "--dtype", "float32", "--json", result, "--quiet",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "fits" in out
+    found = json.loads(result.read_text())
+    assert found["chips"] == 2
+    assert found["rows"] == 3
+    assert found["fits"] is True
+    assert 0 < found["temporaries_bytes"] < found["total_bytes"] < found["chip_bytes"]
+    assert found["full_logits_bytes"] == 3 * 32 * tiny.VOCAB // 2 * 4
+    assert found["compile_seconds"] > 0
+    # Both models: their parameters, which the mesh splits, and one input.
+    values = json.loads(model.read_text())
+    both = closed_form(values, footprint.Load(3, 32, found["slots"][-1], parts=2), 1)
+    expected = 2 * both.parameters + both.inputs
+    assert found["arguments_bytes"] == pytest.approx(expected, rel=0.02)
+    assert found["passes"] == 2 * 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--topology", "v5f:4x4"], "did you mean 'v5e'?"),
+        (["--topology", "v5e:4x4x4"], "expected 2 sizes after the colon, as in v5e:4x4"),
+        (["--topology", "v5p:4x4"], "as in v5p:4x4x4"),
+        (["--topology", "cpu:lots"], "expected cpu:N"),
+        (["--topology", "cpu:8", "--mesh", "data=3,model=2"], "uses 6 chips, the topology has 8"),
+        (["--topology", "cpu:8", "--mesh", "rows=8"], "expected data=N,model=M"),
+        (["--topology", "cpu:8", "--mesh", "data=1,model=8"], "num_heads 4 is not divisible"),
+        (["--topology", "cpu:8", "--rows", "0"], "--rows must be at least 1"),
+        (["--topology", "cpu:8", "--utilisation", "40"], "between 0 and 1"),
+        (["--topology", "v5e:4x4"], "pip install 'sama-jax[tpu]'"),
+    ],
+)
+def test_wrong_flags_are_one_line(model, capsys, monkeypatch, flags, part):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    code, out, err = run(capsys, "--model", model, *flags)
+    assert code == 2
+    assert not out
+    assert part in err
+    assert err.startswith("sama-jax: ")
+
+
+def test_a_model_that_is_too_large_says_by_how_much(model, capsys, monkeypatch):
+    monkeypatch.setitem(plan.CHIPS, "v5e", plan.CHIPS["v5e"]._replace(memory=20_000))
+    code, _, err = run(capsys, "--model", model, "--topology", "v5e:2x2")
+    assert code == 2
+    assert "do not fit v5e:2x2" in err
+    assert "--models in-turn" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"model_type": "mamba"}', "model_type is 'mamba', which is not a supported family"),
+        ("[1]", "expected a JSON object"),
+        (None, "no such file"),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_a_model_error(tmp_path, capsys, content, part):
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+    code, _, err = run(capsys, "--model", path, "--topology", "cpu:2")
+    assert code == 4
+    assert part in err
+    assert str(path) in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_two_models_in_turn_take_the_memory_of_one(model, capsys, tmp_path, monkeypatch):
+    answer = {
+        "arguments_bytes": 1000,
+        "temporaries_bytes": 10,
+        "output_bytes": 1,
+        "compile_seconds": 1.0,
+        "collectives": {},
+    }
+    monkeypatch.setattr(plan.ahead, "run", lambda request: answer)
+    found = {}
+    for models in ("together", "in-turn"):
+        result = tmp_path / f"{models}.json"
+        flags = ["--model", model, "--topology", "cpu:1", "--models", models, "--json", result]
+        assert run(capsys, *flags)[0] == 0
+        found[models] = json.loads(result.read_text())["arguments_bytes"]
+    one = footprint.parameter_bytes(
+        jax.eval_shape(model_of(json.loads(model.read_text())).init, jax.random.key(0)), "bfloat16"
+    )
+    assert found["in-turn"] == 1000
+    assert found["together"] == 1000 + one
