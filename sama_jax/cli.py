@@ -215,9 +215,7 @@ def _add_plan(commands: Any) -> None:
         metavar="data=N,model=M",
         help="default: the fewest parts of the model that fit",
     )
-    p.add_argument(
-        "--rows", type=int, metavar="N", help="texts at once on each group of M chips"
-    )
+    p.add_argument("--rows", type=int, metavar="N", help="texts at once on each group of M chips")
     p.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
     p.add_argument("--attacks", default=STANDARD, metavar="a,b|all", help=f"default: {STANDARD}")
     p.add_argument("--preset", default="default", help=", ".join(config.PRESETS))

@@ -15,7 +15,7 @@ from sama_jax import losses
 from sama_jax.types import Params
 
 
-class Work(NamedTuple):
+class Load(NamedTuple):
     """What one device works on at once."""
 
     rows: int
@@ -74,13 +74,13 @@ def parameter_bytes(shapes: Params, dtype: Any, shardings: Params | None = None)
     return sum(map(math.prod, leaves)) * np.dtype(dtype).itemsize
 
 
-def input_bytes(work: Work) -> int:
+def input_bytes(load: Load) -> int:
     """Bytes of a `ForwardBatch` on one device."""
-    a_pass = work.length + 4 * work.slots  # mask and positions
-    return work.rows * (5 * work.length + work.passes * a_pass)
+    a_pass = load.length + 4 * load.slots  # mask and positions
+    return load.rows * (5 * load.length + load.passes * a_pass)
 
 
-def temporaries(arch: Any, dtype: Any, work: Work) -> Temporaries:
+def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     """Bytes that a pass needs on the way, by phase, on one device.
 
     Args:
@@ -91,22 +91,22 @@ def temporaries(arch: Any, dtype: Any, work: Work) -> Temporaries:
     queries and keys are gone by then. An MLP holds its input, gate, up, and their product. The head
     holds float32 logits of `losses.HEAD_BYTES`, or of all scored positions if they are fewer.
     """
-    size, (rows, length, slots) = np.dtype(dtype).itemsize, work[:3]
+    size, (rows, length, slots) = np.dtype(dtype).itemsize, load[:3]
     heads, kv_heads = arch.num_heads, getattr(arch, "num_kv_heads", arch.num_heads)
     head_size = getattr(arch, "head_size", None) or arch.width // heads
     tokens = rows * length
-    scores = 4 * tokens * length * _part(heads, work.parts)
-    values = size * tokens * head_size * _part(kv_heads, work.parts)
-    queries_keys = values + size * tokens * head_size * _part(heads, work.parts)
+    scores = 4 * tokens * length * _part(heads, load.parts)
+    values = size * tokens * head_size * _part(kv_heads, load.parts)
+    queries_keys = values + size * tokens * head_size * _part(heads, load.parts)
     experts = getattr(arch, "experts", None)
     inner = _inner(arch) if experts is None else experts.shared_width
-    wide = size * tokens * _part(inner, work.parts)
+    wide = size * tokens * _part(inner, load.parts)
     return Temporaries(
         stream=size * tokens * arch.width,
-        result=4 * work.passes * rows * slots,
+        result=4 * load.passes * rows * slots,
         attention=values + scores + max(scores, queries_keys),
         mlp=size * tokens * arch.width + 3 * wide,
-        head=logit_bytes(arch.vocab_size, rows * slots, work.parts),
+        head=logit_bytes(arch.vocab_size, rows * slots, load.parts),
     )
 
 
@@ -134,14 +134,14 @@ def full_logits_bytes(vocab_size: int, rows: int, length: int, parts: int = 1) -
 def footprint(
     arch: Any,
     dtype: Any,
-    work: Work,
+    load: Load,
     shapes: Params,
     shardings: Params | None = None,
     models: int = 1,
 ) -> Footprint:
     """All of it, with the parameters of `models` models of one architecture."""
     parameters = models * parameter_bytes(shapes, dtype, shardings)
-    return Footprint(parameters, input_bytes(work), temporaries(arch, dtype, work))
+    return Footprint(parameters, input_bytes(load), temporaries(arch, dtype, load))
 
 
 def fits(found: Footprint, capacity: int) -> bool:
@@ -150,13 +150,13 @@ def fits(found: Footprint, capacity: int) -> bool:
 
 
 def largest_rows(
-    arch: Any, dtype: Any, work: Work, parameters: int, capacity: int, most: int = 4096
+    arch: Any, dtype: Any, load: Load, parameters: int, capacity: int, most: int = 4096
 ) -> int:
-    """The most rows (`work.rows` is not looked at) that fit beside `parameters` bytes; 0: none."""
+    """The most rows (`load.rows` is not looked at) that fit beside `parameters` bytes; 0: none."""
     low, high = 0, most
     while low < high:
         rows = (low + high + 1) // 2
-        some = work._replace(rows=rows)
+        some = load._replace(rows=rows)
         found = Footprint(parameters, input_bytes(some), temporaries(arch, dtype, some))
         low, high = (rows, high) if fits(found, capacity) else (low, rows - 1)
     return low

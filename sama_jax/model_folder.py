@@ -278,12 +278,19 @@ def read_json_config(path: Path) -> dict[str, Any]:
             f"{path}: has no {CONFIG}; expected a Hugging Face model folder ({CONFIG}, "
             f"{stream.SINGLE}, tokenizer.json)"
         )
+    return read_config_file(path / CONFIG)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A parsed `config.json`, wherever it lies. Raises `ModelError`."""
     try:
-        config = json.loads((path / CONFIG).read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; expected a model's {CONFIG}") from None
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path / CONFIG}: not readable as JSON ({error})") from None
+        raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path / CONFIG}: expected a JSON object, found {type(config).__name__}")
+        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
 
 

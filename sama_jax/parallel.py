@@ -269,23 +269,26 @@ def local_layout(devices: Sequence[jax.Device] | None = None) -> Layout:  # pyri
     return Layout(_mesh(chosen.reshape(-1, 1)))
 
 
-def make_mesh(text: str) -> Mesh:
-    """A mesh of all devices of all processes from `data=N,model=M`; an axis left out is 1.
-
-    Raises `UsageError`.
-    """
+def mesh_sizes(text: str) -> tuple[int, int]:
+    """`data` and `model` of `data=N,model=M`; an axis left out is 1. Raises `UsageError`."""
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, number = part.partition("=")
-        if name.strip() not in sizes or not number.strip().isdigit():
+        if name.strip() not in sizes or not number.strip().isdigit() or int(number) < 1:
             raise UsageError(f"mesh {text!r}: expected data=N,model=M with numbers, found {part!r}")
         sizes[name.strip()] = int(number)
-    if math.prod(sizes.values()) != jax.device_count():
+    return sizes["data"], sizes["model"]
+
+
+def make_mesh(text: str) -> Mesh:
+    """A mesh of all devices of all processes from `data=N,model=M`. Raises `UsageError`."""
+    sizes = mesh_sizes(text)
+    if math.prod(sizes) != jax.device_count():
         raise UsageError(
-            f"mesh {text!r}: needs {math.prod(sizes.values())} devices, there are "
+            f"mesh {text!r}: needs {math.prod(sizes)} devices, there are "
             f"{jax.device_count()} ({jax.default_backend()})"
         )
-    return _mesh(np.array(jax.devices()).reshape(tuple(sizes.values())))
+    return _mesh(np.array(jax.devices()).reshape(sizes))
 
 
 def _mesh(devices: np.ndarray) -> Mesh:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 from sama_jax import ahead, attacks, footprint, losses, model_folder, parallel
 from sama_jax.attacks.registry import flatten
 from sama_jax.config import AuditSettings
-from sama_jax.errors import ModelError, UsageError, nearest
+from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.progress import console, duration
 from sama_jax.reading import ROLES
@@ -65,7 +65,7 @@ class PlanJob:
     """`data=N,model=M`; None: the one with the fewest parts of the model that fits."""
     rows: int | None = None
     """Texts that each place along `data` works on at once; None: as an audit, or what fits."""
-    settings: AuditSettings = AuditSettings()
+    settings: AuditSettings = field(default_factory=AuditSettings)
     attacks: Sequence[str] = ("sama",)
     texts: int = 1000
     utilisation: float = 0.4
@@ -96,7 +96,7 @@ def read_topology(name: str) -> Topology:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return Topology(name, "cpu", int(shape), memory // int(shape), None, {})
     if kind not in CHIPS:
-        raise UsageError(f"topology {name!r}: unknown chip {kind!r}{nearest(kind, [*CHIPS, 'cpu'])}")
+        raise UsageError(f"topology {name!r}: unknown chip; known: {', '.join(CHIPS)}, cpu")
     chip = CHIPS[kind]
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), shape):
         example = "x".join(["4"] * chip.axes)
@@ -193,8 +193,8 @@ def _request(
     )
 
 
-def _work(job: PlanJob, subject: Subject, mesh: tuple[int, int], rows: int) -> footprint.Work:
-    return footprint.Work(rows, job.settings.max_length, subject.slots[-1], parts=mesh[1])
+def _load(job: PlanJob, subject: Subject, mesh: tuple[int, int], rows: int) -> footprint.Load:
+    return footprint.Load(rows, job.settings.max_length, subject.slots[-1], parts=mesh[1])
 
 
 def _parameters(subject: Subject, mesh: tuple[int, int]) -> int:
@@ -220,9 +220,9 @@ def propose_mesh(job: PlanJob, topology: Topology, subject: Subject) -> tuple[in
             parameters = job.models * _parameters(subject, mesh)
         except UsageError:  # heads or widths that this does not divide
             continue
-        work = _work(job, subject, mesh, job.rows or 1)
+        load = _load(job, subject, mesh, job.rows or 1)
         found = footprint.Footprint(
-            parameters, footprint.input_bytes(work), footprint.temporaries(arch, dtype, work)
+            parameters, footprint.input_bytes(load), footprint.temporaries(arch, dtype, load)
         )
         if footprint.fits(found, topology.memory):
             return mesh
@@ -238,9 +238,7 @@ def _all_bytes(subject: Subject) -> int:
     return footprint.parameter_bytes(subject.shapes, subject.model.dtype)
 
 
-def _default_rows(
-    job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]
-) -> int:
+def _default_rows(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> int:
     """As many as an audit would take, or as fit by the closed form; at least 1."""
     usual = max(4, min(64, ACCELERATOR_TOKENS // job.settings.max_length))
     return max(1, min(usual, _rows_that_fit(job, topology, subject, mesh)))
@@ -252,7 +250,7 @@ def _rows_that_fit(
     return footprint.largest_rows(
         subject.model.arch,
         subject.model.dtype,
-        _work(job, subject, mesh, 0),
+        _load(job, subject, mesh, 0),
         job.models * _parameters(subject, mesh),
         topology.memory,
     )
@@ -286,8 +284,8 @@ def _result(
 ) -> dict[str, Any]:
     """The JSON object; bytes are those of one device."""
     arch, dtype = subject.model.arch, subject.model.dtype
-    one, work = _parameters(subject, mesh), _work(job, subject, mesh, rows)
-    inputs, expected = footprint.input_bytes(work), footprint.temporaries(arch, dtype, work)
+    one, load = _parameters(subject, mesh), _load(job, subject, mesh, rows)
+    inputs, expected = footprint.input_bytes(load), footprint.temporaries(arch, dtype, load)
     closed = footprint.Footprint(job.models * one, inputs, expected)
     # Target and reference share the program: the second one's parameters wait beside it.
     waiting = (job.models - 1) * one

@@ -24,6 +24,7 @@ ROWS = [
         "sama_jax.store",
         "checkpoints_convert",
     },
+    {"sama_jax.footprint", "sama_jax.ahead"},
     {"sama_jax.orbax_source"},
     {
         "sama_jax.alignment",
@@ -36,7 +37,7 @@ ROWS = [
     {"sama_jax.reading"},
     {"sama_jax.report", "sama_jax.training", "sama_jax.scoring"},
     {"checkpoints_convert.convert", "checkpoints_convert.inspect"},
-    {"sama_jax.audit", "sama_jax.finetune", "sama_jax.nll", "sama_jax.catalogue"},
+    {"sama_jax.audit", "sama_jax.finetune", "sama_jax.nll", "sama_jax.catalogue", "sama_jax.plan"},
     {"sama_jax.demo", "sama_jax.score"},
     {"sama_jax.experiment", "sama_jax.merge"},
     {"sama_jax.cli"},
