@@ -22,7 +22,7 @@ from sama_jax.attacks.registry import flatten
 from sama_jax.config import AuditSettings
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
-from sama_jax.progress import console, duration
+from sama_jax.progress import binary_size, console, duration
 from sama_jax.reading import ROLES
 from sama_jax.types import Params
 
@@ -228,9 +228,9 @@ def propose_mesh(job: PlanJob, topology: Topology, subject: Subject) -> tuple[in
             return mesh
         smallest = min(smallest or found.total, found.total)
     raise UsageError(
-        f"{subject.where}: {job.models} x {_gib(_all_bytes(subject))} of parameters do not fit "
-        f"{topology.name}, {topology.chips} x {_gib(topology.memory)}, however they are split (at "
-        f"best {_gib(smallest or 0)} a chip); take more chips, or --models in-turn"
+        f"{subject.where}: {job.models} x {binary_size(_all_bytes(subject))} of parameters do not "
+        f"fit {topology.name}, {topology.chips} x {binary_size(topology.memory)}, however they are "
+        f"split (at best {binary_size(smallest or 0)} a chip); take more chips, or --models in-turn"
     )
 
 
@@ -342,7 +342,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     where = "a chip" if parts == 1 else f"{parts} chips"
     rows = [
         f"{found['model']}: {found['parameters']:,} parameters in {found['dtype']}, {both}",
-        f"{found['topology']}: {found['chips']} chips of {_gib(chip)}, "
+        f"{found['topology']}: {found['chips']} chips of {binary_size(chip)}, "
         f"mesh {_mesh_name((mesh['data'], parts))}",
         f"{found['rows']} texts of {found['max_length']} tokens at once on {where}; compiled in "
         f"{found['compile_seconds']:.0f} s",
@@ -354,18 +354,18 @@ def lines(found: dict[str, Any]) -> list[str]:
         ("on the way (temporaries)", "temporaries_bytes"),
         ("together", "total_bytes"),
     ):
-        shown = "does not fit" if found[key] is None else _gib(found[key])
-        rows.append(f"  {name:<32}{shown:>12}{_gib(closed[key]):>14}")
+        shown = "does not fit" if found[key] is None else binary_size(found[key])
+        rows.append(f"  {name:<32}{shown:>12}{binary_size(closed[key]):>14}")
     full = found["full_logits_bytes"]
     rows += [
-        f"  full logits would add{_gib(full):>37}",
+        f"  full logits would add{binary_size(full):>37}",
         "",
         ("fits" if found["fits"] else "does not fit")
-        + f": {_gib(found['total_bytes'])} of {_gib(chip)} a chip; at most "
+        + f": {binary_size(found['total_bytes'])} of {binary_size(chip)} a chip; at most "
         f"{found['largest_rows']} texts at once on {where} by the closed form",
     ]
     for kind, traffic in found["collectives"].items():
-        rows.append(f"{kind}: {traffic['count']} a pass, {_gib(traffic['bytes'])} a chip")
+        rows.append(f"{kind}: {traffic['count']} a pass, {binary_size(traffic['bytes'])} a chip")
     rows.append(
         f"{found['texts']:,} texts: {found['passes']:,} passes, {found['flops'] / 1e15:,.2f} PFLOP"
         + _time(found)
@@ -377,7 +377,3 @@ def _time(found: dict[str, Any]) -> str:
     if found["seconds"] is None:
         return ""
     return f", {duration(found['seconds'])} at {found['utilisation']:.0%} of the chips' peak"
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 20 else f"{count / 2**20:.2f} MiB"

@@ -92,3 +92,11 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def binary_size(count: int) -> str:
+    """Bytes for people: "1.24 GiB", "12.5 MiB"."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit / 10:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 2**10:.3g} KiB"

@@ -7,18 +7,18 @@ every attack whose readings are complete is scored.
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sama_jax import data, losses, model_folder, parallel, processes, rng, votes
+from sama_jax import data, footprint, losses, model_folder, parallel, processes, rng, votes
 from sama_jax.attacks.registry import Attack, CorpusReading, Procedure
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.errors import UsageError
-from sama_jax.progress import ProgressBar, duration
+from sama_jax.progress import ProgressBar, binary_size, duration
 from sama_jax.reading import PLAN_ROWS, ROLES, Item, Reader, Task, passes
 from sama_jax.run_folder import RunFolder
 from sama_jax.store import make_record
@@ -170,23 +170,52 @@ class Work:
         return tuple(sorted({int(s) for t in plans for s in self._slot_sizes(t, length)}))
 
     def estimate(self, *, everything: bool = False) -> str:
-        """One line: passes, tokens and time of what is left."""
+        """One line: passes, tokens, time and memory of what is left."""
         texts, passes, tokens, flops = 0, 0, 0, 0.0
+        shapes: set[tuple[int, int]] = set()
         for view in self.reader.views:
             rows = self.pending(view, everything=everything)
             texts = max(texts, len(rows))
             for batch in self.batches(rows, view):
                 real = int((batch.rows >= 0).sum())
+                shapes.add((len(batch.rows), batch.length))
                 for task in self._tasks(view):
                     for role in task.channels:
                         passes += real * task.passes
                         tokens += real * task.passes * batch.length
                         flops += len(batch.rows) * self._flops(task, role, batch.length)
         rate = 0.5 * _matmul_rate(self.roles["target"].folder.model) * len(self.layout.devices)
+        memory, device = self.memory(shapes).total, parallel.device_bytes()
         return (
             f"{texts} texts, {passes} forward passes, {tokens:,} tokens with padding, "
-            f"{flops / 1e12:.2f} TFLOP: about {duration(flops / rate)} after compiling"
+            f"{flops / 1e12:.2f} TFLOP: about {duration(flops / rate)} after compiling, "
+            f"{binary_size(memory)} of a device's {binary_size(device)}"
         )
+
+    def memory(self, shapes: Iterable[tuple[int, int]]) -> footprint.Footprint:
+        """Bytes on one device in the largest of batches of these (rows, length); closed form."""
+        model, parts = self.roles["target"].folder.model, self.layout.mesh.shape["model"]
+        found = footprint.Footprint(0, 0, footprint.Temporaries(0, 0, 0, 0, 0))
+        for rows, length in shapes:
+            most = max(self.slots(length), default=length)
+            load = footprint.Load(rows // self.layout.row_parts, length, most, parts=parts)
+            some = footprint.Footprint(
+                0, footprint.input_bytes(load), footprint.temporaries(model.arch, model.dtype, load)
+            )
+            found = max(found, some, key=lambda f: f.total)
+        return found._replace(parameters=self._parameter_bytes())
+
+    def _parameter_bytes(self) -> int:
+        """Of the models that are resident at once, on one device; adapters are left out."""
+        bases = {
+            (f.base_identity, str(f.model.dtype)): footprint.parameter_bytes(
+                f.abstract_params,
+                f.model.dtype,
+                self.layout.shardings(f.abstract_params, f.model.arch),
+            )
+            for f in (role.folder for role in self.roles.values())
+        }
+        return max(bases.values()) if self.in_turn else sum(bases.values())
 
     def _flops(self, task: Task, role: str, length: int) -> float:
         model = self.roles[role].folder.model
