@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,9 @@ from sama_jax.types import ForwardBatch
 
 ROW_AXES = ForwardBatch(0, 0, masks=1, positions=1, group=None, passes=None)  # pyright: ignore
 """Axis of the rows in each field of the scorer's input."""
+
+
+TICK_SECONDS = 10.0
 
 
 class Request(NamedTuple):
@@ -227,8 +230,11 @@ def _bytes(operation: re.Match[str]) -> int:
 # --- in the caller -------------------------------------------------------------------------------
 
 
-def run(request: Request) -> dict[str, Any]:
-    """`compile_scorer` in a process of its own, with the environment that the topology needs."""
+def run(request: Request, tick: Callable[[float], None] | None = None) -> dict[str, Any]:
+    """`compile_scorer` in a process of its own, with the environment that the topology needs.
+
+    `tick` is told the seconds so far, now and then. Raises `SamaError`.
+    """
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if request.platform == "cpu":
         count = request.mesh[0] * request.mesh[1]
@@ -242,26 +248,38 @@ def run(request: Request) -> dict[str, Any]:
             "TPU_WORKER_ID": "0",
             "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any will do: the topology is asked by name
         }
-    child = subprocess.run(
-        [sys.executable, "-m", "sama_jax.ahead"],
-        input=json.dumps(request._asdict()),
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
+    command, pipe, start = [sys.executable, "-m", "sama_jax.ahead"], subprocess.PIPE, time.time()
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env) as job:
+        try:
+            out, err = _communicate(job, json.dumps(request._asdict()), start, tick)
+        finally:
+            job.kill()
     try:
-        found = json.loads(child.stdout.splitlines()[-1])
+        found = json.loads(out.splitlines()[-1])
     except (ValueError, IndexError):
-        last = (child.stderr.strip() or "no message").split("\n")[-1]
-        raise RuntimeError(
-            f"compiling for {request.topology} ended with code {child.returncode}: {last}"
+        last = (err.strip() or "it said nothing").split("\n")[-1]
+        raise UsageError(
+            f"compiling for {request.topology} failed (exit code {job.returncode}: {last}); a "
+            "killed compiler (-9) usually means that this machine ran out of memory"
         ) from None
     for error in (UsageError, ModelError):
         if error.__name__ in found:
             raise error(found[error.__name__])
     found["collectives"] = {k: Traffic(*v) for k, v in found.get("collectives", {}).items()}
     return found
+
+
+def _communicate(
+    job: subprocess.Popen[str], text: str, start: float, tick: Callable[[float], None] | None
+) -> tuple[str, str]:
+    given: str | None = text
+    while True:
+        try:
+            return job.communicate(given, timeout=TICK_SECONDS)
+        except subprocess.TimeoutExpired:
+            given = None  # it has the text by now, and may not be given it again
+            if tick is not None:
+                tick(time.time() - start)
 
 
 def versions() -> dict[str, str]:

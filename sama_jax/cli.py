@@ -221,7 +221,10 @@ def _add_plan(commands: Any) -> None:
     p.add_argument("--preset", default="default", help=", ".join(config.PRESETS))
     p.add_argument("--passes", type=int, metavar="Q", help="forward passes of every attack")
     p.add_argument(
-        "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default: bfloat16"
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16",
     )
     p.add_argument(
         "--models",

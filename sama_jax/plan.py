@@ -166,13 +166,16 @@ def run_plan(job: PlanJob) -> dict[str, Any]:
     say = console(job.quiet)
     while True:
         say.print(
-            f"compiling for {topology.name}, {_mesh_name(mesh)}, {rows} rows of "
-            f"{job.settings.max_length} tokens: half a minute or so for 8B parameters"
+            f"compiling for {topology.name}, {_mesh_name(mesh)}, {rows} texts of "
+            f"{job.settings.max_length} tokens; this may take a minute"
         )
-        compiled = ahead.run(_request(job, topology, subject, mesh, rows))
+        compiled = ahead.run(
+            _request(job, topology, subject, mesh, rows),
+            lambda seconds: say.print(f"compiling: {seconds:.0f} s"),
+        )
         if "exhausted" not in compiled or job.rows is not None or rows == 1:
             return _result(job, topology, subject, mesh, rows, compiled)
-        say.print(f"{rows} rows do not fit; trying {rows // 2}")
+        say.print(f"{rows} texts do not fit; trying {rows // 2}")
         rows //= 2
 
 
@@ -340,9 +343,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     chip, parts = found["chip_bytes"], mesh["model"]
     both = "target and reference" if found["models_resident"] == 2 else "one model at a time"
     where = "a chip" if parts == 1 else f"{parts} chips"
+    chips = "1 chip" if found["chips"] == 1 else f"{found['chips']} chips"
     rows = [
         f"{found['model']}: {found['parameters']:,} parameters in {found['dtype']}, {both}",
-        f"{found['topology']}: {found['chips']} chips of {binary_size(chip)}, "
+        f"{found['topology']}: {chips} of {binary_size(chip)}, "
         f"mesh {_mesh_name((mesh['data'], parts))}",
         f"{found['rows']} texts of {found['max_length']} tokens at once on {where}; compiled in "
         f"{found['compile_seconds']:.0f} s",
@@ -367,7 +371,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     for kind, traffic in found["collectives"].items():
         rows.append(f"{kind}: {traffic['count']} a pass, {binary_size(traffic['bytes'])} a chip")
     rows.append(
-        f"{found['texts']:,} texts: {found['passes']:,} passes, {found['flops'] / 1e15:,.2f} PFLOP"
+        f"{found['texts']:,} texts: {found['passes']:,} passes, {found['flops'] / 1e15:,.3g} PFLOP"
         + _time(found)
     )
     return rows

@@ -162,15 +162,17 @@ def run(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str, s
     return code, out, err
 
 
-def test_the_command_compiles_in_a_process_of_its_own(model, tmp_path, capsys):
+def test_the_command_compiles_in_a_process_of_its_own(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ahead, "TICK_SECONDS", 0.5)
     result = tmp_path / "plan.json"
     code, out, err = run(
         capsys, "--model", model, "--topology", "cpu:2", "--mesh", "data=1,model=2",
         "--rows", 3, "--max-length", 32, "--attacks", "sama", "--set", "sama.steps=1",
-        "--dtype", "float32", "--json", result, "--quiet",
+        "--dtype", "float32", "--json", result,
     )  # fmt: skip
     assert code == 0, err
     assert "fits" in out
+    assert "compiling: 1 s" in err
     found = json.loads(result.read_text())
     assert found["chips"] == 2
     assert found["rows"] == 3
@@ -238,6 +240,37 @@ def test_a_config_that_cannot_be_planned_is_a_model_error(tmp_path, capsys, cont
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_compiler_that_dies_is_one_line(model, capsys, monkeypatch):
+    monkeypatch.setattr(ahead.sys, "executable", "/bin/false")
+    code, _, err = run(capsys, "--model", model, "--topology", "cpu:1", "--quiet")
+    assert code == 2
+    assert "compiling for cpu:1 failed (exit code 1: it said nothing)" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_rows_are_halved_until_they_fit(model, capsys, monkeypatch, tmp_path):
+    asked = []
+
+    def answer(request: ahead.Request, tick: Any) -> dict[str, Any]:
+        asked.append(request.rows)
+        if request.rows > 20:
+            return {"exhausted": "RESOURCE_EXHAUSTED", "compile_seconds": 1.0}
+        sizes = {"arguments_bytes": 10, "temporaries_bytes": 10, "output_bytes": 1}
+        return {**sizes, "compile_seconds": 1.0}
+
+    monkeypatch.setattr(plan.ahead, "run", answer)
+    flags = ["--model", model, "--topology", "cpu:1", "--json", tmp_path / "o.json", "--quiet"]
+    assert run(capsys, *flags, "--max-length", 256)[0] == 0
+    assert asked == [64, 32, 16]
+    assert json.loads((tmp_path / "o.json").read_text())["rows"] == 16
+    # Rows that were asked for are not changed; the result says so.
+    code, out, _ = run(capsys, *flags, "--rows", 30)
+    assert (code, asked[3:]) == (0, [30])
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert (found["fits"], found["temporaries_bytes"]) == (False, None)
+    assert "does not fit" in out
+
+
 def test_two_models_in_turn_take_the_memory_of_one(model, capsys, tmp_path, monkeypatch):
     answer = {
         "arguments_bytes": 1000,
@@ -246,7 +279,7 @@ def test_two_models_in_turn_take_the_memory_of_one(model, capsys, tmp_path, monk
         "compile_seconds": 1.0,
         "collectives": {},
     }
-    monkeypatch.setattr(plan.ahead, "run", lambda request: answer)
+    monkeypatch.setattr(plan.ahead, "run", lambda request, tick: answer)
     found = {}
     for models in ("together", "in-turn"):
         result = tmp_path / f"{models}.json"
