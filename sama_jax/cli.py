@@ -86,17 +86,37 @@ def _add_audit(commands: Any) -> None:
         "--adapter", type=Path, metavar="DIR", help="LoRA adapter for --target (default: reference)"
     )
     p.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
-    p.add_argument("--members", type=Path, metavar="F")
-    p.add_argument("--nonmembers", type=Path, metavar="F")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
+    p.add_argument("--nonmembers", type=Path, metavar="F", help="and texts that were not")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="results, or a run to continue"
+    )
     p.add_argument("--attacks", default=STANDARD, metavar="a,b|all", help=f"default: {STANDARD}")
     p.add_argument("--prefixes", type=Path, metavar="F", help="texts for ReCaLL's prefixes")
     p.add_argument("--preset", default="default", help=", ".join(config.PRESETS))
     p.add_argument("--passes", type=int, metavar="Q", help="forward passes of every attack")
-    p.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    p.add_argument("--padding", default="hidden", choices=["hidden", "visible"])
-    p.add_argument("--pad-to", type=int, default=0, metavar="TOKENS")
+    p.add_argument(
+        "--max-length",
+        type=int,
+        default=512,
+        metavar="TOKENS",
+        help="texts are cut there (default: 512)",
+    )
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: float32 on CPUs, else as stored",
+    )
+    p.add_argument(
+        "--padding",
+        default="hidden",
+        choices=["hidden", "visible"],
+        help="visible: reproduce set-ups that attend to it",
+    )
+    p.add_argument(
+        "--pad-to", type=int, default=0, metavar="TOKENS", help="length of visible padding"
+    )
     p.add_argument("--seed", type=int, default=42, help="of masks and subsets")
     p.add_argument("--batch-size", type=int, metavar="ROWS", help="texts a device works on at once")
     _add_devices(p)
@@ -106,13 +126,13 @@ def _add_audit(commands: Any) -> None:
         "--dry-run", action="store_true", help="check the inputs, print the estimate, write nothing"
     )
     p.add_argument("--plan", type=Path, metavar="F", help="replay the probes of a plan file")
-    p.add_argument("--save-plan", type=Path, metavar="F")
-    p.add_argument("--save-losses", type=Path, metavar="F")
+    p.add_argument("--save-plan", type=Path, metavar="F", help="write SAMA's probes for a replay")
+    p.add_argument("--save-losses", type=Path, metavar="F", help="write SAMA's losses (npz)")
     p.add_argument("--store", type=Path, metavar="DIR", help="loss store (default: OUT/losses)")
     p.add_argument("--strict", action="store_true", help="exit 5 if a validity gate fails")
     p.add_argument("--include-text", action="store_true", help="copy texts into the results")
     p.add_argument("--include-votes", action="store_true", help="step votes and tie rates, too")
-    p.add_argument("--quiet", action="store_true")
+    p.add_argument("--quiet", action="store_true", help="no progress, no table")
     _add_set(p)
 
 

@@ -166,5 +166,3 @@ def largest_rows(
         found = Footprint(parameters, input_bytes(some), temporaries(arch, dtype, some))
         low, high = (rows, high) if fits(found, capacity) else (low, rows - 1)
     return low
-
-
