@@ -4,6 +4,7 @@ The very scorer is compiled ahead of time for a topology; XLA says how much memo
 the rest is arithmetic. No weights are read.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -132,7 +133,7 @@ def read_subject(job: PlanJob) -> Subject:
     family = read_config(config, str(path))
     dtype = "bfloat16" if job.settings.dtype == "auto" else job.settings.dtype
     model = build_model(family, family.mask_id or 0, jnp.dtype(dtype))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))  # starts no backend
     length = job.settings.max_length
     sizes, passes, flops = set(), 0, 0.0
     seen = set()
@@ -151,111 +152,115 @@ def read_subject(job: PlanJob) -> Subject:
     return Subject(config, str(path), model, shapes, tuple(sorted(sizes)), passes, flops)
 
 
+class Case(NamedTuple):
+    """A job on one mesh of its topology."""
+
+    job: PlanJob
+    topology: Topology
+    subject: Subject
+    mesh: tuple[int, int]
+    """Devices along `data` and `model`."""
+    one: int
+    """Bytes of one model's parameters on a device."""
+
+    def load(self, rows: int) -> footprint.Load:
+        slots = self.subject.slots[-1]
+        return footprint.Load(rows, self.job.settings.max_length, slots, parts=self.mesh[1])
+
+    def closed_form(self, rows: int) -> footprint.Footprint:
+        load, model = self.load(rows), self.subject.model
+        return footprint.Footprint(
+            self.job.models * self.one,
+            footprint.input_bytes(load),
+            footprint.temporaries(model.arch, model.dtype, load),
+        )
+
+    def largest_rows(self) -> int:
+        """By the closed form."""
+        arch, dtype = self.subject.model.arch, self.subject.model.dtype
+        parameters, capacity = self.job.models * self.one, self.topology.memory
+        return footprint.largest_rows(arch, dtype, self.load(0), parameters, capacity)
+
+    def request(self, rows: int) -> ahead.Request:
+        return ahead.Request(
+            self.subject.config,
+            self.subject.where,
+            str(self.subject.model.dtype),
+            self.topology.platform,
+            self.topology.name,
+            self.topology.options,
+            self.mesh,
+            rows,
+            self.job.settings.max_length,
+            self.subject.slots,
+        )
+
+
 def run_plan(job: PlanJob) -> dict[str, Any]:
     """Plans a job; the result is what `--json` writes. Raises `SamaError`."""
     topology, subject = read_topology(job.topology), read_subject(job)
     if job.rows is not None and job.rows < 1:
         raise UsageError("--rows must be at least 1")
-    mesh = read_mesh(job.mesh, topology.chips) if job.mesh else propose_mesh(job, topology, subject)
-    rows = job.rows or _default_rows(job, topology, subject, mesh)
+    if job.mesh:
+        case = make_case(job, topology, subject, read_mesh(job.mesh, topology.chips))
+    else:
+        case = propose_case(job, topology, subject)
     if topology.platform == "tpu" and not (find_spec("libtpu") or os.getenv("TPU_LIBRARY_PATH")):
         raise UsageError(
             f"--topology {topology.name} needs the TPU compiler: pip install 'sama-jax[tpu]' "
             "(a CPU-only machine will do, no TPU is used); --topology cpu:8 goes without"
         )
+    rows = job.rows or max(1, min(_usual_rows(job), case.largest_rows()))
     say = console(job.quiet)
     while True:
         say.print(
-            f"compiling for {topology.name}, {_mesh_name(mesh)}, {rows} texts of "
+            f"compiling for {topology.name}, {_mesh_name(case.mesh)}, {rows} texts of "
             f"{job.settings.max_length} tokens; this may take a minute"
         )
         compiled = ahead.run(
-            _request(job, topology, subject, mesh, rows),
-            lambda seconds: say.print(f"compiling: {seconds:.0f} s"),
+            case.request(rows), lambda seconds: say.print(f"compiling: {seconds:.0f} s")
         )
         if "exhausted" not in compiled or job.rows is not None or rows == 1:
-            return _result(job, topology, subject, mesh, rows, compiled)
+            return _result(case, rows, compiled)
         say.print(f"{rows} texts do not fit; trying {rows // 2}")
         rows //= 2
 
 
-def _request(
-    job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int], rows: int
-) -> ahead.Request:
-    return ahead.Request(
-        subject.config,
-        subject.where,
-        str(subject.model.dtype),
-        topology.platform,
-        topology.name,
-        topology.options,
-        mesh,
-        rows,
-        job.settings.max_length,
-        subject.slots,
-    )
+def _usual_rows(job: PlanJob) -> int:
+    """What a device of an audit works on at once."""
+    return max(4, min(64, ACCELERATOR_TOKENS // job.settings.max_length))
 
 
-def _load(job: PlanJob, subject: Subject, mesh: tuple[int, int], rows: int) -> footprint.Load:
-    return footprint.Load(rows, job.settings.max_length, subject.slots[-1], parts=mesh[1])
-
-
-def _parameters(subject: Subject, mesh: tuple[int, int]) -> int:
-    """Bytes of one model's parameters on a device. Raises `UsageError` if the mesh does not do."""
+def make_case(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> Case:
+    """Raises `UsageError` if the parameters cannot be split over the mesh."""
     abstract = AbstractMesh(mesh, parallel.AXES, axis_types=(AxisType.Auto,) * 2)
     arch, dtype = subject.model.arch, subject.model.dtype
     shardings = parallel.parameter_shardings(abstract, subject.shapes, arch)  # pyright: ignore
-    return footprint.parameter_bytes(subject.shapes, dtype, shardings)
+    one = footprint.parameter_bytes(subject.shapes, dtype, shardings)
+    return Case(job, topology, subject, mesh, one)
 
 
-def propose_mesh(job: PlanJob, topology: Topology, subject: Subject) -> tuple[int, int]:
+def propose_case(job: PlanJob, topology: Topology, subject: Subject) -> Case:
     """The mesh with the fewest parts of the model that fits by the closed form.
 
-    Fewer parts mean fewer collectives. Raises `UsageError` where none fits.
+    Fewer parts mean fewer collectives. With as many texts as an audit takes, if there is such a
+    mesh, else with one. Raises `UsageError` where none fits.
     """
-    arch, dtype = subject.model.arch, subject.model.dtype
-    smallest = None
-    for parts in range(1, topology.chips + 1):
-        mesh = (topology.chips // parts, parts)
-        if topology.chips % parts:
-            continue
-        try:
-            parameters = job.models * _parameters(subject, mesh)
-        except UsageError:  # heads or widths that this does not divide
-            continue
-        load = _load(job, subject, mesh, job.rows or 1)
-        found = footprint.Footprint(
-            parameters, footprint.input_bytes(load), footprint.temporaries(arch, dtype, load)
-        )
-        if footprint.fits(found, topology.memory):
-            return mesh
-        smallest = min(smallest or found.total, found.total)
+    chips, cases = topology.chips, []
+    for parts in (n for n in range(1, chips + 1) if chips % n == 0):
+        # Heads or widths that this does not divide:
+        with contextlib.suppress(UsageError):
+            cases.append(make_case(job, topology, subject, (chips // parts, parts)))
+    for rows in (job.rows or _usual_rows(job), 1):
+        for case in cases:
+            if footprint.fits(case.closed_form(rows), topology.memory):
+                return case
+    least = min(case.closed_form(1).total for case in cases)
+    whole = footprint.parameter_bytes(subject.shapes, subject.model.dtype)
     raise UsageError(
-        f"{subject.where}: {job.models} x {binary_size(_all_bytes(subject))} of parameters do not "
-        f"fit {topology.name}, {topology.chips} x {binary_size(topology.memory)}, however they are "
-        f"split (at best {binary_size(smallest or 0)} a chip); take more chips, or --models in-turn"
-    )
-
-
-def _all_bytes(subject: Subject) -> int:
-    return footprint.parameter_bytes(subject.shapes, subject.model.dtype)
-
-
-def _default_rows(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> int:
-    """As many as an audit would take, or as fit by the closed form; at least 1."""
-    usual = max(4, min(64, ACCELERATOR_TOKENS // job.settings.max_length))
-    return max(1, min(usual, _rows_that_fit(job, topology, subject, mesh)))
-
-
-def _rows_that_fit(
-    job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]
-) -> int:
-    return footprint.largest_rows(
-        subject.model.arch,
-        subject.model.dtype,
-        _load(job, subject, mesh, 0),
-        job.models * _parameters(subject, mesh),
-        topology.memory,
+        f"{subject.where}: {job.models} x {binary_size(whole)} of parameters do not fit "
+        f"{topology.name}, {chips} x {binary_size(topology.memory)}, however they are split (at "
+        f"best {binary_size(least)} a chip); take more chips, or --models in-turn"
     )
 
 
@@ -277,31 +282,23 @@ def _mesh_name(mesh: tuple[int, int]) -> str:
 # --- what it says --------------------------------------------------------------------------------
 
 
-def _result(
-    job: PlanJob,
-    topology: Topology,
-    subject: Subject,
-    mesh: tuple[int, int],
-    rows: int,
-    compiled: dict[str, Any],
-) -> dict[str, Any]:
+def _result(case: Case, rows: int, compiled: dict[str, Any]) -> dict[str, Any]:
     """The JSON object; bytes are those of one device."""
-    arch, dtype = subject.model.arch, subject.model.dtype
-    one, load = _parameters(subject, mesh), _load(job, subject, mesh, rows)
-    inputs, expected = footprint.input_bytes(load), footprint.temporaries(arch, dtype, load)
-    closed = footprint.Footprint(job.models * one, inputs, expected)
-    # Target and reference share the program: the second one's parameters wait beside it.
-    waiting = (job.models - 1) * one
-    fitted = "exhausted" not in compiled
-    arguments = waiting + compiled["arguments_bytes"] if fitted else job.models * one + inputs
-    temporaries = compiled["temporaries_bytes"] + compiled["output_bytes"] if fitted else None
+    job, topology, subject, mesh = case[:4]
+    arch, closed = subject.model.arch, case.closed_form(rows)
+    expected, fitted = closed.temporaries, "exhausted" not in compiled
+    arguments, temporaries = closed.parameters + closed.inputs, None
+    if fitted:
+        # Target and reference share the program: the second one's parameters wait beside it.
+        arguments = (job.models - 1) * case.one + compiled["arguments_bytes"]
+        temporaries = compiled["temporaries_bytes"] + compiled["output_bytes"]
     total = arguments + (expected.peak if temporaries is None else temporaries)
     flops = job.texts * subject.flops
     peak = topology.flops and topology.flops * topology.chips * job.utilisation
     return {
         "model": subject.where,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(subject.shapes)),
-        "dtype": str(dtype),
+        "dtype": str(subject.model.dtype),
         "models_resident": job.models,
         "topology": topology.name,
         "chips": topology.chips,
@@ -314,9 +311,9 @@ def _result(
         "temporaries_bytes": temporaries,
         "total_bytes": total,
         "fits": fitted and total <= topology.memory,
-        "largest_rows": _rows_that_fit(job, topology, subject, mesh),
+        "largest_rows": case.largest_rows(),
         "closed_form": {
-            "arguments_bytes": closed.parameters + inputs,
+            "arguments_bytes": closed.parameters + closed.inputs,
             "temporaries_bytes": expected.peak,
             "total_bytes": closed.total,
             **{f"{name}_bytes": value for name, value in expected._asdict().items()},

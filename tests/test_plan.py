@@ -28,6 +28,7 @@ def config(vocab: int, **changes: Any) -> dict[str, Any]:
     )
 
 
+LLADA_8B = Path(__file__).parents[1] / "docs" / "examples" / "llada-8b.json"
 SIZES = {
     # name: config, rows, length, slots; each is large in another phase of a pass
     "attention": (config(1024, d_model=128, mlp_hidden_size=256), 8, 256, 16),
@@ -75,8 +76,7 @@ def test_closed_form_agrees_with_the_compiled_program(name, mesh):
 
 def test_parameters_of_llada_8b_are_those_of_the_checkpoint():
     # 16,031,162,368 bytes of bfloat16, by the index of the published safetensors.
-    path = Path(__file__).parents[1] / "docs" / "examples" / "llada-8b.json"
-    model = model_of(json.loads(path.read_text("utf-8")), "bfloat16")
+    model = model_of(json.loads(LLADA_8B.read_text("utf-8")), "bfloat16")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert footprint.parameter_bytes(shapes, "bfloat16") == 16_031_162_368
 
@@ -238,6 +238,23 @@ def test_a_config_that_cannot_be_planned_is_a_model_error(tmp_path, capsys, cont
     assert part in err
     assert str(path) in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "models", "mesh"),
+    [
+        ("v5e:4x4", 2, (4, 4)),  # 29.9 GiB of parameters, 16 GiB a chip
+        ("v5e:4x4", 1, (8, 2)),
+        ("v5e:2x2", 2, (1, 4)),
+        ("v4:2x2x2", 2, (4, 2)),
+        ("v5p:2x2x2", 2, (8, 1)),
+    ],
+)
+def test_the_proposed_mesh_has_the_fewest_parts_that_fit_llada_8b(topology, models, mesh):
+    job = plan.PlanJob(model=LLADA_8B, topology=topology, models=models)
+    case = plan.propose_case(job, plan.read_topology(topology), plan.read_subject(job))
+    assert case.mesh == mesh
+    assert case.largest_rows() >= 32  # 16,384 tokens
 
 
 def test_a_compiler_that_dies_is_one_line(model, capsys, monkeypatch):
