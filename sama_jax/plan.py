@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from sama_jax import ahead, attacks, footprint, losses, model_folder, parallel
+from sama_jax import ahead, attacks, footprint, losses, model_folder, parallel, scoring
 from sama_jax.attacks.registry import flatten
 from sama_jax.config import AuditSettings
 from sama_jax.errors import UsageError
@@ -50,8 +50,6 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, 3),
     "v6e": Chip(32 * GIB, 918e12, 2),
 }
-ACCELERATOR_TOKENS = 16384
-"""Tokens a device works on at once unless rows are given, as in an audit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +226,7 @@ def run_plan(job: PlanJob) -> dict[str, Any]:
 
 def _usual_rows(job: PlanJob) -> int:
     """What a device of an audit works on at once."""
-    return max(4, min(64, ACCELERATOR_TOKENS // job.settings.max_length))
+    return max(4, min(64, scoring.ACCELERATOR_TOKENS // job.settings.max_length))
 
 
 def make_case(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> Case:
