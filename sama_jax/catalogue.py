@@ -63,6 +63,6 @@ def print_table(found: dict[str, Any]) -> None:
     before, after = found["passes_before_sharing"], found["passes_after_sharing"]
     share = f" ({100 * after / before:.0f} %)" if before else ""
     print(
-        f"{len(found['attacks'])} attacks; forward passes a text (target + reference): {before} one "
-        f"by one, {after} shared{share}"
+        f"{len(found['attacks'])} attacks; forward passes a text (target + reference): {before} "
+        f"one by one, {after} shared{share}"
     )
