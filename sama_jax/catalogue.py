@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Query, flatten
@@ -13,7 +14,7 @@ from sama_jax.reading import ROLES, passes
 
 
 def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
-    """One entry an attack, and the passes of all of them, alone and shared."""
+    """One entry an attack, the passes of all of them, alone and shared, and what `all` omits."""
     chosen = attack_suite.select(names)
     entries = []
     alone, shared = 0, {}
@@ -38,26 +39,32 @@ def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
         "attacks": entries,
         "passes_before_sharing": alone,
         "passes_after_sharing": sum(shared.values()),
+        "not_in_all": [n for n in attack_suite.names() if not attack_suite.get(n).in_all],
     }
 
 
 def _reads(queries: dict[str, Query]) -> list[str]:
-    """Views and quantities, such as `text: nll, mean`."""
-    return [f"{q.view_name}: {', '.join(q.channels)}" for q in queries.values()]
+    """Views and quantities, such as `text: nll, mean`; of a procedure its name. Guides first."""
+    return [
+        f"{q.view_name}: {', '.join(q.channels) if q.probes else type(q.procedure).__name__}"
+        for q in flatten(queries)
+    ]
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """The entries on standard output: two lines an attack, so that 80 columns hold them."""
+    """The entries on standard output: two columns beside the name, so that 80 columns hold them."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("attack", no_wrap=True)
     table.add_column("passes", no_wrap=True, justify="right")
-    table.add_column("what it measures\n[dim]what it needs; source[/dim]", overflow="fold")
+    table.add_column("what it measures\n[dim]what it needs; what it reads; source[/dim]")
     for entry in found["attacks"]:
         count = entry["passes"]
+        reads = "; ".join(entry["reads"]) or "no model"
+        about = f"\n{entry['access']}; reads {reads}; {entry['source']}"
         table.add_row(
             entry["name"],
             f"{count['target']} + {count['reference']}",
-            f"{entry['summary']}\n[dim]{entry['access']}; {entry['source']}[/dim]",
+            Text.assemble(entry["summary"], (about, "dim")),  # brackets are not markup
         )
     Console().print(table)
     before, after = found["passes_before_sharing"], found["passes_after_sharing"]
@@ -66,3 +73,4 @@ def print_table(found: dict[str, Any]) -> None:
         f"{len(found['attacks'])} attacks; forward passes a text (target + reference): {before} "
         f"one by one, {after} shared{share}"
     )
+    print(f"only by name, not part of 'all': {', '.join(found['not_in_all'])}")

@@ -268,7 +268,13 @@ def _add_plan(commands: Any) -> None:
 def _add_experiment(commands: Any) -> None:
     p = _command(commands, "experiment", "Run an experiment of experiments/, or list them.")
     p.add_argument("name", nargs="?", metavar="NAME|FILE", help="left out: list them")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/NAME")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="results go to DIR/NAME, the demo's models to DIR/demo (default: runs)",
+    )
     p.add_argument("--quiet", action="store_true")
 
 

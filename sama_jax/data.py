@@ -460,7 +460,8 @@ def _cut(text: str, raw: Any, max_length: int) -> Encoded:
         ids, special = ids[kept], special[kept]
         offsets = raw.offsets  # a new list at every access
         covered = text[: max((offsets[i][1] for i in kept), default=0)]
-    return Encoded(ids, special, truncated, len(zlib.compress(covered.encode("utf-8"))))
+    zlib_bytes = len(zlib.compress(covered.encode("utf-8")))
+    return Encoded(ids, special, truncated, zlib_bytes, len(covered))
 
 
 def _added_end(special: np.ndarray) -> int:

@@ -242,7 +242,8 @@ def _claim(out: Path, seed: int) -> None:
         raise UsageError(f"{out}: is not empty and no demo's folder; choose another --out")
     if made is not None and made["seed"] != seed:
         raise UsageError(
-            f"{out}: was made with --seed {made['seed']}; add --fresh or choose another --out"
+            f"{out}: was made with --seed {made['seed']}; start over with demo --fresh, or choose "
+            "another --out"
         )
     write_json(out / "demo.json", {"seed": seed})
 

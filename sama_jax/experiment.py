@@ -5,9 +5,10 @@ A file is a mapping with
     summary   one line
     models    `demo` (made here, see `sama-jax demo`), `demo:llama` or `demo:bert` (the same of a
               next-token or a masked language model), or {target: DIR, reference: DIR}
-    data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}
-    runs      list of {name, attacks: [..], models, preset, passes, max_length, seed,
-              set: [key=value, ..]}; `models` of a run go before those of the file
+    data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}, and
+              {prefixes: FILE} where attacks want them
+    runs      list of {name, attacks: [..], models, data, preset, passes, max_length, seed,
+              set: [key=value, ..]}; `models` and `data` of a run go before those of the file
     compare   list of [attack, attack]: AUC of the second minus the first, paired, in every run
               that has both
 """
@@ -26,7 +27,9 @@ from sama_jax.files import write_json
 from sama_jax.progress import console
 
 _FIELDS = {"summary", "models", "data", "runs", "compare"}
-_RUN_FIELDS = {"name", "attacks", "models", "preset", "passes", "max_length", "seed", "set"}
+_RUN_FIELDS = {
+    "name", "attacks", "models", "data", "preset", "passes", "max_length", "seed", "set"
+}  # fmt: skip
 _DEMOS = {"demo": "llada", **{f"demo:{name}": name for name in demo.NETWORKS if name != "llada"}}
 """What `models` may be called -> the network of the demo."""
 
@@ -88,26 +91,29 @@ def _known(found: dict[str, Any], fields: set[str], where: str) -> None:
             raise DataError(f"{where}: unknown field '{name}'{nearest(str(name), sorted(fields))}")
 
 
-def run_experiment(name: str, out: Path | None, *, quiet: bool = False) -> dict[str, Any]:
+def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Runs every run of an experiment, prints its tables, writes `experiment.json`.
 
-    Runs are audits in `out`: what is finished is kept, and the same command continues.
+    Results go to the folder of its name in `runs`; the demo's models are made, or found, in
+    `runs/demo`, so that experiments share them. Runs are audits: what is finished is kept, losses
+    that two of them read are computed once, and the same command continues.
     """
     path = find(name)
     plan, say = read(path), console(quiet)
-    out = out or Path("runs") / path.stem
+    out = runs / path.stem
     say.print(f"{path.stem}: {plan['summary']}")
     result: dict[str, Any] = {"experiment": path.stem, "runs": {}}
     for run in plan["runs"]:
         say.print(f"run {run['name']}")
-        models = run.get("models", plan["models"])
-        target, reference, texts, prefixes, base = _models(models, plan, out, quiet)
+        models, files = (run.get(k, plan.get(k)) for k in ("models", "data"))
+        target, reference, texts, prefixes, base = _models(models, files or {}, runs, quiet)
         job = audit.AuditJob(
             target=target,
             reference=reference,
             texts=texts,
             prefixes=prefixes,
             out=out / run["name"],
+            store=out / "losses",
             attacks=run["attacks"],
             settings=_settings(run, base),
             quiet=quiet,
@@ -127,15 +133,14 @@ def run_experiment(name: str, out: Path | None, *, quiet: bool = False) -> dict[
 
 
 def _models(
-    models: Any, plan: dict[str, Any], out: Path, quiet: bool
+    models: Any, files: dict[str, str], runs: Path, quiet: bool
 ) -> tuple[Path, Path, data.Texts, data.Texts | None, config.AuditSettings]:
     """Target, reference, texts, prefixes, and the settings that go with them."""
     if isinstance(models, str):
-        made = demo.prepare(out / "demo", network=_DEMOS[models], quiet=quiet)
+        made = demo.prepare(runs / "demo", network=_DEMOS[models], quiet=quiet)
         texts = data.read_split(made.members, made.nonmembers)
         prefixes = data.read_texts(made.prefixes)
         return made.target, made.base, texts, prefixes, demo.audit_settings()
-    files = plan.get("data") or {}
     if "data" in files:
         texts = data.read_texts(Path(files["data"]))
     elif {"members", "nonmembers"} <= set(files):

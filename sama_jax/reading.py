@@ -44,6 +44,7 @@ class Item(NamedTuple):
     """Draws the plan."""
     maskable: np.ndarray  # bool [n]
     zlib_bytes: int
+    characters: int
     store_key: str
     ids: np.ndarray | None = None
     """int32 [n]; None where only the store is at hand."""
@@ -63,7 +64,7 @@ def text_item(encoded: Encoded, settings: AuditSettings, shift: bool) -> Item:
     name = key_name(key)
     if not maskable.all():
         name += "-" + hashlib.sha256(maskable.tobytes()).hexdigest()[:8]
-    return Item(key, maskable, encoded.zlib_bytes, name, encoded.ids)
+    return Item(key, maskable, encoded.zlib_bytes, encoded.characters, name, encoded.ids)
 
 
 def view_item(made: ViewText, original: Item, settings: AuditSettings, shift: bool) -> Item:
@@ -80,8 +81,8 @@ def view_item(made: ViewText, original: Item, settings: AuditSettings, shift: bo
         name += "~" + key_name(key)
     if made.before is not None and len(made.before):
         name += "+" + hashlib.sha256(made.before.astype("<i4").tobytes()).hexdigest()[:16]
-    zlib_bytes = original.zlib_bytes if made.zlib_bytes is None else made.zlib_bytes
-    return Item(key, maskable, zlib_bytes, name, made.ids, made.before)
+    sizes = original.zlib_bytes, original.characters
+    return Item(key, maskable, *sizes, name, made.ids, made.before)
 
 
 def _maskable(
@@ -278,11 +279,12 @@ class Reader:
 
     def reading(self, task: Task, query: Query, rows: Sequence[int]) -> Reading:
         """A batch of PLAN_ROWS readings of one task (host)."""
-        tokens, zlib_bytes = np.zeros(PLAN_ROWS, np.int32), np.ones(PLAN_ROWS, np.int32)
+        tokens, zlib_bytes, characters = np.zeros((3, PLAN_ROWS), np.int32)
         for i, row in enumerate(rows):
             item = self.items[task.view][row]
             if item is not None:
-                tokens[i], zlib_bytes[i] = item.maskable.sum(), item.zlib_bytes
+                tokens[i] = item.maskable.sum()
+                zlib_bytes[i], characters[i] = item.zlib_bytes, item.characters
         shape = (PLAN_ROWS, task.rows, self.settings.max_length)
         losses = {}
         for role in ROLES:
@@ -304,6 +306,7 @@ class Reader:
             plan,
             tokens,  # pyright: ignore
             zlib_bytes,  # pyright: ignore
+            characters,  # pyright: ignore
             {c: losses["target"][c] for c in rest},  # pyright: ignore
             {c: losses["reference"][c] for c in rest},  # pyright: ignore
         )
@@ -399,6 +402,7 @@ def _describe(item: Item | None) -> dict[str, Any] | None:
         "tokens": len(item.maskable),
         "not_masked": np.flatnonzero(~item.maskable).tolist(),
         "zlib_bytes": item.zlib_bytes,
+        "characters": item.characters,
     }
 
 
@@ -422,4 +426,4 @@ def _item(found: dict[str, Any]) -> Item:
     maskable[found["not_masked"]] = False
     high, low = int(found["key"][:8], 16), int(found["key"][8:], 16)
     key = TextKeyData(np.uint32(high), np.uint32(low))  # pyright: ignore
-    return Item(key, maskable, found["zlib_bytes"], found["store_key"])
+    return Item(key, maskable, found["zlib_bytes"], found["characters"], found["store_key"])

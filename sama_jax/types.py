@@ -32,6 +32,8 @@ class Encoded(NamedTuple):
     truncated: bool
     zlib_bytes: int
     """Bytes of the zlib-compressed UTF-8 of the part of the text that the kept tokens cover."""
+    characters: int
+    """Characters of that part."""
 
 
 class ProbePlan(NamedTuple):
@@ -74,7 +76,12 @@ class Reading(NamedTuple):
     plan: ProbePlan
     num_tokens: Int[Array, "*b"]
     zlib_bytes: Int[Array, "*b"]
-    """Bytes of the zlib-compressed UTF-8 text (the part that was scored), default level."""
+    """Bytes of the zlib-compressed UTF-8 text (the part that was scored), default level.
+
+    Of the text itself in its other views, too; so are `characters`.
+    """
+    characters: Int[Array, "*b"]
+    """Characters of the same part."""
     target_more: dict[str, Float[Array, "*b t l"]] = {}  # noqa: RUF012
     """Other quantities than the loss, by channel (`losses.CHANNELS`)."""
     reference_more: dict[str, Float[Array, "*b t l"]] = {}  # noqa: RUF012

@@ -45,7 +45,7 @@ def reading(
     plan = ProbePlan(masks, masks, weights, np.zeros((len(masks), 0, 1), np.int32))  # pyright: ignore
     count = int(masks.any(axis=0).sum()) if num_tokens is None else num_tokens
     extra = {name: values(*bounds) for name, bounds in more.items()}
-    return Reading(values(0, 9000), values(0, 9000), plan, count, 50, extra)  # pyright: ignore
+    return Reading(values(0, 9000), values(0, 9000), plan, count, 50, 70, extra)  # pyright: ignore
 
 
 def random_masks(passes: int, tokens: int, seed: int = 0, share: float = 0.4) -> np.ndarray:
@@ -256,7 +256,7 @@ def test_random_shares_are_uniform_and_never_empty():
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17])
 def test_unmasked_attacks_read_every_token_but_the_first(tokens: int):
-    plan = drawn(circulated.UnmaskedProbes(7, 3), tokens)
+    plan = drawn(beyond.UnmaskedProbes(7, 3), tokens)
     assert not plan.masks.any()
     assert plan.scored[0].tolist() == [1 <= i < tokens for i in range(LENGTH)]
     read = reading(plan.scored, tokens)._replace(plan=plan)

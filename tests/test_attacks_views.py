@@ -595,7 +595,7 @@ def test_its_against_plain_passes_and_loops(
 
 
 def tools(ids: np.ndarray, **changes) -> registry.ViewTools:
-    item = reading.text_item(Encoded(ids, np.zeros(len(ids), bool), False, 9), SETTINGS, False)
+    item = reading.text_item(Encoded(ids, np.zeros(len(ids), bool), False, 9, 12), SETTINGS, False)
     given = {
         "encode": lambda text: tokenizer().encode([text], 32)[0],
         "contexts": {"member": np.arange(5, 25, dtype=np.int32)},
@@ -634,7 +634,7 @@ def test_a_deleted_share_is_at_least_one_token_and_leaves_one():
     # What the tokenizer added stays.
     special = np.array([True, False, False, True])
     ids = np.array([7, 8, 9, 7], np.int32)
-    made = view.make("", ids, tools(ids, encode=lambda _: Encoded(ids, special, False, 9)))
+    made = view.make("", ids, tools(ids, encode=lambda _: Encoded(ids, special, False, 9, 12)))
     assert made is not None
     assert made.ids.tolist() in ([7, 8, 7], [7, 9, 7])
     assert made.special is not None
@@ -661,7 +661,7 @@ def test_views_of_one_length_share_masks_and_maskable_positions():
     )
     special = np.array([True, False, False])
     ids = np.array([1, 2, 3], np.int32)
-    original = reading.text_item(Encoded(ids, special, False, 9), settings, False)
+    original = reading.text_item(Encoded(ids, special, False, 9, 12), settings, False)
     for before in (None, np.array([4, 5], np.int32)):
         made = registry.ViewText(ids + 1, None, before, same_masks=True)
         item = reading.view_item(made, original, settings, False)

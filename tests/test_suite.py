@@ -246,7 +246,7 @@ def test_the_standard_error_is_that_of_the_mean_of_the_passes():
     weights = np.where(scored.any(axis=1), draw.random(6), 0.0).astype(np.float32)
     target = np.where(scored, draw.random((6, 9)) * 5, np.nan).astype(np.float32)
     plan = ProbePlan(scored, scored, weights, np.zeros((6, 0, 1), np.int32))  # pyright: ignore
-    found = bound_and_error(Reading(target, target, plan, 9, 40), SETTINGS)  # pyright: ignore
+    found = bound_and_error(Reading(target, target, plan, 9, 40, 60), SETTINGS)  # pyright: ignore
     estimates = [w * np.nansum(t) for w, t in zip(weights, target) if w > 0]
     expected = [np.mean(estimates), np.std(estimates, ddof=1) / np.sqrt(len(estimates))]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -268,11 +268,19 @@ def test_experiments_are_well_formed_and_run(box: Path, tmp_path: Path, capsys):
         f"data: {{data: {box / 'texts.jsonl'}}}\n"
         "runs:\n- {name: r, passes: 4, max_length: 32, attacks: [loss, sama],"
         " set: ['sama.subsets=8']}\n"
+        f"- {{name: part, data: {{data: {box / 'part.jsonl'}}}, passes: 4, max_length: 32,"
+        " attacks: [loss], set: ['sama.subsets=8']}\n"
         "compare: [[loss, sama]]\n"
     )
+    lines = (box / "texts.jsonl").read_text().splitlines(keepends=True)
+    (box / "part.jsonl").write_text("".join(lines[3:9]))
     assert cli.main(["experiment", str(file), "--out", str(tmp_path / "out"), "--quiet"]) == 0
-    made = json.loads((tmp_path / "out" / "experiment.json").read_text())["runs"]["r"]
+    made = json.loads((tmp_path / "out" / "mine" / "experiment.json").read_text())["runs"]["r"]
     aucs = {n: made["metrics"][n]["auc"] for n in ("loss", "sama")}
+    # The second run has texts of its own, and reads the losses of the first.
+    part = json.loads((tmp_path / "out" / "mine" / "part" / "manifest.json").read_text())
+    assert part["run"]["texts"] == 6
+    assert part["cost"]["passes_run"] == 0
     gained = made["compare"][0]["difference"]
     assert gained == pytest.approx(aucs["sama"] - aucs["loss"], abs=1e-9)
     file.write_text("runs:\n- {name: r, attacks: [loss], seeed: 3}\n")
@@ -304,7 +312,7 @@ def test_the_rungs_against_loops():
         for _ in range(2)
     )
     plan = ProbePlan(masks, masks, weights, chosen)  # pyright: ignore
-    read = Reading(target, reference, plan, length, 40)  # pyright: ignore
+    read = Reading(target, reference, plan, length, 40, 60)  # pyright: ignore
     difference = reference - target
     recorded = [t for t in range(steps) if masks[t].any()]
     means = [np.nanmean(difference[t]) for t in recorded]

@@ -4,8 +4,8 @@
 from sama_jax.attacks import sama  # isort: skip
 from sama_jax.attacks import likelihood  # isort: skip
 from sama_jax.attacks import partition  # isort: skip
-from sama_jax.attacks import circulated  # isort: skip
 from sama_jax.attacks import beyond  # isort: skip
+from sama_jax.attacks import circulated  # isort: skip
 from sama_jax.attacks import denoising  # isort: skip
 from sama_jax.attacks import infill  # isort: skip
 from sama_jax.attacks import perturbed  # isort: skip
@@ -17,6 +17,7 @@ from sama_jax.attacks.registry import (
     Attack,
     Probes,
     Query,
+    get,
     names,
     register,
     register_corpus,
@@ -31,6 +32,7 @@ __all__ = [
     "circulated",
     "corpus",
     "denoising",
+    "get",
     "infill",
     "its",
     "ladder",

@@ -9,20 +9,47 @@ the share of masked tokens that such models are trained on, 15 %: beyond it, the
 of a task that neither model knows.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
 
-from sama_jax import votes
-from sama_jax.attacks.circulated import UnmaskedProbes
+from sama_jax import rng, votes
 from sama_jax.attacks.registry import register
 from sama_jax.attacks.sama import ProgressiveProbes
-from sama_jax.config import AuditSettings
-from sama_jax.types import Reading
+from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.types import ProbePlan, Reading
 
 TRAINED_SHARE = 0.15
 """Devlin et al., arXiv 1810.04805."""
+
+
+@dataclass(frozen=True)
+class UnmaskedProbes:
+    """One pass over the text as it is; every token but the first is read."""
+
+    draws: int = 0
+    """Subsets of the tokens that vote."""
+    subset_size: int = 1
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    @property
+    def identity(self) -> str:
+        return settings_hash("unmasked")
+
+    def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
+        scored = maskable & (jnp.arange(maskable.shape[0]) > 0)
+        key = rng.for_purpose(key, rng.Purpose.SUBSETS)
+        subsets = votes.sample_subsets(key, scored, self.draws, self.subset_size)
+        weights = scored.any().astype(jnp.float32)[None]
+        return ProbePlan(jnp.zeros_like(scored)[None], scored[None], weights, subsets[None])
+
+    def slot_bounds(self, length: int) -> np.ndarray:
+        return np.array([max(length - 1, 1)])
 
 
 def next_token_probes(settings: AuditSettings) -> UnmaskedProbes:

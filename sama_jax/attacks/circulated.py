@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax import losses, probes, rng, votes
+from sama_jax import losses, probes, rng
 from sama_jax.attacks import statistics
+from sama_jax.attacks.beyond import UnmaskedProbes
 from sama_jax.attacks.likelihood import LikelihoodProbes
 from sama_jax.attacks.registry import Query, register
 from sama_jax.config import AuditSettings, settings_hash
@@ -48,7 +49,7 @@ _DLM_MIA = "clearloveclearlove/DLM_MIA attack/attacks/"
     "mink:circulated",
     probes=_bernoulli,
     needs_reference=False,
-    access="loss of every token",
+    access="masked logits",
     source=_DLM_MIA + "mink.py",
 )
 def mink_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
@@ -63,7 +64,7 @@ def mink_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, "
     "mink++:circulated",
     probes=_bernoulli,
     needs_reference=False,
-    access="loss of every token",
+    access="masked logits",
     source=_DLM_MIA + "minkplusplus.py",
 )
 def minkpp_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
@@ -125,7 +126,7 @@ def _largest_sums(values: Float[Array, "t l"], scored: Bool[Array, "t l"]) -> Fl
     "mink:its",
     probes=random_share_probes,
     needs_reference=False,
-    access="loss of every token",
+    access="masked logits",
     source="Chrisqcwx/DLLM-MIA attack/attacks/mink.py",
 )
 def mink_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
@@ -141,7 +142,7 @@ def mink_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
             random_share_probes(settings), None, ("nll", "flat_mean", "flat_deviation"), "target"
         )
     },
-    access="logits of every token",
+    access="masked logits, whole vocabulary",
     source="Chrisqcwx/DLLM-MIA attack/attacks/minkpp.py",
 )
 def minkpp_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
@@ -153,33 +154,6 @@ def minkpp_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
 
 
 # --- Ratio ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class UnmaskedProbes:
-    """One pass over the text as it is; every token but the first is read."""
-
-    draws: int = 0
-    """Subsets of the tokens that vote."""
-    subset_size: int = 1
-
-    @property
-    def passes(self) -> int:
-        return 1
-
-    @property
-    def identity(self) -> str:
-        return settings_hash("unmasked")
-
-    def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
-        scored = maskable & (jnp.arange(maskable.shape[0]) > 0)
-        key = rng.for_purpose(key, rng.Purpose.SUBSETS)
-        subsets = votes.sample_subsets(key, scored, self.draws, self.subset_size)
-        weights = scored.any().astype(jnp.float32)[None]
-        return ProbePlan(jnp.zeros_like(scored)[None], scored[None], weights, subsets[None])
-
-    def slot_bounds(self, length: int) -> np.ndarray:
-        return np.array([max(length - 1, 1)])
 
 
 @register(

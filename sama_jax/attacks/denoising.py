@@ -61,7 +61,7 @@ def _weighted_error(reading: Reading, weights: Float[Array, " t"]) -> Float[Arra
     "secmi",
     probes=noise_level_probes,
     needs_reference=False,
-    access="loss",
+    access="masked logits",
     source="Duan et al., arXiv 2302.01316; " + _DLM_MIA + "secmi.py",
 )
 def secmi(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
@@ -74,7 +74,7 @@ def secmi(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     "secmi:uniform",
     probes=noise_level_probes,
     needs_reference=False,
-    access="loss",
+    access="masked logits",
     source=_DLM_MIA + "secmi.py, its option",
 )
 def secmi_uniform(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
@@ -161,7 +161,7 @@ def _distance_query(settings: AuditSettings) -> dict[str, Query]:
 
 _PIA = {
     "queries": _distance_query,
-    "access": "logits",
+    "access": "logits, whole vocabulary",
     "source": "Kong et al., arXiv 2305.18355; " + _DLM_MIA + "pia.py",
     "undefined": "it needs at least two tokens",
 }

@@ -1,7 +1,7 @@
 """Loss, ZLIB and Ratio in the form that fits a masked diffusion model.
 
 All three read one Monte-Carlo bound on a text's negative log-likelihood, from the same masks for
-target and reference. Scores are per token; `loss:sum` is the published sum over tokens.
+target and reference. Scores are per token; `loss:sum` and `zlib:sum` are the published sums.
 """
 
 from dataclasses import dataclass
@@ -109,6 +109,19 @@ def zlib(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Minus the target's NLL per token, divided by the text's zlib-compressed bytes."""
     del settings
     return -nll_per_token(reading.target, reading.plan) / reading.zlib_bytes
+
+
+@register(
+    "zlib:sum",
+    probes=likelihood_probes,
+    needs_reference=False,
+    access="loss",
+    source="Stry233/SAMA attack/attacks/zlib.py",
+)
+def zlib_sum(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+    """Minus the target's NLL of the whole text over compressed bytes a character, as published."""
+    compression = reading.zlib_bytes / jnp.maximum(reading.characters, 1)
+    return loss_sum(reading, settings) / compression
 
 
 @register(

@@ -77,7 +77,7 @@ def complement_probes(settings: AuditSettings) -> PartitionProbes:
     "mink",
     probes=tail_probes,
     needs_reference=False,
-    access="loss of every token",
+    access="masked logits",
     source="Shi et al., arXiv 2310.16789",
 )
 def mink(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
@@ -95,7 +95,7 @@ _SMALLEST = 1e-6
     queries=lambda settings: {
         "text": Query(tail_probes(settings), None, ("nll", "mean", "deviation"), "target")
     },
-    access="logits of every token",
+    access="masked logits, whole vocabulary",
     source="Zhang et al., arXiv 2404.02936",
 )
 def minkpp(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:

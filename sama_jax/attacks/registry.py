@@ -5,7 +5,6 @@ of the readings: no forward pass, no file, no device of its own. A new one is ab
 function `Reading -> number` under `@register(...)`, on existing probes or on new ones.
 """
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,8 +110,6 @@ class ViewText(NamedTuple):
     """bool [n], tokens that the tokenizer added; None: none."""
     before: np.ndarray | None = None
     """int32 [p], visible tokens before it, never masked."""
-    zlib_bytes: int | None = None
-    """None: those of the text itself."""
     same_masks: bool = False
     """Draw masks from the text's own key: views of equal length see the same masks."""
 
@@ -250,11 +247,8 @@ def register(
         return {"text": Query(probes(settings), models="both" if needs_reference else "target")}
 
     def add(statistic: Callable[[Reading, AuditSettings], Float[Array, ""]]) -> Callable:
-        summary = (statistic.__doc__ or "").strip().split("\n")[0]
-        known = _ATTACKS.get(name)
-        if known is not None and known.statistic is not statistic:
-            raise UsageError(f"an attack named '{name}' is registered already")
-        _ATTACKS[name] = Attack(name, queries or simple, statistic, access, source, summary, **more)
+        summary = _first_line(statistic)
+        _add(Attack(name, queries or simple, statistic, access, source, summary, **more))
         return statistic
 
     return add
@@ -264,12 +258,22 @@ def register_corpus(name: str, *, access: str, source: str, **more: Any) -> Call
     """Registers an attack that reads the texts alone: a function of `CorpusReading`."""
 
     def add(corpus: Callable[[CorpusReading, AuditSettings], np.ndarray]) -> Callable:
-        summary = (corpus.__doc__ or "").strip().split("\n")[0]
-        attack = Attack(name, lambda _: {}, None, access, source, summary, **more)
-        _ATTACKS[name] = dataclasses.replace(attack, corpus=corpus, needs_texts=True)
+        known = {"corpus": corpus, "needs_texts": True}
+        _add(Attack(name, lambda _: {}, None, access, source, _first_line(corpus), **known, **more))
         return corpus
 
     return add
+
+
+def _first_line(function: Callable) -> str:
+    return (function.__doc__ or "").strip().split("\n")[0]
+
+
+def _add(attack: Attack) -> None:
+    known = _ATTACKS.get(attack.name)
+    if known and (known.statistic, known.corpus) != (attack.statistic, attack.corpus):
+        raise UsageError(f"an attack named '{attack.name}' is registered already")
+    _ATTACKS[attack.name] = attack
 
 
 def _load_entry_points() -> None:

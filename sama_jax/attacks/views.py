@@ -24,7 +24,7 @@ class Lowercase:
         lower = tools.encode(text.lower())
         if np.array_equal(lower.ids, ids):
             return None
-        return ViewText(lower.ids, lower.special, zlib_bytes=lower.zlib_bytes, same_masks=True)
+        return ViewText(lower.ids, lower.special, same_masks=True)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Joined:
     def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
         del ids
         whole = tools.encode(f"{tools.joined[self.context]} {text}")
-        return ViewText(whole.ids, whole.special, zlib_bytes=whole.zlib_bytes)
+        return ViewText(whole.ids, whole.special)
 
 
 @dataclass(frozen=True)
