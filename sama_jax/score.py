@@ -92,6 +92,8 @@ def _obstacle(
         return "it reads the texts themselves"
     if attack.name == "sama" and manifest["run"].get("plan"):
         return "the audit replayed a plan file"
+    if attack.name in (known := manifest.get("not_computed") or {}):
+        return known[attack.name]
     reader = reading.Reader([attack], settings, items, manifest["store_keys"], folder.store)
     num = len(items.get("text", []))
     lacking = [

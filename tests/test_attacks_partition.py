@@ -1,5 +1,6 @@
 """Attacks on partitions, circulated forms, SecMI, PIA, infilling: each against loops in NumPy."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -54,10 +55,12 @@ def random_masks(passes: int, tokens: int, seed: int = 0, share: float = 0.4) ->
     return masks
 
 
+jitted = functools.cache(lambda maker: jax.jit(maker.plan))
+
+
 def drawn(maker, tokens: int, seed: int = 0) -> ProbePlan:
     maskable = np.arange(LENGTH) < tokens
-    plan = jax.jit(maker.plan)(jax.random.key(seed), jnp.asarray(maskable))
-    return jax.tree.map(np.asarray, plan)
+    return jax.tree.map(np.asarray, jitted(maker)(jax.random.key(seed), jnp.asarray(maskable)))
 
 
 def per_token(values: np.ndarray) -> dict[int, float]:
@@ -306,7 +309,7 @@ def test_secmi_against_loops(tokens: int):
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "shifted"])
 def tiny(request) -> tuple[TransformerModel, Any]:
     model = TransformerModel(arch=ARCH, mask_id=40, shift=request.param)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     draw = np.random.default_rng(0)  # logits of ordinary size
     return model, jax.tree.map(lambda x: x * 8 + draw.normal(size=x.shape) * 0.1, params)
 

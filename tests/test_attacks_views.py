@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
-from sama_jax import audit, data, model_folder, probes, reading, report, rng, scoring
+from sama_jax import audit, data, metrics, model_folder, probes, reading, report, rng, scoring
 from sama_jax.attacks import corpus, its, perturbed, registry, views
 from sama_jax.audit import AuditJob, AuditResult, run_audit
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
@@ -486,6 +486,15 @@ def test_bag_of_words_against_scikit_learns_own_folds():
     # Another order of the file changes nothing.
     turned = registry.CorpusReading(np.zeros((60, 0)), texts[::-1], labels[::-1])
     np.testing.assert_array_equal(corpus.bows(turned, SETTINGS)[::-1], found)
+
+
+def test_bag_of_words_cannot_learn_permuted_labels():
+    labels = np.arange(60) % 2
+    texts = word_list(labels, 0, 9.0)
+    mixed = np.random.default_rng(0).permutation(labels)
+    found = corpus.bows(registry.CorpusReading(np.zeros((60, 0)), texts, mixed), SETTINGS)
+    low, high = metrics.summarize(found, mixed, seed=0)["auc_ci"]
+    assert low <= 0.5 <= high
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The attack suite as a whole: one store, one recipe, invariants that hold for every attack."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
-from sama_jax import attacks, cli, data, losses, metrics, reading
+from sama_jax import attacks, cli, data, losses, metrics, reading, report
 from sama_jax.attacks.registry import ENTRY_POINTS
 from sama_jax.audit import AuditJob, AuditResult, run_audit
-from sama_jax.config import AuditSettings, PrefixSettings, SamaSettings
+from sama_jax.catalogue import describe
+from sama_jax.config import (
+    AuditSettings,
+    PrefixSettings,
+    SamaSettings,
+    budget_overrides,
+    override,
+)
+from sama_jax.reading import passes
 from sama_jax.score import run_score
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +38,9 @@ SETTINGS = AuditSettings(
     prefix=PrefixSettings(shots=3, tokens=16),
 )
 
+ONE, TWO = 8, 11
+"""Texts of so many tokens."""
+
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory) -> Path:
@@ -36,21 +49,30 @@ def box(tmp_path_factory) -> Path:
     tiny.folder(folder / "reference", seed=2)
     found = tiny.texts(26, (4, 14))
     found = [text.capitalize() if i % 3 else text for i, text in enumerate(found)]
+    found[ONE], found[TWO] = "x", "x!"  # as many tokens
     tiny.write_texts(folder / "texts.jsonl", [*found, ""])
     return folder
 
 
-def audit(box: Path, out: Path, *names: str, reference: str = "reference") -> AuditResult:
-    job = AuditJob(
-        target=box / "target",
-        reference=box / reference,
-        texts=data.read_texts(box / "texts.jsonl"),
-        out=out,
-        attacks=names,
-        settings=SETTINGS,
-        quiet=True,
-    )
-    result = run_audit(job)
+@pytest.fixture(scope="module", autouse=True)
+def no_figures():
+    """Runs without figures, which no test here looks at: a second each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_figures", lambda *_, **__: [])
+        yield
+
+
+def audit(box: Path, out: Path, *names: str, **changes: Any) -> AuditResult:
+    given: dict[str, Any] = {
+        "target": box / "target",
+        "reference": box / "reference",
+        "texts": data.read_texts(box / "texts.jsonl"),
+        "out": out,
+        "attacks": names,
+        "settings": SETTINGS,
+        "quiet": True,
+    }
+    result = run_audit(AuditJob(**(given | changes)))
     assert result is not None
     return result
 
@@ -89,6 +111,18 @@ def test_an_empty_text_and_prefix_texts_have_no_score_but_a_status(everything: A
             assert set(row.get("undefined", {})) == nulls
     evaluated = everything.metrics["attacks"]["sama"]
     assert evaluated["n_members"] + evaluated["n_nonmembers"] == len(everything.rows) - 7
+
+
+def test_one_token_is_read_by_all_that_need_no_second(everything: AuditResult):
+    """docs/attacks.md, "Where there is no score"."""
+    one, two = everything.rows[ONE], everything.rows[TWO]
+    assert (one["status"], one["n_tokens"]) == ("ok", 1)
+    assert (two["status"], two["n_tokens"]) == ("ok", 2)
+    assert {n for n, s in two["scores"].items() if s is None} == {"lowercase"}
+    assert {n for n, s in one["scores"].items() if s is None} == {
+        "lowercase", "pia", "pia:l1", "pia:loss", "ratio:circulated", "complement:t",
+        "infill:prefix",
+    }  # fmt: skip
 
 
 def test_scores_from_the_store_are_those_of_a_full_run_and_cost_no_pass(
@@ -131,24 +165,43 @@ def test_adding_an_attack_computes_only_what_is_missing(box: Path, tmp_path: Pat
     assert third.rows == second.rows
 
 
+def budget(passes: int) -> AuditSettings:
+    settings = AuditSettings()
+    return override(settings, budget_overrides(settings, passes))
+
+
 def test_shared_passes_are_at_most_sixty_percent(capsys):
     assert cli.main(["attacks", "--json", "--passes", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passes_after_sharing"] <= 0.6 * found["passes_before_sharing"]
     plain = {e["name"].partition(":")[0] for e in found["attacks"]}
     assert len(plain) >= 18
+    names = [e["name"] for e in found["attacks"] if "diffusion" in e["models"]]
+    here = describe(names, budget(8))
+    assert here["passes_after_sharing"] <= 0.6 * here["passes_before_sharing"]
+    # Attacks on one set of passes need it once; two sets are added.
+    alone = {"loss": 8, "zlib": 8, "ratio": 16, "mink": 8, "mink++": 8}
+    for names, shared in (("loss", "zlib"), 8), (("loss", "ratio"), 16), (("mink", "loss"), 16):
+        pair = describe(names, budget(8))
+        assert pair["passes_before_sharing"] == sum(alone[n] for n in names)
+        assert pair["passes_after_sharing"] == shared
+    assert describe(["mink", "mink++"], budget(8))["passes_after_sharing"] == 8
     assert cli.main(["attacks", "--passes", "8"]) == 0
-    assert f"{found['passes_after_sharing']} shared" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{found['passes_after_sharing']} shared" in printed
+    for entry in found["attacks"]:
+        assert all(entry[k] in printed for k in ("name", "access", "summary", "source"))
+    assert "not part of 'all': its:code, ladder:calibrated" in printed
 
 
 def test_identical_models_leave_every_calibrated_attack_constant_or_at_one_half(
     box: Path, tmp_path: Path
 ):
-    result = audit(box, tmp_path / "run", "all", reference="target")
+    result = audit(box, tmp_path / "run", "all", reference=box / "target")
     for attack in attacks.select(["all"]):
-        if not attack.needs_reference(SETTINGS) or attack.name not in result.rows[0]["scores"]:
+        if not passes(attack, SETTINGS)["reference"] or attack.name not in result.rows[0]["scores"]:
             continue
-        if attack.name.split(":")[0] in ("neighbor", "dfmia"):
+        if attack.name in ("neighbor", "dfmia"):
             continue  # the reference only proposes; its loss is not subtracted
         values = column(result.rows, attack.name)
         summary = result.metrics["attacks"][attack.name]
@@ -156,19 +209,101 @@ def test_identical_models_leave_every_calibrated_attack_constant_or_at_one_half(
         assert len(set(values)) == 1 or low <= 0.5 <= high, attack.name
 
 
+def test_no_score_knows_the_label_of_a_scored_text(
+    box: Path, everything: AuditResult, tmp_path: Path
+):
+    """All labels turned round but those of the prefix texts: every score is the same, bit for bit,
+    except those of the check that learns labels."""
+    texts = data.read_texts(box / "texts.jsonl").texts
+    taken = [r["id"] for r in everything.rows if r["status"] == "prefix"]
+    taken.sort(key=lambda i: hashlib.sha256(f"42 {i}".encode()).digest())
+    shots = [t for i in taken for t in texts if t.id == i]
+    turned = [t if t.id in taken else t._replace(label=1 - (t.label or 0)) for t in texts]
+    result = audit(
+        box, tmp_path / "run", "all", texts=data.collect(turned), prefixes=data.collect(shots),
+        store=everything.out / "losses",
+    )  # fmt: skip
+    assert result.cost["passes_run"] == 0
+    for row, before in zip(result.rows, everything.rows, strict=True):
+        same, other = ({n: s for n, s in r["scores"].items() if n != "bows"} for r in (row, before))
+        assert same == other
+        assert row["status"] == before["status"]
+    aucs = [r.metrics["attacks"]["loss"]["auc"] for r in (result, everything)]
+    assert sum(aucs) == pytest.approx(1.0)
+
+
 def test_permuted_labels_give_one_half(everything: AuditResult):
-    """No statistic knows a label: drawn at random, they are guessed at chance."""
+    """Drawn at random, they are guessed at chance."""
     rows = [r for r in everything.rows if r["status"] == "ok"]
     draw = np.random.default_rng(0)
     for name in everything.metrics["attacks"]:
         if name == "bows":
-            continue  # reads the labels; permuted in its own test
+            continue  # learns the labels; permuted in its own test
         values = np.array([np.nan if (v := r["scores"][name]) is None else v for r in rows])
         values = values[np.isfinite(values)]
         labels = np.arange(len(values)) % 2
-        aucs = [metrics.auc(values, draw.permutation(labels)) for _ in range(200)]
+        aucs = [metrics.auc(values, draw.permutation(labels)) for _ in range(30)]
         error = np.std(aucs) / np.sqrt(len(aucs))
         assert abs(np.mean(aucs) - 0.5) < 5 * error, name
+
+
+# --- every attack has an oracle -----------------------------------------------------------------
+
+ORACLES = {
+    "test_attacks_likelihood.py": {
+        "test_loss_zlib_and_ratio_against_loops": "loss loss:sum zlib zlib:sum ratio",
+        "test_sama_and_its_masked_form_against_loops": "sama sama:mlm",
+    },
+    "test_votes.py": {"test_scorer_agrees_with_the_slow_reference": "sama"},
+    "test_attacks_partition.py": {
+        "test_partition_attacks_against_loops": (
+            "complement complement:mean complement:t complement:votes complement:rank wbc"
+        ),
+        "test_mink_against_loops": "mink mink++",
+        "test_circulated_mink_counts_tokens_that_were_never_masked": (
+            "mink:circulated mink++:circulated"
+        ),
+        "test_the_its_forms_of_mink_sum_the_largest_losses": "mink:its mink++:its",
+        "test_unmasked_attacks_read_every_token_but_the_first": "ratio:circulated sama:ar",
+        "test_secmi_against_loops": "secmi secmi:uniform",
+        "test_pia_against_the_whole_vocabulary": "pia pia:l1 pia:loss",
+        "test_filling_against_a_loop": "infill infill:prefix",
+    },
+    "test_attacks_views.py": {
+        "test_lowercase_against_plain_passes": "lowercase",
+        "test_neighbours_are_the_references_best_guesses": "neighbor",
+        "test_recall_and_conrecall_against_passes_on_concatenated_tokens": "recall conrecall",
+        "test_circulated_recall_masks_the_prefix_and_cuts_the_text": "recall:circulated",
+        "test_its_against_plain_passes_and_loops": "its its:code",
+        "test_dfmia_against_plain_passes": "dfmia",
+        "test_bag_of_words_against_scikit_learns_own_folds": "bows",
+    },
+    "test_suite.py": {
+        "test_the_rungs_against_loops": (
+            "ladder:calibrated ladder:progressive ladder:subsets ladder:signs"
+        ),
+    },
+}
+"""File -> test -> the attacks that it compares with a slow reference."""
+
+
+def test_every_attack_has_an_oracle():
+    """A new attack goes into the table, together with its test."""
+    covered = set()
+    for file, tests in ORACLES.items():
+        text = (Path(__file__).parent / file).read_text("utf-8")
+        for test, names in tests.items():
+            assert f"def {test}(" in text
+            covered |= set(names.split())
+    assert covered == set(attacks.names())
+
+
+def test_the_documentation_describes_every_attack():
+    text = (ROOT / "docs" / "attacks.md").read_text("utf-8")
+    described = text[text.index("## The attacks") : text.index("## Where there is no score")]
+    for name in attacks.names():
+        assert f"**`{name}`**" in described or name.startswith("ladder:"), name
+        assert name in text
 
 
 # --- the recipe ----------------------------------------------------------------------------------

@@ -205,10 +205,6 @@ class Attack:
     needs_texts: bool = False
     """The corpus step reads texts and labels."""
 
-    def needs_reference(self, settings: AuditSettings) -> bool:
-        """Whether any of its passes is the reference's."""
-        return any(q.models != "target" for q in flatten(self.queries(settings)))
-
 
 def flatten(queries: dict[str, Query]) -> list[Query]:
     """All queries of an attack, guides before what they guide."""
