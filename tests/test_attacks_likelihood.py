@@ -1,5 +1,6 @@
 """Loss, ZLIB, Ratio and SAMA's forms for other models, each against loops in NumPy."""
 
+import functools
 import zlib
 
 import jax
@@ -17,10 +18,13 @@ SETTINGS = AuditSettings(max_length=LENGTH, passes=5, sama=SamaSettings(steps=5,
 TEXT = "Ein Text, der gepackt wird: aaaa bbbb aaaa bbbb aaaa bbbb aaaa bbbb."
 
 
+jitted = functools.cache(lambda probes: jax.jit(probes.plan))
+
+
 def read(probes, tokens: int, seed: int = 0) -> Reading:
     """Random losses in multiples of 2^-10 at what a plan scores, NaN elsewhere."""
     key = rng.text_key(7, TextKeyData(np.uint32(tokens), np.uint32(seed)))  # pyright: ignore
-    plan = jax.tree.map(np.asarray, jax.jit(probes.plan)(key, np.arange(LENGTH) < tokens))
+    plan = jax.tree.map(np.asarray, jitted(probes)(key, np.arange(LENGTH) < tokens))
     numbers = np.random.default_rng([tokens, seed]).integers(1, 9000, (2, *plan.scored.shape))
     losses = np.where(plan.scored, numbers / 1024, np.nan).astype(np.float32)
     sizes = len(zlib.compress(TEXT.encode())), len(TEXT)

@@ -302,8 +302,7 @@ def test_the_documentation_describes_every_attack():
     text = (ROOT / "docs" / "attacks.md").read_text("utf-8")
     described = text[text.index("## The attacks") : text.index("## Where there is no score")]
     for name in attacks.names():
-        assert f"**`{name}`**" in described or name.startswith("ladder:"), name
-        assert name in text
+        assert f"`{name}`" in described, name
 
 
 # --- the recipe ----------------------------------------------------------------------------------
@@ -368,7 +367,9 @@ def test_nll_has_the_likelihood_and_its_standard_error(box: Path, tmp_path: Path
     for row, other in zip(rows[:-1], scores[:-1], strict=True):
         assert row["nll"] == pytest.approx(-other["scores"]["loss"], rel=1e-6)
         assert row["nll_total"] == pytest.approx(row["nll"] * row["n_tokens"], rel=1e-6)
-        assert 0 < row["standard_error"] < row["nll"]
+        # The only token is masked in every pass: no error.
+        assert (row["standard_error"] == 0) == (row["n_tokens"] == 1)
+        assert 0 <= row["standard_error"] < row["nll"]
 
 
 def test_the_standard_error_is_that_of_the_mean_of_the_passes():
