@@ -59,8 +59,8 @@ def print_table(found: dict[str, Any]) -> None:
     table.add_column("what it measures\n[dim]what it needs; what it reads; source[/dim]")
     for entry in found["attacks"]:
         count = entry["passes"]
-        reads = "; ".join(entry["reads"]) or "no model"
-        about = f"\n{entry['access']}; reads {reads}; {entry['source']}"
+        reads = [f"reads {'; '.join(entry['reads'])}"] if entry["reads"] else []
+        about = "\n" + "; ".join([entry["access"], *reads, entry["source"]])
         table.add_row(
             entry["name"],
             f"{count['target']} + {count['reference']}",

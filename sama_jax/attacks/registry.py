@@ -254,8 +254,8 @@ def register_corpus(name: str, *, access: str, source: str, **more: Any) -> Call
     """Registers an attack that reads the texts alone: a function of `CorpusReading`."""
 
     def add(corpus: Callable[[CorpusReading, AuditSettings], np.ndarray]) -> Callable:
-        known = {"corpus": corpus, "needs_texts": True}
-        _add(Attack(name, lambda _: {}, None, access, source, _first_line(corpus), **known, **more))
+        about = access, source, _first_line(corpus)
+        _add(Attack(name, lambda _: {}, None, *about, corpus=corpus, needs_texts=True, **more))
         return corpus
 
     return add
