@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sama_jax.errors import DataError, OutputError
+from sama_jax.errors import DataError, OutputError, UsageError
 
 
 @contextlib.contextmanager
@@ -56,7 +56,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class AppendOnly:
-    """A file that only grows. Each `append` is one write at the end; a failed one is undone."""
+    """A file that only grows. Each `append` is one write at the end; a failed one is undone.
+
+    One process at a time: two would not know where each other's writes end.
+    """
 
     def __init__(self, path: Path, keep: int | None = None):
         """Opens `path`, cut back to its first `keep` bytes (None: all)."""
@@ -64,6 +67,12 @@ class AppendOnly:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+            if not _lock(self._file):
+                self._file.close()
+                raise UsageError(
+                    f"{path}: another process is writing to it; wait for it to end, or choose "
+                    "another folder"
+                )
             if keep is not None:
                 self._file.truncate(keep)
             self._end = os.fstat(self._file.fileno()).st_size if keep is None else keep
@@ -88,6 +97,22 @@ class AppendOnly:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _lock(file: Any) -> bool:
+    """Claims an open file until it is closed, which the end of the process does, too.
+
+    False if another process has it; True also where the system or file system knows no locks.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
 
 
 def read_json_lines(path: Path) -> tuple[list[Any], int]:

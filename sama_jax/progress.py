@@ -19,8 +19,13 @@ PLAIN_SECONDS = 10.0
 
 
 def console(quiet: bool = False) -> Console:
-    """Where messages go: standard error, so that standard output stays for results."""
-    return Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+    """Where messages go: standard error, so that standard output stays for results.
+
+    Verbatim: a path may hold what rich would take for markup, such as `[/x]`.
+    """
+    return Console(
+        stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False
+    )
 
 
 class ProgressBar:
