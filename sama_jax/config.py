@@ -8,6 +8,7 @@ store and is written into every result. Sources: arXiv 2601.20125 for `paper`, t
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -25,15 +26,23 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def _check(settings: Any) -> None:
-    """Literal fields hold a known word and numbers have the declared type."""
+    """Every field holds a value of its declared type; numbers are finite."""
     for name, hint in get_type_hints(type(settings)).items():
         value, words = getattr(settings, name), get_args(hint)
-        if words and isinstance(words[0], str) and value not in words:
+        if words and value not in words:
             raise UsageError(f"setting {name} is {value!r}{nearest(str(value), words)}")
-        if hint in (int, float) and (
-            isinstance(value, bool) or not isinstance(value, (int, float))
-        ):
-            raise UsageError(f"setting {name} must be a number, got {value!r}")
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if hint is int and not is_whole:
+            raise UsageError(f"setting {name} must be a whole number, got {value!r}")
+        if hint is float and not (is_whole or (isinstance(value, float) and math.isfinite(value))):
+            raise UsageError(f"setting {name} must be a finite number, got {value!r}")
+        if hint is bool and not isinstance(value, bool):
+            raise UsageError(f"setting {name} must be true or false, got {value!r}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed must lie in 0..2^32-1, got {seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +226,7 @@ class AuditSettings:
             raise UsageError(f"max_length must lie in 1..65535, got {self.max_length}")
         if self.passes < 0:
             raise UsageError(f"passes must be 0 or more, got {self.passes}")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed must lie in 0..2^32-1, got {self.seed}")
+        _check_seed(self.seed)
         if self.pad_to and self.padding == "hidden":
             raise UsageError("pad_to has no effect while padding is hidden; add --padding visible")
         if self.pad_to and self.pad_to < self.max_length:
@@ -268,8 +276,17 @@ class TrainSettings:
 
     def __post_init__(self):
         _check(self)
-        if self.epochs <= 0 or self.batch_size < 1 or self.learning_rate <= 0:
-            raise UsageError("epochs, batch_size and learning_rate must be positive")
+        _check_seed(self.seed)
+        for name in ("epochs", "batch_size", "learning_rate", "grad_clip", "checkpoint_every"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.weight_decay < 0 or self.warmup_steps < -1:
+            raise UsageError(
+                "expected weight_decay >= 0 and warmup_steps >= -1, got "
+                f"{self.weight_decay} and {self.warmup_steps}"
+            )
+        if not 0 < self.eps < 1:
+            raise UsageError(f"eps must lie between 0 and 1, got {self.eps}")
         if not 2 <= self.max_length <= 65535:
             raise UsageError(f"max_length must lie in 2..65535, got {self.max_length}")
 
@@ -297,41 +314,46 @@ def budget_overrides(settings: AuditSettings, passes: int | None) -> list[str]:
 
 
 def override(settings: Any, assignments: list[str]) -> Any:
-    """Applies `key=value` (dots reach into groups: `sama.steps=8`) to a frozen dataclass."""
+    """Applies `key=value` (dots reach into groups: `sama.steps=8`) to a frozen dataclass.
+
+    All together, so that their order does not matter where one limits another.
+    """
+    values = dataclasses.asdict(settings)
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
             raise UsageError(f"expected key=value, got '{assignment}'")
-        settings = _replace(settings, path.strip().split("."), text.strip(), path.strip())
-    return settings
+        _assign(settings, values, path.strip().split("."), text.strip(), path.strip())
+    return from_dict(type(settings), values)
 
 
-def _replace(settings: Any, path: list[str], text: str, full: str) -> Any:
-    names = {f.name: f for f in dataclasses.fields(settings)}
-    if path[0] not in names:
+def _assign(settings: Any, values: dict[str, Any], path: list[str], text: str, full: str) -> None:
+    hints = get_type_hints(type(settings))
+    if path[0] not in hints:
         prefix = full[: len(full) - len(".".join(path))]
         known = [prefix + name for name in setting_names(settings)]
         raise UsageError(f"unknown setting '{full}'{nearest(full, known)}")
-    current = getattr(settings, path[0])
-    if dataclasses.is_dataclass(current):
+    group = getattr(settings, path[0])
+    if dataclasses.is_dataclass(group):
         if len(path) == 1:
-            inside = ", ".join(setting_names(current))
+            inside = ", ".join(setting_names(group))
             raise UsageError(f"'{full}' is a group of settings; set one of: {inside}")
-        value = _replace(current, path[1:], text, full)
+        _assign(group, values[path[0]], path[1:], text, full)
     elif len(path) > 1:
         raise UsageError(f"unknown setting '{full}': '{path[0]}' is not a group")
     else:
-        value = _parse(text, type(current), full)
-    return dataclasses.replace(settings, **{path[0]: value})
+        values[path[0]] = _parse(text, hints[path[0]], full)
 
 
-def _parse(text: str, kind: type, name: str) -> Any:
+def _parse(text: str, kind: Any, name: str) -> Any:
     if kind is bool:
         if text.lower() in ("true", "1", "yes"):
             return True
         if text.lower() in ("false", "0", "no"):
             return False
         raise UsageError(f"setting {name} must be true or false, got '{text}'")
+    if kind not in (int, float):  # a word: `_check` knows which
+        return text
     try:
         return kind(text)
     except ValueError:
