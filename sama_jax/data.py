@@ -1,4 +1,4 @@
-"""Texts and tokens on the host: read files, tokenise, bucket, pad. NumPy, no devices.
+"""Texts and tokens on the host: read files, tokenise, bucket. NumPy, no devices.
 
 Nothing here changes a text. What cannot be read is an error that names file and line, up to ten
 of them in one message; nothing is skipped silently except blank lines.
@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sama_jax.errors import DataError, ModelError, UsageError
-from sama_jax.types import Encoded, TextBatch
+from sama_jax.types import Encoded
 
 MAX_PROBLEMS = 10
 """Problems of single lines that one message lists; the rest are counted."""
@@ -549,15 +549,3 @@ def plan_batches(
             filled = np.pad(chunk, (0, rows - len(chunk)), constant_values=-1)
             plans.append(BatchPlan(buckets[i], filled))
     return plans
-
-
-def pad_batch(encoded: Sequence[Encoded], plan: BatchPlan) -> TextBatch:
-    """The arrays of one batch (NumPy): ids padded at the end with 0, and where they are valid."""
-    tokens = np.zeros((len(plan.rows), plan.length), np.int32)
-    valid = np.zeros(tokens.shape, bool)
-    for i, row in enumerate(plan.rows):
-        if row >= 0:
-            ids = encoded[row].ids
-            tokens[i, : len(ids)] = ids
-            valid[i, : len(ids)] = True
-    return TextBatch(plan.rows, tokens, valid)  # pyright: ignore

@@ -13,16 +13,6 @@ Params = Any
 """A nested dict of arrays, as `Model.init` returns it."""
 
 
-class TextBatch(NamedTuple):
-    """Padded texts. Rows that only fill the batch have `row == -1` and no valid position."""
-
-    row: Int[Array, " b"]
-    """Index into the caller's list of texts, -1 for filling."""
-    tokens: Int[Array, "b l"]
-    valid: Bool[Array, "b l"]
-    """True at real tokens, False at padding."""
-
-
 class Encoded(NamedTuple):
     """Tokens of one text, cut at the maximum length (host)."""
 

@@ -509,19 +509,3 @@ def test_no_texts_no_batches_and_too_long_texts_are_refused():
     assert data.plan_batches(np.array([0, 0]), (32,), lambda length: 4) == []
     with pytest.raises(ValueError, match="33 tokens exceeds the bucket of 32"):
         data.plan_batches(np.array([33]), (32,), lambda length: 4)
-
-
-def test_order_is_restored_from_the_rows(tokenizer):
-    texts = [" ".join(CORPUS[:1] * n) for n in (3, 1, 0, 2, 1)]
-    encoded = tokenizer.encode(texts, 64)
-    plans = data.plan_batches(np.array([len(e.ids) for e in encoded]), (16, 64), lambda length: 3)
-    restored = {}
-    for plan in plans:
-        batch = data.pad_batch(encoded, plan)
-        assert batch.tokens.dtype == np.int32
-        assert batch.tokens.shape == batch.valid.shape == (3, plan.length)
-        assert (batch.tokens[~batch.valid] == 0).all()
-        for row, tokens, valid in zip(batch.row, batch.tokens, batch.valid):
-            restored[int(row)] = tokens[valid].tolist()
-    assert restored.pop(-1) == []
-    assert restored == {i: e.ids.tolist() for i, e in enumerate(encoded) if len(e.ids)}
