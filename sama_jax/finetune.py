@@ -312,7 +312,7 @@ def _open_run(
     quiet: bool,
 ) -> _Run:
     """Reads the texts and compares the run with what `out` holds. Raises `UsageError`."""
-    say = partial(console(quiet).print, markup=False)
+    say = console(quiet).print
     texts = _training_texts(data, say)
     held = None if heldout is None else [t.text for t in read_texts(heldout).texts]
     identity = {
@@ -714,12 +714,9 @@ def _with_token_ids(
 
 def _copy_companions(base: Path, out: Path) -> None:
     """Tokenizer and other files beside the weights; not what this program writes itself."""
-    own = {model_folder.CONFIG, model_folder.RECORD, MANIFEST, LOG, "README.md"}
-    weights = {".safetensors", ".bin", ".pt", ".pth", ".part"}
     with files.writing(out):
-        for file in sorted(base.iterdir()):
-            skip = file.name in own or file.suffix in weights or file.name.endswith(".index.json")
-            if file.is_file() and not skip:
+        for file in model_folder.companions(base):
+            if file.name not in (MANIFEST, LOG, "README.md"):
                 shutil.copyfile(file, out / file.name)
 
 

@@ -5,14 +5,13 @@ here if absent) and `manifest.json`. Writes `report.md` and `figures/`. No text 
 collection and no id is printed. `rows` are always the parsed lines of `scores.jsonl`.
 """
 
-import contextlib
+import io
 import json
 import math
-import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,7 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sama_jax import metrics as measure
-from sama_jax.errors import OutputError, UsageError
+from sama_jax.errors import UsageError
+from sama_jax.files import write_atomic
 
 Row = dict[str, Any]
 Metrics = dict[str, Any]
@@ -263,9 +263,9 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     # No software tag: the same scores give the same file under every matplotlib patch release.
-    _write_atomically(
-        path, lambda file: figure.savefig(file, format="png", metadata={"Software": None})
-    )
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    write_atomic(path, image.getvalue())
 
 
 def _draw_roc(columns: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]) -> Figure:
@@ -503,8 +503,8 @@ def write_report(folder: Path) -> Path:
     else:
         metrics = compute_metrics(rows, int(manifest.get("seed") or 0))
     write_figures(folder, rows)
-    path, text = folder / "report.md", markdown(rows, metrics, manifest)
-    _write_atomically(path, lambda file: file.write(text.encode()))
+    path = folder / "report.md"
+    write_atomic(path, markdown(rows, metrics, manifest))
     return path
 
 
@@ -538,17 +538,3 @@ def _read(folder: Path, name: str) -> Any:
                 "repeat the audit that made the folder to write it anew"
             )
     return found if name.endswith(".jsonl") else found[0]
-
-
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes to `PATH.part` and renames, so that a reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

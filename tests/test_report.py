@@ -312,7 +312,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OutputError, match="No space left"):
         report.write_report(folder)
     assert (folder / "report.md").read_text() == old
