@@ -34,7 +34,7 @@ from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.errors import Interrupted, UsageError, ValidityError
 from sama_jax.files import write_json
-from sama_jax.progress import console
+from sama_jax.progress import ProgressBar, console
 from sama_jax.run_folder import METRICS, RunFolder, read_manifest
 from sama_jax.types import Encoded, Params, ProbePlan
 
@@ -110,7 +110,9 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     tokenizer = _tokenizer(target, reference, texts)
     prefixes = _prefixes(job, wanted, texts, before.get("prefix_classes", []))
     chosen, left_out = _supported(job, wanted, target, texts, prefixes)
-    encoded = tokenizer.encode([t.text for t in texts], settings.max_length)
+    shown = len(texts) >= 2000  # some seconds
+    with ProgressBar("tokenise", len(texts), "texts", quiet=job.quiet or not shown) as bar:
+        encoded = tokenizer.encode([t.text for t in texts], settings.max_length, bar.advance)
     items = [reading.text_item(e, settings, target.model.shift) for e in encoded]
     roles = [
         scoring.Role("target", target, scoring.model_key(target, settings)),
