@@ -20,6 +20,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sama_jax import cli, files
+from sama_jax.config import SamaSettings
+from sama_jax.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
@@ -426,6 +428,43 @@ def test_flags_and_settings(case: str, box: Box, capsys):
     refuse(capsys, box, box.command(**changes), 2, *fragments)
 
 
+TRAINING: dict[str, tuple[list[str], list[str]]] = {
+    "epochs nan": (["--epochs", "nan"], ["epochs", "finite", "nan"]),
+    "epochs 0": (["--epochs", "0"], ["epochs must be positive"]),
+    "rate": (["--lr", "inf"], ["learning_rate", "finite"]),
+    "batch size": (["--batch-size", "0"], ["batch_size must be positive"]),
+    "seed": (["--seed", "-1"], ["seed", "-1"]),
+    "never a checkpoint": (["--set", "checkpoint_every=0"], ["checkpoint_every", "0"]),
+    "clip": (["--set", "grad_clip=-1"], ["grad_clip must be positive"]),
+    "decay": (["--set", "weight_decay=-0.1"], ["weight_decay >= 0", "-0.1"]),
+    "eps": (["--set", "eps=1"], ["eps must lie between 0 and 1"]),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_training_settings(case: str, box: Box, capsys):
+    flags, fragments = TRAINING[case]
+    command = ["finetune", "--base", str(box.target), "--data", str(box.data), "--quiet"]
+    refuse(capsys, box, [*command, "--out", str(box.out), *flags], 2, *fragments)
+
+
+def test_the_demo_s_seed(box: Box, capsys):
+    refuse(capsys, box, ["demo", "--seed", "-1", "--out", str(box.out)], 2, "seed", "-1")
+
+
+def test_settings_that_limit_each_other_come_in_any_order(box: Box, capsys):
+    """Each alone contradicts a default: 0.6 the highest density, 64 hidden padding."""
+    pairs = ["sama.min_density=0.6", "sama.max_density=0.9", "pad_to=64", "padding=visible"]
+    command = [*box.command(dry_run=True), *(x for pair in pairs for x in ("--set", pair))]
+    assert run(capsys, command).code == 0
+
+
+@pytest.mark.parametrize("change", [{"steps": 2.5}, {"steps": True}, {"exclude_special": "no"}])
+def test_settings_of_another_type(change: dict[str, Any]):
+    with pytest.raises(UsageError, match=next(iter(change))):
+        SamaSettings(**change)
+
+
 def test_unknown_command(box: Box, capsys):
     refuse(capsys, box, ["audti"], 2, "audti", "audit", "--help")
     refuse(capsys, box, [], 2, "COMMAND")
@@ -472,6 +511,31 @@ def test_a_folder_that_is_no_run_is_refused(box: Box, capsys):
     box.out.mkdir()
     (box.out / "thesis.tex").write_text("years of work")
     refuse(capsys, box, box.command(), 2, str(box.out), "not empty", "manifest.json", "new folder")
+
+
+def test_a_folder_that_another_process_is_writing_to(box: Box, finished: Path, capsys):
+    shutil.copytree(finished, box.out)
+    other = files.AppendOnly(box.out / "losses" / "losses-00000.bin")
+    refuse(capsys, box, box.command(), 2, "losses-00000.bin", "another process is writing to it")
+    other.close()
+    assert run(capsys, box.command()).code == 0
+    assert_complete(box.out, finished)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_folder_with_a_damaged_demo(content: str, box: Box, capsys):
+    box.out.mkdir()
+    (box.out / "demo.json").write_text(content)
+    refuse(capsys, box, ["demo", "--out", str(box.out)], 2, str(box.out), "no demo's folder")
+
+
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(box: Box, capsys):
+    odd = box.path / "x[" / "y] :smile:"  # "[/y]" would close a style that is not open
+    odd.parent.mkdir()
+    box.target.rename(odd)
+    said = run(capsys, [part for part in box.command(target=odd) if part != "--quiet"])
+    assert said.code == 0
+    assert f"target: {odd}, " in said.err
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])

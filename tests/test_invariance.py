@@ -7,6 +7,7 @@ scores are compared where no vote's sum lies within the loss tolerance of zero.
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 from functools import partial
@@ -102,8 +103,8 @@ def assert_same(actual, expected):
         other_row, other_plan, other_target, other_reference = expected[name]
         for a, b in zip(plan, other_plan):
             np.testing.assert_array_equal(a, b)
-        np.testing.assert_allclose(target, other_target, rtol=LOSS_TOLERANCE, atol=1e-6)
-        np.testing.assert_allclose(reference, other_reference, rtol=LOSS_TOLERANCE, atol=1e-6)
+        np.testing.assert_allclose(target, other_target, rtol=LOSS_TOLERANCE)
+        np.testing.assert_allclose(reference, other_reference, rtol=LOSS_TOLERANCE)
         for attack, score in row["scores"].items():
             if attack != "sama":
                 assert score == pytest.approx(other_row["scores"][attack], rel=1e-4)
@@ -120,19 +121,25 @@ def test_scores_do_not_depend_on_batch_size(rows, models, texts, expected, tmp_p
 
 
 def test_scores_do_not_depend_on_order(models, texts, expected, tmp_path):
-    assert_same(run(models, texts[::-1], tmp_path), expected)
+    shuffled = random.Random(1).sample(texts, len(texts))
+    actual = run(models, shuffled, tmp_path)
+    assert list(actual) == [t.id for t in shuffled]
+    assert_same(actual, expected)
 
 
-def test_scores_do_not_depend_on_batch_mates_or_file(models, texts, expected, tmp_path):
-    """Other texts around them, other ids, and a file read from disk."""
+def test_scores_do_not_depend_on_batch_mates(models, texts, expected, tmp_path):
     others = [data.Text(f"o{i}", t, None, "") for i, t in enumerate(tiny.texts(9, seed=5))]
     mixed = others[:4] + texts[5:11] + others[4:]
     actual = run(models, mixed, tmp_path)
     assert_same({t.id: actual[t.id] for t in texts[5:11]}, expected)
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": t.text, "id": t.id}) + "\n" for t in texts[:6]))
-    (tmp_path / "again").mkdir()
-    assert_same(run(models, data.read_texts(file).texts, tmp_path / "again"), expected)
+
+
+def test_scores_do_not_depend_on_the_file(models, texts, expected, tmp_path):
+    """A file with fewer texts, under other ids."""
+    file, some = tmp_path / "texts.jsonl", texts[3:9]
+    file.write_text("".join(json.dumps({"text": t.text, "id": f"x-{t.id}"}) + "\n" for t in some))
+    actual = run(models, data.read_texts(file).texts, tmp_path)
+    assert_same({t.id: actual[f"x-{t.id}"] for t in some}, expected)
 
 
 def test_scores_do_not_depend_on_the_bucket(models, texts, expected, tmp_path, monkeypatch):
@@ -224,7 +231,7 @@ def test_at_most_two_programs_a_bucket(models, tmp_path):
     scoring._runner.cache_clear()
     log = read_lines(tmp_path / "run" / "log.jsonl")
     used = next(e["texts"] for e in log if e["event"] == "buckets")
-    assert len(used) >= 2
+    assert {int(length) for length in used} == set(data.bucket_lengths(64))
     assert sum(used.values()) == 1000
     print(f"{len(traces)} programs for {len(used)} buckets: {used}")
     assert 0 < len(traces) <= 2 * len(used)

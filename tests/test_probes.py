@@ -14,8 +14,8 @@ from sama_jax.config import PRESETS, SamaSettings
 from sama_jax.types import TextKeyData
 
 MAX = 128
-M = SamaSettings().subset_size
-LENGTHS = [1, 2, M, M + 1, 37, MAX]
+# 1, 2, m and m + 1 for the m of every preset (8 and 10), and the maximum.
+LENGTHS = [1, 2, 8, 9, 10, 11, 37, MAX]
 
 
 def key_of(number: int):
@@ -65,9 +65,10 @@ def test_count_table_rounds_as_python_for_every_length(schedule):
     assert (table[0] == 0).all()
 
 
+@pytest.mark.parametrize("name", [n for n, s in PRESETS.items() if s.nesting == "nested"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_nested_masks_contain_the_ones_before(length):
-    masks = plan(ProgressiveProbes(SamaSettings(), MAX), length).masks
+def test_nested_masks_contain_the_ones_before(length, name):
+    masks = plan(ProgressiveProbes(PRESETS[name], MAX), length).masks
     assert (masks[1:] | ~masks[:-1]).all()
 
 
