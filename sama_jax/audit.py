@@ -111,7 +111,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     prefixes = _prefixes(job, wanted, texts, before.get("prefix_classes", []))
     chosen, left_out = _supported(job, wanted, target, texts, prefixes)
     shown = len(texts) >= 2000  # some seconds
-    with ProgressBar("tokenise", len(texts), "texts", quiet=job.quiet or not shown) as bar:
+    with ProgressBar("tokenise", len(texts), "texts", quiet=quiet or not shown) as bar:
         encoded = tokenizer.encode([t.text for t in texts], settings.max_length, bar.advance)
     items = [reading.text_item(e, settings, target.model.shift) for e in encoded]
     roles = [
