@@ -39,11 +39,15 @@ class Inputs(NamedTuple):
     texts: Path
 
 
-def environment(devices: int = 2) -> dict[str, str]:
+def environment(inputs: Inputs) -> dict[str, str]:
+    """Two devices a process; programs are kept for the next one."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return env | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_COMPILATION_CACHE_DIR": str(inputs.texts.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         "PYTHONPATH": str(ROOT),
     }
 
@@ -62,7 +66,7 @@ def audit(inputs: Inputs, out: Path, *flags: object) -> subprocess.Popen[str]:
         "--batch-size", 1, *flags,
     ]  # fmt: skip
     return subprocess.Popen(
-        [str(c) for c in command], env=environment(), text=True, stdin=subprocess.DEVNULL,
+        [str(c) for c in command], env=environment(inputs), text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -177,8 +181,17 @@ def test_a_mesh_over_two_processes_gives_the_same_scores(inputs, expected, tmp_p
     assert manifest["cost"]["passes_run"] == TEXTS * (2 * 3 + 3)
 
 
+def merge(inputs: Inputs, out: Path, *parts: Path) -> tuple[int, str]:
+    command = [sys.executable, "-m", "sama_jax", "merge", out, *parts]
+    running = subprocess.Popen(
+        [str(c) for c in command], env=environment(inputs), text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    return finish([running])[0]
+
+
 def test_without_a_shared_disk_the_parts_are_merged(inputs, expected, tmp_path):
-    """The second half of a run: what is stored on either host is computed by neither."""
+    """Each process has a folder of its own; joined, they are what one process writes."""
     outs = [tmp_path / "a", tmp_path / "b"]
     for code, told in finish(start(inputs, outs)):
         assert code == 0, told
@@ -186,20 +199,15 @@ def test_without_a_shared_disk_the_parts_are_merged(inputs, expected, tmp_path):
     parts = [lines(o / "parts" / f"scores-0000{i}.jsonl") for i, o in enumerate(outs)]
     assert sum(parts) == TEXTS
     assert min(parts) > 0
-    command = [sys.executable, "-m", "sama_jax", "merge", tmp_path / "out", *outs]
-    done = subprocess.run([str(c) for c in command], env=environment(), text=True, timeout=PATIENCE,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    code, told = merge(inputs, tmp_path / "out", *outs)
+    assert code == 0, told
     assert_same_scores(tmp_path / "out", expected)
-    again = subprocess.run([str(c) for c in command], env=environment(), text=True,
-                           timeout=PATIENCE, capture_output=True)  # fmt: skip
-    assert again.returncode == 2
-    assert "exists and is not empty; give a new folder" in again.stderr
-    alone = [str(c) for c in (*command[:4], tmp_path / "half", outs[0])]
-    half = subprocess.run(alone, env=environment(), text=True, timeout=PATIENCE,
-                          capture_output=True)  # fmt: skip
-    assert half.returncode == 2
-    assert f"passes were not made for {parts[1]} of {TEXTS} texts; run the audit" in half.stderr
+    code, told = merge(inputs, tmp_path / "out", *outs)
+    assert code == 2
+    assert "exists and is not empty; give a new folder" in told
+    code, told = merge(inputs, tmp_path / "half", outs[0])
+    assert code == 2
+    assert f"passes were not made for {parts[1]} of {TEXTS} texts; run the audit" in told
 
 
 @pytest.mark.parametrize("rank", [0, 1])
