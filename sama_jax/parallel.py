@@ -167,11 +167,17 @@ class Layout:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(lambda _: everywhere, abstract_params)
 
+    def held(self, rows: int) -> np.ndarray:
+        """bool [rows]: whose results this process gets."""
+        return np.repeat(self._local().any(axis=1), rows // self.row_parts)
+
     def owned(self, rows: int) -> np.ndarray:
-        """bool [rows]: whose results this process gets. Each row belongs to one process."""
-        first = self.mesh.devices[:, 0]  # the others of a `model` group hold the same results
-        own = np.array([d.process_index == jax.process_index() for d in first])
-        return np.repeat(own, rows // self.row_parts)
+        """bool [rows]: a choice of those, so that each row belongs to one process."""
+        return np.repeat(self._local()[:, 0], rows // self.row_parts)
+
+    def _local(self) -> np.ndarray:
+        process = jax.process_index()
+        return np.vectorize(lambda d: d.process_index == process, otypes=[bool])(self.mesh.devices)
 
 
 class Fit(NamedTuple):
@@ -387,7 +393,7 @@ class Runner:
         return self._programs[_shapes(args)](params, *self._split(args))
 
     def fetch(self, out: jax.Array) -> np.ndarray:
-        """What was started, when it is done (host); NaN in rows that belong to other processes."""
+        """What was started, when it is done (host); NaN in rows that lie on no device of ours."""
         if len(self.layout.devices) == 1:
             return np.asarray(out)
         values, axis = self._own(out), self._out_axis

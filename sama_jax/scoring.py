@@ -84,7 +84,7 @@ class Work:
         self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
         self.tokens = {t.identity: 0 for t in reader.tasks.values()}
         self.compile_seconds = 0.0
-        self.programs = 0
+        self.programs = self.tasks_run = 0
         self.passes_run = 0
         """Forward passes of a text, all models together, that were really made."""
 
@@ -234,9 +234,11 @@ class Work:
             say.print(self.estimate())
         turns: list[list[str]] = [[r] for r in ROLES] if self.in_turn else [[*ROLES]]
         held: dict[str, Params] = {}
-        unmade = True
-        while unmade:
-            unmade = any(view not in self.reader.items for view in self.reader.views)
+        # One round, unless something waits for a guide: a view for that of all texts, a task, in
+        # turn, for that of the other model.
+        run_before = -1
+        while self.tasks_run > run_before:
+            run_before = self.tasks_run
             views = [v for v in self.reader.views if v in self.reader.items]
             for turn in turns:
                 if any(self._left(view, turn) for view in views):
@@ -245,10 +247,13 @@ class Work:
                         self._run_view(view, turn, params, folder, ids)
                     held = {} if self.in_turn else params
                     params = {}  # frees this model before the next one is loaded
-            if unmade:  # views whose guide had to run first, for all texts
+            if len(views) < len(self.reader.views):
                 self.peers.gather("guides", None)
                 folder.store.refresh()
                 self._make_due()
+                run_before = -1 if len(self.reader.items) > len(views) else run_before
+            elif not self.in_turn:
+                break
         if self.programs:
             say.print(f"{self.programs} programs compiled in {self.compile_seconds:.1f} s")
         self._score_rows(folder, ids, range(len(ids)))
@@ -324,11 +329,25 @@ class Work:
             for batch in batches:
                 real = [int(r) for r in batch.rows if r >= 0]
                 for task in self._tasks(view):
+                    if not self._guide_ready(task, batch):
+                        continue
                     for role in _distinct(task, self.roles, roles):
                         self._run_task(batch, task, role, params, folder, bar)
                 keys = [items[r].store_key for r in real]  # pyright: ignore
                 self._score_rows(folder, ids, sorted({s for k in keys for s in same[k]}))
                 bar.advance(len(real))
+
+    def _guide_ready(self, task: Task, batch: data.BatchPlan) -> bool:
+        if task.guide is None:
+            return True
+        items = self._items(task.guide.view)
+        found = [items[r] for r in batch.rows if r >= 0]
+        return not any(
+            self.reader.missing(task.guide, role, item)
+            for role in task.guide.channels
+            for item in found
+            if item is not None and item.maskable.any()
+        )
 
     def _log_buckets(self, view: str, batches: list[data.BatchPlan], folder: RunFolder) -> None:
         counts: dict[int, int] = {}
@@ -381,17 +400,18 @@ class Work:
         else:
             values, positions = self._plan(batch, task, role, channels, params, folder, bar)
         self.seconds[task.identity] += time.monotonic() - start
-        owned = self.layout.owned(len(batch.rows))
+        self.tasks_run += 1
+        owned, held = (f(len(batch.rows)) for f in (self.layout.owned, self.layout.held))
         count = sum(bool(m) and bool(owned[i]) for i, m in left.items())
         self.passes_run += count * task.passes
         self.tokens[task.identity] += count * task.passes * batch.length
         for number, channel in enumerate(channels):
             new = [i for i, missing in left.items() if channel in missing]
-            if not owned.all():
+            if not held.all():
                 plan = task.stored(channel)
-                names = [items[batch.rows[i]].store_key for i in new if not owned[i]]  # pyright: ignore
+                names = [items[batch.rows[i]].store_key for i in new if not held[i]]  # pyright: ignore
                 folder.store.elsewhere |= {(role.store_key, plan, name) for name in names}
-                new = [i for i in new if owned[i]]
+                new = [i for i in new if held[i]]
             records = [make_record(positions[:, i], values[number, :, i]) for i in new]
             names = [items[batch.rows[i]].store_key for i in new]  # pyright: ignore
             folder.store.append(role.store_key, task.stored(channel), names, records)

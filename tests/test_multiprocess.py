@@ -359,3 +359,4 @@ def test_rows_of_a_mesh_belong_to_one_process_each():
 
     layout = parallel.Layout(parallel.make_mesh("data=4,model=2"), "sharded")
     np.testing.assert_array_equal(layout.owned(8), np.ones(8, bool))
+    np.testing.assert_array_equal(layout.held(8), np.ones(8, bool))
