@@ -131,13 +131,13 @@ def _over_data(
 
     Not on the axis of layers: a scan over it would fetch all layers at once.
     """
-    spec = spec or (None,) * len(shape)
+    whole = spec or (None,) * len(shape)
     last = range(max(len(shape) - 2, 0), len(shape))
-    free = [i for i in last if spec[i] is None and shape[i] % size == 0]
+    free = [i for i in last if whole[i] is None and shape[i] % size == 0]
     if len(shape) < 2 or not free:
         return spec
     longest = max(free, key=lambda i: shape[i])
-    return tuple("data" if i == longest else s for i, s in enumerate(spec))
+    return tuple("data" if i == longest else s for i, s in enumerate(whole))
 
 
 @dataclass(frozen=True)
