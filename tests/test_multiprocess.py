@@ -26,7 +26,7 @@ from sama_jax.errors import UsageError
 from sama_jax.store import LossStore
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 240.0
+PATIENCE = 500.0
 """Seconds for a step on a busy machine."""
 TEXTS = 24
 
