@@ -149,6 +149,8 @@ _ARRAY = re.compile(r"\b(?P<type>pred|[a-z]+\d+)\w*\[(?P<shape>[\d,]*)\]")
 _CALLED = re.compile(r"\b(?:body|calls|to_apply)=%?(?P<name>[\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{(?P<names>[^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
 
 
 class Traffic(NamedTuple):
@@ -162,8 +164,8 @@ class Traffic(NamedTuple):
 def collectives(program: str) -> dict[str, Traffic]:
     """Counts the collectives of an HLO text (`compiled.as_text()`).
 
-    A loop counts as often as it runs (XLA writes that down where it knows it), the loop over
-    passes once, of the branches of a conditional the one with the most bytes.
+    A loop over layers or chunks counts as often as it runs, the loop over passes once, of the
+    branches of a conditional the one with the most bytes.
     """
     lines: dict[str, list[str]] = {}
     entry = name = ""
@@ -190,11 +192,20 @@ def _traffic(
                 one = Traffic(1, _bytes(operation))
                 _add(total, {operation["kind"]: one}, 1)
                 continue
-            trips = _TRIPS.search(line)
             for called in _called(line, lines, known):
-                _add(total, called, int(trips[1]) if trips else 1)
+                _add(total, called, _trips(line, lines))
         known[name] = total
     return known[name]
+
+
+def _trips(line: str, lines: dict[str, list[str]]) -> int:
+    """How often an operation runs what it calls: XLA writes it down for CPUs; for TPUs it is the
+    constant that the loop's condition compares its counter with. The loop over passes has none."""
+    written, condition = _TRIPS.search(line), _CONDITION.search(line)
+    if written:
+        return int(written[1])
+    found = _CONSTANT.findall("\n".join(lines.get(condition[1], []))) if condition else []
+    return int(found[0]) if len(found) == 1 else 1
 
 
 def _called(

@@ -33,11 +33,15 @@ class Load(NamedTuple):
     """Passes in a call of the scorer."""
     parts: int = 1
     """Devices that the parameters are split over (`model` of a mesh)."""
+    platform: str = "cpu"
+    """JAX's name of it; what XLA fuses differs."""
 
 
 class Temporaries(NamedTuple):
     """Bytes on one device beside parameters and inputs."""
 
+    copies: int
+    """Of parameters in another layout, made before the first pass."""
     stream: int
     """The residual stream: alive in every phase."""
     result: int
@@ -49,7 +53,7 @@ class Temporaries(NamedTuple):
     @property
     def peak(self) -> int:
         """What is alive in every phase, and the largest phase: one uses the others' memory."""
-        return self.stream + self.result + max(self.attention, self.mlp, self.head)
+        return self.copies + self.stream + self.result + max(self.attention, self.mlp, self.head)
 
 
 class Footprint(NamedTuple):
@@ -95,22 +99,31 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     Scores exist twice in float32 (before and after the softmax, once masked), next to the values;
     queries and keys are gone by then. An MLP holds its input, gate, up, and their product. The head
     holds float32 logits of `losses.HEAD_BYTES`, or of all scored positions if they are fewer.
+
+    On TPUs the softmax is fused: its weights exist once, in the activations' dtype, with queries,
+    keys and values; so is the MLP's product. But XLA turns the scanned blocks' projections of
+    queries, keys and values around for all layers at once (a compiled v5e program: docs/plan.md).
     """
     size, (rows, length, slots) = np.dtype(dtype).itemsize, load[:3]
     heads, kv_heads = arch.num_heads, getattr(arch, "num_kv_heads", arch.num_heads)
     head_size = getattr(arch, "head_size", None) or arch.width // heads
-    tokens = rows * length
-    scores = 4 * tokens * length * _part(heads, load.parts)
+    tokens, tpu = rows * length, load.platform == "tpu"
+    scores = tokens * length * _part(heads, load.parts)
+    columns = head_size * (_part(heads, load.parts) + _part(kv_heads, load.parts))
     values = size * tokens * head_size * _part(kv_heads, load.parts)
-    queries_keys = values + size * tokens * head_size * _part(heads, load.parts)
+    queries_keys = size * tokens * columns
     experts = getattr(arch, "experts", None)
     inner = _inner(arch) if experts is None else experts.shared_width
-    wide = size * tokens * _part(inner, load.parts)
+    stream, wide = size * tokens * arch.width, size * tokens * _part(inner, load.parts)
+    stacked = arch.num_layers - 1 - getattr(arch, "first_dense", 0)
+    turned = stacked * arch.width * (columns + head_size * _part(kv_heads, load.parts))
     return Temporaries(
-        stream=size * tokens * arch.width,
+        copies=size * turned if tpu else 0,
+        stream=stream,
         result=4 * load.passes * rows * slots,
-        attention=values + scores + max(scores, queries_keys),
-        mlp=size * tokens * arch.width + 3 * wide,
+        attention=values
+        + (size * scores + queries_keys if tpu else 4 * scores + max(4 * scores, queries_keys)),
+        mlp=stream + (2 if tpu else 3) * wide,
         head=logit_bytes(arch.vocab_size, rows * slots, load.parts),
     )
 

@@ -162,8 +162,9 @@ class Case(NamedTuple):
     """Bytes of one model's parameters on a device."""
 
     def load(self, rows: int) -> footprint.Load:
-        slots = self.subject.slots[-1]
-        return footprint.Load(rows, self.job.settings.max_length, slots, parts=self.mesh[1])
+        length, slots = self.job.settings.max_length, self.subject.slots[-1]
+        platform = self.topology.platform
+        return footprint.Load(rows, length, slots, parts=self.mesh[1], platform=platform)
 
     def closed_form(self, rows: int) -> footprint.Footprint:
         load, model = self.load(rows), self.subject.model

@@ -195,10 +195,12 @@ class Work:
     def memory(self, shapes: Iterable[tuple[int, int]]) -> footprint.Footprint:
         """Bytes on one device in the largest of batches of these (rows, length); closed form."""
         model, parts = self.roles["target"].folder.model, self.layout.mesh.shape["model"]
-        found = footprint.Footprint(0, 0, footprint.Temporaries(0, 0, 0, 0, 0))
+        platform = self.layout.devices[0].platform
+        found = footprint.Footprint(0, 0, footprint.Temporaries(0, 0, 0, 0, 0, 0))
         for rows, length in shapes:
             most = max(self.slots(length), default=length)
-            load = footprint.Load(rows // self.layout.row_parts, length, most, parts=parts)
+            rows //= self.layout.row_parts
+            load = footprint.Load(rows, length, most, parts=parts, platform=platform)
             some = footprint.Footprint(
                 0, footprint.input_bytes(load), footprint.temporaries(model.arch, model.dtype, load)
             )
