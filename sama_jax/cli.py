@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_pretrain(commands)
     _add_attacks(commands)
+    _add_bench(commands)
     _add_score(commands)
     _add_merge(commands)
     _add_nll(commands)
@@ -132,6 +133,7 @@ def _add_audit(commands: Any) -> None:
     p.add_argument("--strict", action="store_true", help="exit 5 if a validity gate fails")
     p.add_argument("--include-text", action="store_true", help="copy texts into the results")
     p.add_argument("--include-votes", action="store_true", help="step votes and tie rates, too")
+    _add_compile_cache(p)
     p.add_argument("--quiet", action="store_true", help="no progress, no table")
     _add_set(p)
 
@@ -189,10 +191,32 @@ def _add_attacks(commands: Any) -> None:
     _add_set(p)
 
 
+def _add_bench(commands: Any) -> None:
+    p = _command(commands, "bench", "What scoring costs on this machine, and beside plain PyTorch.")
+    p.add_argument("--model", type=Path, required=True, metavar="DIR")
+    p.add_argument("--data", type=Path, required=True, metavar="F", help="texts")
+    p.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
+    p.add_argument("--windows", action="store_true",
+                   help="join the texts, cut them into pieces of --max-length tokens")  # fmt: skip
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N texts, or pieces")
+    p.add_argument("--preset", default="official", help=", ".join(config.PRESETS))
+    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    p.add_argument("--batch-size", type=int, metavar="ROWS", help="texts a device works on at once")
+    p.add_argument("--against", choices=["torch"], help="measure plain PyTorch in the same run")
+    p.add_argument("--rounds", type=int, default=5, metavar="N", help="medians are reported")
+    p.add_argument("--growth", action="store_true",
+                   help="instead: cost by number of texts, length and passes")  # fmt: skip
+    p.add_argument("--json", type=Path, metavar="F", help="write the results there, too")
+    _add_compile_cache(p)
+    p.add_argument("--quiet", action="store_true")
+    _add_set(p)
+
+
 def _add_score(commands: Any) -> None:
     p = _command(commands, "score", "Score more attacks from stored losses, without a model.")
     p.add_argument("--store", type=Path, required=True, metavar="DIR", help="an audit's --out")
     p.add_argument("--attacks", default="all", metavar="a,b|all")
+    _add_compile_cache(p)
     p.add_argument("--quiet", action="store_true")
 
 
@@ -213,6 +237,7 @@ def _add_nll(commands: Any) -> None:
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     p.add_argument("--seed", type=int, default=42)
     p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
+    _add_compile_cache(p)
     p.add_argument("--quiet", action="store_true")
     _add_set(p)
 
@@ -283,6 +308,15 @@ def _add_report(commands: Any) -> None:
     p.add_argument("run", type=Path, metavar="DIR")
 
 
+def _add_compile_cache(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--compile-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep compiled programs there (default: JAX_COMPILATION_CACHE_DIR)",
+    )
+
+
 def _add_set(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--set", action="append", default=[], metavar="key=value", help="any setting, repeatable"
@@ -328,7 +362,9 @@ def _audit(args: argparse.Namespace) -> int | None:
 
     from sama_jax import attacks, data, parallel
     from sama_jax.audit import AuditJob, run_audit
+    from sama_jax.compile_cache import use_compile_cache
 
+    use_compile_cache(args.compile_cache)
     if peers is not None:
         parallel.connect(peers.jax_address, peers.count, peers.rank)
 
@@ -433,9 +469,43 @@ def _attacks(args: argparse.Namespace) -> None:
         catalogue.print_table(found)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    for name in ("limit", "batch_size", "rounds"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    settings = config.AuditSettings(
+        preset=args.preset,
+        sama=config.preset(args.preset),
+        max_length=args.max_length,
+        dtype=args.dtype,
+    )
+    settings = config.override(settings, args.set)
+    from sama_jax import bench, data
+    from sama_jax.files import write_json
+
+    job = bench.BenchJob(
+        model=args.model,
+        texts=data.read_texts(args.data).texts,
+        settings=settings,
+        windows=args.windows,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        torch=args.against == "torch",
+        rounds=args.rounds,
+        compile_cache=args.compile_cache,
+        quiet=args.quiet,
+    )
+    found = bench.run_growth(job) if args.growth else bench.run_bench(job)
+    if args.json:
+        write_json(args.json, found)
+    bench.print_growth(found) if args.growth else bench.print_table(found)
+
+
 def _score(args: argparse.Namespace) -> None:
+    from sama_jax.compile_cache import use_compile_cache
     from sama_jax.score import run_score
 
+    use_compile_cache(args.compile_cache)
     result = run_score(args.store, _names(args.attacks), quiet=args.quiet)
     if not args.quiet:
         _print_result(result)
@@ -455,8 +525,10 @@ def _nll(args: argparse.Namespace) -> None:
     settings = config.AuditSettings(max_length=args.max_length, dtype=args.dtype, seed=args.seed)
     settings = config.override(settings, [f"likelihood.passes={args.passes}", *args.set])
     from sama_jax import data
+    from sama_jax.compile_cache import use_compile_cache
     from sama_jax.nll import RESULT, run_nll
 
+    use_compile_cache(args.compile_cache)
     texts = data.read_texts(args.data)
     rows = run_nll(args.model, texts, args.out, settings, mask_id=args.mask_id, quiet=args.quiet)
     known = [row for row in rows if row["nll"] is not None]
@@ -527,6 +599,7 @@ def _demo(args: argparse.Namespace) -> None:
 _COMMANDS = {
     "attacks": _attacks,
     "audit": _audit,
+    "bench": _bench,
     "demo": _demo,
     "experiment": _experiment,
     "finetune": _finetune,

@@ -227,15 +227,20 @@ class Work:
 
     # --- doing it --------------------------------------------------------------------------------
 
-    def run(self, folder: RunFolder, ids: list[str], say: Any) -> None:
-        """Computes what is missing, batch by batch, then scores what only needed the store."""
+    def run(
+        self, folder: RunFolder, ids: list[str], say: Any, held: dict[str, Params] | None = None
+    ) -> None:
+        """Computes what is missing, batch by batch, then scores what only needed the store.
+
+        `held`: weights by store key; None: they are loaded if something is missing.
+        """
         self.reader.store = folder.store
         self._agree(folder)
         self._make_due()
         if any(self._left(view) for view in self.reader.views):
             say.print(self.estimate())
         turns: list[list[str]] = [[r] for r in ROLES] if self.in_turn else [[*ROLES]]
-        held: dict[str, Params] = {}
+        held = held or {}
         # One round, unless something waits for a guide: a view for that of all texts, a task, in
         # turn, for that of the other model.
         run_before = -1

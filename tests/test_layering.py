@@ -28,6 +28,7 @@ ROWS = [
     {"sama_jax.orbax_source"},
     {
         "sama_jax.alignment",
+        "sama_jax.compile_cache",
         "sama_jax.model_folder",
         "sama_jax.progress",
         "sama_jax.replay",
@@ -37,7 +38,14 @@ ROWS = [
     {"sama_jax.reading"},
     {"sama_jax.report", "sama_jax.training", "sama_jax.scoring"},
     {"checkpoints_convert.convert", "checkpoints_convert.inspect"},
-    {"sama_jax.audit", "sama_jax.finetune", "sama_jax.nll", "sama_jax.catalogue", "sama_jax.plan"},
+    {
+        "sama_jax.audit",
+        "sama_jax.bench",
+        "sama_jax.finetune",
+        "sama_jax.nll",
+        "sama_jax.catalogue",
+        "sama_jax.plan",
+    },
     {"sama_jax.demo", "sama_jax.score"},
     {"sama_jax.experiment", "sama_jax.merge"},
     {"sama_jax.cli"},
@@ -129,7 +137,7 @@ def test_plain_modules_do_not_import_jax(name):
 
 def test_importing_everything_starts_no_backend_and_no_nnx():
     # The PyTorch side of verify imports torch on top; it is imported itself only when it runs.
-    lazy = ("__main__", "verify.torch_reference")
+    lazy = ("__main__", "verify.torch_reference", "verify.torch_sama")
     names = [n for n in modules() if not n.endswith(lazy)]
     code = (
         "import sys, importlib\n"

@@ -266,7 +266,23 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _llada(wanted: Wanted) -> Reference:
-    """Dense LLaDA, written from its modelling code's description (docs/models.md)."""
+    config, weights = dict(wanted.config), llada_weights(wanted)
+
+    def run(tokens: np.ndarray) -> Stages:
+        states: dict[str, np.ndarray] = {}
+
+        def keep(name: str, x: torch.Tensor) -> None:
+            states[name] = _array(x[0])
+
+        ids = torch.from_numpy(tokens).long()[None]
+        logits = llada_logits(config, weights, ids, keep=keep)
+        return Stages(states, _array(logits[0]))
+
+    return Reference("a plain LLaDA in PyTorch", run)
+
+
+def llada_weights(wanted: Wanted) -> dict[str, torch.Tensor]:
+    """A dense LLaDA's tensors in memory, by the names of its modelling code, without groups."""
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
@@ -281,13 +297,35 @@ def _llada(wanted: Wanted) -> Reference:
     if size > 1:
         flat = lambda m: f"blocks.{size * int(m[1]) + int(m[2])}."  # noqa: E731
         weights = {re.sub(r"^block_groups\.(\d+)\.(\d+)\.", flat, n): t for n, t in weights.items()}
-    return Reference("a plain LLaDA in PyTorch", partial(_run_llada, dict(wanted.config), weights))
+    return weights
 
 
-def _run_llada(c: dict[str, Any], w: dict[str, torch.Tensor], tokens: np.ndarray) -> Stages:
+@torch.no_grad()
+def llada_logits(
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    keep: Callable[[str, torch.Tensor], None] = lambda name, x: None,
+) -> torch.Tensor:
+    """Dense LLaDA, written from its modelling code's description (docs/models.md).
+
+    Args:
+      config: the fields of config.json.
+      weights: `llada_weights`.
+      tokens: ids [b, l].
+      valid: bool [b, l]; only these positions are seen. None: all of them.
+      keep: told the stream [b, l, d] after every stage, by its name in `Stages`.
+
+    Returns logits [b, l, v].
+    """
+    c, w = config, weights
     heads = c.get("n_heads", 12)
     groups = c.get("n_kv_heads") or (1 if c.get("multi_query_attention") else heads)
-    states: dict[str, np.ndarray] = {}
+    (b, length), head = tokens.shape, w["wte.weight"].shape[1] // heads
+    speed = c.get("rope_theta", 10000.0) ** -(torch.arange(head // 2).float() / (head // 2))
+    angle = torch.outer(torch.arange(length).float(), speed)
+    seen = None if valid is None else valid[:, None, None, :]
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
@@ -299,48 +337,42 @@ def _run_llada(c: dict[str, Any], w: dict[str, torch.Tensor], tokens: np.ndarray
         return out + w[f"{name}.bias"] if f"{name}.bias" in w else out
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        """[heads, l, a]; component j turns with component j + a / 2."""
-        half = x.shape[-1] // 2
-        speed = c.get("rope_theta", 10000.0) ** -(torch.arange(half).float() / half)
-        angle = torch.outer(torch.arange(x.shape[1]).float(), speed)
+        """[b, heads, l, a]; component j turns with component j + a / 2."""
         wide = x.float() if c.get("rope_full_precision", True) else x
         cos, sin = angle.cos().to(wide.dtype), angle.sin().to(wide.dtype)
-        a, b = wide[..., :half], wide[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        first, second = wide.chunk(2, -1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return turned.to(x.dtype)
 
     def attention(at: str, h: torch.Tensor) -> torch.Tensor:
         q, k, v = (linear(f"{at}.{name}_proj", h) for name in "qkv")
         if f"{at}.q_norm.weight" in w:
             q, k = norm(f"{at}.q_norm", q), norm(f"{at}.k_norm", k)
-        q = rotate(q.view(len(h), heads, -1).transpose(0, 1))
-        k, v = (t.view(len(h), groups, -1).transpose(0, 1) for t in (k, v))
-        k, v = (
-            rotate(k).repeat_interleave(heads // groups, 0),
-            v.repeat_interleave(heads // groups, 0),
-        )
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-        return linear(f"{at}.attn_out", out.transpose(0, 1).reshape(len(h), -1))
+        q, k, v = (t.view(b, length, -1, head).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q), rotate(k)
+        if groups != heads:
+            k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return linear(f"{at}.attn_out", out.transpose(1, 2).reshape(b, length, -1))
 
-    with torch.no_grad():
-        x = w["wte.weight"][torch.from_numpy(tokens).long()]
-        if c.get("input_emb_norm"):
-            x = x * x.shape[-1] ** 0.5
-        states["embedding"] = _array(x)
-        for i in range(c["n_layers"]):
-            at = f"blocks.{i}"
-            x = x + attention(at, norm(f"{at}.attn_norm", x))
-            h = norm(f"{at}.ff_norm", x)
-            gated = F.silu(linear(f"{at}.ff_proj", h)) * linear(f"{at}.up_proj", h)
-            x = x + linear(f"{at}.ff_out", gated)
-            states[f"block {i + 1}"] = _array(x)
-        x = norm("ln_f", x)
-        states["final norm"] = _array(x)
-        # Tied unless the config says otherwise, as its class has it.
-        tied = c.get("weight_tying", True)
-        logits = F.linear(x, w["wte.weight"]) if tied else linear("ff_out", x)
-        if c.get("scale_logits"):
-            logits = logits * (1 / math.sqrt(x.shape[-1]))
-    return Stages(states, _array(logits))
+    x = w["wte.weight"][tokens]
+    if c.get("input_emb_norm"):
+        x = x * x.shape[-1] ** 0.5
+    keep("embedding", x)
+    for i in range(c["n_layers"]):
+        at = f"blocks.{i}"
+        x = x + attention(at, norm(f"{at}.attn_norm", x))
+        h = norm(f"{at}.ff_norm", x)
+        gated = F.silu(linear(f"{at}.ff_proj", h)) * linear(f"{at}.up_proj", h)
+        x = x + linear(f"{at}.ff_out", gated)
+        keep(f"block {i + 1}", x)
+    x = norm("ln_f", x)
+    keep("final norm", x)
+    # Tied unless the config says otherwise, as its class has it.
+    logits = F.linear(x, w["wte.weight"]) if c.get("weight_tying", True) else linear("ff_out", x)
+    if c.get("scale_logits"):
+        logits = logits * (1 / math.sqrt(x.shape[-1]))
+    return logits
 
 
 # --- adapters ------------------------------------------------------------------------------------

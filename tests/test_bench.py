@@ -1,0 +1,115 @@
+"""The benchmark and the compilation cache: what they claim is what happens."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+
+from sama_jax import bench, cli, data
+from sama_jax.config import AuditSettings, override, preset
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    out = tmp_path_factory.mktemp("bench")
+    model = tiny.folder(out / "model", n_layers=2)
+    return model, tiny.write_texts(out / "texts.jsonl", tiny.texts(12))
+
+
+def test_bench_against_torch_reports_what_the_contract_names(inputs, tmp_path, capsys):
+    model, texts = inputs
+    out = tmp_path / "bench.json"
+    args = ["bench", "--model", str(model), "--data", str(texts), "--max-length", "32"]
+    args += ["--against", "torch", "--rounds", "2", "--json", str(out), "--quiet"]
+    assert cli.main([*args, "--set", "sama.steps=3"]) == 0
+    found = json.loads(out.read_text())
+    both = {"texts_per_second", "share_of_matmul_peak", "peak_memory_bytes", "compile_seconds"}
+    assert both | {"programs", "preset"} <= set(found)
+    assert both | {"ratio"} <= set(found["torch"])
+    assert found["torch"]["ratio"] == pytest.approx(
+        found["texts_per_second"] / found["torch"]["texts_per_second"]
+    )
+    assert found["preset"] == "official, changed"
+    assert found["texts"] == 12
+    assert found["programs"] == 1
+    assert found["compile_seconds"] > 0
+    assert 0 < found["share_of_matmul_peak"] < 1
+    # Both computed the same under the same masks, target and reference.
+    assert found["agreement"]["texts"] == 8
+    assert found["agreement"]["largest_loss_difference"] < 1e-5
+    assert found["agreement"]["largest_score_difference"] < 1e-6
+    assert "texts a second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["official", "default"])
+def test_the_pytorch_form_draws_the_masks_of_its_preset(inputs, name):
+    """Its own random masks have the preset's counts, and identical models score 0."""
+    torch_sama = pytest.importorskip("checkpoints_convert.verify.torch_sama")
+    model, _ = inputs
+    settings = override(AuditSettings(sama=preset(name)), ["sama.steps=4", "sama.subsets=4"]).sama
+    config = json.loads((model / "config.json").read_text())
+    sama = torch_sama.TorchSama(model, config, settings, tiny.MASK_ID, 0, 1.0, 1)
+    valid = torch_sama.torch.ones(2, 40, dtype=bool)
+    masked, counts = torch_sama.torch.zeros_like(valid), []
+    for step in range(4):
+        masked |= sama._new_positions(step, masked, valid)
+        counts.append(masked.sum(dim=1).tolist())
+    fractions = (np.arange(4) + 1) / 5 if name == "official" else np.arange(4) / 3
+    expected = np.rint(40 * (0.05 + 0.45 * fractions)).astype(int)
+    assert counts == [[n, n] for n in expected]
+    texts = [np.arange(1, 30), np.arange(1, 12)]
+    assert sama.run(texts).scores.tolist() == [0.0, 0.0]
+
+
+def test_windows_join_the_texts_and_have_one_length(inputs):
+    model, texts = inputs
+    folder = bench.model_folder.open_folder(model)
+    job = bench.BenchJob(
+        model=model,
+        texts=data.read_texts(texts).texts,
+        settings=AuditSettings(max_length=50),
+        windows=True,
+        limit=3,
+    )
+    found = bench._encode(job, folder)
+    assert [len(ids) for ids in found] == [50, 50, 50]
+    tokenizer = data.TextTokenizer.from_folder(model)
+    first = [i for t in job.texts for i in tokenizer.encode([t.text], 10**6)[0].ids]
+    assert np.concatenate(found).tolist() == first[:150]
+
+
+COUNT = """
+import sys, jax
+from collections import Counter
+seen = Counter()
+jax.monitoring.register_event_listener(lambda name, **_: seen.update([name]))
+from sama_jax.cli import main
+assert main(sys.argv[1:]) == 0
+print(seen["/jax/compilation_cache/cache_misses"], seen["/jax/compilation_cache/cache_hits"])
+"""
+
+
+def test_a_second_process_compiles_nothing_with_the_cache(inputs, tmp_path):
+    model, texts = inputs
+    counts = []
+    for run in ("first", "second"):
+        command = ["audit", "--target", str(model), "--reference", str(model), "--data", str(texts)]
+        command += ["--out", str(tmp_path / run), "--compile-cache", str(tmp_path / "cache")]
+        command += ["--attacks", "sama,loss", "--quiet", *tiny.SETTINGS]
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT, *command],
+            cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        counts.append([int(n) for n in done.stdout.split()[-2:]])
+    (compiled, _), (again, found) = counts
+    assert compiled > 0
+    assert again == 0
+    assert found >= compiled
