@@ -620,7 +620,12 @@ def _end_on_signals(line: str) -> None:
     Training has handlers of its own, which save a last checkpoint.
     """
 
-    def end(*_: object) -> NoReturn:
+    said: list[bool] = []
+
+    def end(*_: object) -> None:
+        if said:  # a second signal while the line of the first is written
+            return
+        said.append(True)
         cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
         os.write(2, f"{cursor}{line}\n".encode())
         os._exit(Interrupted.exit_code)

@@ -230,9 +230,10 @@ def choose_layout(
         meshes = _meshes(splits, whole)
     fits = [(local_layout(), 1)] if whole else []
     options = [(layout, size, together) for layout, size in fits for together in turns]
-    for grid in meshes:
-        size = grid.shape["model"] * (grid.shape["data"] if fully_sharded else 1)
-        options += [(Layout(grid, "sharded", fully_sharded), size, t) for t in turns]
+    for together in turns:
+        for grid in meshes:
+            size = grid.shape["model"] * (grid.shape["data"] if fully_sharded else 1)
+            options.append((Layout(grid, "sharded", fully_sharded), size, together))
     for layout, size, together in options:
         if (bytes_together if together else bytes_one) <= size * room:
             return Fit(layout, together)

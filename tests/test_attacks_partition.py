@@ -414,7 +414,9 @@ def test_pia_masks_neither_nothing_nor_everything():
 @pytest.mark.parametrize("edges", [True, False])
 @pytest.mark.parametrize("passes", [3, 30])
 def test_filling_against_a_loop(tiny, edges: bool, passes: int):
+    """Where two choices are nearer than rounding, either is right: such a text is not compared."""
     model, params = tiny
+    compared = 0
     ids, valid = batch()
     filling = infill.GreedyFilling(passes, edges)
     run = jax.jit(partial(filling.run, model))
@@ -424,7 +426,7 @@ def test_filling_against_a_loop(tiny, edges: bool, passes: int):
         hidden = list(range(n // 4, n - n // 4) if edges else range((n + 1) // 2, n))
         now, left = ids[row].copy(), list(hidden)
         now[hidden] = 40
-        expected = np.full((2, LENGTH), np.nan)
+        expected, margin = np.full((2, LENGTH), np.nan), np.inf
         for i in range(passes):
             raw = np.asarray(logits_of(now[None], valid[row : row + 1]), np.float64)[0]
             raw = np.concatenate([raw[:1], raw[:-1]]) if model.shift else raw
@@ -433,19 +435,26 @@ def test_filling_against_a_loop(tiny, edges: bool, passes: int):
                 log_p = log_softmax(raw)
             goal = -(-len(hidden) * (i + 1) // passes)
             count = goal - (len(hidden) - len(left))
-            best = sorted(left, key=lambda j: -log_p[j].max())[:count]
-            for j in best:
+            order = sorted(left, key=lambda j: -log_p[j].max())
+            if 0 < count < len(order):
+                margin = min(margin, log_p[order[count - 1]].max() - log_p[order[count]].max())
+            for j in order[:count]:
                 guess = int(log_p[j].argmax())
+                margin = min(margin, log_p[j, guess] - np.sort(log_p[j])[-2])
                 expected[:, j] = guess == ids[row, j], np.exp(log_p[j, ids[row, j]])
                 now[j] = guess
                 left.remove(j)
         assert not left
+        if margin < 1e-5:  # log-probabilities of about 4 nats, float32
+            continue
+        compared += 1
         np.testing.assert_allclose(found[:, row], expected, rtol=1e-4, atol=1e-6)
         read = reading(~np.isnan(found[:, row]))._replace(target=found[:, row])
         share, probability = (np.nanmean(v) if hidden else np.nan for v in expected)
         name = "infill" if edges else "infill:prefix"
         value = share + 1e-3 * probability
         np.testing.assert_allclose(scores(name, read), value, rtol=1e-4, err_msg=name)
+    assert compared >= len(ids) // 2
 
 
 def test_the_circulated_likelihood_is_the_published_bernoulli_one():

@@ -314,7 +314,7 @@ def test_a_text_is_padded_alike_however_few_are_left():
 
     def text(name: str, length: int) -> Item:
         zero = np.uint32(0)
-        return Item(TextKeyData(zero, zero), np.ones(length, bool), 1, name)  # pyright: ignore
+        return Item(TextKeyData(zero, zero), np.ones(length, bool), 1, 1, name)  # pyright: ignore
 
     lengths = [20, 120, 60, 25, *[50] * 30, 30, 100]
     items = [text(f"{i}", length) for i, length in enumerate(lengths)]
