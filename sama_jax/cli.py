@@ -495,10 +495,13 @@ def _bench(args: argparse.Namespace) -> None:
         compile_cache=args.compile_cache,
         quiet=args.quiet,
     )
-    found = bench.run_growth(job) if args.growth else bench.run_bench(job)
+    run, show = bench.run_bench, bench.print_table
+    if args.growth:
+        run, show = bench.run_growth, bench.print_growth
+    found: Any = run(job)
     if args.json:
         write_json(args.json, found)
-    bench.print_growth(found) if args.growth else bench.print_table(found)
+    show(found)
 
 
 def _score(args: argparse.Namespace) -> None:
