@@ -26,7 +26,6 @@ from sama_jax import (
     processes,
     reading,
     replay,
-    report,
     scoring,
 )
 from sama_jax import attacks as attack_suite
@@ -201,6 +200,9 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         scoring.score_corpus(reader, folder, ids, [t.text for t in texts], known)
         _write_index(job, text_rows, reader)
         rows = folder.join(text_rows, [a.name for a in chosen])
+        # SciPy's statistics, scikit-learn and Matplotlib: two to three seconds to import.
+        from sama_jax import report
+
         metrics = report.compute_metrics(rows, settings.seed)
         write_json(job.out / METRICS, metrics)
         _save_replay(job, work, folder, texts, items)

@@ -13,23 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from sama_jax.errors import ModelError, OutputError, UsageError
 
 KEPT = 2
 
 
+def _orbax() -> Any:
+    """Imported when it is needed: half a second, which reading safetensors does without."""
+    from orbax.checkpoint import v1
+
+    return v1
+
+
 class Checkpoints:
     """The checkpoints of one run. Each appears whole or not at all."""
 
     def __init__(self, folder: Path):
+        ocp = _orbax()
         policies = ocp.training.preservation_policies
         self.folder = folder
         self._saving: Any = None
         self._checkpointer = ocp.training.Checkpointer(
             str(folder.absolute()),
-            preservation_policy=policies.LatestN(KEPT),  # pyright: ignore
+            preservation_policy=policies.LatestN(KEPT),
             cleanup_tmp_directories=True,  # left behind by a killed run
         )
 
@@ -148,7 +155,7 @@ def save_params(folder: Path, params: Any) -> None:
     context.array.saving.use_replica_parallel = False  # it compiles a slice of every shape
     try:
         with context, _without_log():
-            ocp.save(str(folder.absolute()), params)
+            _orbax().save(str(folder.absolute()), params)
     except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
         raise OutputError(
             f"{folder}: cannot write the checkpoint ({_first_line(error)}); free some space, then "
@@ -162,7 +169,7 @@ def stored_params(folder: Path) -> Any:
     Raises `ModelError`.
     """
     with _damage(folder), _without_log():
-        stored = ocp.metadata(str(folder.absolute())).metadata
+        stored = _orbax().metadata(str(folder.absolute())).metadata
         if not stored:
             raise ValueError("it has no readable arrays")
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
@@ -174,6 +181,7 @@ def load_params(folder: Path, abstract: Any) -> Any:
     A leaf `np.ndarray` is read whole to the host in its stored dtype, a leaf `None` is left out.
     Raises `ModelError`.
     """
+    ocp = _orbax()
     wanted = jax.tree.map(
         lambda x: ocp.PLACEHOLDER if x is None else x, abstract, is_leaf=lambda x: x is None
     )
@@ -181,10 +189,10 @@ def load_params(folder: Path, abstract: Any) -> Any:
         return ocp.load(str(folder.absolute()), wanted)
 
 
-def _context(tree: Any) -> ocp.Context:
+def _context(tree: Any) -> Any:
     """At most about two leaves at a time beside the parameters themselves, written or read."""
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)]
-    context = ocp.Context()
+    context = _orbax().Context()
     if arrays:
         largest = 1 + max(x.size * x.dtype.itemsize for x in arrays)  # limits are exclusive
         context.memory.write_concurrent_bytes = max(largest, 2 * CHUNK_BYTES)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from sama_jax import losses
+from sama_jax.models.transformer import CPU_SCORE_BYTES
 from sama_jax.types import Params
 
 MARGIN = 0.15
@@ -96,9 +97,11 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
       arch: the network's architecture class (`Model.arch`).
       dtype: of the activations.
 
-    Scores exist twice in float32 (before and after the softmax, once masked), next to the values;
-    queries and keys are gone by then. An MLP holds its input, gate, up, and their product. The head
-    holds float32 logits of `losses.HEAD_BYTES`, or of all scored positions if they are fewer.
+    An MLP holds its input, gate, up, and their product. The head holds float32 logits of
+    `losses.HEAD_BYTES`, or of all scored positions if they are fewer. Attention depends on what XLA
+    fuses. On a CPU float32 scores exist once, beside queries, keys, values and the result; those of
+    one text, if texts are taken one by one (`transformer.CPU_SCORE_BYTES`), beside all of these
+    twice. On GPUs, where nothing was measured, twice beside the values.
 
     On TPUs the softmax is fused: its weights exist once, in the activations' dtype, with queries,
     keys and values; so is the MLP's product. But XLA turns the scanned blocks' projections of
@@ -109,20 +112,26 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     head_size = getattr(arch, "head_size", None) or arch.width // heads
     tokens, tpu = rows * length, load.platform == "tpu"
     scores = tokens * length * _part(heads, load.parts)
-    columns = head_size * (_part(heads, load.parts) + _part(kv_heads, load.parts))
-    values = size * tokens * head_size * _part(kv_heads, load.parts)
-    queries_keys = size * tokens * columns
+    query, key = (size * tokens * head_size * _part(n, load.parts) for n in (heads, kv_heads))
+    one_by_one = rows > 1 and 4 * rows * heads * length**2 > CPU_SCORE_BYTES
+    if load.platform == "tpu":
+        attention = size * scores + query + 2 * key
+    elif load.platform != "cpu":
+        attention = key + 4 * scores + max(4 * scores, query + key)
+    elif one_by_one:
+        attention = 4 * scores // rows + 2 * (query + 2 * key)
+    else:
+        attention = 4 * scores + 2 * (query + key)
     experts = getattr(arch, "experts", None)
     inner = _inner(arch) if experts is None else experts.shared_width
     stream, wide = size * tokens * arch.width, size * tokens * _part(inner, load.parts)
     stacked = arch.num_layers - 1 - getattr(arch, "first_dense", 0)
-    turned = stacked * arch.width * (columns + head_size * _part(kv_heads, load.parts))
+    columns = head_size * (_part(heads, load.parts) + 2 * _part(kv_heads, load.parts))
     return Temporaries(
-        copies=size * turned if tpu else 0,
+        copies=size * stacked * arch.width * columns if tpu else 0,
         stream=stream,
         result=4 * load.passes * rows * slots,
-        attention=values
-        + (size * scores + queries_keys if tpu else 4 * scores + max(4 * scores, queries_keys)),
+        attention=attention,
         mlp=stream + (2 if tpu else 3) * wide,
         head=logit_bytes(arch.vocab_size, rows * slots, load.parts),
     )

@@ -8,6 +8,7 @@ every attack whose readings are complete is scored.
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,59 @@ from sama_jax.run_folder import RunFolder
 from sama_jax.store import make_record
 from sama_jax.types import ForwardBatch, Params, TextKeyData
 
-TOKENS_A_STEP = 1024
-"""Tokens a device works on at once on a CPU: 8 rows of 128. Larger batches ran slower there."""
+TOKENS_A_STEP = 1536
+"""Tokens a device works on at once on a CPU: 16 rows of 96. Larger batches ran slower there."""
 ACCELERATOR_TOKENS = 16384
 FORWARD_ROWS = ForwardBatch(0, 0, masks=1, positions=1, group=None, passes=None)  # pyright: ignore
 """Axis of the rows in each field of a `ForwardBatch`."""
+
+
+Prepare = Callable[[tuple[int, ...]], tuple[ForwardBatch, np.ndarray]]
+"""Slot sizes -> what `Work._forward` makes of a batch and a task, once for both models."""
+Read = Callable[[], tuple[np.ndarray, np.ndarray]]
+"""Waits for what was started: values [c, t, b, k] and positions [t, b, k]."""
+
+
+class _Overlap:
+    """Host work beside device work: what is put off is done while the next call runs.
+
+    One call at a time: two would share the same cores or memory.
+    """
+
+    def __init__(self, seconds: dict[str, float]):
+        self._seconds = seconds
+        self._running: tuple[jax.Array, str, float] | None = None
+        self._due: list[Callable[[], None]] = []
+
+    def launch(self, start: Callable[[], jax.Array], name: str) -> jax.Array:
+        """Starts a call when the one before has ended; its seconds go to `name`."""
+        self.wait()
+        begun = time.monotonic()
+        out = start()
+        self._running = out, name, begun
+        self._do_due()
+        return out
+
+    def put_off(self, work: Callable[[], None]) -> None:
+        """`work` may read what was launched last."""
+        self._due.append(work)
+
+    def wait(self) -> None:
+        """Until nothing runs."""
+        if self._running is not None:
+            out, name, begun = self._running
+            self._running = None
+            out.block_until_ready()
+            self._seconds[name] += time.monotonic() - begun
+
+    def settle(self) -> None:
+        """Until nothing runs and nothing is due."""
+        self.wait()
+        self._do_due()
+
+    def _do_due(self) -> None:
+        while self._due:
+            self._due.pop(0)()
 
 
 class Role(NamedTuple):
@@ -82,6 +131,7 @@ class Work:
         self.layout, self.in_turn = layout or parallel.local_layout(), in_turn
         self.peers = peers or processes.Peers()
         self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
+        self._overlap = _Overlap(self.seconds)
         self.tokens = {t.identity: 0 for t in reader.tasks.values()}
         self.compile_seconds = 0.0
         self.programs = self.tasks_run = 0
@@ -157,17 +207,28 @@ class Work:
             return self.batch_size * self.layout.row_parts
         on_cpu = self.layout.devices[0].platform == "cpu"
         budget = TOKENS_A_STEP if on_cpu else ACCELERATOR_TOKENS
-        # Not below 4: a single row takes other kernels, and small batches waste both cores.
-        return max(4, min(64, budget // length)) * self.layout.row_parts
+        rows = min(64, budget // length)
+        # Plans are drawn and scores computed for PLAN_ROWS texts at once. Not below 4: a single row
+        # takes other kernels, and small batches waste both cores.
+        rows = rows // PLAN_ROWS * PLAN_ROWS or 4
+        return rows * self.layout.row_parts
 
     def _slot_sizes(self, task: Task, length: int) -> np.ndarray:
         most = min(length, self.settings.max_length)
         return losses.slot_sizes(task.slot_bounds(most), most)
 
-    def slots(self, length: int) -> tuple[int, ...]:
-        """All sizes that the plans' passes need in a bucket: one program serves every plan."""
+    def slots(self, length: int, channels: tuple[str, ...] | None = None) -> tuple[int, ...]:
+        """All sizes that passes of plans need in a bucket, or those passes that read just these
+        channels: one program serves them all, and each size costs a second of compiling."""
         plans = [t for t in self.reader.tasks.values() if t.slot_bounds is not None]
+        if channels is not None:
+            plans = [t for t in plans if channels in t.channels.values()]
         return tuple(sorted({int(s) for t in plans for s in self._slot_sizes(t, length)}))
+
+    def _slots_of(self, task: Task, length: int, channels: tuple[str, ...]) -> tuple[int, ...]:
+        """Sizes of the program that reads some of a task's channels: some, if a run continues."""
+        whole = channels in task.channels.values()
+        return self.slots(length, channels if whole else None)
 
     def estimate(self, *, everything: bool = False) -> str:
         """One line: passes, tokens, time and memory of what is left."""
@@ -334,19 +395,30 @@ class Work:
         with ProgressBar(title, len(ids), "texts", quiet=self.quiet,
                          done=len(ids) - len(rows)) as bar:  # fmt: skip
             for batch in batches:
-                real = [int(r) for r in batch.rows if r >= 0]
                 for task in self._tasks(view):
-                    if not self._guide_ready(task, batch):
-                        continue
+                    if task.guide is not None:
+                        self._overlap.settle()
+                        if not self._guide_ready(task, batch):
+                            continue
+                    prepared = functools.cache(partial(self._forward, batch, task))
                     for role in _distinct(task, self.roles, roles):
-                        self._run_task(batch, task, role, params, folder, bar)
-                keys = [items[r].store_key for r in real]  # pyright: ignore
-                self._score_rows(folder, ids, sorted({s for k in keys for s in same[k]}))
-                bar.advance(len(real))
+                        self._run_task(batch, task, role, prepared, params, folder, bar)
+                real = [int(r) for r in batch.rows if r >= 0]
+                # In the batch's order: scores then find the plans that its passes have drawn.
+                texts = [s for r in real for s in same[items[r].store_key]]  # pyright: ignore
+                self._overlap.put_off(partial(self._end_batch, folder, ids, real, texts, bar))
+            self._overlap.settle()
+
+    def _end_batch(
+        self, folder: RunFolder, ids: list[str], rows: list[int], texts: list[int], bar: ProgressBar
+    ) -> None:
+        """Scores `texts`, which are `rows` and those with the same tokens."""
+        self._score_rows(folder, ids, texts)
+        self.reader.forget_plans(rows)
+        bar.advance(len(rows))
 
     def _guide_ready(self, task: Task, batch: data.BatchPlan) -> bool:
-        if task.guide is None:
-            return True
+        assert task.guide is not None
         items = self._items(task.guide.view)
         found = [items[r] for r in batch.rows if r >= 0]
         return not any(
@@ -387,11 +459,12 @@ class Work:
         batch: data.BatchPlan,
         task: Task,
         role: Role,
+        prepared: Prepare,
         params: dict[str, Params],
         folder: RunFolder,
         bar: ProgressBar,
     ) -> None:
-        """All missing values of one batch, each (task, channel, model) stored in one write."""
+        """Starts what is missing of one batch; it is stored while the next one runs."""
         items = self._items(task.view)
         real = np.flatnonzero(batch.rows >= 0)
         left = {
@@ -401,13 +474,31 @@ class Work:
         channels = tuple(c for c in task.channels[role.name] if any(c in m for m in left.values()))
         if not channels:
             return
-        start = time.monotonic()
         if task.slot_bounds is None:
-            values, positions = self._procedure(batch, task, role, params, folder, bar)
+            read = self._procedure(batch, task, role, params, folder, bar)
         else:
-            values, positions = self._plan(batch, task, role, channels, params, folder, bar)
-        self.seconds[task.identity] += time.monotonic() - start
+            read = self._plan(batch, task, role, channels, prepared, params, folder, bar)
         self.tasks_run += 1
+
+        def store() -> None:
+            values, positions = read()
+            self._store(batch, task, role, channels, left, values, positions, folder)
+
+        self._overlap.put_off(store)
+
+    def _store(
+        self,
+        batch: data.BatchPlan,
+        task: Task,
+        role: Role,
+        channels: tuple[str, ...],
+        left: dict[int, tuple[str, ...]],
+        values: np.ndarray,
+        positions: np.ndarray,
+        folder: RunFolder,
+    ) -> None:
+        """Values [c, t, b, k] of the channels that are missing, by row (`left`), in one write."""
+        items = self._items(task.view)
         owned, held = (f(len(batch.rows)) for f in (self.layout.owned, self.layout.held))
         count = sum(bool(m) and bool(owned[i]) for i, m in left.items())
         self.passes_run += count * task.passes
@@ -429,35 +520,44 @@ class Work:
         task: Task,
         role: Role,
         channels: tuple[str, ...],
+        prepared: Prepare,
         params: dict[str, Params],
         folder: RunFolder,
         bar: ProgressBar,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Values [c, t, b, k] and positions [t, b, k] of a batch under a probe plan."""
-        forward, positions = self._forward(batch, task)
+    ) -> Read:
+        """Starts a batch under a probe plan."""
+        slots = self._slots_of(task, batch.length, channels)
+        forward, positions = prepared(slots)
         # Target and reference share programs where their networks are the same.
-        runner = _runner(role.folder.model, self.slots(batch.length), self.layout, channels)
-        weights, found = params[role.store_key], []
+        runner = _runner(role.folder.model, slots, self.layout, channels)
+        weights, started = params[role.store_key], []
         for chunk in _chunks(forward):
             if not runner.is_compiled(chunk):
                 bar.note(f"compiling for {batch.length} tokens")
-                self._compile(lambda c=chunk: runner.compile(weights, c), task, batch, folder)
+                self._compile(partial(runner.compile, weights, chunk), batch, folder)
             bar.note(f"{role.name}, {batch.length} tokens")
-            out = runner(weights, chunk)
-            out = out.reshape(-1, len(channels), *out.shape[1:])
-            found.append(out[: int(chunk.passes)])
-        return np.concatenate(found).swapaxes(0, 1), positions
+            out = self._overlap.launch(partial(runner.start, weights, chunk), task.identity)
+            started.append((out, int(chunk.passes)))
+
+        def read() -> tuple[np.ndarray, np.ndarray]:
+            found = []
+            for out, count in started:
+                rows = runner.fetch(out)
+                found.append(rows.reshape(-1, len(channels), *rows.shape[1:])[:count])
+            return np.concatenate(found).swapaxes(0, 1), positions
+
+        return read
 
     def _compile(
-        self, compile_: Callable[[], None], task: Task, batch: data.BatchPlan, folder: RunFolder
+        self, compile_: Callable[[], None], batch: data.BatchPlan, folder: RunFolder
     ) -> None:
-        """Makes a program; its seconds are not the task's."""
+        """Makes a program; its seconds are no task's."""
+        self._overlap.wait()
         start = time.monotonic()
         compile_()
         seconds = time.monotonic() - start
         self.programs += 1
         self.compile_seconds += seconds
-        self.seconds[task.identity] -= seconds
         folder.log("compile", length=batch.length, compile_seconds=round(seconds, 2))
 
     def _padded(self, batch: data.BatchPlan, view: str) -> tuple[np.ndarray, np.ndarray]:
@@ -476,10 +576,12 @@ class Work:
             valid = np.ones_like(valid)
         return tokens, valid
 
-    def _forward(self, batch: data.BatchPlan, task: Task) -> tuple[ForwardBatch, np.ndarray]:
+    def _forward(
+        self, batch: data.BatchPlan, task: Task, slots: tuple[int, ...]
+    ) -> tuple[ForwardBatch, np.ndarray]:
         """The scorer's input for one batch and plan (host arrays), and the scored positions
         [t, b, k] in the text's own coordinates."""
-        slots, items = self.slots(batch.length), self._items(task.view)
+        items = self._items(task.view)
         tokens, valid = self._padded(batch, task.view)
         length = max(batch.length, self.settings.max_length)
         masks = np.zeros((task.passes, len(batch.rows), length), bool)
@@ -488,7 +590,7 @@ class Work:
         for start in range(0, len(batch.rows), PLAN_ROWS):
             chunk = [int(r) for r in batch.rows[start : start + PLAN_ROWS] if r >= 0]
             if chunk:
-                drawn = task.draw(chunk)
+                drawn = self.reader.plan(task, chunk)
                 part = slice(start, start + len(chunk))
                 width = drawn.masks.shape[-1]
                 masks[:, part, :width] = drawn.masks[: len(chunk)].swapaxes(0, 1)
@@ -519,8 +621,8 @@ class Work:
         params: dict[str, Params],
         folder: RunFolder,
         bar: ProgressBar,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Values [1, t, b, k] and positions [t, b, k] of a batch under a procedure."""
+    ) -> Read:
+        """Starts a batch under a procedure."""
         assert task.query.procedure is not None
         items = self._items(task.view)
         tokens, valid = self._padded(batch, task.view)
@@ -536,12 +638,17 @@ class Work:
         weights = params[role.store_key]
         if not runner.is_compiled(*args):
             bar.note(f"compiling for {batch.length} tokens")
-            self._compile(lambda: runner.compile(weights, *args), task, batch, folder)
+            self._compile(partial(runner.compile, weights, *args), batch, folder)
         bar.note(f"{role.name}, {batch.length} tokens")
-        dense = runner(weights, *args)
-        positions = losses.scored_positions(~np.isnan(dense), dense.shape[-1])
-        values = np.take_along_axis(dense, np.maximum(positions, 0), axis=-1)
-        return np.where(positions >= 0, values, np.nan)[None], positions
+        out = self._overlap.launch(partial(runner.start, weights, *args), task.identity)
+
+        def read() -> tuple[np.ndarray, np.ndarray]:
+            dense = runner.fetch(out)
+            positions = losses.scored_positions(~np.isnan(dense), dense.shape[-1])
+            values = np.take_along_axis(dense, np.maximum(positions, 0), axis=-1)
+            return np.where(positions >= 0, values, np.nan)[None], positions
+
+        return read
 
     def _pad_id(self) -> int:
         config = self.roles["target"].folder.config

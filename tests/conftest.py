@@ -3,6 +3,13 @@
 At the end, the largest differences from PyTorch that the parity tests recorded, a line a family.
 """
 
+import os
+
+# Compiling is most of the work here, and the programs run for milliseconds: with LLVM's expensive
+# passes the suite takes half as long again. Processes that tests start inherit it.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs that users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import pytest
 

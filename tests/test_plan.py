@@ -31,7 +31,7 @@ def config(vocab: int, **changes: Any) -> dict[str, Any]:
 LLADA_8B = Path(__file__).parents[1] / "docs" / "examples" / "llada-8b.json"
 SIZES = {
     # name: config, rows, length, slots; each is large in another phase of a pass
-    "attention": (config(1024, d_model=128, mlp_hidden_size=256), 8, 256, 16),
+    "attention": (config(1024, d_model=64, mlp_hidden_size=64), 4, 512, 16),
     "mlp": (config(1024, d_model=64, mlp_hidden_size=2048), 16, 32, 8),
     "head": (config(16384, d_model=64, mlp_hidden_size=128), 16, 64, 32),
 }

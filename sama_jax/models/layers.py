@@ -1,6 +1,5 @@
 """What the networks beside the Llama-like one share: layer norm, attention, `Model` plumbing."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sama_jax.models import transformer
 from sama_jax.models.family import Kind
 from sama_jax.models.transformer import Linear
 from sama_jax.types import Params
@@ -46,15 +46,9 @@ def attend(
     v: Float[Array, "b h l a"],
     allowed: Bool[Array, "b #k l"],
 ) -> tuple[Float[Array, "b k d"], Float[Array, "b h k l"]]:
-    """Merged heads and the weights. Scores and softmax are float32.
-
-    Masked scores take the dtype's minimum: a query without any key stays finite.
-    """
-    scores = jnp.einsum("bhka,bhla->bhkl", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (1.0 / math.sqrt(q.shape[-1]))
-    lowest = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, lowest), axis=-1)
-    out = jnp.einsum("bhkl,bhla->bhka", weights.astype(v.dtype), v).swapaxes(1, 2)
+    """`transformer.attend` with merged heads, and the weights."""
+    out, weights = transformer.attend(q, k, v, allowed)
+    out = out.swapaxes(1, 2)
     return out.reshape(*out.shape[:2], -1), weights
 
 
