@@ -13,11 +13,30 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax
 import pytest
 
+from sama_jax import report
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 assert jax.device_count() == 8
+
+
+_WRITE_FIGURES = report.write_figures
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_figures():
+    """Audits without figures, a second each, but where a test asks for `figures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_figures", lambda *_, **__: [])
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Audits that draw, as users have them."""
+    monkeypatch.setattr(report, "write_figures", _WRITE_FIGURES)
 
 
 @pytest.fixture
@@ -33,11 +52,11 @@ def record_parity(record_property):
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """With several processes, too: properties travel with the reports."""
     worst: dict[str, tuple[float, float]] = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if getattr(report, "when", None) != "call":
+    for group in terminalreporter.stats.values():
+        for outcome in group:
+            if getattr(outcome, "when", None) != "call":
                 continue
-            for name, value in report.user_properties:
+            for name, value in outcome.user_properties:
                 if name == "parity":
                     family, *found = value
                     worst[family] = tuple(map(max, worst.get(family, (0.0, 0.0)), found))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
-from sama_jax import audit, data, metrics, model_folder, probes, reading, report, rng, scoring
+from sama_jax import audit, data, metrics, model_folder, probes, reading, rng, scoring
 from sama_jax.attacks import corpus, its, perturbed, registry, views
 from sama_jax.audit import AuditJob, AuditResult, run_audit
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
@@ -56,14 +56,6 @@ def folder(path: Path, seed: int) -> Path:
 TEXTS = [t.capitalize() if i % 3 else t for i, t in enumerate(tiny.texts(26, (3, 8)))]
 LONG, ONE, ONE_UPPER, EMPTY = 26, 27, 28, 29
 TEXTS += [tiny.texts(1, (40, 40), seed=9)[0].upper(), "x", "X", ""]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    """Eleven runs without figures, which no test here looks at: a second each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_figures", lambda *_, **__: [])
-        yield
 
 
 @pytest.fixture(scope="module")

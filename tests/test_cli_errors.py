@@ -680,6 +680,7 @@ def test_a_limit_on_file_sizes(limit: int, named: str, box: Box, finished: Path,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE with EFBIG")
+@pytest.mark.usefixtures("figures")
 def test_a_limit_on_file_sizes_that_only_figures_exceed(box: Box, finished: Path, capsys):
     import resource
 

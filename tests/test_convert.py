@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import __main__ as program
 from checkpoints_convert import convert, stream
-from sama_jax import checkpoint, cli, model_folder, parallel
+from sama_jax import cli, model_folder, parallel
 from sama_jax.errors import ModelError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -480,7 +480,7 @@ def test_a_full_disk(source, tmp_path, monkeypatch, capsys):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.ocp, "save", full)
+    monkeypatch.setattr("orbax.checkpoint.v1.save", full)
     assert run("to-orbax", source, tmp_path / "o", "--quiet") == 74
     monkeypatch.setattr(stream, "write_file", full)
     assert run("to-hf", source, tmp_path / "h", "--quiet") == 74

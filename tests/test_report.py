@@ -13,6 +13,7 @@ from rich.console import Console
 from sama_jax import metrics, report
 from sama_jax.errors import OutputError, UsageError
 
+pytestmark = pytest.mark.usefixtures("figures")
 SECRET = "the quick brown fox must never be quoted"
 
 

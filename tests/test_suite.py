@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
-from sama_jax import attacks, cli, data, losses, metrics, reading, report
+from sama_jax import attacks, cli, data, losses, metrics, reading
 from sama_jax.attacks.registry import ENTRY_POINTS
 from sama_jax.audit import AuditJob, AuditResult, run_audit
 from sama_jax.catalogue import describe
@@ -52,14 +52,6 @@ def box(tmp_path_factory) -> Path:
     found[ONE], found[TWO] = "x", "x!"  # as many tokens
     tiny.write_texts(folder / "texts.jsonl", [*found, ""])
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_figures():
-    """Runs without figures, which no test here looks at: a second each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_figures", lambda *_, **__: [])
-        yield
 
 
 def audit(box: Path, out: Path, *names: str, **changes: Any) -> AuditResult:
