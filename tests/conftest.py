@@ -33,10 +33,12 @@ def _no_figures():
         yield
 
 
-@pytest.fixture
-def figures(monkeypatch):
+@pytest.fixture(scope="module")
+def figures():
     """Audits that draw, as users have them."""
-    monkeypatch.setattr(report, "write_figures", _WRITE_FIGURES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_figures", _WRITE_FIGURES)
+        yield
 
 
 @pytest.fixture

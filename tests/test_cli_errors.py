@@ -26,6 +26,7 @@ from sama_jax.errors import UsageError
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
+pytestmark = pytest.mark.usefixtures("figures")
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "model.safetensors"
 
@@ -85,7 +86,7 @@ def box(originals: Path, tmp_path: Path) -> Box:
 
 
 @pytest.fixture(scope="module")
-def finished(originals: Path) -> Path:
+def finished(originals: Path, figures: None) -> Path:
     """A complete run on the good inputs."""
     out = originals / "finished"
     box = Box(
@@ -680,7 +681,6 @@ def test_a_limit_on_file_sizes(limit: int, named: str, box: Box, finished: Path,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE with EFBIG")
-@pytest.mark.usefixtures("figures")
 def test_a_limit_on_file_sizes_that_only_figures_exceed(box: Box, finished: Path, capsys):
     import resource
 
