@@ -168,8 +168,9 @@ def stored_params(folder: Path) -> Any:
 
     Raises `ModelError`.
     """
+    ocp = _orbax()  # outside: a broken installation is not a damaged folder
     with _damage(folder), _without_log():
-        stored = _orbax().metadata(str(folder.absolute())).metadata
+        stored = ocp.metadata(str(folder.absolute())).metadata
         if not stored:
             raise ValueError("it has no readable arrays")
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sama_jax import model_folder
+from sama_jax.models import transformer
 from sama_jax.models.transformer import Norm, TransformerModel, attend, rotate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -335,3 +336,30 @@ def test_gradient_is_zero_at_padding_and_nonzero_at_every_valid_position(pair, r
         gradient = np.asarray(gradient_sizes(both.model, both.params, ids, valid, outputs))
         np.testing.assert_array_equal(gradient[~valid], 0.0)
         assert (gradient[valid] > 0).all()
+
+
+@pytest.mark.parametrize("by_query", [False, True])
+def test_attention_text_by_text_is_attention(monkeypatch, by_query: bool):
+    """What a CPU does with large batches, against a plain softmax in float64."""
+    b, h, g, n, length, a = 3, 4, 2, 5, 7, 8
+    q, k, v = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 3),
+            ((b, h, n, a), (b, g, length, a), (b, g, length, a)),
+        )
+    )
+    allowed = np.arange(length) < np.array([7, 4, 1])[:, None]
+    if by_query:
+        allowed = allowed[:, None] & (np.arange(length) <= np.arange(n)[:, None])
+    scores = np.einsum("bhna,bhla->bhnl", *(np.repeat(np.asarray(x, np.float64), r, axis=1)
+                                            for x, r in ((q, 1), (k, h // g))))  # fmt: skip
+    seen = allowed[:, None] if by_query else allowed[:, None, None]
+    powers = np.where(seen, np.exp(scores / np.sqrt(a)), 0.0)
+    weights = powers / powers.sum(axis=-1, keepdims=True)
+    expected = np.einsum("bhnl,bhla->bhna", weights, np.repeat(np.asarray(v), h // g, axis=1))
+    for limit in (0, 2**40):
+        monkeypatch.setattr(transformer, "CPU_SCORE_BYTES", limit)
+        out, read = jax.jit(lambda *args: transformer.attend(*args))(q, k, v, jnp.asarray(allowed))
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+        np.testing.assert_allclose(read, weights, atol=1e-6)
