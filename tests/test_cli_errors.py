@@ -116,9 +116,7 @@ def run_process(command: list[str], limit: int | None = None) -> Said:
     code = "import sys; from sama_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     if limit is not None:
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1)); {code}"
-    env = {
-        k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    }
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-c", code, *command], env=env, capture_output=True, text=True, timeout=300

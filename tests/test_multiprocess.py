@@ -41,8 +41,7 @@ class Inputs(NamedTuple):
 
 def environment(inputs: Inputs) -> dict[str, str]:
     """Two devices a process; programs are kept for the next one."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return env | {
+    return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": str(inputs.texts.parent / "cache"),
