@@ -102,8 +102,12 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     wanted = attack_suite.select([*job.attacks, *before.get("corpus_attacks", [])])
     chosen_texts = data.collect(job.texts.texts[: job.limit])
     texts, notes = chosen_texts.texts, _data_notes(chosen_texts)
-    options: dict[str, Any] = {"mask_id": job.mask_id, "dtype": settings.dtype}
-    options["longest"] = settings.pad_to or settings.max_length
+    options: dict[str, Any] = {
+        "mask_id": job.mask_id,
+        "dtype": settings.dtype,
+        "longest": settings.pad_to or settings.max_length,
+        "attention": settings.attention,
+    }
     target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
     reference = model_folder.open_folder(job.reference, **options)
     tokenizer = _tokenizer(target, reference, texts)
@@ -510,6 +514,7 @@ def _run_identity(
     groups = {g: inner for g, inner in settings.items() if isinstance(inner, dict)}
     flat |= {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
     flat["dtype"] = str(roles[0].folder.model.dtype)
+    flat["attention"] = scoring.attention_of(roles[0].folder)
     return {
         "data": _digest(texts),
         "texts": len(texts),
@@ -542,6 +547,7 @@ def _about(job: AuditJob, roles: list[scoring.Role]) -> dict[str, Any]:
         "versions": versions,
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "dtype": str(roles[0].folder.model.dtype),
+        "attention": scoring.attention_of(roles[0].folder),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # pyright: ignore
         "preset": job.settings.preset_label,
         "preset_hash": settings_hash(job.settings.sama, job.settings.likelihood),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ SCALE = 0.9
 """The reference's final norm: softer predictions, as a model that has not seen the texts."""
 CHECKED = 8
 """Texts whose losses and scores the two frameworks compare under the same masks and subsets."""
-TOLERANCE = 1e-3
-"""Largest difference of their losses, nats; float32 rounding is some 1e-5."""
-SQUARES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048))
-"""Matrix products [m, k] x [k, n] tried for the peak rate, beside the model's own shapes."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+"""Largest difference of their losses, nats; float32 rounding is some 1e-5, bfloat16's some 1e-3."""
+SQUARES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
+"""Sizes of square matrix products tried for the peak rate, beside the model's own shapes."""
 PEAK_SECONDS = 0.3
 GROWTH = {"texts": (100, 200, 400), "length": (64, 128, 256, 512), "passes": (4, 8, 16)}
 GROWTH_FIXED = {"texts": 100, "length": 128, "passes": 4}
@@ -71,17 +71,19 @@ def run_bench(job: BenchJob) -> dict[str, Any]:
     Raises `ModelError` if the two frameworks do not compute the same.
     """
     say = console(job.quiet)
-    folder = model_folder.open_folder(
-        job.model, dtype=job.settings.dtype, longest=job.settings.max_length
-    )
+    # With `auto` this process would take the accelerator's memory from those that measure.
+    folder = model_folder.open_folder(job.model, dtype="float32", longest=job.settings.max_length)
     if job.torch and folder.config.get("model_type") != "llada":
         raise UsageError(f"{job.model}: the PyTorch form is written for dense LLaDA only")
     found = _encode(job, folder)
     with tempfile.TemporaryDirectory() as scratch:
-        names = ["jax", *(["torch"] if job.torch else [])]
-        sides = {n: _Side(n, job, found, Path(scratch)) for n in names}
+        sides = {"jax": _Side("jax", job, found, Path(scratch))}
         try:
-            return _measure(job, folder, found, sides, say)
+            loaded = sides["jax"].ask("load")
+            if job.torch:
+                sides["torch"] = _Side("torch", job, found, Path(scratch), loaded)
+                sides["torch"].ask("load")
+            return _measure(job, folder, found, sides, loaded, say)
         finally:
             for side in sides.values():
                 side.close()
@@ -93,7 +95,7 @@ def run_growth(job: BenchJob) -> list[dict[str, Any]]:
     One dict a point: `axis`, the three values, `seconds`, `flops`, `peak_memory_bytes`.
     """
     say, points = console(job.quiet), []
-    folder = model_folder.open_folder(job.model, dtype=job.settings.dtype)
+    folder = model_folder.open_folder(job.model, dtype="float32")  # as in run_bench
     for axis, values in GROWTH.items():
         for value in values:
             at = GROWTH_FIXED | {axis: value}
@@ -163,7 +165,15 @@ def _encode(job: BenchJob, folder: model_folder.ModelFolder) -> list[np.ndarray]
 class _Side:
     """A process that runs one framework and answers one JSON line to each question."""
 
-    def __init__(self, name: str, job: BenchJob, ids: list[np.ndarray], scratch: Path):
+    def __init__(
+        self,
+        name: str,
+        job: BenchJob,
+        ids: list[np.ndarray],
+        scratch: Path,
+        first: dict[str, Any] | None = None,
+    ):
+        """`first`: what the other side said of itself when it had loaded."""
         self.name = name
         tokens = np.full((len(ids), max(map(len, ids))), -1, np.int32)
         for row, text in zip(tokens, ids):
@@ -174,6 +184,8 @@ class _Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # Two frameworks share a device's memory, and what is in use can be told.
+            env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
         )
         self._send(
             {
@@ -183,6 +195,7 @@ class _Side:
                 "settings": asdict(job.settings),
                 "batch_size": job.batch_size,
                 "compile_cache": job.compile_cache and str(job.compile_cache),
+                "first": first,
             }
         )
 
@@ -216,16 +229,16 @@ def _measure(
     folder: model_folder.ModelFolder,
     ids: list[np.ndarray],
     sides: dict[str, _Side],
+    loaded: dict[str, Any],
     say: Any,
 ) -> dict[str, Any]:
     start = time.monotonic()
-    loaded = {name: side.ask("load") for name, side in sides.items()}
     cold = sides["jax"].ask("round")
     say.print(f"first round, with compiling: {cold['seconds']:.1f} s")
     result: dict[str, Any] = {}
     if job.torch:
         sides["jax"].ask("plan")
-        result["agreement"] = _agreement(sides["torch"].ask("check"))
+        result["agreement"] = _agreement(sides["torch"].ask("check"), loaded["dtype"])
         say.print(
             "PyTorch computes the same: largest difference of a loss "
             f"{result['agreement']['largest_loss_difference']:.1e} nats"
@@ -251,15 +264,16 @@ def _measure(
             "width": folder.model.arch.width,
             "vocabulary": folder.model.vocab_size,
             "parameters": folder.num_params,
-            "dtype": str(np.dtype(folder.model.dtype)),
+            "dtype": loaded["dtype"],
+            "attention": loaded["attention"],
             "head_share_of_full_pass": head * sum(lengths) / full,
         },
         "texts": len(ids),
         "tokens_a_text": statistics.mean(lengths),
         "max_length": job.settings.max_length,
         "passes": job.settings.sama.passes,
-        "machine": _machine(),
-        "threads": loaded["jax"]["threads"],
+        "machine": _machine() | {"device": loaded["device"]},
+        "threads": loaded["threads"],
         "rounds": job.rounds,
     }
     times = {name: [r["seconds"] for r in found] for name, found in rounds.items()}
@@ -310,11 +324,11 @@ def _rates(
     }
 
 
-def _agreement(found: dict[str, Any]) -> dict[str, Any]:
-    if not found["largest_loss_difference"] <= TOLERANCE:
+def _agreement(found: dict[str, Any], dtype: str) -> dict[str, Any]:
+    if not found["largest_loss_difference"] <= TOLERANCE[dtype]:
         raise ModelError(
             "JAX and PyTorch do not compute the same: largest difference of a loss "
-            f"{found['largest_loss_difference']:.2e} nats, expected at most {TOLERANCE}"
+            f"{found['largest_loss_difference']:.2e} nats, expected at most {TOLERANCE[dtype]}"
         )
     return found
 
@@ -328,6 +342,10 @@ def _machine() -> dict[str, Any]:
     return found | {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax")}
 
 
+def _where(machine: dict[str, Any]) -> str:
+    return machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+
+
 def print_table(found: dict[str, Any]) -> None:
     """The result of `run_bench` on standard output."""
     model, other = found["model"], found.get("torch")
@@ -335,7 +353,8 @@ def print_table(found: dict[str, Any]) -> None:
         f"{model['layers']} layers, width {model['width']}, vocabulary {model['vocabulary']} "
         f"({100 * model['head_share_of_full_pass']:.0f} % of a full pass), {model['dtype']}; "
         f"{found['texts']} texts of {found['tokens_a_text']:.0f} tokens, preset {found['preset']}; "
-        f"{found['threads']} threads, {found['machine']['cpu']}; median of {found['rounds']} rounds"
+        f"{found['threads']} threads, {_where(found['machine'])}; "
+        f"median of {found['rounds']} rounds"
     )
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("", "sama_jax", *(["PyTorch", "ratio"] if other else [])):
@@ -420,6 +439,16 @@ def _resident(name: str) -> int | None:
     return None if found is None else 1024 * int(found[1])
 
 
+class _DeviceMemory:
+    """Of an accelerator, above what is in use when it is made; by the framework's own count."""
+
+    def __init__(self, in_use: int, most: Callable[[], int]):
+        self.before, self.most = in_use, most
+
+    def peak(self) -> int | None:
+        return self.most() - self.before
+
+
 class _Memory:
     """Resident memory above what there is when it is made."""
 
@@ -462,7 +491,10 @@ class _Ours:
             self.compile_seconds += duration_secs
 
     def load(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"dtype": self.settings.dtype}
+        options: dict[str, Any] = {
+            "dtype": self.settings.dtype,
+            "attention": self.settings.attention,
+        }
         folder = model_folder.open_folder(Path(self.job["model"]), **options)
         self.layout = parallel.local_layout()
         target = model_folder.load(folder, self.layout.shardings)
@@ -476,8 +508,16 @@ class _Ours:
         keys = {r.name: r.store_key for r in roles}
         chosen = attacks.select(["sama"])
         self.reader = reading.Reader(chosen, self.settings, {"text": [*items]}, keys, None)
-        self.memory = _Memory()
-        return {"threads": _cores(), "device": str(self.layout.devices[0].device_kind)}
+        device = self.layout.devices[0]
+        self.on_cpu = device.platform == "cpu"
+        self.memory = _Memory() if self.on_cpu else _accelerator_memory(device)
+        return {
+            "threads": _cores(),
+            "device": str(device.device_kind),
+            "platform": device.platform,
+            "dtype": jnp.dtype(folder.model.dtype).name,
+            "attention": scoring.attention_of(folder),
+        }
 
     def round(self) -> dict[str, Any]:
         self.round_number += 1
@@ -558,12 +598,15 @@ class _Ours:
         rows = first.rows.size * first.length
         d, f, v = arch.width, arch.mlp_width, self.model.vocab_size
         own = [s for s in ((rows, d, d), (rows, d, f), (rows, f, d), (rows, d, v))
-               if 4 * s[0] * s[2] <= 2**28]  # fmt: skip
-        return {"x".join(map(str, s)): _rate(*s, self.model.dtype) for s in (*SQUARES, *own)}
+               if 4 * s[0] * s[2] <= (2**28 if self.on_cpu else 2**30)]  # fmt: skip
+        squares = [(n, n, n) for n in SQUARES["cpu" if self.on_cpu else "accelerator"]]
+        return {"x".join(map(str, s)): _rate(*s, self.model.dtype) for s in (*squares, *own)}
 
 
 def _rate(m: int, k: int, n: int, dtype: Any) -> float:
-    a, b, product = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype), jax.jit(jnp.dot)
+    # Random: a GPU multiplies ones faster, since fewer bits change.
+    a, b = (jax.random.normal(jax.random.key(0), shape, dtype) for shape in ((m, k), (k, n)))
+    product = jax.jit(jnp.dot)
     product(a, b).block_until_ready()
     best, begin = 0.0, time.perf_counter()
     while time.perf_counter() - begin < PEAK_SECONDS:
@@ -571,6 +614,13 @@ def _rate(m: int, k: int, n: int, dtype: Any) -> float:
         product(a, b).block_until_ready()
         best = max(best, 2.0 * m * k * n / (time.perf_counter() - start))
     return best
+
+
+def _accelerator_memory(device: Any) -> _DeviceMemory:
+    def read(name: str) -> int:
+        return (device.memory_stats() or {}).get(name, 0)
+
+    return _DeviceMemory(read("bytes_in_use"), lambda: read("peak_bytes_in_use"))
 
 
 def _reference(params: Params) -> Params:
@@ -585,16 +635,32 @@ class _Theirs:
     def __init__(self, job: dict[str, Any]):
         from checkpoints_convert.verify import torch_sama
 
-        settings, path = _settings(job), Path(job["model"])
-        config = model_folder.open_folder(path)
+        settings, path, first = _settings(job), Path(job["model"]), job["first"]
+        config = model_folder.open_folder(path, dtype="float32")
         self.ids, self.scratch, self.module = _tokens(job), Path(job["scratch"]), torch_sama
+        self.device = {"cpu": "cpu", "gpu": "cuda"}.get(first["platform"])
+        if self.device is None:
+            raise UsageError(f"PyTorch is compared on CPUs and GPUs, not on {first['platform']}")
         self.sama = torch_sama.TorchSama(
-            path, config.config, settings.sama, config.model.mask_id, settings.seed, SCALE, _cores()
+            path,
+            config.config,
+            settings.sama,
+            config.model.mask_id,
+            settings.seed,
+            SCALE,
+            _cores(),
+            first["dtype"],
+            self.device,
         )
 
     def load(self) -> dict[str, Any]:
-        self.memory = _Memory()
-        return {"threads": _cores()}
+        if self.device == "cpu":
+            self.memory = _Memory()
+        else:
+            cuda = self.module.torch.cuda
+            cuda.reset_peak_memory_stats()
+            self.memory = _DeviceMemory(cuda.memory_allocated(), cuda.max_memory_allocated)
+        return {}
 
     def round(self) -> dict[str, Any]:
         start, cpu = time.perf_counter(), time.process_time()

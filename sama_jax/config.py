@@ -23,6 +23,7 @@ Ties = Literal["zero", "half"]
 Estimator = Literal["exact", "bernoulli"]
 Padding = Literal["hidden", "visible"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "xla", "cudnn"]
 
 
 def _check(settings: Any) -> None:
@@ -216,6 +217,9 @@ class AuditSettings:
     seed: int = 42
     dtype: Dtype = "auto"
     """`auto`: float32 on CPU, the stored dtype on accelerators."""
+    attention: Attention = "auto"
+    """`auto`: cuDNN's on one NVIDIA GPU in bfloat16 (`model_folder.attention_kernel`), else `xla`,
+    what XLA makes of it."""
     padding: Padding = "hidden"
     pad_to: int = 0
     """With visible padding: the length every text is padded to (0: `max_length`)."""

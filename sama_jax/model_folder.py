@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from checkpoints_convert import peft, stream
 from sama_jax import checkpoint
 from sama_jax.data import TextTokenizer
-from sama_jax.errors import ModelError, OutputError
+from sama_jax.errors import ModelError, OutputError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
+from sama_jax.models.transformer import TransformerModel
 from sama_jax.orbax_source import OrbaxSource
 from sama_jax.types import Model, Params
 
@@ -128,6 +129,7 @@ def open_folder(
     adapter: Path | None = None,
     merge: bool = False,
     longest: int = 0,
+    attention: str = "xla",
 ) -> ModelFolder:
     """Opens and checks a folder without loading it.
 
@@ -140,8 +142,10 @@ def open_folder(
       merge: add the adapter to the weights as they are read (in float32, then cast), for an
         ordinary parameter tree, instead of keeping it beside them.
       longest: tokens of the longest text that the model has to read.
+      attention: `xla`, `cudnn`, or `auto` for what `attention_kernel` chooses.
 
     Raises:
+      UsageError: `cudnn` cannot compute this model here.
       ModelError: one message that lists every tensor that does not fit.
     """
     path = resolve(path)
@@ -163,12 +167,43 @@ def open_folder(
     if dtype == "auto":
         stored = source.dtype() if jax.default_backend() != "cpu" else "float32"
         dtype = stored if stored == "bfloat16" else "float32"
-    model = build_model(family, mask, jnp.dtype(dtype))
+    model = attention_kernel(attention, build_model(family, mask, jnp.dtype(dtype)))
     abstract = _abstract_params(model)
     stream.check(source, family.family, model.num_layers, abstract, str(path))
     identity = _identity(path, repr(family.arch))
     folder = ModelFolder(path, config, family, model, source, identity, identity)
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
+
+
+def attention_kernel(asked: str, model: Any) -> Any:
+    """The model with `Architecture.attention` set to `xla` or `cudnn`.
+
+    cuDNN's takes bfloat16 and heads of up to 128 channels, a multiple of 8, on NVIDIA GPUs of
+    compute capability 8.0 or more. `auto` takes it there if there is one device: it was measured on
+    one (docs/performance.md). Raises `UsageError` where it is asked for and cannot be.
+    """
+    fits = (
+        isinstance(model, TransformerModel)
+        and model.dtype == jnp.bfloat16
+        and model.arch.head_size <= 128
+        and model.arch.head_size % 8 == 0
+    )
+    if asked == "xla" or (asked == "auto" and not (fits and jax.device_count() == 1 and _cuda())):
+        return model
+    if not (fits and _cuda()):
+        raise UsageError(
+            "attention cudnn: expected NVIDIA GPUs of compute capability 8.0 or more, and a LLaDA "
+            "or another Llama-like model in bfloat16 with heads of up to 128 channels, a multiple "
+            f"of 8; found {jax.devices()[0].device_kind} and {jnp.dtype(model.dtype).name}; choose "
+            "xla or auto"
+        )
+    return replace(model, arch=replace(model.arch, attention="cudnn"))
+
+
+def _cuda() -> bool:
+    """Whether cuDNN's attention runs on the devices; AMD's have a name for a capability."""
+    found = re.match(r"(\d+)\.", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return found is not None and int(found[1]) >= 8
 
 
 def _open_source(path: Path, family: FamilyConfig) -> stream.Source:

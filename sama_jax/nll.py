@@ -64,7 +64,8 @@ def run_nll(
     """
     say = console(quiet)
     longest = settings.pad_to or settings.max_length
-    folder = model_folder.open_folder(model, mask_id=mask_id, dtype=settings.dtype, longest=longest)
+    options: dict[str, Any] = {"dtype": settings.dtype, "attention": settings.attention}
+    folder = model_folder.open_folder(model, mask_id=mask_id, longest=longest, **options)
     tokenizer = data.TextTokenizer.from_folder(folder.path)
     data.require_ids_fit(tokenizer, folder.model.vocab_size, str(model))
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)

@@ -88,11 +88,17 @@ class Role(NamedTuple):
     store_key: str
 
 
+def attention_of(folder: model_folder.ModelFolder) -> str:
+    """What computes attention; only Llama-like networks have a choice."""
+    return getattr(folder.model.arch, "attention", "xla")
+
+
 def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
     """Names a model's losses: weights and everything about the arithmetic that changes them."""
     model = folder.model
     pad = (settings.padding, settings.pad_to or settings.max_length)
-    arithmetic = (str(model.dtype), jax.config.jax_default_matmul_precision)  # pyright: ignore
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+    arithmetic = (str(model.dtype), precision, attention_of(folder))
     return settings_hash(
         folder.identity,
         model.mask_id,

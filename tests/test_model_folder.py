@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sama_jax import model_folder
-from sama_jax.errors import ModelError, OutputError
+from sama_jax.errors import ModelError, OutputError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
@@ -604,3 +604,44 @@ def test_identity_changes_with_the_architecture(folder):
     before = identity(folder)
     edit_config(folder, rope_theta=1.0)
     assert identity(folder) != before
+
+
+# --- what computes attention ---------------------------------------------------------------------
+
+
+class Gpu:
+    device_kind = "a GPU"
+
+    def __init__(self, capability):
+        self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "devices", "dtype", "head", "expected"),
+    [
+        ("auto", "9.0", 1, "bfloat16", 8, "cudnn"),
+        ("auto", "8.0", 1, "bfloat16", 128, "cudnn"),
+        ("xla", "9.0", 1, "bfloat16", 8, "xla"),
+        ("auto", "7.5", 1, "bfloat16", 8, "xla"),
+        ("auto", "gfx942", 1, "bfloat16", 8, "xla"),
+        ("auto", "9.0", 8, "bfloat16", 8, "xla"),
+        ("cudnn", "9.0", 8, "bfloat16", 8, "cudnn"),
+        ("auto", "9.0", 1, "float32", 8, "xla"),
+        ("auto", "9.0", 1, "bfloat16", 12, "xla"),
+        ("auto", "9.0", 1, "bfloat16", 256, "xla"),
+        ("cudnn", "7.5", 1, "bfloat16", 8, None),
+        ("cudnn", "9.0", 1, "float32", 8, None),
+    ],
+)
+def test_cudnn_where_it_can_compute_the_model(
+    monkeypatch, asked, capability, devices, dtype, head, expected
+):
+    family = model_folder.read_config(small(d_model=4 * head), "config.json")
+    model = model_folder.build_model(family, 31, jnp.dtype(dtype))
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)] * devices)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    if expected is None:
+        with pytest.raises(UsageError, match=r"expected NVIDIA GPUs .* found a GPU"):
+            model_folder.attention_kernel(asked, model)
+    else:
+        assert model_folder.attention_kernel(asked, model).arch.attention == expected

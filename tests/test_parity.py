@@ -363,3 +363,33 @@ def test_attention_text_by_text_is_attention(monkeypatch, by_query: bool):
         out, read = jax.jit(lambda *args: transformer.attend(*args))(q, k, v, jnp.asarray(allowed))
         np.testing.assert_allclose(out, expected, atol=1e-6)
         np.testing.assert_allclose(read, weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("by_query", [False, True])
+def test_cudnn_is_asked_for_the_same_attention(monkeypatch, by_query: bool):
+    """Its arguments, in bfloat16, given to the same function's other implementation."""
+    asked, original = [], jax.nn.dot_product_attention
+
+    def instead(*args, implementation, **kwargs):
+        asked.append(implementation)
+        return original(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    b, h, g, n, a = 3, 4, 2, 6, 8
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (b, heads, n, a), jnp.bfloat16)
+        for key, heads in zip(keys, (h, g, g))
+    )
+    allowed = np.arange(n) >= np.array([0, 2, 5])[:, None]  # padding on the left
+    if by_query:
+        allowed = allowed[:, None] & np.tri(n, dtype=bool)
+        allowed |= np.eye(n, dtype=bool)  # none sees nothing
+    allowed = jnp.asarray(allowed)
+    expected, _ = transformer.attend(q, k, v, allowed)
+    found, _ = transformer.attend(q, k, v, allowed, "cudnn")
+    assert asked == ["cudnn"]
+    as_float = (np.asarray(x, np.float32) for x in (found, expected))
+    np.testing.assert_allclose(*as_float, atol=0.02)  # bfloat16 keeps 8 bits of values below 4
+    transformer.attend(q[:, :, :2], k, v, allowed if not by_query else allowed[:, :2], "cudnn")
+    assert asked == ["cudnn"]  # few queries: by XLA

@@ -3,6 +3,7 @@
 The scorer is compiled here for the eight CPU devices of the tests, from shapes alone.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_closed_form_of_a_tpu_program():
     load = footprint.Load(16, 512, 256, parts=4, platform="tpu")
     found = footprint.temporaries(model_of(values).arch, "bfloat16", load)
     assert found.peak == pytest.approx(0.900 * 2**30, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("attention", "rows", "mebibytes"),
+    [("xla", 8, 864), ("xla", 16, 1376), ("xla", 32, 2304), ("xla", 64, 4256), ("xla", 128, 8352),
+     ("cudnn", 8, 582), ("cudnn", 32, 1472)],
+)  # fmt: skip
+def test_closed_form_of_a_gpu_program(attention, rows, mebibytes):
+    # What XLA (jaxlib 0.11.2) allots on an H200: texts of 512 tokens, 16 of them scored, 4 passes.
+    values = json.loads(LLADA_8B.read_text("utf-8"))
+    arch = dataclasses.replace(model_of(values).arch, attention=attention)
+    load = footprint.Load(rows, 512, 16, passes=4, platform="gpu")
+    found = footprint.temporaries(arch, "bfloat16", load)
+    assert found.peak == pytest.approx(mebibytes * 2**20, rel=0.1)
 
 
 def test_largest_rows_are_the_last_that_fit():
