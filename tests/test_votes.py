@@ -48,7 +48,10 @@ _PLANS: dict = {}
 
 def _jitted(probes: ProgressiveProbes):
     probes = ProgressiveProbes(replace(probes.settings, ties="zero"), probes.max_length)
-    return _PLANS.setdefault(probes, jax.jit(jax.vmap(probes.plan)))  # ties change no plan
+    # Ties change no plan. Compiled as audits compile it: without any optimisation, which is what
+    # conftest asks for, 1,000 plans of 64 steps take 17 s.
+    options = {"xla_backend_optimization_level": 1}
+    return _PLANS.setdefault(probes, jax.jit(jax.vmap(probes.plan), compiler_options=options))
 
 
 def slow_reference(target, reference, plan: ProbePlan, settings: SamaSettings):
