@@ -639,7 +639,10 @@ def _end_on_signals(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code; errors are one line on stderr."""
-    code = run_program("sama-jax", build_parser(), _COMMANDS, argv)
+    given = sys.argv[1:] if argv is None else argv
+    goes_on = not set(given[:1]) & {"bench", "plan"}
+    line = "what is finished is kept: {command} continues" if goes_on else "{command} starts over"
+    code = run_program("sama-jax", build_parser(), _COMMANDS, argv, line)
     processes.leave(code)
     return code
 

@@ -1,6 +1,5 @@
 """The likelihood bound of texts under one model, with its standard error."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,3 @@ def _row(
         "standard_error": number(error),
         "nll_total": number(mean * tokens),
     }
-
-
-def nll_settings(settings: AuditSettings, passes: int) -> AuditSettings:
-    """Settings with `passes` likelihood passes."""
-    return replace(settings, likelihood=replace(settings.likelihood, passes=passes))

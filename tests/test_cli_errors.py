@@ -848,3 +848,20 @@ def test_usage_errors_do_not_import_jax(box: Box):
     command = [sys.executable, "-c", code, *box.command(preset="offical")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "after"),
+    [(["bench", "--model", "m", "--data", "d"], "starts over"),
+     (["plan", "m", "--topology", "cpu:2"], "starts over"),
+     (["nll", "--model", "m", "--data", "d", "--out", "o"], "continues")],
+)  # fmt: skip
+def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, command, after):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, command[0], stopped)
+    assert cli.main(command) == 75
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith(f"sama-jax {' '.join(command)} {after}\n")
