@@ -853,7 +853,7 @@ def test_usage_errors_do_not_import_jax(box: Box):
 @pytest.mark.parametrize(
     ("command", "after"),
     [(["bench", "--model", "m", "--data", "d"], "starts over"),
-     (["plan", "m", "--topology", "cpu:2"], "starts over"),
+     (["plan", "--model", "m", "--topology", "cpu:2"], "starts over"),
      (["nll", "--model", "m", "--data", "d", "--out", "o"], "continues")],
 )  # fmt: skip
 def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, command, after):
