@@ -77,7 +77,16 @@ def run(models, texts, out, **changes):
 
 @pytest.fixture(scope="module")
 def expected(models, texts, tmp_path_factory):
-    return run(models, texts, tmp_path_factory.mktemp("expected"))
+    out = tmp_path_factory.mktemp("expected")
+    found = run(models, texts, out)
+    assert buckets_of(out) == {"64"}  # 24 texts fill no batch of 32 tokens on 8 devices
+    return found
+
+
+def buckets_of(out: Path) -> set[str]:
+    """Padded lengths of a run."""
+    log = read_lines(out / "run" / "log.jsonl")
+    return set(next(e["texts"] for e in log if e["event"] == "buckets"))
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -116,7 +125,8 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_scores_do_not_depend_on_batch_size(rows, models, texts, expected, tmp_path):
+def test_scores_do_not_depend_on_batch_size(rows, models, texts, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "bucket_lengths", lambda max_length: (max_length,))
     assert_same(run(models, texts, tmp_path, batch_size=rows), expected)
 
 
@@ -142,9 +152,11 @@ def test_scores_do_not_depend_on_the_file(models, texts, expected, tmp_path):
     assert_same({t.id: actual[f"x-{t.id}"] for t in some}, expected)
 
 
-def test_scores_do_not_depend_on_the_bucket(models, texts, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "bucket_lengths", lambda max_length: (max_length,))
-    assert_same(run(models, texts, tmp_path), expected)
+def test_scores_do_not_depend_on_the_bucket(models, texts, expected, tmp_path):
+    """Batches of 8 texts fill two buckets, and the longer one holds all that is expected."""
+    found = run(models, texts, tmp_path, batch_size=1)
+    assert buckets_of(tmp_path) == {"32", "64"}
+    assert_same(found, expected)
 
 
 def test_scores_do_not_depend_on_devices(models, texts, expected, tmp_path):
