@@ -73,6 +73,8 @@ class AuditJob:
     include_votes: bool = False
     strict: bool = False
     dry_run: bool = False
+    figures: bool = True
+    """Draw them: a second or two."""
     quiet: bool = False
     command: str = ""
     peers: processes.Peers = field(default_factory=processes.Peers)
@@ -215,7 +217,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         cost = work.cost(folder) if peers.count == 1 else scoring.sum_costs(costs)
         folder.write_manifest(notes=notes, finished=True, cost=cost)
         folder.log("finished", texts=len(rows))
-        report.write_report(job.out)
+        report.write_report(job.out, figures=job.figures)
     except KeyboardInterrupt:
         raise interrupted(job) from None
     finally:

@@ -309,6 +309,7 @@ def _seed_study(
             attacks=("sama", "ratio"),
             limit=SEED_TEXTS,
             settings=settings,
+            figures=False,
             quiet=True,
         )
         result = audit.run_audit(again)

@@ -386,8 +386,10 @@ def _score_range(scores: NDArray[np.float64]) -> tuple[float, float, bool]:
 # Markdown and the folder
 
 
-def markdown(rows: list[Row], metrics: Metrics, manifest: dict[str, Any]) -> str:
-    """The text of report.md; links `figures/roc.png` and `figures/scores.png`."""
+def markdown(
+    rows: list[Row], metrics: Metrics, manifest: dict[str, Any], figures: bool = True
+) -> str:
+    """The text of report.md; with `figures`, links `figures/roc.png` and `figures/scores.png`."""
     attacks = metrics.get("attacks") or {}
     parts = ["# Membership-inference audit", _escape(headline(metrics)), "## What was audited"]
     parts.append(_bullets(_audited(rows, manifest)))
@@ -398,9 +400,10 @@ def markdown(rows: list[Row], metrics: Metrics, manifest: dict[str, Any]) -> str
         "(Clopper-Pearson). Attacks that read the same forward passes share their seconds. "
         f"{MISSING} means that there is no number; the notes say why."
     )
-    if any(a.get("auc") is not None for a in attacks.values()):
+    if figures and any(a.get("auc") is not None for a in attacks.values()):
         parts.append("![ROC of each attack](figures/roc.png)")
-    if any(_is_number(s) for row in rows for s in (row.get("scores") or {}).values()):
+    scores = (s for row in rows for s in (row.get("scores") or {}).values())
+    if figures and any(map(_is_number, scores)):
         parts.append("![Scores of each attack](figures/scores.png)")
     if metrics.get("paired"):
         parts += ["## Differences on the same texts", _paired_table(metrics["paired"])]
@@ -503,8 +506,8 @@ def _escape(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!~" else c for c in " ".join(str(text).split()))
 
 
-def write_report(folder: Path) -> Path:
-    """Writes the figures and `report.md` of a run folder; returns the path of the report.
+def write_report(folder: Path, *, figures: bool = True) -> Path:
+    """Writes the figures, if wanted, and `report.md` of a run folder; returns the report's path.
 
     Works without labels (scores only). Raises `UsageError` if `folder` is not a finished run and
     `OutputError` if it cannot be written.
@@ -515,9 +518,10 @@ def write_report(folder: Path) -> Path:
         metrics = _read(folder, "metrics.json")
     else:
         metrics = compute_metrics(rows, int(manifest.get("seed") or 0))
-    write_figures(folder, rows)
+    if figures:
+        write_figures(folder, rows)
     path = folder / "report.md"
-    write_atomic(path, markdown(rows, metrics, manifest))
+    write_atomic(path, markdown(rows, metrics, manifest, figures))
     return path
 
 

@@ -48,6 +48,15 @@ def make_folder(folder, rows, with_metrics=True, **manifest):
     return folder
 
 
+def test_a_report_without_figures_links_none(tmp_path):
+    folder = make_folder(tmp_path, make_rows())
+    text = report.write_report(folder, figures=False).read_text()
+    assert not (folder / "figures").exists()
+    assert "figures/" not in text
+    assert "figures/roc.png" in report.write_report(folder).read_text()
+    assert (folder / "figures" / "roc.png").is_file()
+
+
 def test_metrics_are_those_of_each_attack_in_order():
     rows = make_rows(attacks=("zlib", "sama", "loss"))
     content = report.compute_metrics(rows, seed=3)
