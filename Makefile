@@ -9,21 +9,32 @@ demo: $(VENV)/.installed-run
 	$(BIN)/sama-jax demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+# pip compiles to bytecode on one core, and all there is: half a minute more.
+define INSTALL
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '$(1)'
+	-@$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|models)/' $(VENV)/lib
+endef
+
 # Only what running needs; the demo works without torch.
 $(VENV)/.installed-run: pyproject.toml constraints.txt | $(VENV)/.exists
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(call INSTALL,.)
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/.exists
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	$(call INSTALL,.[test])
 	touch $@ $(VENV)/.installed-run
+
+# basedpyright looks into what the tests need, too.
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	$(call INSTALL,.[lint])
+	touch $@
 
 $(VENV)/.exists:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

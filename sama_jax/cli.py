@@ -133,6 +133,7 @@ def _add_audit(commands: Any) -> None:
     p.add_argument("--strict", action="store_true", help="exit 5 if a validity gate fails")
     p.add_argument("--include-text", action="store_true", help="copy texts into the results")
     p.add_argument("--include-votes", action="store_true", help="step votes and tie rates, too")
+    p.add_argument("--no-figures", action="store_true", help="a report without pictures")
     _add_compile_cache(p)
     p.add_argument("--quiet", action="store_true", help="no progress, no table")
     _add_set(p)
@@ -400,6 +401,7 @@ def _audit(args: argparse.Namespace) -> int | None:
         include_votes=args.include_votes,
         strict=args.strict,
         dry_run=args.dry_run,
+        figures=not args.no_figures,
         quiet=args.quiet,
         command=args.command_line,
         peers=peers or processes.Peers(),

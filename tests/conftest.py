@@ -28,6 +28,16 @@ assert jax.device_count() == 8
 _WRITE_FIGURES = report.write_figures
 
 
+LONGEST = ("multiprocess", "resume", "invariance", "cli_errors", "suite", "parallel", "bench",
+           "attacks_partition", "attacks_views", "votes", "finetune", "kinds")  # fmt: skip
+"""Files of over half a minute. They come first, so that both processes end at about one time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_figures():
     """Audits without figures, a second each, but where a test asks for `figures`."""

@@ -103,12 +103,14 @@ def test_a_second_process_compiles_nothing_with_the_cache(inputs, tmp_path):
     for run in ("first", "second"):
         command = ["audit", "--target", str(model), "--reference", str(model), "--data", str(texts)]
         command += ["--out", str(tmp_path / run), "--compile-cache", str(tmp_path / "cache")]
-        command += ["--attacks", "sama,loss", "--quiet", *tiny.SETTINGS]
+        command += ["--attacks", "sama,loss", "--no-figures", "--quiet", *tiny.SETTINGS]
         done = subprocess.run(
             [sys.executable, "-c", COUNT, *command],
             cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         counts.append([int(n) for n in done.stdout.split()[-2:]])
+        assert (tmp_path / run / "report.md").is_file()
+        assert not (tmp_path / run / "figures").exists()
     (compiled, _), (again, found) = counts
     assert compiled > 0
     assert again == 0

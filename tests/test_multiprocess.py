@@ -62,7 +62,7 @@ def audit(inputs: Inputs, out: Path, *flags: object) -> subprocess.Popen[str]:
         sys.executable, "-m", "sama_jax", "audit", "--target", inputs.target, "--reference",
         inputs.reference, "--data", inputs.texts, "--out", out, "--attacks", "sama,loss",
         "--set", "sama.steps=3", "--set", "sama.subsets=16", "--max-length", 32,
-        "--batch-size", 1, *flags,
+        "--batch-size", 1, "--no-figures", *flags,
     ]  # fmt: skip
     return subprocess.Popen(
         [str(c) for c in command], env=environment(inputs), text=True, stdin=subprocess.DEVNULL,

@@ -81,7 +81,7 @@ class Run:
         command = [
             *(sys.executable, "-m", "sama_jax", "audit", "--target", str(inputs.target)),
             *("--reference", str(inputs.reference), "--data", str(inputs.data)),
-            *("--out", str(out), "--batch-size", "4", *SETTINGS, *more),
+            *("--out", str(out), "--batch-size", "4", "--no-figures", *SETTINGS, *more),
         ]
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
