@@ -16,7 +16,8 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-# pip compiles to bytecode on one core, and all there is: half a minute more.
+# pip compiles to bytecode on one core, and all there is: half a minute more. What cannot be
+# compiled (templates, say) is left, as pip leaves it.
 define INSTALL
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '$(1)'
 	-@$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|models)/' $(VENV)/lib

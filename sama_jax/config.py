@@ -218,7 +218,7 @@ class AuditSettings:
     dtype: Dtype = "auto"
     """`auto`: float32 on CPU, the stored dtype on accelerators."""
     attention: Attention = "auto"
-    """`auto`: cuDNN's on one NVIDIA GPU in bfloat16 (`model_folder.attention_kernel`), else `xla`,
+    """`auto`: cuDNN's on one NVIDIA GPU in bfloat16 (`model_folder.with_attention`), else `xla`,
     what XLA makes of it."""
     padding: Padding = "hidden"
     pad_to: int = 0

@@ -142,7 +142,7 @@ def open_folder(
       merge: add the adapter to the weights as they are read (in float32, then cast), for an
         ordinary parameter tree, instead of keeping it beside them.
       longest: tokens of the longest text that the model has to read.
-      attention: `xla`, `cudnn`, or `auto` for what `attention_kernel` chooses.
+      attention: `xla`, `cudnn`, or `auto` for what `with_attention` chooses.
 
     Raises:
       UsageError: `cudnn` cannot compute this model here.
@@ -167,7 +167,7 @@ def open_folder(
     if dtype == "auto":
         stored = source.dtype() if jax.default_backend() != "cpu" else "float32"
         dtype = stored if stored == "bfloat16" else "float32"
-    model = attention_kernel(attention, build_model(family, mask, jnp.dtype(dtype)))
+    model = with_attention(attention, build_model(family, mask, jnp.dtype(dtype)))
     abstract = _abstract_params(model)
     stream.check(source, family.family, model.num_layers, abstract, str(path))
     identity = _identity(path, repr(family.arch))
@@ -175,7 +175,7 @@ def open_folder(
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
 
 
-def attention_kernel(asked: str, model: Any) -> Any:
+def with_attention(asked: str, model: Any) -> Any:
     """The model with `Architecture.attention` set to `xla` or `cudnn`.
 
     cuDNN's takes bfloat16 and heads of up to 128 channels, a multiple of 8, on NVIDIA GPUs of

@@ -13,6 +13,7 @@ import tiny
 
 from sama_jax import bench, cli, data
 from sama_jax.config import AuditSettings, override, preset
+from sama_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +48,26 @@ def test_bench_against_torch_reports_what_the_contract_names(inputs, tmp_path, c
     assert found["agreement"]["largest_loss_difference"] < 1e-5
     assert found["agreement"]["largest_score_difference"] < 1e-6
     assert "texts a second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("found", [("gpu", "float32"), ("cpu", "bfloat16")])
+def test_pytorch_is_compared_where_it_was_checked(found):
+    bench._require_comparable({"platform": "cpu", "dtype": "float32"})
+    with pytest.raises(UsageError, match=f"found {found[0]} and {found[1]}; set JAX_PLATFORMS=cpu"):
+        bench._require_comparable(dict(zip(("platform", "dtype"), found)))
+
+
+def test_memory_of_an_accelerator_is_that_above_the_weights():
+    class Device:
+        stats = {"bytes_in_use": 100, "peak_bytes_in_use": 100}  # noqa: RUF012
+
+        def memory_stats(self):
+            return self.stats
+
+    device = Device()
+    memory = bench._DeviceMemory(device)
+    device.stats = {"bytes_in_use": 120, "peak_bytes_in_use": 170}
+    assert memory.peak() == 70
 
 
 @pytest.mark.parametrize("name", ["official", "default"])

@@ -642,6 +642,6 @@ def test_cudnn_where_it_can_compute_the_model(
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     if expected is None:
         with pytest.raises(UsageError, match=r"expected NVIDIA GPUs .* found a GPU"):
-            model_folder.attention_kernel(asked, model)
+            model_folder.with_attention(asked, model)
     else:
-        assert model_folder.attention_kernel(asked, model).arch.attention == expected
+        assert model_folder.with_attention(asked, model).arch.attention == expected

@@ -38,7 +38,8 @@ def models(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _unchecked():
-    """Without the look at what position a model reads, which compiles for every mesh."""
+    """Without the look at what position a model reads, which compiles for every mesh: on one,
+    test_multiprocess.py runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit.alignment, "check", lambda *_: None)
         yield

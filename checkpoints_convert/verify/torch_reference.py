@@ -324,7 +324,7 @@ def llada_logits(
     groups = c.get("n_kv_heads") or (1 if c.get("multi_query_attention") else heads)
     (b, length), head = tokens.shape, w["wte.weight"].shape[1] // heads
     speed = c.get("rope_theta", 10000.0) ** -(torch.arange(head // 2).float() / (head // 2))
-    angle = torch.outer(torch.arange(length).float(), speed).to(tokens.device)
+    angle = torch.outer(torch.arange(length).float(), speed)
     seen = None if valid is None else valid[:, None, None, :]
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -56,25 +56,16 @@ class TorchSama:
         seed: int,
         scale: float,
         threads: int,
-        dtype: str = "float32",
-        device: str = "cpu",
     ):
-        """`device`: `cpu` or `cuda`. Votes are NumPy's on either, as the published ones are."""
         if settings.nesting != "nested" or settings.repeats != 1:
             raise UsageError("the PyTorch form has nested masks and no repeats: preset official")
         torch.set_num_threads(threads)
         torch.manual_seed(seed)
         self.rng = np.random.default_rng(seed)
         self.config, self.settings, self.mask_id = config, settings, mask_id
-        if device != "cpu" and not torch.cuda.is_available():
-            raise UsageError("PyTorch sees no GPU here, but JAX does: install torch with CUDA")
-        self.device = device
-        wanted = Wanted(path, config, config["n_layers"], None, dtype)
+        wanted = Wanted(path, config, config["n_layers"], None, "float32")
         # load_file maps the file; a copy is in memory before anything is measured.
-        self.target = {
-            name: t.clone() if device == "cpu" else t.to(device)
-            for name, t in llada_weights(wanted).items()
-        }
+        self.target = {name: t.clone() for name, t in llada_weights(wanted).items()}
         self.reference = self.target | {"ln_f.weight": self.target["ln_f.weight"] * scale}
 
     def run(self, texts: Sequence[np.ndarray], probes: Probes | None = None) -> Result:
@@ -100,7 +91,7 @@ class TorchSama:
         for i, text in enumerate(texts):
             tokens[i, : len(text)] = torch.from_numpy(text)
             valid[i, : len(text)] = True
-        seen = None if bool(valid.all()) else valid.to(self.device)
+        seen = None if bool(valid.all()) else valid
         masked = torch.zeros_like(valid)
         buffers = {name: torch.zeros(tokens.shape) for name in losses}
         votes: list[list[float]] = [[] for _ in texts]
@@ -116,10 +107,10 @@ class TorchSama:
             masked |= new
             scored = new if s.loss_source == "stored_first" else masked
             for name, weights in (("target", self.target), ("reference", self.reference)):
-                ids = torch.where(masked, self.mask_id, tokens).to(self.device)
-                logits = llada_logits(self.config, weights, ids, seen).flatten(0, 1).float()
-                loss = F.cross_entropy(logits, tokens.flatten().to(self.device), reduction="none")
-                loss = loss.view(tokens.shape).cpu()
+                ids = torch.where(masked, self.mask_id, tokens)
+                logits = llada_logits(self.config, weights, ids, seen)
+                loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+                loss = loss.view(tokens.shape).float()
                 buffers[name][scored] = loss[scored]
                 if probes is not None:
                     read = np.where(scored.numpy(), loss.numpy(), np.nan)
