@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sama_jax import losses
-from sama_jax.models.transformer import CPU_SCORE_BYTES
+from sama_jax.models.transformer import CPU_SCORE_BYTES, kv_parts
 from sama_jax.types import Params
 
 MARGIN = 0.15
@@ -100,7 +100,7 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     An MLP holds its input (not on GPUs), gate, up, and their product. The head holds float32 logits
     of `losses.HEAD_BYTES`, or of all scored positions if they are fewer. Attention depends on what
     XLA fuses. On a CPU float32 scores exist once, beside queries, keys, values and the result;
-    those of one text, if texts are taken one by one (`transformer.CPU_SCORE_BYTES`), beside all of
+    those of some heads of a text, if there are many (`transformer.CPU_SCORE_BYTES`), beside all of
     these twice. On GPUs float32 scores and the activations' exponentials of them, beside queries,
     keys and values, or none of that with cuDNN's attention; and a copy of one layer's MLP
     parameters, which the scan cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).
@@ -115,14 +115,16 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     tokens, tpu = rows * length, load.platform == "tpu"
     scores = tokens * length * _part(heads, load.parts)
     query, key = (size * tokens * head_size * _part(n, load.parts) for n in (heads, kv_heads))
-    one_by_one = rows > 1 and 4 * rows * heads * length**2 > CPU_SCORE_BYTES
+    in_parts = rows > 1 and 4 * rows * heads * length**2 > CPU_SCORE_BYTES
     if load.platform == "tpu":
         attention = size * scores + query + 2 * key
     elif load.platform != "cpu":
         fused = getattr(arch, "attention", "xla") == "cudnn"
         attention = query + 2 * key + (0 if fused else (4 + size) * scores)
-    elif one_by_one:
-        attention = 4 * scores // rows + 2 * (query + 2 * key)
+    elif in_parts:
+        own = (_part(heads, load.parts), _part(kv_heads, load.parts))
+        parts = rows * kv_parts(own[0], length, own[1], length)
+        attention = 4 * scores // parts + 2 * (query + 2 * key)
     else:
         attention = 4 * scores + 2 * (query + key)
     experts = getattr(arch, "experts", None)

@@ -28,6 +28,9 @@ from sama_jax.types import ForwardBatch, Params, TextKeyData
 TOKENS_A_STEP = 1536
 """Tokens a device works on at once on a CPU: 16 rows of 96. Larger batches ran slower there."""
 ACCELERATOR_TOKENS = 16384
+PROGRAM_FLOPS = {"cpu": 3e11, "accelerator": 1e15}
+"""What a device computes while a program compiles (some 3 s on a CPU, 5 s for an accelerator): a
+bucket that saves less padding than that joins the next one."""
 FORWARD_ROWS = ForwardBatch(0, 0, masks=1, positions=1, group=None, passes=None)  # pyright: ignore
 """Axis of the rows in each field of a `ForwardBatch`."""
 
@@ -188,7 +191,9 @@ class Work:
         lengths = np.array([items[r].length for r in distinct], np.int32)  # pyright: ignore
         wanted, batches = set(rows), []
         buckets = self._buckets(int(lengths.max(initial=1)))
-        for length, whole in _by_length(data.plan_batches(lengths, buckets, self._rows_of)):
+        for length, whole in _by_length(
+            data.plan_batches(lengths, buckets, self._rows_of, self._pays)
+        ):
             left = [r for r in (distinct[i] for i in whole) if r in wanted]
             index = np.array([*left, -1], np.int32)
             full = np.full(len(left), length, np.int32)
@@ -208,16 +213,27 @@ class Work:
             limit = max(longest, min(limit + self.settings.prefix.tokens, room))
         return data.bucket_lengths(limit)
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self.layout.devices[0].platform == "cpu"
+
     def _rows_of(self, length: int) -> int:
         if self.batch_size is not None:
             return self.batch_size * self.layout.row_parts
-        on_cpu = self.layout.devices[0].platform == "cpu"
-        budget = TOKENS_A_STEP if on_cpu else ACCELERATOR_TOKENS
+        budget = TOKENS_A_STEP if self._on_cpu else ACCELERATOR_TOKENS
         rows = min(64, budget // length)
         # Plans are drawn and scores computed for PLAN_ROWS texts at once. Not below 4: a single row
         # takes other kernels, and small batches waste both cores.
         rows = rows // PLAN_ROWS * PLAN_ROWS or 4
         return rows * self.layout.row_parts
+
+    def _pays(self, count: int, length: int, larger: int) -> bool:
+        """Whether a bucket saves the operations that its program costs: SAMA's of both models,
+        whatever the attacks are, so that a text is padded the same whichever are asked for."""
+        model, passes = self.roles["target"].folder.model, 2 * self.settings.sama.passes
+        saved = model.flops_per_text(larger, 0.0) - model.flops_per_text(length, 0.0)
+        platform = "cpu" if self._on_cpu else "accelerator"
+        return count * passes * saved >= PROGRAM_FLOPS[platform] * len(self.layout.devices)
 
     def _slot_sizes(self, task: Task, length: int) -> np.ndarray:
         most = min(length, self.settings.max_length)

@@ -461,8 +461,9 @@ def test_other_ids_are_refused_with_the_first_text_that_differs(tokenizer):
 @pytest.mark.parametrize(
     ("max_length", "expected"),
     [
-        (512, (32, 64, 128, 256, 512)),
-        (200, (32, 64, 128, 200)),
+        (512, (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)),
+        (200, (32, 64, 96, 128, 160, 192, 200)),
+        (1100, (*range(32, 257, 32), 320, 384, 448, 512, 640, 768, 896, 1024, 1100)),
         (32, (32,)),
         (7, (7,)),
         (33, (32, 33)),
@@ -503,6 +504,26 @@ def test_a_half_full_bucket_stays_and_the_largest_used_one_always_does():
         (64, [2, -1, -1, -1]),
         (32, [0, 1, -1, -1]),
     ]
+
+
+def test_a_bucket_that_does_not_pay_joins_the_next_larger_used_one():
+    """64 has nobody, so 32's texts would go to 96; with them it pays to keep 96 apart from 128."""
+    lengths = np.array([20] * 2 + [90] * 6 + [128])
+    asked = []
+
+    def pays(count: int, length: int, larger: int) -> bool:
+        asked.append((count, length, larger))
+        return count * (larger - length) >= 200
+
+    plans = data.plan_batches(lengths, (32, 64, 96, 128), lambda length: 4, pays)
+    assert [(p.length, p.rows.tolist()) for p in plans] == [
+        (128, [8, -1, -1, -1]),
+        (96, [0, 1, 2, 3]),
+        (96, [4, 5, 6, 7]),
+    ]
+    assert asked == [(2, 32, 96), (8, 96, 128)]
+    plans = data.plan_batches(lengths, (32, 64, 96, 128), lambda length: 4, lambda *_: False)
+    assert {p.length for p in plans} == {128}
 
 
 def test_no_texts_no_batches_and_too_long_texts_are_refused():

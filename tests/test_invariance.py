@@ -20,7 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-from sama_jax import audit, data, losses, model_folder, parallel, replay, scoring
+from sama_jax import audit, data, losses, model_folder, parallel, reading, replay, scoring
 from sama_jax.cli import STANDARD
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.types import ForwardBatch
@@ -79,7 +79,7 @@ def run(models, texts, out, **changes):
 def expected(models, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("expected")
     found = run(models, texts, out)
-    assert buckets_of(out) == {"64"}  # 24 texts fill no batch of 32 tokens on 8 devices
+    assert buckets_of(out) == {"64"}  # one more program does not pay
     return found
 
 
@@ -152,8 +152,9 @@ def test_scores_do_not_depend_on_the_file(models, texts, expected, tmp_path):
     assert_same({t.id: actual[f"x-{t.id}"] for t in some}, expected)
 
 
-def test_scores_do_not_depend_on_the_bucket(models, texts, expected, tmp_path):
+def test_scores_do_not_depend_on_the_bucket(models, texts, expected, tmp_path, monkeypatch):
     """Batches of 8 texts fill two buckets, and the longer one holds all that is expected."""
+    monkeypatch.setattr(scoring, "PROGRAM_FLOPS", {"cpu": 0.0})
     found = run(models, texts, tmp_path, batch_size=1)
     assert buckets_of(tmp_path) == {"32", "64"}
     assert_same(found, expected)
@@ -224,6 +225,20 @@ def test_visible_padding_changes_losses_and_hidden_padding_does_not(models, text
     assert np.nanmax(np.abs(visible[name][2] - hidden[name][2])) > 1e-3
 
 
+def test_a_bucket_pays_if_it_saves_what_its_program_costs(models):
+    """On 8 devices, for both models' passes."""
+    folders = [model_folder.open_folder(path, dtype="float32") for path in models]
+    roles = [scoring.Role(n, f, n) for n, f in zip(("target", "reference"), folders)]
+    layout = parallel.local_layout()
+    work = scoring.Work(reading.Reader([], SETTINGS, {}, {}, None), roles, SETTINGS, layout=layout)
+    model, passes = folders[0].model, SETTINGS.sama.steps
+    saved = model.flops_per_text(48, 0.0) - model.flops_per_text(32, 0.0)
+    cost = scoring.PROGRAM_FLOPS["cpu"] * jax.device_count()
+    enough = int(np.ceil(cost / (2 * passes * saved)))
+    assert work._pays(enough, 32, 48)
+    assert not work._pays(enough - 1, 32, 48)
+
+
 def test_at_most_two_programs_a_bucket(models, tmp_path):
     """1,000 texts of mixed length, all plans: one program a bucket serves plans and models."""
     texts = [data.Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(1000, words=(1, 60)))]
@@ -239,6 +254,7 @@ def test_at_most_two_programs_a_bucket(models, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "score_batch", counted)
+        patch.setattr(scoring, "PROGRAM_FLOPS", {"cpu": 0.0})
         run(models, texts, tmp_path, settings=settings, batch_size=8)
     scoring._runner.cache_clear()
     log = read_lines(tmp_path / "run" / "log.jsonl")

@@ -339,9 +339,9 @@ def test_gradient_is_zero_at_padding_and_nonzero_at_every_valid_position(pair, r
 
 
 @pytest.mark.parametrize("by_query", [False, True])
-def test_attention_text_by_text_is_attention(monkeypatch, by_query: bool):
+def test_attention_in_parts_is_attention(monkeypatch, by_query: bool):
     """What a CPU does with large batches, against a plain softmax in float64."""
-    b, h, g, n, length, a = 3, 4, 2, 5, 7, 8
+    b, h, g, n, length, a = 3, 8, 4, 5, 7, 8
     q, k, v = (
         jax.random.normal(key, shape)
         for key, shape in zip(
@@ -358,8 +358,11 @@ def test_attention_text_by_text_is_attention(monkeypatch, by_query: bool):
     powers = np.where(seen, np.exp(scores / np.sqrt(a)), 0.0)
     weights = powers / powers.sum(axis=-1, keepdims=True)
     expected = np.einsum("bhnl,bhla->bhna", weights, np.repeat(np.asarray(v), h // g, axis=1))
-    for limit in (0, 2**40):
+    text = 4 * h * n * length
+    for limit, part, parts in ((2**40, 0, None), (0, text, 1), (0, text / 2, 2), (0, 0, 4)):
         monkeypatch.setattr(transformer, "CPU_SCORE_BYTES", limit)
+        monkeypatch.setattr(transformer, "CPU_PART_BYTES", part)
+        assert parts in (None, transformer.kv_parts(h, n, g, length))
         out, read = jax.jit(lambda *args: transformer.attend(*args))(q, k, v, jnp.asarray(allowed))
         np.testing.assert_allclose(out, expected, atol=1e-6)
         np.testing.assert_allclose(read, weights, atol=1e-6)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from sama_jax.errors import DataError
 from sama_jax.files import AppendOnly, read_json_lines
 from sama_jax.reading import Item, Reader
 from sama_jax.run_folder import RunFolder
-from sama_jax.scoring import Work
+from sama_jax.scoring import Role, Work
 from sama_jax.store import LossStore, make_record
 from sama_jax.types import TextKeyData
 
@@ -309,6 +310,13 @@ def test_equal_tokens_are_computed_once_and_scored_twice(models, tmp_path: Path)
     assert rows[7]["scores"] != rows[6]["scores"]
 
 
+class Costly:
+    """A model large enough for a bucket to pay, if it saves padding at all."""
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        return 1e10 * length
+
+
 def test_a_text_is_padded_alike_however_few_are_left():
     """A resumed run must compute the same bits, and padding may change them."""
 
@@ -319,7 +327,10 @@ def test_a_text_is_padded_alike_however_few_are_left():
     lengths = [20, 120, 60, 25, *[50] * 30, 30, 100]
     items = [text(f"{i}", length) for i, length in enumerate(lengths)]
     settings = AuditSettings(max_length=128)
-    work = Work(Reader([], settings, {"text": [*items]}, {}, None), [], settings, batch_size=1)
+    folder: Any = SimpleNamespace(model=Costly())
+    target = Role("target", folder, "")
+    reader = Reader([], settings, {"text": [*items]}, {}, None)
+    work = Work(reader, [target], settings, batch_size=1)
 
     def padded(rows: list[int]) -> dict[int, int]:
         batches = work.batches(rows)
@@ -330,6 +341,7 @@ def test_a_text_is_padded_alike_however_few_are_left():
 
     everything = padded(list(range(len(items))))
     assert everything[0] == 64  # three short texts are too few for a bucket of their own
+    assert everything[1] == 128
     draw = random.Random(0)
     for count in [1, 1, 2, 3, 5, 8, 20]:
         left = sorted(draw.sample(range(len(items)), count))

@@ -39,9 +39,11 @@ from sama_jax.models.moe import Experts, Moe
 from sama_jax.types import Params
 
 CPU_SCORE_BYTES = 8 * 2**20
-"""Attention scores of a batch that a CPU computes at once; more are computed text by text. 4 texts
-of 512 tokens have 32 MiB with 8 heads, which leave the caches: a 115M model ran at 80 instead of 93
-GFLOP/s; with 4 heads a small one at 77 instead of 91."""
+"""Attention scores of a batch that a CPU computes at once; more are computed in parts, since they
+leave the caches: 4 texts of 512 tokens have 32 MiB with 8 heads, which ran a 115M model at 91
+instead of 127 GFLOP/s."""
+CPU_PART_BYTES = 2 * 2**20
+"""Scores of such a part, some heads of a text: 127 GFLOP/s where whole texts (8 MiB) ran at 115."""
 
 
 class Llama3Scaling(NamedTuple):
@@ -230,13 +232,34 @@ def attend(
     if b > 1 and 4 * b * h * n * k.shape[2] > CPU_SCORE_BYTES:
         rows = (q, k, v, allowed)
         out = jax.lax.platform_dependent(
-            *rows, cpu=_attend_by_row, default=lambda *args: _attend(*args)[0]
+            *rows, cpu=_attend_in_parts, default=lambda *args: _attend(*args)[0]
         )
     return out, weights
 
 
-def _attend_by_row(*args: Array) -> Float[Array, "b h k a"]:
-    return jax.lax.map(lambda row: _attend(*(x[None] for x in row))[0][0], args)
+def _attend_in_parts(
+    q: Float[Array, "b h k a"],
+    k: Float[Array, "b g l a"],
+    v: Float[Array, "b g l a"],
+    allowed: Bool[Array, "b #k l"],
+) -> Float[Array, "b h k a"]:
+    """Some key heads of a text, with the queries that they serve, after the others."""
+    parts = kv_parts(q.shape[1], q.shape[2], *k.shape[1:3])
+
+    def split(x: Array) -> Array:
+        b, heads, *rest = x.shape
+        return x.reshape(b * parts, 1, heads // parts, *rest)
+
+    seen = jnp.repeat(allowed[:, None], parts, axis=0)
+    out = jax.lax.map(lambda part: _attend(*part)[0], (split(q), split(k), split(v), seen))
+    return out.reshape(q.shape)
+
+
+def kv_parts(heads: int, queries: int, kv_heads: int, length: int) -> int:
+    """Parts of a text's key heads, as few as keep the scores of one below `CPU_PART_BYTES`."""
+    whole = 4 * heads * queries * length
+    fitting = (p for p in range(1, kv_heads) if kv_heads % p == 0 and whole <= p * CPU_PART_BYTES)
+    return next(fitting, kv_heads)
 
 
 def _attend_by_cudnn(
