@@ -102,9 +102,9 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     XLA fuses. On a CPU float32 scores exist once, beside queries, keys, values and the result;
     those of some queries of a text, if there are many (`transformer.CPU_SCORE_BYTES`), beside the
     input and one and a half times queries, keys and values, which fits nine programs within 9 %. On
-    GPUs float32 scores and the activations' exponentials of them, beside queries,
-    keys and values, or none of that with cuDNN's attention; and a copy of one layer's MLP
-    parameters, which the scan cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).
+    GPUs float32 scores and the activations' exponentials of them, beside queries, keys and values,
+    or none of that with cuDNN's attention; and a copy of one layer's MLP parameters, which the scan
+    cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).
 
     On TPUs the softmax is fused: its weights exist once, in the activations' dtype, with queries,
     keys and values; so is the MLP's product. But XLA turns the scanned blocks' projections of

@@ -41,9 +41,9 @@ from sama_jax.types import Params
 CPU_SCORE_BYTES = 8 * 2**20
 """Attention scores of a batch that a CPU computes at once; more are computed in parts, since they
 leave the caches: 4 texts of 512 tokens have 32 MiB with 8 heads, which ran a 115M model at 91
-instead of 127 GFLOP/s."""
+instead of 115 GFLOP/s."""
 CPU_PART_BYTES = 2 * 2**20
-"""Scores of such a part, some queries of a text: whole texts (8 MiB) took 2 to 8 % longer."""
+"""Scores of such a part, some queries of a text: that model took 5 % longer with whole texts."""
 
 
 class Llama3Scaling(NamedTuple):
@@ -253,12 +253,13 @@ def _attend_in_parts(
 
     def text(row: tuple[Array, Array, Array, Array]) -> Float[Array, "h k a"]:
         q, k, v, allowed = row
-        allowed = jnp.broadcast_to(allowed, (n, allowed.shape[-1]))
+        by_query = allowed.shape[0] > 1
 
-        def some(part: tuple[Array, Array]) -> Float[Array, "h c a"]:
-            return _attend(part[0][None], k[None], v[None], part[1][None])[0][0]
+        def some(part: tuple[Array, ...]) -> Float[Array, "h c a"]:
+            seen = part[1] if by_query else allowed
+            return _attend(part[0][None], k[None], v[None], seen[None])[0][0]
 
-        out = jax.lax.map(some, (split(q), split(allowed)))
+        out = jax.lax.map(some, (split(q), *([split(allowed)] if by_query else [])))
         return jnp.moveaxis(out, 0, 1).reshape(h, n, a)
 
     return jax.lax.map(text, (q, k, v, allowed))
