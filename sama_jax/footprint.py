@@ -100,11 +100,10 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     An MLP holds its input (not on GPUs), gate, up, and their product. The head holds float32 logits
     of `losses.HEAD_BYTES`, or of all scored positions if they are fewer. Attention depends on what
     XLA fuses. On a CPU float32 scores exist once, beside queries, keys, values and the result;
-    those of some queries of a text, if there are many (`transformer.CPU_SCORE_BYTES`), beside the
-    input and one and a half times queries, keys and values, which fits nine programs within 9 %. On
-    GPUs float32 scores and the activations' exponentials of them, beside queries, keys and values,
-    or none of that with cuDNN's attention; and a copy of one layer's MLP parameters, which the scan
-    cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).
+    those of some queries of a text if they are many (`transformer.CPU_SCORE_BYTES`), beside all of
+    these twice. On GPUs float32 scores and the activations' exponentials of them, beside queries,
+    keys and values, or none of that with cuDNN's attention; and a copy of one layer's MLP
+    parameters, which the scan cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).
 
     On TPUs the softmax is fused: its weights exist once, in the activations' dtype, with queries,
     keys and values; so is the MLP's product. But XLA turns the scanned blocks' projections of
@@ -114,7 +113,6 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     heads, kv_heads = arch.num_heads, getattr(arch, "num_kv_heads", arch.num_heads)
     head_size = getattr(arch, "head_size", None) or arch.width // heads
     tokens, tpu = rows * length, load.platform == "tpu"
-    stream = size * tokens * arch.width
     scores = tokens * length * _part(heads, load.parts)
     query, key = (size * tokens * head_size * _part(n, load.parts) for n in (heads, kv_heads))
     in_parts = rows > 1 and 4 * rows * heads * length**2 > CPU_SCORE_BYTES
@@ -125,12 +123,12 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
         attention = query + 2 * key + (0 if fused else (4 + size) * scores)
     elif in_parts:
         parts = rows * query_parts(heads, length, length)
-        attention = 4 * scores // parts + stream + 3 * (query + 2 * key) // 2
+        attention = 4 * scores // parts + 2 * (query + 2 * key)
     else:
         attention = 4 * scores + 2 * (query + key)
     experts = getattr(arch, "experts", None)
     inner = _inner(arch) if experts is None else experts.shared_width
-    wide = size * tokens * _part(inner, load.parts)
+    stream, wide = size * tokens * arch.width, size * tokens * _part(inner, load.parts)
     stacked = arch.num_layers - 1 - getattr(arch, "first_dense", 0)
     columns = head_size * (_part(heads, load.parts) + 2 * _part(kv_heads, load.parts))
     copies, mlp = 0, stream + (2 if tpu else 3) * wide
