@@ -311,7 +311,7 @@ def _measure(
         theirs["ratio_with_compiling"] = inside / theirs["texts_per_second"]
         without = statistics.median(times["torch"]) - votes
         theirs["ratio_without_its_votes"] = without / statistics.median(times["jax"])
-        theirs["memory_ratio"] = result["peak_memory_bytes"] / theirs["peak_memory_bytes"]
+        theirs["memory_ratio"] = _share(result["peak_memory_bytes"], theirs["peak_memory_bytes"])
         # Less disturbed by whatever else the machine does.
         theirs["cpu_seconds"] = _median(rounds["torch"], "cpu_seconds")
         theirs["cpu_ratio"] = theirs["cpu_seconds"] / result["cpu_seconds"]
@@ -319,6 +319,11 @@ def _measure(
         result["torch"] = theirs
     result["bench_seconds"] = time.monotonic() - start
     return result
+
+
+def _share(part: int | None, whole: int | None) -> float | None:
+    """None where the system does not say what memory is in use."""
+    return None if part is None or whole is None else part / whole
 
 
 def _median(rounds: list[dict[str, Any]], name: str) -> float:
@@ -380,7 +385,8 @@ def print_table(found: dict[str, Any]) -> None:
         values = [side.get(name) for side in (found, *([other] if other else []))]
         cells = ["-" if v is None else format(v / scale, form) for v in values]
         if other:
-            cells.append(format(other[ratio], ".2f") if ratio else "")
+            known = ratio is not None and other[ratio] is not None
+            cells.append(format(other[ratio], ".2f") if known else "")
         table.add_row(title, *cells)
 
     row("texts a second", "texts_per_second", 1, ".3f", "ratio")

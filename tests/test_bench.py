@@ -48,6 +48,13 @@ def test_bench_against_torch_reports_what_the_contract_names(inputs, tmp_path, c
     assert found["agreement"]["largest_loss_difference"] < 1e-5
     assert found["agreement"]["largest_score_difference"] < 1e-6
     assert "texts a second" in capsys.readouterr().out
+    # A system that does not say what memory is in use.
+    for side in (found, found["torch"]):
+        side["peak_memory_bytes"] = None
+    found["torch"]["memory_ratio"] = bench._share(None, None)
+    bench.print_table(found)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in table if "peak memory" in line] == [["-", "-"]]
 
 
 @pytest.mark.parametrize("found", [("gpu", "float32"), ("cpu", "bfloat16")])
