@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from sama_jax.data import TextTokenizer, require_ids_fit
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.files import write_json, writing
 from sama_jax.model_folder import CONFIG, PARAMS, RECORD, ModelFolder
-from sama_jax.progress import ProgressBar, duration
+from sama_jax.progress import ByteBar, duration
 
 HOST_BASE_BYTES = 0.35 * 2**30
 """Python, JAX and Orbax themselves."""
@@ -105,7 +105,7 @@ def to_orbax(
         _announce(src, folder, total, host, quiet)
 
         start = time.monotonic()
-        with _Megabytes("reading", total, quiet) as told:
+        with ByteBar("reading", total, quiet=quiet) as told:
             params = model_folder.read_params(
                 folder, lambda path, _: (wanted[path], place[path]), told
             )
@@ -164,7 +164,7 @@ def to_hf(
         _announce(src, folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
 
         start = time.monotonic()
-        with _Megabytes("writing", total, quiet) as told, writing(out):
+        with ByteBar("writing", total, quiet=quiet) as told, writing(out):
             stream.save_weights(out, tensors, max_shard_bytes, told)
         config = folder.config
         if config.get("block_group_size", 1) != 1 and folder.family.family == "llada":
@@ -309,22 +309,6 @@ def size(num_bytes: float) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.2f} {name}"
     return f"{num_bytes / 1e3:.0f} kB"
-
-
-class _Megabytes(ProgressBar):
-    """A progress bar that is told bytes; silent below 1 MB."""
-
-    def __init__(self, what: str, total: int, quiet: bool):
-        super().__init__(what, total // 10**6, "MB", quiet=quiet or total < 10**6)
-        self._bytes = 0
-
-    def __enter__(self) -> Callable[[int], None]:  # pyright: ignore
-        super().__enter__()
-        return self._told
-
-    def _told(self, amount: int) -> None:
-        self._bytes += amount
-        self.advance(self._bytes // 10**6 - self.done)
 
 
 # --- the output ----------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +27,10 @@ from sama_jax.errors import ModelError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-SLAB = 2**24
-"""The most values that are read from a file at once: 32 MiB of bfloat16."""
+SLAB = 2**22
+"""The most values that are read from a file at once: 8 MiB of bfloat16."""
+READERS = min(8, os.cpu_count() or 1)
+"""Threads that read and transpose at once; NumPy copies without the interpreter's lock."""
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _CODES = {
@@ -52,6 +56,7 @@ class Source:
         self.bytes_read = 0
         """Bytes that `window` has returned."""
         self._handles = handles
+        self._counting = threading.Lock()
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A window of a tensor, in its stored dtype."""
@@ -60,7 +65,8 @@ class Source:
             values = self._handles[tensor.file].get_slice(tensor.name)[index]
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{tensor.file}: cannot read tensor {tensor.name} ({error})") from None
-        self.bytes_read += values.nbytes
+        with self._counting:
+            self.bytes_read += values.nbytes
         return values
 
     def unlisted(self) -> list[str]:
@@ -187,8 +193,8 @@ def _equal(source: Source, a: str, b: str) -> bool:
     if b not in source.tensors or source.tensors[a].shape != source.tensors[b].shape:
         return False
     box = tuple(map(range, source.tensors[a].shape))
-    pieces = zip(_slabs(source, a, Rule(a), box), _slabs(source, b, Rule(b), box))
-    return all(np.array_equal(x, y) for (_, _, x), (_, _, y) in pieces)
+    slabs = _slabs(source.tensors[a], Rule(a), box)  # the same of b
+    return all(np.array_equal(source.window(a, s.index), source.window(b, s.index)) for s in slabs)
 
 
 def rule_of(path: str, leaves: Mapping[str, Any], family: str, num_layers: int) -> Rule:
@@ -265,8 +271,9 @@ def load_params(
         local = target.sharding.addressable_devices_indices_map(shape).values()
         windows = {_ranges(index, shape) for index in local}
         buffers = {w: _aligned_empty([len(r) for r in w], dtype) for w in windows}
-        for place, stored, _ in named:
-            _fill(buffers, source, stored, rule, place)
+        copies = (c for p, n, _ in named for c in _copies(buffers, source, n, rule, p))
+        for _ in readers.map(lambda copy: copy(), copies):  # raises what a copy raises
+            pass
         array = jax.make_array_from_callback(
             shape,
             target.sharding,
@@ -276,7 +283,8 @@ def load_params(
             progress(array.nbytes)
         return array
 
-    return jax.tree_util.tree_map_with_path(leaf, abstract)
+    with ThreadPoolExecutor(READERS) as readers:
+        return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 _Window = tuple[range, ...]
@@ -298,14 +306,17 @@ def _aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(
+def _copies(
     buffers: Mapping[_Window, np.ndarray],
     source: Source,
     name: str,
     rule: Rule,
     place: tuple[int, ...],
-) -> None:
-    """Copies one source tensor to where windows of a parameter hold it; reads each byte once."""
+) -> Iterator[Callable[[], None]]:
+    """Copies of one source tensor, slab by slab, to where windows of a parameter hold it.
+
+    In any order and at once: no two write to the same values, and each byte is read by one.
+    """
     parts: dict[_Window, np.ndarray] = {}  # in the source's layout
     for ranges, buffer in buffers.items():
         if all(i in r for i, r in zip(place, ranges)):
@@ -315,17 +326,25 @@ def _fill(
                 part.swapaxes(-1, -2) if rule.transpose else part
             )
     for box in _boxes(list(parts)):
-        for rows, columns, piece in _slabs(source, name, rule, box):
-            for window, part in parts.items():
-                low, high = max(rows.start, window[0].start), min(rows.stop, window[0].stop)
-                inside = all(w.start in c for w, c in zip(window[1:], columns))
-                if low >= high or not inside:
-                    continue
-                there = slice(low - window[0].start, high - window[0].start)
-                here = [slice(low - rows.start, high - rows.start)]
-                here += [slice(c.index(w.start), c.index(w.start) + len(w))
-                         for w, c in zip(window[1:], columns)]  # fmt: skip
-                _copy(part[there], piece[tuple(here)])
+        for slab in _slabs(source.tensors[name], rule, box):
+            yield functools.partial(_copy_slab, parts, source, name, slab)
+
+
+def _copy_slab(
+    parts: Mapping[_Window, np.ndarray], source: Source, name: str, slab: "_Slab"
+) -> None:
+    """Reads a slab and copies it to the windows that it lies in."""
+    rows, columns, piece = slab.rows, slab.columns, source.window(name, slab.index)
+    for window, part in parts.items():
+        low, high = max(rows.start, window[0].start), min(rows.stop, window[0].stop)
+        inside = all(w.start in c for w, c in zip(window[1:], columns))
+        if low >= high or not inside:
+            continue
+        there = slice(low - window[0].start, high - window[0].start)
+        here = [slice(low - rows.start, high - rows.start)]
+        here += [slice(c.index(w.start), c.index(w.start) + len(w))
+                 for w, c in zip(window[1:], columns)]  # fmt: skip
+        _copy(part[there], piece[tuple(here)])
 
 
 def _boxes(windows: list[_Window]) -> list[_Window]:
@@ -339,14 +358,19 @@ def _boxes(windows: list[_Window]) -> list[_Window]:
     return [box] if volume == math.prod(map(len, box)) else windows
 
 
-def _slabs(
-    source: Source, name: str, rule: Rule, box: _Window
-) -> Iterator[tuple[range, _Window, np.ndarray]]:
-    """(rows, columns, their values) of a box, piece by piece; in the source's layout.
+class _Slab(NamedTuple):
+    """What is read at once."""
 
-    Rows count what the parameter picks from the source's first axis.
-    """
-    tensor, columns = source.tensors[name], box[1:]
+    rows: range
+    """These count what the parameter picks from the source's first axis."""
+    columns: _Window
+    index: tuple[slice, ...]
+    """Where it is in the source."""
+
+
+def _slabs(tensor: SourceTensor, rule: Rule, box: _Window) -> Iterator[_Slab]:
+    """A box, piece by piece, in the source's layout."""
+    columns = box[1:]
     picked = np.arange(tensor.shape[0])
     if rule.fused:
         picked = picked.reshape(rule.fused.view)[rule.fused.pick].reshape(-1)
@@ -355,11 +379,11 @@ def _slabs(
     for run in np.split(picked, np.flatnonzero(np.diff(picked) != 1) + 1):
         for at in range(0, len(run), step):
             rows = run[at : at + step]
-            window = (
+            index = (
                 slice(int(rows[0]), int(rows[-1]) + 1),
                 *(slice(c.start, c.stop) for c in columns),
             )
-            yield range(start, start + len(rows)), columns, source.window(name, window)
+            yield _Slab(range(start, start + len(rows)), columns, index)
             start += len(rows)
 
 

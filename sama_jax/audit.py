@@ -152,7 +152,9 @@ def run_audit(job: AuditJob) -> AuditResult | None:
             notes.append(f"{role.name}: {warning}")
             say.print(f"note: {notes[-1]}")
 
-    placed = _placement(job, roles)
+    # The same everywhere, or processes would split the work differently.
+    room = min(peers.gather("memory", parallel.device_bytes()))
+    placed = _placement(job, roles, room)
     say.print(_describe(placed))
     work = scoring.Work(
         reader,
@@ -163,6 +165,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         batch_size=job.batch_size,
         layout=placed.layout,
         in_turn=not placed.together,
+        device_bytes=room,
         peers=peers,
         include_votes=job.include_votes,
         quiet=quiet,
@@ -227,7 +230,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     return AuditResult(rows, metrics, folder.manifest["cost"], job.out)
 
 
-def _placement(job: AuditJob, roles: list[scoring.Role]) -> parallel.Fit:
+def _placement(job: AuditJob, roles: list[scoring.Role], room: int) -> parallel.Fit:
     """What each device holds."""
     folders = [role.folder for role in roles]
 
@@ -243,6 +246,7 @@ def _placement(job: AuditJob, roles: list[scoring.Role]) -> parallel.Fit:
         max(model_folder.num_bytes([f]) for f in folders),
         splits,
         fully_sharded=job.fully_sharded,
+        room=room,
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sama_jax import __version__, config, processes
-from sama_jax.errors import Interrupted, SamaError, UsageError
+from sama_jax.errors import Interrupted, OutOfMemory, SamaError, UsageError
 
 STANDARD = "sama,loss,loss:sum,zlib,ratio"
 """The attacks of an audit unless told otherwise: three plans' worth of passes."""
@@ -24,6 +25,7 @@ exit codes:
   4   model
   5   finished, but a validity gate failed under --strict
   6   parity failed
+  71  out of memory, of a device or the host
   74  disk full or not writable
   75  interrupted (Ctrl-C, SIGTERM, another process is lost); the same command continues
 """
@@ -119,7 +121,12 @@ def _add_audit(commands: Any) -> None:
         "--pad-to", type=int, default=0, metavar="TOKENS", help="length of visible padding"
     )
     p.add_argument("--seed", type=int, default=42, help="of masks and subsets")
-    p.add_argument("--batch-size", type=int, metavar="ROWS", help="texts a device works on at once")
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="ROWS",
+        help="texts a device works on at once (default: by their length, and as many as fit)",
+    )
     _add_devices(p)
     p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N texts")
@@ -678,6 +685,36 @@ def run_program(
     except SamaError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        reason = _allocation(error)
+        if reason is None:
+            raise
+        print(f"{name}: out of memory ({reason}); {_smaller(args)}", file=sys.stderr)
+        return OutOfMemory.exit_code
+
+
+def _allocation(error: Exception) -> str | None:
+    """What an allocation that failed says, in one line; None of any other error.
+
+    JAX's own class is not imported here. Where XLA tries kernels out, its first line is another.
+    """
+    if isinstance(error, MemoryError):
+        return str(error) or "MemoryError"
+    found = re.search(r"RESOURCE_EXHAUSTED[^\n]*", str(error))
+    return found and found[0]
+
+
+def _smaller(args: argparse.Namespace) -> str:
+    """What needs less memory, by the flags that the command has."""
+    advice = {
+        "batch_size": "a smaller --batch-size",
+        "max_length": "a smaller --max-length",
+        "models": "--models in-turn",
+        "mesh": "--mesh data=1,model=N over N devices",
+        "dtype": "--dtype bfloat16",
+    }
+    found = [text for flag, text in advice.items() if hasattr(args, flag)]
+    return f"what needs less: {', '.join(found)}" if found else "it needs a machine with more"
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ class ValidityError(SamaError):
     exit_code = 5
 
 
+class OutOfMemory(SamaError):
+    """A device, or the host, has too little memory (exit code 71, EX_OSERR of sysexits.h)."""
+
+    exit_code = 71
+
+
 class OutputError(SamaError):
     """The disk is full or a path cannot be written (exit code 74, EX_IOERR of sysexits.h)."""
 

@@ -330,6 +330,11 @@ def _open_run(
             raise UsageError(
                 f"{out}: holds a model that was not trained here; choose another output folder"
             )
+        if out.is_dir() and any(out.iterdir()):
+            raise UsageError(
+                f"{out}: not empty, and has no {MANIFEST} of a training to go on with; choose a "
+                "new folder"
+            )
         run = _Run(out, {}, texts, held, quiet, say)
         run.remember(identity=identity)
         return run

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -88,6 +89,22 @@ class ProgressBar:
     def _line(self, text: str) -> None:
         if not self._quiet:
             print(f"{self.what}: {self.done}/{self.total} {self.unit}, {text}", file=sys.stderr)
+
+
+class ByteBar(ProgressBar):
+    """A progress bar that is told bytes; silent below `least` of them."""
+
+    def __init__(self, what: str, total: int, *, quiet: bool = False, least: int = 10**6):
+        super().__init__(what, total // 10**6, "MB", quiet=quiet or total < least)
+        self._bytes = 0
+
+    def __enter__(self) -> Callable[[int], None]:  # pyright: ignore
+        super().__enter__()
+        return self._told
+
+    def _told(self, amount: int) -> None:
+        self._bytes += amount
+        self.advance(self._bytes // 10**6 - self.done)
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from sama_jax import data, footprint, losses, model_folder, parallel, processes,
 from sama_jax.attacks.registry import Attack, CorpusReading, Procedure
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.errors import UsageError
-from sama_jax.progress import ProgressBar, binary_size, duration
+from sama_jax.progress import ByteBar, ProgressBar, binary_size, duration
 from sama_jax.reading import PLAN_ROWS, ROLES, Item, Reader, Task, passes
 from sama_jax.run_folder import RunFolder
 from sama_jax.store import make_record
@@ -115,7 +115,8 @@ class Work:
     """Which passes are missing, and doing them.
 
     `make_items(view)` makes the items of a view that depends on a guide, once that has run;
-    `check(role, params)` looks at a model that has been loaded.
+    `check(role, params)` looks at a model that has been loaded. `device_bytes`: memory of a device,
+    the same in every process; None: what this process' devices have.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Work:
         include_votes: bool = False,
         layout: parallel.Layout | None = None,
         in_turn: bool = False,
+        device_bytes: int | None = None,
         peers: processes.Peers | None = None,
         quiet: bool = False,
     ):
@@ -138,6 +140,7 @@ class Work:
         self.make_items, self.check = make_items, check
         self.batch_size, self.include_votes, self.quiet = batch_size, include_votes, quiet
         self.layout, self.in_turn = layout or parallel.local_layout(), in_turn
+        self.device_bytes = device_bytes or parallel.device_bytes()
         self.peers = peers or processes.Peers()
         self.seconds = {t.identity: 0.0 for t in reader.tasks.values()}
         self._overlap = _Overlap(self.seconds)
@@ -217,15 +220,34 @@ class Work:
     def _on_cpu(self) -> bool:
         return self.layout.devices[0].platform == "cpu"
 
+    @property
+    def _tokens_a_step(self) -> int:
+        return TOKENS_A_STEP if self._on_cpu else ACCELERATOR_TOKENS
+
     def _rows_of(self, length: int) -> int:
         if self.batch_size is not None:
             return self.batch_size * self.layout.row_parts
-        budget = TOKENS_A_STEP if self._on_cpu else ACCELERATOR_TOKENS
-        rows = min(64, budget // length)
+        rows = min(64, self._tokens_a_step // length)
         # Plans are drawn and scores computed for PLAN_ROWS texts at once. Not below 4: a single row
         # takes other kernels, and small batches waste both cores.
         rows = rows // PLAN_ROWS * PLAN_ROWS or 4
+        rows = min(rows, self._rows_that_fit(length))
+        rows -= rows % PLAN_ROWS if rows > PLAN_ROWS else 0
         return rows * self.layout.row_parts
+
+    def _rows_that_fit(self, length: int) -> int:
+        """By the closed form, beside the models; at least one, which may yet fit.
+
+        As if every position were scored, so that it is the same whichever attacks are asked for.
+        """
+        model, load = self.roles["target"].folder.model, self._load_of(0, length, length)
+        sizes = self._parameter_bytes, self.device_bytes
+        return max(1, footprint.largest_rows(model.arch, model.dtype, load, *sizes))
+
+    def _load_of(self, rows: int, length: int, slots: int) -> footprint.Load:
+        """What a device works on with `rows` rows of its own."""
+        parts, platform = self.layout.mesh.shape["model"], self.layout.devices[0].platform
+        return footprint.Load(rows, length, slots, parts=parts, platform=platform)
 
     def _pays(self, count: int, length: int, larger: int) -> bool:
         """Whether a bucket saves the operations that its program costs: SAMA's of both models,
@@ -267,8 +289,9 @@ class Work:
                         passes += real * task.passes
                         tokens += real * task.passes * batch.length
                         flops += len(batch.rows) * self._flops(task, role, batch.length)
-        rate = 0.5 * _matmul_rate(self.roles["target"].folder.model) * len(self.layout.devices)
-        memory, device = self.memory(shapes).total, parallel.device_bytes()
+        product = _matmul_rate(self.roles["target"].folder.model, self._tokens_a_step)
+        rate = 0.5 * product * len(self.layout.devices)
+        memory, device = self.memory(shapes).total, self.device_bytes
         return (
             f"{texts} texts, {passes} forward passes, {tokens:,} tokens with padding, "
             f"{flops / 1e12:.2f} TFLOP: about {duration(flops / rate)} after compiling, "
@@ -277,19 +300,18 @@ class Work:
 
     def memory(self, shapes: Iterable[tuple[int, int]]) -> footprint.Footprint:
         """Bytes on one device in the largest of batches of these (rows, length); closed form."""
-        model, parts = self.roles["target"].folder.model, self.layout.mesh.shape["model"]
-        platform = self.layout.devices[0].platform
+        model = self.roles["target"].folder.model
         found = footprint.Footprint(0, 0, footprint.Temporaries(0, 0, 0, 0, 0, 0))
         for rows, length in shapes:
-            most = max(self.slots(length), default=length)
-            rows //= self.layout.row_parts
-            load = footprint.Load(rows, length, most, parts=parts, platform=platform)
+            slots = max(self.slots(length), default=length)
+            load = self._load_of(rows // self.layout.row_parts, length, slots)
             some = footprint.Footprint(
                 0, footprint.input_bytes(load), footprint.temporaries(model.arch, model.dtype, load)
             )
             found = max(found, some, key=lambda f: f.total)
-        return found._replace(parameters=self._parameter_bytes())
+        return found._replace(parameters=self._parameter_bytes)
 
+    @functools.cached_property
     def _parameter_bytes(self) -> int:
         """Of the models that are resident at once, on one device; adapters are left out."""
         bases = {
@@ -461,9 +483,10 @@ class Work:
         needed = {r for t in self.reader.tasks.values() for r in t.channels}
         roles = {self.roles[r].store_key: self.roles[r] for r in wanted if r in needed}
         start = time.monotonic()
-        loaded = model_folder.load_together(
-            [r.folder for r in roles.values()], self.layout.shardings
-        )
+        folders = [r.folder for r in roles.values()]
+        total = model_folder.num_bytes(folders)
+        with ByteBar("weights", total, quiet=self.quiet, least=10**9) as told:
+            loaded = model_folder.load_together(folders, self.layout.shardings, told)
         seconds = time.monotonic() - start
         for role, params in zip(roles.values(), loaded):
             folder = role.folder
@@ -883,9 +906,9 @@ def _by_length(batches: list[data.BatchPlan]) -> list[tuple[int, list[int]]]:
     return list(rows.items())
 
 
-def _matmul_rate(model: Any) -> float:
+def _matmul_rate(model: Any, tokens: int) -> float:
     """Floating-point operations a second of one matrix product at the model's shape."""
-    a = jnp.ones((1024, model.arch.width), model.dtype)
+    a = jnp.ones((tokens, model.arch.width), model.dtype)
     b = jnp.ones((model.arch.width, model.arch.mlp_width), model.dtype)
     product = jax.jit(jnp.dot)
     product(a, b).block_until_ready()

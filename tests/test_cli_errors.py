@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -865,3 +866,40 @@ def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, comm
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.endswith(f"sama-jax {' '.join(command)} {after}\n")
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_memory_that_runs_out(monkeypatch, capsys, lowered: bool):
+    """Of a device, as JAX reports it, and of the host: one line that says what needs less."""
+
+    def too_much(_):
+        (jnp if lowered else np).zeros(2**55, np.float32).block_until_ready()  # pyright: ignore
+
+    monkeypatch.setitem(cli._COMMANDS, "bench", too_much)
+    assert cli.main(["bench", "--model", "m", "--data", "d"]) == 71
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("sama-jax: out of memory (")
+    assert ("RESOURCE_EXHAUSTED" in said) == lowered
+    assert "a smaller --batch-size" in said
+    assert "--models" not in said
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    def wrong(_):
+        raise RuntimeError("NOT_FOUND: something else")
+
+    monkeypatch.setitem(cli._COMMANDS, "bench", wrong)
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.main(["bench", "--model", "m", "--data", "d"])
+
+
+def test_the_line_about_memory_is_found_among_others():
+    """A GPU's error when no kernel of a product could be tried out; seen on an H200."""
+    error = RuntimeError(
+        "NOT_FOUND: All configs failed during profiling.\n"
+        "EXECUTION FAILED: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 62.52GiB\n"
+        "=== Source Location Trace: ===\nconfig_selector.cc:71\n"
+    )
+    expected = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 62.52GiB"
+    assert cli._allocation(error) == expected

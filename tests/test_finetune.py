@@ -452,6 +452,14 @@ def test_a_model_from_elsewhere_is_not_overwritten(folder, finished):
         tune(folder, "foreign")
 
 
+def test_a_folder_of_other_files_is_left_alone(folder):
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis: not empty, and has no train\.json"):
+        tune(folder, "thesis")
+    assert [f.name for f in (folder / "thesis").iterdir()] == ["thesis.tex"]
+
+
 def test_nonmembers_of_a_labelled_file_are_not_trained_on(folder, finished):
     lines = [{"text": t, "label": 1} for t in TEXTS]
     lines += [{"text": "something else entirely", "label": 0}]

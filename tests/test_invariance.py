@@ -20,7 +20,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
-from sama_jax import audit, data, losses, model_folder, parallel, reading, replay, scoring
+from sama_jax import (
+    audit,
+    data,
+    footprint,
+    losses,
+    model_folder,
+    parallel,
+    reading,
+    replay,
+    scoring,
+)
 from sama_jax.cli import STANDARD
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.types import ForwardBatch
@@ -237,6 +247,34 @@ def test_a_bucket_pays_if_it_saves_what_its_program_costs(models):
     enough = int(np.ceil(cost / (2 * passes * saved)))
     assert work._pays(enough, 32, 48)
     assert not work._pays(enough - 1, 32, 48)
+
+
+def test_rows_shrink_to_what_fits_beside_the_models(models):
+    """Rows by the closed form; every one of them fits, one more would not, and one always runs."""
+    folders = [model_folder.open_folder(path, dtype="float32") for path in models]
+    roles = [scoring.Role(n, f, n) for n, f in zip(("target", "reference"), folders)]
+    layout = parallel.local_layout(jax.devices()[:1])
+
+    def work(room: int | None) -> scoring.Work:
+        reader = reading.Reader([], SETTINGS, {}, {}, None)
+        return scoring.Work(reader, roles, SETTINGS, layout=layout, device_bytes=room)
+
+    most = work(None)._rows_of(64)
+    assert most == 24  # 1,536 tokens
+    parameters = work(None)._parameter_bytes
+    assert parameters == 2 * 4 * folders[0].num_params
+    # Up to 8, whose plans are drawn at once, any number; above, its multiples.
+    for rows, fewer in ((1, 1), (2, 1), (3, 2), (8, 7), (16, 8), (24, 16)):
+        load = footprint.Load(rows, 64, 64)
+        inputs, arch = footprint.input_bytes(load), folders[0].model.arch
+        used = footprint.temporaries(arch, folders[0].model.dtype, load)
+        found = footprint.Footprint(parameters, inputs, used)
+        room = int((parameters + inputs + 1.15 * used.peak) / 0.96) + 2
+        assert footprint.fits(found, room)
+        assert not footprint.fits(found, room - 8)
+        assert work(room)._rows_of(64) == rows
+        assert work(room - 8)._rows_of(64) == fewer
+    assert work(1)._rows_of(64) == 1
 
 
 def test_at_most_two_programs_a_bucket(models, tmp_path):

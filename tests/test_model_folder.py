@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sama_jax import model_folder
+from checkpoints_convert import stream
+from sama_jax import model_folder, progress
 from sama_jax.errors import ModelError, OutputError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -549,6 +550,35 @@ def test_progress_adds_up_to_the_bytes_of_the_parameters(folder):
     seen = []
     params = model_folder.load(model_folder.open_folder(folder), ONE_DEVICE, seen.append)
     assert sum(seen) == sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def test_progress_in_bytes_counts_whole_megabytes(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    with progress.ByteBar("weights", 3_500_000) as told:
+        told(1_700_000)
+        told(1_700_000)  # 3.4 in all
+        told(100_000)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in said] == ["weights: 1/3 MB", "weights: 3/3 MB"]
+    with progress.ByteBar("weights", 3_500_000, least=10**9) as told:
+        told(3_500_000)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tensor_that_cannot_be_read_ends_loading(folder, monkeypatch):
+    """Whichever thread meets it."""
+    source = model_folder.open_folder(folder).source
+    window = stream.Source.window
+
+    def broken(self, name, index):
+        if "blocks.1" in name:
+            raise ModelError(f"cannot read tensor {name}")
+        return window(self, name, index)
+
+    monkeypatch.setattr(stream.Source, "window", broken)
+    assert any("blocks.1" in name for name in source.tensors)
+    with pytest.raises(ModelError, match=r"cannot read tensor .*blocks\.1"):
+        model_folder.load(model_folder.open_folder(folder), ONE_DEVICE)
 
 
 # Identity
