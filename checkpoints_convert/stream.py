@@ -253,7 +253,7 @@ def load_params(
 ) -> Any:
     """Fills `abstract` (a tree of `jax.ShapeDtypeStruct` with shardings) from `source`.
 
-    Call `check` first. Every byte that this process' devices need is read once, file regions in
+    Call `check` first. Every byte that this process' devices need is read once, about in the file's
     order, also where windows of a transposed tensor interleave or devices hold the same window.
     `progress` is told the bytes of each leaf when it is in place.
     """
