@@ -291,7 +291,8 @@ class _MergedSource(stream.Source):
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Float32 where something is added, so that the only rounding is the reader's cast."""
         base = self.base.window(name, index)
-        self.bytes_read += base.nbytes
+        with self._lock:
+            self.bytes_read += base.nbytes
         if name not in self.modules:
             return base
         return base.astype(np.float32) + self.modules[name].window(index)

@@ -56,16 +56,16 @@ class Source:
         self.bytes_read = 0
         """Bytes that `window` has returned."""
         self._handles = handles
-        self._counting = threading.Lock()
+        self._lock = threading.Lock()
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A window of a tensor, in its stored dtype."""
+        """A window of a tensor, in its stored dtype. Several threads may call it."""
         tensor = self.tensors[name]
         try:
             values = self._handles[tensor.file].get_slice(tensor.name)[index]
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{tensor.file}: cannot read tensor {tensor.name} ({error})") from None
-        with self._counting:
+        with self._lock:
             self.bytes_read += values.nbytes
         return values
 

@@ -42,10 +42,12 @@ class OrbaxSource(stream.Source):
         )
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A window of a tensor, in its stored dtype."""
-        self._wanted = set()
-        values = self._pending[name].make()[index]
-        self.bytes_read += values.nbytes
+        """A window of a tensor, in its stored dtype; one thread at a time, since what is held is
+        what was read last."""
+        with self._lock:
+            self._wanted = set()
+            values = self._pending[name].make()[index]
+            self.bytes_read += values.nbytes
         return values
 
     def _leaf(self, path: str) -> np.ndarray:

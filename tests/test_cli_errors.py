@@ -868,19 +868,19 @@ def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, comm
     assert said.endswith(f"sama-jax {' '.join(command)} {after}\n")
 
 
-@pytest.mark.parametrize("lowered", [False, True])
-def test_memory_that_runs_out(monkeypatch, capsys, lowered: bool):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_memory_that_runs_out(monkeypatch, capsys, on_device: bool):
     """Of a device, as JAX reports it, and of the host: one line that says what needs less."""
 
     def too_much(_):
-        (jnp if lowered else np).zeros(2**55, np.float32).block_until_ready()  # pyright: ignore
+        (jnp if on_device else np).zeros(2**55, np.float32).block_until_ready()  # pyright: ignore
 
     monkeypatch.setitem(cli._COMMANDS, "bench", too_much)
     assert cli.main(["bench", "--model", "m", "--data", "d"]) == 71
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("sama-jax: out of memory (")
-    assert ("RESOURCE_EXHAUSTED" in said) == lowered
+    assert ("RESOURCE_EXHAUSTED" in said) == on_device
     assert "a smaller --batch-size" in said
     assert "--models" not in said
 

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from checkpoints_convert import convert
-from sama_jax import cli, model_folder
+from checkpoints_convert import convert, stream
+from sama_jax import checkpoint, cli, model_folder
 from sama_jax.errors import ModelError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -344,6 +345,29 @@ def test_a_kept_adapter_is_float32_beside_bfloat16(saved):
         "lora_a": "float32",
         "lora_b": "float32",
     }
+
+
+def test_an_adapter_merges_into_an_orbax_base_one_read_at_a_time(saved, tmp_path, monkeypatch):
+    """What reads safetensors by several threads holds one leaf of an Orbax folder."""
+    convert.to_orbax(saved.base, tmp_path / "orbax", quiet=True)
+    expected = params_of(saved.base, saved.adapter, merge=True)
+    plain, busy, most, reads = checkpoint.load_params, [], [], []
+
+    def slow(folder, tree):
+        busy.append(True)
+        most.append(len(busy))
+        reads.append(sum(leaf is not None for leaf in jax.tree.leaves(tree)))
+        time.sleep(0.01)
+        found = plain(folder, tree)
+        busy.pop()
+        return found
+
+    monkeypatch.setattr(checkpoint, "load_params", slow)
+    monkeypatch.setattr(stream, "READERS", 8)
+    monkeypatch.setattr(stream, "SLAB", 100)
+    assert same(params_of(tmp_path / "orbax", saved.adapter, merge=True), expected)
+    assert max(most) == 1
+    assert sum(reads) == len(stream.leaf_paths(expected))  # each leaf once
 
 
 def test_to_hf_writes_what_peft_merges(saved, tmp_path):
