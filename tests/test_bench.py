@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,6 +63,31 @@ def test_pytorch_is_compared_where_it_was_checked(found):
     bench._require_comparable({"platform": "cpu", "dtype": "float32"})
     with pytest.raises(UsageError, match=f"found {found[0]} and {found[1]}; set JAX_PLATFORMS=cpu"):
         bench._require_comparable(dict(zip(("platform", "dtype"), found)))
+
+
+def test_matrix_products_take_a_share_of_the_round_in_turn(monkeypatch):
+    """Of a long round more than a slice each: the best of a few noisy ones would be too high."""
+    calls, rates = [], iter(range(100))
+
+    def rate(*args):
+        calls.append(args[:3])
+        return float(next(rates))
+
+    monkeypatch.setattr(bench, "_rate", rate)
+    batch = data.BatchPlan(16, np.arange(4))
+    arch = SimpleNamespace(width=8, mlp_width=24)
+    side = SimpleNamespace(
+        memory=SimpleNamespace(stop=lambda: None),
+        model=SimpleNamespace(arch=arch, vocab_size=100, dtype="float32"),
+        work=SimpleNamespace(batches=lambda _: [batch], pending=lambda **_: []),
+        on_cpu=True,
+        seconds=3 * bench.PEAK_SECONDS / bench.PEAK_SHARE,
+    )
+    found = bench._Ours.products(side)  # pyright: ignore
+    own = [(64, 8, 8), (64, 8, 24), (64, 24, 8), (64, 8, 100)]
+    shapes = [(n, n, n) for n in bench.SQUARES["cpu"]] + own
+    assert calls == 3 * shapes
+    assert found == {"x".join(map(str, s)): 7.0 + i for i, s in enumerate(shapes)}  # means
 
 
 def test_memory_of_an_accelerator_is_that_above_the_weights():
