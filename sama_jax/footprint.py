@@ -44,7 +44,7 @@ class Temporaries(NamedTuple):
     copies: int
     """Of parameters in another layout, made before the first pass."""
     stream: int
-    """The residual stream: alive in every phase."""
+    """The residual stream: alive in every phase, on TPUs twice."""
     result: int
     """The losses: so, too."""
     attention: int
@@ -106,8 +106,10 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     parameters, which the scan cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).
 
     On TPUs the softmax is fused: its weights exist once, in the activations' dtype, with queries,
-    keys and values; so is the MLP's product. But XLA turns the scanned blocks' projections of
-    queries, keys and values around for all layers at once (a compiled v5e program: docs/plan.md).
+    keys and values; so is the MLP's product, but for the last block, which holds its stream and
+    input at scored positions, too. The scanned blocks' stream exists twice, and XLA turns their
+    projections of queries, keys and values around for all layers at once (within 13 % for six
+    compiled programs of an 8B model: docs/plan.md).
     """
     size, (rows, length, slots) = np.dtype(dtype).itemsize, load[:3]
     heads, kv_heads = arch.num_heads, getattr(arch, "num_kv_heads", arch.num_heads)
@@ -131,8 +133,10 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     stream, wide = size * tokens * arch.width, size * tokens * _part(inner, load.parts)
     stacked = arch.num_layers - 1 - getattr(arch, "first_dense", 0)
     columns = head_size * (_part(heads, load.parts) + 2 * _part(kv_heads, load.parts))
-    copies, mlp = 0, stream + (2 if tpu else 3) * wide
+    copies, mlp = 0, stream + 3 * wide
     if tpu:
+        mlp = max(stream + 2 * wide, (2 * stream + 3 * wide) * slots // length)
+        stream *= 2
         copies = size * stacked * arch.width * columns
     elif load.platform != "cpu":
         mlp = 3 * wide
