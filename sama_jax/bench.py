@@ -44,10 +44,11 @@ TOLERANCE = 1e-3
 SQUARES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
 """Sizes of square matrix products tried for the peak rate, beside the model's own shapes."""
 PEAK_SECONDS = 0.3
-"""Of one shape of a product, then comes the next one; after each round, and the median counts."""
+"""A slice of one shape of a product, then of the next one; after each round."""
 PEAK_SHARE = 0.05
-"""Of the round's seconds, for each shape. On two shared cores one product ran at 96 to 141 GFLOP/s
-(deciles of 330 slices); of five slices a shape, the best of six medians is some 10 % too high."""
+"""Of the round's seconds, at least one slice, for each shape: the median over rounds of the mean.
+On two shared cores slices of one product ran at 96 to 141 GFLOP/s (deciles of 330). The best of six
+medians of five such is 10 % too high if slices are independent; neighbours in time are less so."""
 PRODUCTS_AT_ONCE = 16
 """On an accelerator: a GPU multiplies small matrices faster than the host can wait for each."""
 CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -108,8 +108,8 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     On TPUs the softmax is fused: its weights exist once, in the activations' dtype, with queries,
     keys and values; so is the MLP's product, but for the last block, which holds its stream and
     input at scored positions, too. The scanned blocks' stream exists twice, and XLA turns their
-    projections of queries, keys and values around for all layers at once (within 13 % for six
-    compiled programs of an 8B model: docs/plan.md).
+    projections of queries, keys and values around for all layers at once (fitted to six compiled
+    programs of an 8B model, within 13 %: docs/plan.md).
     """
     size, (rows, length, slots) = np.dtype(dtype).itemsize, load[:3]
     heads, kv_heads = arch.num_heads, getattr(arch, "num_kv_heads", arch.num_heads)
