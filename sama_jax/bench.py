@@ -270,7 +270,10 @@ def _measure(
             rounds[name].append(side.ask("round"))
             say.print(f"round {number + 1} of {job.rounds}, {name}: "
                       f"{rounds[name][-1]['seconds']:.1f} s")  # fmt: skip
+        begun = time.monotonic()
         products.append(sides["jax"].ask("products"))
+        say.print(f"round {number + 1} of {job.rounds}, products: "
+                  f"{time.monotonic() - begun:.1f} s")  # fmt: skip
         if number == 0:
             left = (time.monotonic() - begin) * (job.rounds - 1)
             say.print(f"about {duration(left)} left")
