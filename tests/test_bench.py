@@ -93,6 +93,10 @@ def test_matrix_products_take_a_share_of_the_round_in_turn(monkeypatch):
     shapes = [(n, n, n) for n in bench.SQUARES["cpu"]] + own
     assert calls == 3 * shapes
     assert found == {"x".join(map(str, s)): 7.0 + i for i, s in enumerate(shapes)}  # means
+    side.seconds, rates = 1e4, iter(range(1000))  # the share is for short rounds
+    calls.clear()
+    bench._Ours.products(side)  # pyright: ignore
+    assert calls == round(bench.PEAK_MOST / bench.PEAK_SECONDS) * shapes
 
 
 def test_memory_of_an_accelerator_is_that_above_the_weights():
