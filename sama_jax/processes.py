@@ -34,7 +34,7 @@ START_SECONDS = 300
 BEAT_SECONDS, LOST_SECONDS = 1.0, 15.0
 """Between two signs of life, and without one until a process counts as lost. A process that ends
 is noticed at once, since its connection closes."""
-_KNOWN_CODES = {0, 2, 3, 4, 5, 6, 74, 75}
+_KNOWN_CODES = {0, 2, 3, 4, 5, 6, 71, 74, 75}
 """Exit codes with which a child has said itself what happened."""
 
 

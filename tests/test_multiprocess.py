@@ -259,6 +259,8 @@ for i in range(3):
     print(peers.rank, peers.gather(f"round {i}", [peers.rank, i]), flush=True)
 if "fail" in sys.argv and peers.rank == 1:
     raise RuntimeError("a bug")
+if "memory" in sys.argv and peers.rank == 1:
+    processes.leave(71)
 if "hang" in sys.argv:
     time.sleep(60)
 processes.leave(0)
@@ -299,6 +301,13 @@ def test_a_bug_in_one_process_is_shown_there_and_named_elsewhere(capfd):
     assert own == 1
     assert other == "process 1 of 2 has gone (failed with exit code 1); kept"
     assert capfd.readouterr().err.count("RuntimeError: a bug") == 1
+
+
+def test_a_lack_of_memory_in_one_process_is_its_exit_code(capfd):
+    other, own = supervise(2, "memory", "hang")
+    assert own == 71
+    assert other == "process 1 of 2 has gone (ended with exit code 71); kept"
+    assert capfd.readouterr().err == ""
 
 
 def test_a_silent_process_counts_as_lost(monkeypatch):
