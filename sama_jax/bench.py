@@ -37,9 +37,8 @@ from sama_jax.types import Encoded, Params
 
 SCALE = 0.9
 """The reference's final norm: softer predictions, as a model that has not seen the texts."""
-CHECKED = 4
-"""Texts whose losses and scores the two frameworks compare under the same masks and subsets: where
-a run has 16 texts, a quarter of PyTorch's round."""
+CHECKED = 8
+"""Texts whose losses and scores the two frameworks compare under the same masks and subsets."""
 TOLERANCE = 1e-3
 """Largest difference of their losses, nats; float32 rounding is some 1e-5."""
 SQUARES = {"cpu": (512, 1024, 2048), "accelerator": (2048, 4096, 8192)}
@@ -51,7 +50,7 @@ PEAK_SHARE = 0.05
 On two shared cores slices of one product ran at 96 to 141 GFLOP/s (deciles of 330). The best of six
 medians of five such is 10 % too high if slices are independent; neighbours in time are less so."""
 PEAK_MOST = 3.0
-"""Seconds a shape at most: seven shapes took a third of a round of 200 s again."""
+"""Seconds a shape at most, in a round: without it, seven shapes make one of 200 s 70 s longer."""
 PRODUCTS_AT_ONCE = 16
 """On an accelerator: a GPU multiplies small matrices faster than the host can wait for each."""
 CLEAR_REFS = Path("/proc/self/clear_refs")
