@@ -72,6 +72,7 @@ def compile_scorer(request: Request) -> dict[str, Any]:
         axis_types=(AxisType.Auto,) * 2,
     )
     layout = parallel.Layout(mesh, "sharded" if request.mesh[1] > 1 else "pmap")
+    model = layout.adapt(model)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=at),

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -157,6 +157,12 @@ class Layout:
     def row_parts(self) -> int:
         """Parts that the rows of a batch are split into; it must divide their number."""
         return self.mesh.shape["data"]
+
+    def adapt(self, model: Any) -> Any:
+        """The model as it is computed here: where heads are split, they are not taken apart too."""
+        if self.mesh.shape["model"] == 1 or not hasattr(model.arch, "heads_apart"):
+            return model
+        return replace(model, arch=replace(model.arch, heads_apart=False))
 
     def shardings(self, abstract_params: Params, arch: Any) -> Params:
         """A tree of shardings: where each parameter goes."""

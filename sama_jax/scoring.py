@@ -852,6 +852,7 @@ def _runner(
     model: Any, slots: tuple[int, ...], layout: parallel.Layout, channels: tuple[str, ...]
 ) -> parallel.Runner:
     """One scorer a network and set of slot sizes, kept for the whole process like any jit cache."""
+    model = layout.adapt(model)
 
     def score(params: Params, batch: ForwardBatch) -> jax.Array:
         return losses.score_batch(model, slots, params, batch, channels)
@@ -861,6 +862,8 @@ def _runner(
 
 @functools.lru_cache(maxsize=64)
 def _procedure_runner(model: Any, procedure: Procedure, layout: parallel.Layout) -> parallel.Runner:
+    model = layout.adapt(model)
+
     def run(params, seed, high, low, tokens, valid, maskable):
         keys = jax.vmap(lambda h, lo: rng.text_key(seed, TextKeyData(h, lo)))(high, low)
         return procedure.run(model, params, keys, tokens, valid, maskable)

@@ -338,8 +338,9 @@ def test_gradient_is_zero_at_padding_and_nonzero_at_every_valid_position(pair, r
         assert (gradient[valid] > 0).all()
 
 
+@pytest.mark.parametrize("heads_apart", [False, True])
 @pytest.mark.parametrize("by_query", [False, True])
-def test_attention_in_parts_is_attention(monkeypatch, by_query: bool):
+def test_attention_in_parts_is_attention(monkeypatch, by_query: bool, heads_apart: bool):
     """What a CPU does with large batches, against a plain softmax in float64."""
     b, h, g, n, length, a = 3, 4, 2, 128, 150, 8
     q, k, v = (
@@ -364,7 +365,8 @@ def test_attention_in_parts_is_attention(monkeypatch, by_query: bool):
         monkeypatch.setattr(transformer, "CPU_PART_BYTES", part)
         jax.clear_caches()  # JAX keeps what it has traced of a branch
         assert parts in (None, transformer.query_parts(h, n, length))
-        out, read = jax.jit(lambda *args: transformer.attend(*args))(q, k, v, jnp.asarray(allowed))
+        split = jax.jit(lambda *args: transformer.attend(*args, heads_apart=heads_apart))
+        out, read = split(q, k, v, jnp.asarray(allowed))
         np.testing.assert_allclose(out, expected, atol=1e-6)
         np.testing.assert_allclose(read, weights, atol=1e-6)
 

@@ -43,7 +43,8 @@ CPU_SCORE_BYTES = 8 * 2**20
 leave the caches: 4 texts of 512 tokens have 32 MiB with 8 heads, which ran a 115M model at 91
 instead of 115 GFLOP/s."""
 CPU_PART_BYTES = 2 * 2**20
-"""Scores of such a part, some queries of a text: that model took 5 % longer with whole texts."""
+"""Scores of such a part, some heads or queries of a text: that model took 5 % longer with whole
+texts."""
 
 
 class Llama3Scaling(NamedTuple):
@@ -99,6 +100,8 @@ class Architecture:
     first_dense: int = 0
     attention: Literal["xla", "cudnn"] = "xla"
     """What computes it where queries are as many as keys; cuDNN keeps no scores in memory."""
+    heads_apart: bool = True
+    """Whether a CPU may take some heads after the others; not where a mesh splits them."""
 
 
 class Norm(nn.Module):
@@ -215,9 +218,10 @@ def attend(
     v: Float[Array, "b g l a"],
     allowed: Bool[Array, "b l"] | Bool[Array, "b #k l"],
     kernel: Literal["xla", "cudnn"] = "xla",
+    heads_apart: bool = False,
 ) -> tuple[Float[Array, "b h k a"], Float[Array, "b h k l"]]:
     """Attention and its weights. Key head j serves h/g queries; `allowed` names the keys that all
-    queries see, or each of them. `kernel`: see `Architecture.attention`.
+    queries see, or each of them. `kernel`, `heads_apart`: see `Architecture`.
 
     Scores and softmax are float32. Hidden keys get the dtype's minimum, so a query without any key
     stays finite, and exp underflows to an exact 0 everywhere else. Weights that nobody reads are
@@ -232,20 +236,35 @@ def attend(
     if b > 1 and 4 * b * h * n * k.shape[2] > CPU_SCORE_BYTES:
         rows = (q, k, v, allowed)
         out = jax.lax.platform_dependent(
-            *rows, cpu=_attend_in_parts, default=lambda *args: _attend(*args)[0]
+            *rows,
+            cpu=functools.partial(_attend_in_parts, heads_apart),
+            default=lambda *args: _attend(*args)[0],
         )
     return out, weights
 
 
 def _attend_in_parts(
+    heads_apart: bool,
     q: Float[Array, "b h k a"],
     k: Float[Array, "b g l a"],
     v: Float[Array, "b g l a"],
     allowed: Bool[Array, "b #k l"],
 ) -> Float[Array, "b h k a"]:
-    """Text by text, some queries after the others. A mesh splits heads, but never queries."""
-    _, h, n, a = q.shape
+    """Text by text; some heads after the others, or else some queries.
+
+    Heads of one text lie together in memory, so nothing is copied: 4 texts of 512 tokens, 8 heads
+    of size 64: 17.7 ms instead of 19.6 (two cores).
+    """
+    b, h, n, a = q.shape
     parts = query_parts(h, n, k.shape[2])
+    if heads_apart and k.shape[1] % parts == 0:
+
+        def some_heads(part: tuple[Array, Array, Array, Array]) -> Float[Array, "c k a"]:
+            return _attend(*(x[None] for x in part))[0][0]
+
+        groups = [x.reshape(b * parts, -1, *x.shape[2:]) for x in (q, k, v)]
+        seen = jnp.repeat(allowed, parts, axis=0)
+        return jax.lax.map(some_heads, (*groups, seen)).reshape(b, h, n, a)
 
     def split(x: Array) -> Array:
         """[.., n, c] -> [parts, .., n / parts, c]."""
@@ -267,7 +286,7 @@ def _attend_in_parts(
 
 def query_parts(heads: int, queries: int, length: int) -> int:
     """Parts of equal size of a text's queries, as few as keep the scores of one below
-    `CPU_PART_BYTES`; no part below 32 queries."""
+    `CPU_PART_BYTES`; no part below 32 queries. Heads, where they are taken apart, are as many."""
     found = [p for p in range(1, max(1, queries // 32) + 1) if queries % p == 0]
     whole = 4 * heads * queries * length
     return next((p for p in found if whole <= p * CPU_PART_BYTES), found[-1])
@@ -350,6 +369,7 @@ class Attention(nn.Module):
             v,
             allowed,
             arch.attention,
+            arch.heads_apart,
         )
         merged = out.swapaxes(1, 2).reshape(*query.shape[:2], arch.num_heads * arch.head_size)
         return dense(arch.width, arch.o_bias, name="o_proj")(merged), weights
