@@ -100,7 +100,7 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     An MLP holds its input (not on GPUs), gate, up, and their product. The head holds float32 logits
     of `losses.HEAD_BYTES`, or of all scored positions if they are fewer. Attention depends on what
     XLA fuses. On a CPU float32 scores exist once, beside queries, keys, values and the result;
-    those of some queries of a text if they are many (`transformer.CPU_SCORE_BYTES`), beside all of
+    those of some heads or queries if they are many (`transformer.CPU_SCORE_BYTES`), beside all of
     these twice. On GPUs float32 scores and the activations' exponentials of them, beside queries,
     keys and values, or none of that with cuDNN's attention; and a copy of one layer's MLP
     parameters, which the scan cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 from checkpoints_convert import stream
-from sama_jax import audit, data, model_folder, parallel, replay
+from sama_jax import audit, data, model_folder, parallel, replay, scoring
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.errors import UsageError
 from sama_jax.models import dit, encoders, moe, transformer
@@ -114,6 +114,24 @@ def test_masks_losses_and_scores_do_not_depend_on_the_mesh(mesh, models, texts, 
     assert (close == 0).sum() >= len(texts) // 2
     np.testing.assert_allclose(scores[close == 0], expected[2][close == 0], atol=1e-6)
     assert (np.abs(scores - expected[2]) <= close + 1e-6).all()
+
+
+@pytest.mark.parametrize(("mesh", "apart"), [("data=8", True), ("data=4,model=2", False)])
+def test_heads_are_taken_apart_only_where_no_mesh_splits_them(
+    mesh, apart, models, texts, tmp_path, monkeypatch
+):
+    """Taken apart on a mesh that splits them, every device would compute all heads."""
+    score_batch, seen = scoring.losses.score_batch, []
+
+    def watched(model, *args):
+        seen.append(model.arch.heads_apart)
+        return score_batch(model, *args)
+
+    monkeypatch.setattr(scoring.losses, "score_batch", watched)
+    scoring._runner.cache_clear()
+    run(models, texts, tmp_path / "run", mesh=mesh)
+    assert seen
+    assert set(seen) == {apart}
 
 
 def test_models_in_turn_give_the_same_and_hold_one_at_a_time(

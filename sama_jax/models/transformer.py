@@ -253,7 +253,7 @@ def _attend_in_parts(
     """Text by text; some heads after the others, or else some queries.
 
     Heads of one text lie together in memory, so nothing is copied: 4 texts of 512 tokens, 8 heads
-    of size 64: 17.7 ms instead of 19.6 (two cores).
+    of size 64: 17.4 ms instead of 19.4 (two cores).
     """
     b, h, n, a = q.shape
     parts = query_parts(h, n, k.shape[2])
