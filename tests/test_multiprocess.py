@@ -30,7 +30,7 @@ PATIENCE = 500.0
 """Seconds for a step on a busy machine."""
 TEXTS = 24
 MORE_TEXTS = 240
-"""For a run that is killed in the middle: a busy machine had done all of 24 before it was killed."""
+"""For a run that is killed in the middle: a busy machine did all of 24 before the kill came."""
 
 
 class Inputs(NamedTuple):
@@ -173,7 +173,8 @@ def test_one_of_two_is_killed_and_one_process_goes_on(inputs, tmp_path):
     assert result[0] == 0, result[1]
     assert_same_scores(out, scores_of(tmp_path / "expected"))
     total, distinct = records(out)
-    assert total == distinct == MORE_TEXTS * 3  # two models under SAMA's plan, the target under loss's
+    # Two models under SAMA's plan, the target under loss's.
+    assert total == distinct == MORE_TEXTS * 3
     assert not any(p.poll() is None for p in running)
 
 
