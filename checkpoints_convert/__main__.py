@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sama_jax.cli import EXIT_CODES, Parser, run_program
+from sama_jax.cli.main import EXIT_CODES, Parser, run_program
 from sama_jax.errors import ModelError, UsageError
 
 PROGRAM = "python -m checkpoints_convert"
@@ -115,13 +115,13 @@ def _print_done(done, quiet: bool) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from checkpoints_convert import inspect
+    from checkpoints_convert import describe
 
-    found = inspect.describe(args.src, args.mask_id)
+    found = describe.describe(args.src, args.mask_id)
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        inspect.print_description(found)
+        describe.print_description(found)
     return 0 if found["loadable"] else ModelError.exit_code
 
 

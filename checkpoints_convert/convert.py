@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from checkpoints_convert import pickled, stream
-from checkpoints_convert.rules import TABLES
-from sama_jax import __version__, checkpoint, model_folder, parallel
-from sama_jax.data import TextTokenizer, require_ids_fit
+from sama_jax import __version__
+from sama_jax.devices import parallel
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.files import write_json, writing
-from sama_jax.model_folder import CONFIG, PARAMS, RECORD, ModelFolder
-from sama_jax.progress import ByteBar, duration
+from sama_jax.models.families.tables import TABLES
+from sama_jax.storage.files import write_json, writing
+from sama_jax.terminal import ByteBar, duration
+from sama_jax.texts.data import TextTokenizer, require_ids_fit
+from sama_jax.weights import model_folder, orbax, pickled, safetensors
+from sama_jax.weights.model_folder import CONFIG, PARAMS, RECORD, ModelFolder
 
 HOST_BASE_BYTES = 0.35 * 2**30
 """Python, JAX and Orbax themselves."""
@@ -90,7 +91,7 @@ def to_orbax(
             place = dict.fromkeys(kept, one)
         else:
             grid = parallel.make_mesh(mesh)
-            shapes = stream.leaf_paths(folder.abstract_params)
+            shapes = safetensors.leaf_paths(folder.abstract_params)
             place = {path: parallel.split_sharding(grid, shapes[path].shape) for path in kept}
         record = _record(folder, "orbax", src, dtype if wanted != kept else "keep")
         if _claim(out, record, quiet):
@@ -100,7 +101,7 @@ def to_orbax(
         host = sum(sizes.values()) + 2 * max(sizes.values()) + HOST_BASE_BYTES
         total = sum(
             leaf.size * wanted[path].itemsize
-            for path, leaf in stream.leaf_paths(folder.abstract_params).items()
+            for path, leaf in safetensors.leaf_paths(folder.abstract_params).items()
         )
         _announce(src, folder, total, host, quiet)
 
@@ -111,7 +112,7 @@ def to_orbax(
             )
         if not quiet:
             print(f"writing {out / PARAMS}", file=sys.stderr)
-        checkpoint.save_params(out / PARAMS, params)
+        orbax.save_params(out / PARAMS, params)
         if jax.process_index() == 0:
             files = sorted(file for file in (out / PARAMS).rglob("*") if file.is_file())
             sizes = {str(f.relative_to(out / PARAMS)): f.stat().st_size for f in files}
@@ -159,13 +160,13 @@ def to_hf(
         total = sum(t.nbytes for t in tensors.values())
         largest = max(t.nbytes for t in tensors.values())
         if isinstance(folder.source, model_folder.OrbaxSource):  # it reads whole leaves
-            leaves = stream.leaf_paths(folder.source.params)
+            leaves = safetensors.leaf_paths(folder.source.params)
             largest += max(x.size * x.dtype.itemsize for x in leaves.values())
         _announce(src, folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
 
         start = time.monotonic()
         with ByteBar("writing", total, quiet=quiet) as told, writing(out):
-            stream.save_weights(out, tensors, max_shard_bytes, told)
+            safetensors.save_weights(out, tensors, max_shard_bytes, told)
         config = folder.config
         if config.get("block_group_size", 1) != 1 and folder.family.family == "llada":
             config = {**config, "block_group_size": 1}  # names of plain blocks
@@ -189,7 +190,9 @@ def _opened(
     """The checked source, an adapter merged; pickles are first rewritten beside `out`, and removed
     in the end."""
     path = model_folder.resolve(src)
-    if allow_pickle and not stream.has_weights(path):  # only now: many models have them as well
+    if allow_pickle and not safetensors.has_weights(
+        path
+    ):  # only now: many models have them as well
         path = model_folder.resolve(src, (*model_folder.HUB_FILES, *model_folder.PICKLES))
     rewritten = out.with_name(out.name + ".unpickled")
     unpickle = allow_pickle and path.is_dir() and pickled.has_only_pickles(path)
@@ -236,10 +239,10 @@ def _layout(folder: ModelFolder) -> tuple[str, int]:
 
 def _stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:
     """Parameter path -> the dtype that holds all of its tensors exactly."""
-    leaves, stored = stream.leaf_paths(folder.abstract_params), folder.source.tensors
+    leaves, stored = safetensors.leaf_paths(folder.abstract_params), folder.source.tensors
     return {
         path: _common_dtype(
-            {stored[n].dtype for _, n, _ in stream.sources(path, leaves, *_layout(folder))}
+            {stored[n].dtype for _, n, _ in safetensors.sources(path, leaves, *_layout(folder))}
         )
         for path in leaves
     }
@@ -251,22 +254,22 @@ def _common_dtype(names: set[str]) -> np.dtype:
     return np.dtype(jnp.result_type(*map(np.dtype, names)))
 
 
-def _hub_tensors(folder: ModelFolder, dtype: str) -> dict[str, stream.Pending]:
+def _hub_tensors(folder: ModelFolder, dtype: str) -> dict[str, safetensors.Pending]:
     """Every tensor of the source under its published name, read when it is written."""
-    leaves, source = stream.leaf_paths(folder.abstract_params), folder.source
+    leaves, source = safetensors.leaf_paths(folder.abstract_params), folder.source
     buffers = {
         name
         for path in leaves
-        if stream.rule_of(path, leaves, *_layout(folder)).buffer
-        for _, name, _ in stream.sources(path, leaves, *_layout(folder))
+        if safetensors.rule_of(path, leaves, *_layout(folder)).buffer
+        for _, name, _ in safetensors.sources(path, leaves, *_layout(folder))
     }
     prefix = TABLES[folder.family.family].hub_prefix
 
-    def pending(name: str) -> stream.Pending:
+    def pending(name: str) -> safetensors.Pending:
         tensor = source.tensors[name]
         keep = dtype == "keep" or name in buffers
         everything = (slice(None),) * len(tensor.shape)
-        return stream.Pending(
+        return safetensors.Pending(
             tensor.shape,
             np.dtype(tensor.dtype if keep else dtype),
             lambda: source.window(name, everything),
@@ -281,7 +284,7 @@ def _hub_tensors(folder: ModelFolder, dtype: str) -> dict[str, stream.Pending]:
 def _local_bytes(folder: ModelFolder, dtypes: dict[str, Any], place: Any) -> dict[str, int]:
     """Parameter path -> bytes of it that this process' devices hold, equal windows once."""
     found = {}
-    for path, leaf in stream.leaf_paths(folder.abstract_params).items():
+    for path, leaf in safetensors.leaf_paths(folder.abstract_params).items():
         local = place[path].addressable_devices_indices_map(leaf.shape).values()
         share = int(np.prod(place[path].shard_shape(leaf.shape)))
         found[path] = len({str(index) for index in local}) * share * dtypes[path].itemsize

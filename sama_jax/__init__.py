@@ -25,17 +25,17 @@ __all__ = [
 _HOMES = {
     "AuditSettings": "sama_jax.config",
     "SamaSettings": "sama_jax.config",
-    "ProbePlan": "sama_jax.types",
-    "SignStatistics": "sama_jax.types",
-    "sign_statistics": "sama_jax.votes",
-    "run_audit": "sama_jax.audit",
+    "ProbePlan": "sama_jax.arrays",
+    "SignStatistics": "sama_jax.arrays",
+    "sign_statistics": "sama_jax.core.votes",
+    "run_audit": "sama_jax.programs.audit",
 }
 
 if TYPE_CHECKING:
-    from sama_jax.audit import run_audit
+    from sama_jax.arrays import ProbePlan, SignStatistics
     from sama_jax.config import AuditSettings, SamaSettings
-    from sama_jax.types import ProbePlan, SignStatistics
-    from sama_jax.votes import sign_statistics
+    from sama_jax.core.votes import sign_statistics
+    from sama_jax.programs.audit import run_audit
 
 
 def __getattr__(name: str) -> Any:

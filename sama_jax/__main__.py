@@ -2,6 +2,6 @@
 
 import sys
 
-from sama_jax.cli import main
+from sama_jax.cli.main import main
 
 sys.exit(main())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt
 
-from sama_jax.types import TextKeyData
+from sama_jax.arrays import TextKeyData
 
 
 class Purpose(IntEnum):

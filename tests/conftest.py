@@ -16,7 +16,7 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
 import jax
 import pytest
 
-from sama_jax import report
+from sama_jax.reporting import report
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sama_jax import model_folder
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
+from sama_jax.weights import model_folder
 
 VOCAB = 300
 MASK_ID = VOCAB - 1

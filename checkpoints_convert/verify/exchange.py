@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from checkpoints_convert.verify.ours import PARITY, RANKS, TOLERANCE, WHY, Ours, token_losses
 from sama_jax.errors import DataError
-from sama_jax.files import write_atomic
+from sama_jax.storage.files import write_atomic
 
 _KINDS = {"ids": "iu", "mask": "b", "nll": "f", "key_valid": "b"}
 

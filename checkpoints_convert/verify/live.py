@@ -22,11 +22,12 @@ from checkpoints_convert.verify.ours import (
     open_ours,
     token_losses,
 )
-from sama_jax import alignment, data
+from sama_jax.arrays import Params
+from sama_jax.engine import output_position
 from sama_jax.errors import ModelError
-from sama_jax.model_folder import ModelFolder, open_folder
 from sama_jax.models.stages import stages
-from sama_jax.types import Params
+from sama_jax.texts import data
+from sama_jax.weights.model_folder import ModelFolder, open_folder
 
 DENSITIES = (0.15, 0.4, 0.65, 0.9)
 """Shares of masked tokens, text by text."""
@@ -108,13 +109,13 @@ def _built_in(folder: ModelFolder, size: int) -> tuple[np.ndarray, str]:
     except ModelError as error:
         return np.zeros(0, np.int32), str(error)
     # Without files, transformers makes an empty tokenizer for some model types.
-    (encoded,) = tokenizer.encode([alignment.TEXT], size)
+    (encoded,) = tokenizer.encode([output_position.TEXT], size)
     return encoded.ids, f"{folder.path}: its tokenizer makes {len(encoded.ids)} tokens of a text"
 
 
 def verify_live(path: Path, options: Options) -> int:
     """Prints a table for each dtype; 0, or 6 if a verdict is against."""
-    from checkpoints_convert.verify import torch_reference
+    from sama_jax.programs.bench import torch_reference
 
     console, code = Console(), 0
     exact = None
@@ -143,7 +144,7 @@ def _run_reference(
     wanted: Any, inputs: Inputs, mask_id: int, options: Options
 ) -> tuple[str, list[Any]]:
     """The PyTorch side of every text, without padding."""
-    from checkpoints_convert.verify import torch_reference
+    from sama_jax.programs.bench import torch_reference
 
     reference = torch_reference.open_reference(wanted, trust_remote_code=options.trust_remote_code)
     read = masked_tokens(inputs, mask_id)
@@ -272,7 +273,7 @@ def _print(console: Console, title: str, dtype: str, lines: list[Line]) -> int:
 
 def _print_alignment(ours: Ours) -> None:
     """Warns if the outputs predict a text better when read the other way; may raise."""
-    ids, _ = _built_in(ours.folder, alignment.MAX_TOKENS)
-    warning = alignment.check(ours.model, ours.params, ids)
+    ids, _ = _built_in(ours.folder, output_position.MAX_TOKENS)
+    warning = output_position.check(ours.model, ours.params, ids)
     if warning:
         print(f"warning: {warning}")

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sama_jax import losses, model_folder
-from sama_jax.types import Params
+from sama_jax.arrays import Params
+from sama_jax.core import losses
+from sama_jax.weights import model_folder
 
 PARITY = 6
 """Exit code of a comparison that found a difference."""

@@ -16,10 +16,11 @@ from rich.table import Table
 
 from checkpoints_convert.verify import live
 from checkpoints_convert.verify.ours import PARITY, TOLERANCE, WHY, Ours, in_units, open_ours
-from sama_jax import losses, replay, votes
+from sama_jax.arrays import ForwardBatch, Params
+from sama_jax.core import losses, votes
 from sama_jax.errors import DataError
 from sama_jax.models.stages import stages
-from sama_jax.types import ForwardBatch, Params
+from sama_jax.storage import replay
 
 ROWS = 8
 """Texts in one call."""

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from sama_jax import rng, votes
+from sama_jax import rng
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.registry import register
 from sama_jax.attacks.sama import ProgressiveProbes
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.types import ProbePlan, Reading
+from sama_jax.core import votes
 
 TRAINED_SHARE = 0.15
 """Devlin et al., arXiv 1810.04805."""

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax import losses, probes, rng
-from sama_jax.attacks import statistics
+from sama_jax import rng
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.beyond import UnmaskedProbes
 from sama_jax.attacks.likelihood import LikelihoodProbes
 from sama_jax.attacks.registry import Query, register
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.types import ProbePlan, Reading
+from sama_jax.core import losses, masking, token_statistics
 
 COUNTED = 20
 """Tokens that count: the number 20 where Min-K% has 20 per cent."""
@@ -55,7 +55,7 @@ _DLM_MIA = "clearloveclearlove/DLM_MIA attack/attacks/"
 def mink_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Sum of the 20 smallest mean probabilities; a token that was never masked counts 0."""
     del settings
-    values = statistics.token_means(jnp.exp(-reading.target), reading.plan.scored)
+    values = token_statistics.token_means(jnp.exp(-reading.target), reading.plan.scored)
     unread = reading.num_tokens - (~jnp.isnan(values)).sum()
     return jnp.where(reading.num_tokens > 0, sum_of_smallest(values, unread, 0.0), jnp.nan)
 
@@ -70,7 +70,7 @@ def mink_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, "
 def minkpp_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Sum of the 20 smallest mean log-probabilities; never masked, or missing to 20: -1000."""
     del settings
-    values = statistics.token_means(-reading.target, reading.plan.scored)
+    values = token_statistics.token_means(-reading.target, reading.plan.scored)
     missing = jnp.maximum(reading.num_tokens, COUNTED) - (~jnp.isnan(values)).sum()
     return jnp.where(reading.num_tokens > 0, sum_of_smallest(values, missing, -1000.0), jnp.nan)
 
@@ -95,7 +95,7 @@ class RandomShareProbes:
         share = jax.random.uniform(share_key, (self.passes,), minval=0.01, maxval=0.99)
         total = maskable.sum().astype(jnp.int32)
         counts = jnp.clip(jnp.rint(share * total).astype(jnp.int32), 1, total)
-        masks = probes.fresh_masks(mask_key, maskable, counts, self.max_length)
+        masks = masking.fresh_masks(mask_key, maskable, counts, self.max_length)
         subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
         return ProbePlan(masks, masks, masks.any(axis=1).astype(jnp.float32), subsets)
 
@@ -168,7 +168,7 @@ def ratio_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, 
     del settings
     scored = reading.plan.scored
     target, reference = (
-        statistics.mean(statistics.token_means(x, scored))
+        token_statistics.mean(token_statistics.token_means(x, scored))
         for x in (reading.target, reading.reference)
     )
     return -target / reference

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax import probes, rng
+from sama_jax import rng
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.likelihood import likelihood_probes
 from sama_jax.attacks.registry import CorpusReading, Query, register, register_corpus
 from sama_jax.attacks.views import Deleted
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.types import ProbePlan, Reading
+from sama_jax.core import masking
 
 FOLDS = 5
 MIN_SHARE = 0.05
@@ -86,7 +87,7 @@ class HalfProbes:
         count = jnp.asarray(_halves(self.max_length))[maskable.sum()]
         key = rng.for_purpose(key, rng.Purpose.HALF_MASKS)
         counts = jnp.full(self.passes, count)
-        masks = probes.fresh_masks(key, maskable, counts, self.max_length)
+        masks = masking.fresh_masks(key, maskable, counts, self.max_length)
         weights = (counts > 0).astype(jnp.float32)
         return ProbePlan(masks, masks, weights, jnp.zeros((self.passes, 0, 1), jnp.int32))
 

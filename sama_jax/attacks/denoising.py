@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax import losses, probes, rng
+from sama_jax import rng
+from sama_jax.arrays import Model, Params, ProbePlan, Reading
 from sama_jax.attacks.registry import Query, register
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.types import Model, Params, ProbePlan, Reading
+from sama_jax.core import losses, masking
 
 _DLM_MIA = "clearloveclearlove/DLM_MIA attack/attacks/"
 
@@ -35,7 +36,7 @@ class NoiseLevelProbes:
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         key = rng.for_purpose(key, rng.Purpose.NOISE_LEVEL_MASKS)
         table = jnp.asarray(self._counts(np.arange(self.max_length + 1)).astype(np.int32))
-        masks = probes.fresh_masks(key, maskable, table[maskable.sum()], self.max_length)
+        masks = masking.fresh_masks(key, maskable, table[maskable.sum()], self.max_length)
         weights = masks.any(axis=1) / jnp.arange(1, self.passes + 1)
         subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
         return ProbePlan(masks, masks, weights.astype(jnp.float32), subsets)
@@ -115,7 +116,7 @@ class LogitDistance:
         total = maskable.sum().astype(jnp.int32)
         count = jnp.minimum(jnp.maximum(total * MASKED_PERCENT // 100, 1), total - 1)
         key = rng.for_purpose(key, rng.Purpose.DISTANCE_MASKS)
-        return probes.nested_masks(key, maskable, count[None], self.max_length)[0]
+        return masking.nested_masks(key, maskable, count[None], self.max_length)[0]
 
     def run(
         self,

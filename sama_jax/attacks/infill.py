@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax import losses
+from sama_jax.arrays import Model, Params, Reading
 from sama_jax.attacks.registry import Query, register
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.types import Model, Params, Reading
+from sama_jax.core import losses
 
 TIE_BREAK = 1e-3
 """Weight of the mean probability: less than one token in texts of fewer than 1,000 hidden ones."""

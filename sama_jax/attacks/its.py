@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax import probes, rng, votes
+from sama_jax import rng
+from sama_jax.arrays import Model, Params, ProbePlan, Reading
 from sama_jax.attacks.registry import Query, register
 from sama_jax.config import AuditSettings, ItsSettings, SamaSettings, settings_hash
-from sama_jax.types import Model, Params, ProbePlan, Reading
+from sama_jax.core import masking, votes
 
 
 def independent_groups(
@@ -102,7 +103,7 @@ class AttentionGroups:
     ) -> Float[Array, "t b l"]:
         width = min(tokens.shape[1], self.max_length)  # visible padding may be longer
         attention = model.attention(params, tokens, valid)[:, :width, :width]
-        table = jnp.asarray(probes.count_table(self.schedule, self.max_length))
+        table = jnp.asarray(masking.count_table(self.schedule, self.max_length))
 
         def one(key: Array, matrix: Array, may: Array) -> Int[Array, "t l"]:
             counts = table[may.sum()]
@@ -155,7 +156,7 @@ class GroupProbes:
         return jnp.pad(order, (0, fill), constant_values=-1)[: num * size].reshape(num, size)
 
     def slot_bounds(self, length: int) -> np.ndarray:
-        return probes.count_table(self.schedule, length).max(axis=0)
+        return masking.count_table(self.schedule, length).max(axis=0)
 
 
 def _queries(settings: AuditSettings, *, groups_vote: bool) -> dict[str, Query]:

@@ -8,12 +8,12 @@ SAMA's masks) -> `ladder:subsets` (over its random subsets) -> `ladder:signs` (t
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sama_jax import votes
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.likelihood import likelihood_probes, nll_per_token
 from sama_jax.attacks.registry import register
 from sama_jax.attacks.sama import progressive_probes
 from sama_jax.config import AuditSettings
-from sama_jax.types import ProbePlan, Reading
+from sama_jax.core import votes
 
 _RUNG = {
     "access": "loss + reference",

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from sama_jax import probes, rng
+from sama_jax import rng
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.registry import register
 from sama_jax.config import AuditSettings, Estimator, settings_hash
-from sama_jax.types import ProbePlan, Reading
+from sama_jax.core import masking
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class LikelihoodProbes:
         length = maskable.sum().astype(jnp.int32)
         if self.estimator == "exact":
             count_key, mask_key = jax.random.split(key)
-            counts = probes.exact_counts(count_key, length, self.passes)
-            masks = probes.fresh_masks(mask_key, maskable, counts, self.max_length)
+            counts = masking.exact_counts(count_key, length, self.passes)
+            masks = masking.fresh_masks(mask_key, maskable, counts, self.max_length)
             weights = jnp.where(counts > 0, 1.0 / jnp.maximum(counts, 1).astype(jnp.float32), 0.0)
         else:
-            masks, p = probes.bernoulli_masks(key, maskable, self.passes, self.eps, self.max_length)
+            masks, p = masking.bernoulli_masks(
+                key, maskable, self.passes, self.eps, self.max_length
+            )
             # Passes that masked nothing are left out, as published.
             weights = jnp.where(masks.any(axis=1), 1.0 / (p * jnp.maximum(length, 1)), 0.0)
         subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from sama_jax import probes, rng, votes
-from sama_jax.attacks import statistics
+from sama_jax import rng
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.registry import Query, register
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.types import ProbePlan, Reading
+from sama_jax.core import masking, token_statistics, votes
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class PartitionProbes:
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """All passes weigh alike; subsets of each are drawn for the statistic `votes`."""
         mask_key = rng.for_purpose(key, rng.Purpose.PARTITION_MASKS)
-        masks = probes.partition_masks(mask_key, maskable, self.parts, self.rounds, self.max_length)
+        masks = masking.partition_masks(
+            mask_key, maskable, self.parts, self.rounds, self.max_length
+        )
         subset_keys = rng.step_keys(rng.for_purpose(key, rng.Purpose.SUBSETS), self.passes)
         draw = jax.vmap(lambda k, m: votes.sample_subsets(k, m, self.subsets, self.subset_size))
         return ProbePlan(
@@ -82,8 +84,8 @@ def complement_probes(settings: AuditSettings) -> PartitionProbes:
 )
 def mink(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Mean log-probability of the text's least likely tokens (lowest 20 %)."""
-    likelihood = statistics.token_means(-reading.target, reading.plan.scored)
-    return statistics.lower_tail(likelihood, settings.tail.fraction)
+    likelihood = token_statistics.token_means(-reading.target, reading.plan.scored)
+    return token_statistics.lower_tail(likelihood, settings.tail.fraction)
 
 
 _SMALLEST = 1e-6
@@ -102,8 +104,8 @@ def minkpp(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Min-K% of log-probabilities normalised by their mean and spread over the vocabulary."""
     more = reading.target_more
     z = (-reading.target - more["mean"]) / jnp.maximum(more["deviation"], _SMALLEST)
-    normalised = statistics.token_means(z, reading.plan.scored)
-    return statistics.lower_tail(normalised, settings.tail.fraction)
+    normalised = token_statistics.token_means(z, reading.plan.scored)
+    return token_statistics.lower_tail(normalised, settings.tail.fraction)
 
 
 # --- both models ---------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ _OURS = {**_BOTH, "source": "this project"}
 def wbc(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Share of contiguous windows, of ten sizes, whose loss the target lowers."""
     del settings
-    return statistics.windows(statistics.differences(reading))
+    return token_statistics.windows(token_statistics.differences(reading))
 
 
 @register("complement", **_OURS)
@@ -125,29 +127,29 @@ def complement(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
 
     Fine-tuning almost never makes a member's tokens worse, while it does so for other texts.
     """
-    values = statistics.differences(reading)
-    return statistics.lower_tail(values, settings.complement.fraction)
+    values = token_statistics.differences(reading)
+    return token_statistics.lower_tail(values, settings.complement.fraction)
 
 
 @register("complement:mean", **_OURS)
 def complement_mean(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Mean of the differences reference minus target, each token read once."""
     del settings
-    return statistics.mean(statistics.differences(reading))
+    return token_statistics.mean(token_statistics.differences(reading))
 
 
 @register("complement:t", **_OURS, undefined="it needs two tokens that differ")
 def complement_t(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Mean over standard deviation of the differences, each token read once."""
     del settings
-    return statistics.t(statistics.differences(reading))
+    return token_statistics.t(token_statistics.differences(reading))
 
 
 @register("complement:rank", **_OURS, undefined="it needs a token whose losses differ")
 def complement_rank(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Wilcoxon's signed-rank statistic of the differences, each token read once."""
     del settings
-    return statistics.signed_rank(statistics.differences(reading))
+    return token_statistics.signed_rank(token_statistics.differences(reading))
 
 
 @register("complement:votes", **_OURS)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax import losses, probes, rng
+from sama_jax import rng
+from sama_jax.arrays import Model, Params, Reading
 from sama_jax.attacks.likelihood import LikelihoodProbes, likelihood_probes, nll_per_token
 from sama_jax.attacks.registry import Query, register
 from sama_jax.attacks.views import Lowercase, Replaced
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.types import Model, Params, Reading
+from sama_jax.core import losses, masking
 
 SWAPPED = 0.05
 """Share of a text's tokens that a neighbour replaces, at least one token (`iamgroot42/mimir`)."""
@@ -87,7 +88,7 @@ class NeighborProposals:
         """What each neighbour of one text replaces."""
         counts = jnp.full(self.count, _swaps(self.max_length)[maskable.sum()])
         key = rng.for_purpose(key, rng.Purpose.NEIGHBOR_MASKS)
-        return probes.fresh_masks(key, maskable, counts, self.max_length)
+        return masking.fresh_masks(key, maskable, counts, self.max_length)
 
     def run(
         self,

@@ -6,12 +6,12 @@ the evaluation. `settings.prefix` says how many and how long.
 
 from jaxtyping import Array, Float
 
+from sama_jax.arrays import Reading
 from sama_jax.attacks.likelihood import nll_per_token
 from sama_jax.attacks.perturbed import quotient, shared_probes
 from sama_jax.attacks.registry import Query, register
 from sama_jax.attacks.views import Context, Joined
 from sama_jax.config import AuditSettings
-from sama_jax.types import Reading
 
 _NO_ROOM = "it needs at least one token, and room before it in the models' context"
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sama_jax.arrays import Encoded, Model, Params, ProbePlan, Reading, TextKeyData
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.errors import UsageError, nearest
-from sama_jax.types import Encoded, Model, Params, ProbePlan, Reading, TextKeyData
 
 Models = Literal["both", "target", "reference"]
 ENTRY_POINTS = "sama_jax.attacks"

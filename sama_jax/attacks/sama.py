@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from sama_jax import probes, rng, votes
+from sama_jax import rng
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.registry import register
 from sama_jax.config import AuditSettings, SamaSettings, settings_hash
-from sama_jax.types import ProbePlan, Reading
+from sama_jax.core import masking, votes
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class ProgressiveProbes:
     def _repeat(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         s = self.settings
         # Numbers of masked tokens come from a table: see `probes.count_table`.
-        table = jnp.asarray(probes.count_table(s, self.max_length))
+        table = jnp.asarray(masking.count_table(s, self.max_length))
         counts = table[maskable.sum()]
-        draw = probes.nested_masks if s.nesting == "nested" else probes.fresh_masks
+        draw = masking.nested_masks if s.nesting == "nested" else masking.fresh_masks
         mask_key = rng.for_purpose(key, rng.Purpose.PROGRESSIVE_MASKS)
         masks = draw(mask_key, maskable, counts, self.max_length)
-        new = probes.newly_masked(masks)
+        new = masking.newly_masked(masks)
         recorded = (new if s.skip == "per_text" else masks).any(axis=1)
         subset_keys = rng.step_keys(rng.for_purpose(key, rng.Purpose.SUBSETS), s.steps)
         subsets = jax.vmap(lambda k, m: votes.sample_subsets(k, m, s.subsets, s.subset_size))
@@ -61,7 +62,7 @@ class ProgressiveProbes:
     def slot_bounds(self, length: int) -> np.ndarray:
         """Largest number of scored positions of each pass over all texts up to `length`."""
         s = self.settings
-        counts = probes.count_table(s, length)
+        counts = masking.count_table(s, length)
         if s.loss_source == "stored_first" and s.nesting == "nested":
             counts = np.diff(counts, axis=1, prepend=0)
         return np.tile(counts.max(axis=0), s.repeats)

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sama_jax.arrays import Params
 from sama_jax.errors import ModelError
-from sama_jax.models.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
 from sama_jax.models.layers import (
     LayerNorm,
     LinenModel,
@@ -39,7 +40,6 @@ from sama_jax.models.layers import (
     take,
 )
 from sama_jax.models.transformer import Linear, rotate
-from sama_jax.types import Params
 
 NORM_EPS = 1e-5
 ROPE_THETA = 10000.0

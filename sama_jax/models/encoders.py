@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sama_jax.errors import ModelError
-from sama_jax.models.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
 from sama_jax.models.layers import (
     LayerNorm,
     LinenModel,

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sama_jax.arrays import Params
 from sama_jax.models import transformer
-from sama_jax.models.family import Kind
+from sama_jax.models.families.family import Kind
 from sama_jax.models.transformer import Linear
-from sama_jax.types import Params
 
 
 class LayerNorm(nn.Module):

@@ -6,8 +6,8 @@ default of the family's own config class, never the value of its best-known chec
 
 from typing import Any
 
+from sama_jax.arrays import Model
 from sama_jax.errors import ModelError, nearest
-from sama_jax.models.decoders import DECODERS, is_illada
 from sama_jax.models.dit import MDLM, SEDD, DitArchitecture, DitModel, is_sedd
 from sama_jax.models.encoders import (
     BERT,
@@ -16,12 +16,12 @@ from sama_jax.models.encoders import (
     EncoderModel,
     ModernBertArchitecture,
 )
-from sama_jax.models.family import Family, FamilyConfig
-from sama_jax.models.llada import LLADA
-from sama_jax.models.llada_moe import LLADA2, LLADA_MOE, is_lladamoe
-from sama_jax.models.smdm import SMDM
+from sama_jax.models.families.decoders import DECODERS, is_illada
+from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.llada import LLADA
+from sama_jax.models.families.llada_moe import LLADA2, LLADA_MOE, is_lladamoe
+from sama_jax.models.families.smdm import SMDM
 from sama_jax.models.transformer import Architecture, TransformerModel
-from sama_jax.types import Model
 
 FAMILIES: dict[str, Family] = {
     "llada": LLADA,

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from sama_jax.arrays import Params
 from sama_jax.models import dit, encoders, transformer
 from sama_jax.models.dit import DitArchitecture
 from sama_jax.models.encoders import BertArchitecture, ModernBertArchitecture
-from sama_jax.types import Params
 
 
 def block_params(params: Params) -> Iterator[Params]:

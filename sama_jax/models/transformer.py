@@ -34,9 +34,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sama_jax.models.family import Kind
+from sama_jax.arrays import Params
+from sama_jax.models.families.family import Kind
 from sama_jax.models.moe import Experts, Moe
-from sama_jax.types import Params
 
 CPU_SCORE_BYTES = 8 * 2**20
 """Attention scores of a batch that a CPU computes at once; more are computed in parts, since they

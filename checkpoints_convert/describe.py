@@ -1,0 +1,117 @@
+"""inspect: what a model folder holds and whether it would be refused. Loads no weights."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sama_jax.errors import ModelError
+from sama_jax.texts.data import TextTokenizer, require_ids_fit
+from sama_jax.weights import model_folder
+
+
+def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
+    """Everything that can be told of a folder; what cannot is absent.
+
+    Returns:
+      `path`, `loadable`, `refused` (messages), and as far as they are known `family`, `kind`,
+      `architecture`, `mask_id`, `shift`, `max_length` (None: its config sets no limit),
+      `parameters`, `stored_dtypes` {dtype: tensors}, `storage`, `bfloat16_bytes`, `float32_bytes`,
+      `identity`, `licence`, `converted_from`.
+    """
+    found: dict[str, Any] = {"path": str(src), "loadable": False, "refused": []}
+    try:
+        path = model_folder.resolve(src)
+        found["path"] = str(path)
+        if path.is_dir():
+            found["licence"] = _licence(path)
+        config = model_folder.read_json_config(path)
+        family = model_folder.read_config(config, str(path / model_folder.CONFIG))
+        found |= {
+            "family": family.family,
+            "kind": family.kind,
+            "architecture": _plain(family.arch),
+            "mask_id": family.mask_id if mask_id is None else mask_id,
+            "shift": family.shift,
+        }
+        folder = model_folder.open_folder(path, mask_id=mask_id, dtype="float32")
+    except ModelError as error:
+        found["refused"].append(str(error))
+        return found
+    names = [tensor.dtype for tensor in folder.source.tensors.values()]
+    orbax = isinstance(folder.source, model_folder.OrbaxSource)
+    found |= {
+        "mask_id": folder.model.mask_id,
+        "max_length": None if folder.max_length == 2**20 else folder.max_length,
+        "parameters": folder.num_params,
+        "stored_dtypes": {name: names.count(name) for name in sorted(set(names))},
+        "storage": "orbax" if orbax else "safetensors",
+        "bfloat16_bytes": 2 * folder.num_params,
+        "float32_bytes": 4 * folder.num_params,
+        "identity": folder.identity,
+    }
+    if record := model_folder.json_object(path / model_folder.RECORD):
+        found["converted_from"] = record.get("source")
+    try:
+        tokenizer = TextTokenizer.from_folder(path)
+        require_ids_fit(tokenizer, folder.model.vocab_size, str(path))
+    except ModelError as error:
+        found["refused"].append(str(error))
+    found["loadable"] = not found["refused"]
+    return found
+
+
+def _plain(arch: Any) -> dict[str, Any]:
+    """An architecture's fields that JSON can hold."""
+    fields = {name: getattr(arch, name) for name in arch.__dataclass_fields__}
+    return {k: v for k, v in fields.items() if isinstance(v, int | float | str) or v is None}
+
+
+def _licence(path: Path) -> str | None:
+    """As the model card's front matter states it, else the name of a licence file."""
+    card = path / "README.md"
+    if card.is_file():
+        text = card.read_text("utf-8", errors="replace")
+        front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        stated = re.findall(r"^license(?:_name)?:[ \t]*(\S.*)$", front[1] if front else "", re.M)
+        if stated:
+            return ", ".join(value.strip().strip("'\"") for value in stated)
+    files = sorted(f.name for f in path.glob("LICEN[CS]E*"))
+    return f"see {files[0]}" if files else None
+
+
+def _binary(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+def print_description(found: dict[str, Any]) -> None:
+    """The same for people, one line a fact."""
+    lines: dict[str, Any] = {"folder": found["path"]}
+    if "family" in found:
+        arch = found["architecture"]
+        sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width", "vocab_size")
+        shift = "predicts the next position" if found["shift"] else "predicts its own position"
+        lines |= {
+            "family": f"{found['family']} ({found['kind']})",
+            "sizes": ", ".join(f"{n.replace('_', ' ')} {arch[n]}" for n in sizes if n in arch),
+            "mask id": found["mask_id"],
+            "output": shift,
+        }
+    if "parameters" in found:
+        dtypes = ", ".join(f"{count} x {name}" for name, count in found["stored_dtypes"].items())
+        memory = [_binary(found[name]) for name in ("bfloat16_bytes", "float32_bytes")]
+        lines |= {
+            "maximum length": found["max_length"] or "not limited by its config",
+            "stored": f"{dtypes} ({found['storage']})",
+            "parameters": f"{found['parameters']:,}",
+            "memory": f"{memory[0]} in bfloat16, {memory[1]} in float32",
+            "identity": found["identity"],
+        }
+    if found.get("converted_from"):
+        lines["converted from"] = found["converted_from"]
+    if "licence" in found:
+        lines["licence"] = found["licence"] or "not stated"
+    lines["loadable"] = "yes" if found["loadable"] else "no"
+    for name, value in lines.items():
+        print(f"{name:<16}{value}")
+    for message in found["refused"]:
+        print(f"{'refused':<16}{message}")

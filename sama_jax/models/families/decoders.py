@@ -1,0 +1,192 @@
+"""Llama-like decoders by transformers' field names: Dream, A2D, iLLaDA, and causal Qwen and Llama.
+
+All of them are one network: RMS norms, grouped queries, half rotation with rounded sines, a gated
+MLP. A `Dialect` says what a family's classes fix and what its config class assumes.
+Sources: `models/{qwen2,qwen3,llama}` of transformers 5.24; `trainer/model/dream` of `Stry233/SAMA`
+(5ac7aa4); `dllm/pipelines/a2d` of `ZHZisZZ/dllm` (ca17675).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from sama_jax.errors import ModelError
+from sama_jax.models.families.family import Family, FamilyConfig, Kind, check_sizes
+from sama_jax.models.transformer import Architecture, Llama3Scaling
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+# Defaults of the config classes (`configuration_*.py`). A null `num_key_value_heads` means one a
+# query head, a null `head_dim` hidden_size / num_attention_heads.
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_QWEN2 = {
+    **_LLAMA,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+}
+_QWEN3 = {**_QWEN2, "head_dim": 128}
+_DREAM = {**_QWEN2, "mask_token_id": 151666}
+# Nobody has published iLLaDA's config class: only its two switches have a default.
+_ILLADA = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True}
+
+# Variants that no published model of these families uses: field -> the value we have.
+_ONLY = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "use_mrope": False,
+    "partial_rotary_factor": 1.0,
+}
+
+
+class Dialect(NamedTuple):
+    """What a family's classes fix."""
+
+    defaults: Mapping[str, Any]
+    kind: Kind = "diffusion"
+    shift: bool = False
+    biases: Literal["config", "qkv", "none"] = "none"
+    """By `attention_bias` and `mlp_bias`; always on Q, K and V; nowhere."""
+    norm_heads: bool = False
+    """RMS norm of each query and key head."""
+
+
+def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any], where: str) -> Any:
+    """`rope_type` default or llama3; the others change what positions mean in other ways."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ModelError(
+            f"{where}: rope_type is {kind!r}; expected 'default' or 'llama3', the others are not "
+            "supported"
+        )
+    original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    numbers = {
+        "factor": rope.get("factor"),
+        "low_freq_factor": rope.get("low_freq_factor"),
+        "high_freq_factor": rope.get("high_freq_factor"),
+        "original_max_position_embeddings": original,
+    }
+    wrong = {k: v for k, v in numbers.items() if type(v) not in (int, float) or not v > 0}
+    if wrong or not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+        raise ModelError(
+            f"{where}: rope_type llama3 needs positive numbers, low_freq_factor below "
+            f"high_freq_factor; found {numbers}"
+        )
+    return Llama3Scaling(*numbers.values())
+
+
+def _read_rope(config: Mapping[str, Any], default: Any, where: str) -> tuple[float, Any]:
+    """(theta, scaling). transformers 5 writes both into `rope_parameters`, 4 beside each other."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        raise ModelError(f"{where}: rotary parameters {rope} are not one set for all layers")
+    theta = rope.get("rope_theta", config.get("rope_theta", default))
+    if type(theta) not in (int, float) or not theta > 0:
+        raise ModelError(f"{where}: rope_theta is {theta!r}; expected a positive number")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not 1")
+    return float(theta), _scaling(rope, config, where)
+
+
+def read_decoder(dialect: Dialect, config: dict[str, Any], where: str) -> FamilyConfig:
+    """One reader for all; `dialect` holds the differences."""
+    known = {**dialect.defaults, **config}
+    wrong = [f"{k} is {config[k]!r}" for k, v in _ONLY.items() if config.get(k, v) != v]
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        wrong.append(f"layer_types is {config['layer_types']!r} (sliding windows)")
+    if wrong:
+        raise ModelError(f"{where}: not supported: " + "; ".join(wrong))
+    if known.get("num_key_value_heads") is None:
+        known["num_key_value_heads"] = known.get("num_attention_heads")
+    if known.get("head_dim") is None:
+        check_sizes(known, ("hidden_size", "num_attention_heads"), where)
+        known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
+    check_sizes(known, _SIZES, where)
+    heads, kv_heads, size = (
+        known[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if heads % kv_heads or size % 2:
+        raise ModelError(
+            f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads}, head size "
+            f"{size} do not fit: heads must be a multiple of key/value heads, the size even"
+        )
+    if type(known.get("rms_norm_eps")) not in (int, float):
+        raise ModelError(f"{where}: rms_norm_eps is {known.get('rms_norm_eps')!r}; give a number")
+    theta, scaling = _read_rope(config, dialect.defaults.get("rope_theta"), where)
+    by_config = dialect.biases == "config"
+    attention_bias = by_config and bool(known["attention_bias"])
+    arch = Architecture(
+        vocab_size=known["vocab_size"],
+        width=known["hidden_size"],
+        num_layers=known["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=size,
+        mlp_width=known["intermediate_size"],
+        tied=bool(known["tie_word_embeddings"]),
+        norm_eps=float(known["rms_norm_eps"]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rope_float32=False,
+        qkv_bias=dialect.biases == "qkv" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=by_config and bool(known["mlp_bias"]),
+        qk_norm="head" if dialect.norm_heads else None,
+        block_length=1 if dialect.kind == "autoregressive" else None,
+    )
+    mask_id = known.get("mask_token_id")
+    if mask_id is None and dialect.kind == "autoregressive":
+        mask_id = 0  # never used: attacks on next-token models mask nothing
+    return FamilyConfig("decoder", arch, mask_id, shift=dialect.shift, kind=dialect.kind)
+
+
+def _family(dialect: Dialect, *architectures: str) -> Family:
+    return Family(partial(read_decoder, dialect), architectures)
+
+
+_QWEN2_DIALECT = Dialect(_QWEN2, biases="qkv")
+_QWEN3_DIALECT = Dialect(_QWEN3, biases="config", norm_heads=True)
+_LLAMA_DIALECT = Dialect(_LLAMA, biases="config")
+_CAUSAL: dict[str, Any] = {"kind": "autoregressive", "shift": True}
+
+DECODERS: dict[str, Family] = {
+    # DiffuCoder loads Dream's classes.
+    "Dream": _family(Dialect(_DREAM, shift=True, biases="qkv"), "DreamModel"),
+    "illada": _family(Dialect(_ILLADA), "ILLaDAForCausalLM"),
+    "a2d-qwen2": _family(_QWEN2_DIALECT, "A2DQwen2LMHeadModel"),
+    "a2d-qwen3": _family(_QWEN3_DIALECT, "A2DQwen3LMHeadModel"),
+    "a2d-llama": _family(_LLAMA_DIALECT, "A2DLlamaLMHeadModel"),
+    "qwen2": _family(_QWEN2_DIALECT._replace(**_CAUSAL), "Qwen2ForCausalLM"),
+    "qwen3": _family(_QWEN3_DIALECT._replace(**_CAUSAL), "Qwen3ForCausalLM"),
+    "llama": _family(_LLAMA_DIALECT._replace(**_CAUSAL), "LlamaForCausalLM"),
+}
+"""`model_type` -> family."""
+
+
+def is_illada(config: Mapping[str, Any]) -> bool:
+    """By its class: what its config says for `model_type` has not been seen."""
+    listed = config.get("architectures")
+    return isinstance(listed, list) and "ILLaDAForCausalLM" in listed

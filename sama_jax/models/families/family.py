@@ -1,0 +1,42 @@
+"""What a family of models is to the registry."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from sama_jax.errors import ModelError
+
+Kind = Literal["diffusion", "autoregressive", "masked"]
+"""How a model was trained to predict: noise levels from both sides, next token, or a fixed share of
+masked tokens. Attacks name the kinds that they are defined for."""
+
+
+class FamilyConfig(NamedTuple):
+    """What a `config.json` says, in our words."""
+
+    family: str
+    """Key of the family's weight table in `sama_jax.models.families.tables`."""
+    arch: Any
+    """The network's own architecture class; hashable, with `vocab_size`."""
+    mask_id: int | None
+    """None where the config names none; then the tokenizer or `--mask-id` must."""
+    shift: bool
+    """True if the raw output at position i - 1 predicts the token at i."""
+    kind: Kind = "diffusion"
+    block_group_size: int = 1
+
+
+class Family(NamedTuple):
+    """One entry of the registry."""
+
+    read: Callable[[dict[str, Any], str], FamilyConfig]
+    """(parsed config.json, its path for messages) -> architecture. Raises `ModelError`."""
+    architectures: tuple[str, ...]
+    """Class names that a config's `architectures` may hold."""
+
+
+def check_sizes(config: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    """Raises `ModelError` unless all these fields are positive integers."""
+    wrong = [n for n in names if type(config.get(n)) is not int or config[n] < 1]
+    if wrong:
+        found = "; ".join(f"{name} is {config.get(name)!r}" for name in wrong)
+        raise ModelError(f"{where}: expected positive integers, but {found}")

@@ -1,0 +1,126 @@
+"""LLaDA's `config.json` in our words: dense models of the first generation."""
+
+from typing import Any
+
+from sama_jax.errors import ModelError
+from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.transformer import Architecture
+
+# Defaults of LLaDA's config class (`configuration_llada.py` in `Stry233/SAMA`): GPT-2-like, unlike
+# the 8B checkpoint. What they switch on and the network does not have is refused below.
+LLADA_DEFAULTS: dict[str, Any] = {
+    "d_model": 768,
+    "n_heads": 12,
+    "n_kv_heads": None,
+    "n_layers": 12,
+    "mlp_ratio": 4,
+    "mlp_hidden_size": None,
+    "activation_type": "swiglu",
+    "block_type": "sequential",
+    "block_group_size": 1,
+    "alibi": False,
+    "rope": False,
+    "rope_full_precision": True,
+    "rope_theta": 10000.0,
+    "multi_query_attention": None,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "input_emb_norm": False,
+    "layer_norm_type": "default",
+    "layer_norm_with_affine": True,
+    "rms_norm_eps": 1e-5,
+    "include_qkv_bias": False,
+    "include_bias": False,
+    "bias_for_layer_norm": None,
+    "scale_logits": False,
+    "vocab_size": 50257,
+    "embedding_size": 50304,
+    "weight_tying": True,
+    "mask_token_id": 50256,
+}
+
+# Switches of LLaDA's code that no published diffusion model uses: field -> the value we have.
+_LLADA_ONLY = {
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "rope": True,
+    "alibi": False,
+    "layer_norm_with_affine": True,
+    "attention_layer_norm_with_affine": True,
+}
+
+# Sizes: field -> whether it may be null, because another field then decides.
+_LLADA_SIZES = {
+    "d_model": False,
+    "n_heads": False,
+    "n_layers": False,
+    "mlp_ratio": False,
+    "vocab_size": False,
+    "block_group_size": False,
+    "n_kv_heads": True,
+    "mlp_hidden_size": True,
+    "embedding_size": True,
+}
+
+
+def read_llada(config: dict[str, Any], where: str) -> FamilyConfig:
+    """LLaDA dense: 8B-Base, -Instruct, 1.5 and the small configurations of the SAMA repository."""
+
+    def get(name: str) -> Any:
+        return config.get(name, LLADA_DEFAULTS[name])
+
+    wrong = [
+        f"{name} is {get(name)!r}{'' if name in config else ' (class default, field is absent)'}, "
+        f"only {have!r} is supported"
+        for name, have in _LLADA_ONLY.items()
+        if get(name) != have
+    ]
+    if wrong:
+        raise ModelError(f"{where}: unsupported LLaDA variant: " + "; ".join(wrong))
+    wrong = [
+        f"{name} is {get(name)!r}"
+        for name, optional in _LLADA_SIZES.items()
+        if not (optional and get(name) is None) and (type(get(name)) is not int or get(name) < 1)
+    ]
+    if wrong:
+        raise ModelError(f"{where}: expected positive integers, but " + "; ".join(wrong))
+    width, heads = get("d_model"), get("n_heads")
+    kv_heads = get("n_kv_heads") or (1 if get("multi_query_attention") else heads)
+    if width % heads or heads % kv_heads or (width // heads) % 2:
+        raise ModelError(
+            f"{where}: d_model {width}, n_heads {heads}, n_kv_heads {kv_heads} do not fit: heads "
+            "must divide d_model into even sizes and be a multiple of n_kv_heads"
+        )
+    norm_bias = get("bias_for_layer_norm")
+    arch = Architecture(
+        vocab_size=get("embedding_size") or get("vocab_size"),
+        width=width,
+        num_layers=get("n_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=width // heads,
+        mlp_width=get("mlp_hidden_size") or get("mlp_ratio") * width,
+        tied=bool(get("weight_tying")),
+        norm_eps=float(get("rms_norm_eps")),
+        rope_theta=float(get("rope_theta")),
+        qkv_bias=bool(get("include_bias") or get("include_qkv_bias")),
+        o_bias=bool(get("include_bias")),
+        mlp_bias=bool(get("include_bias")),
+        head_bias=bool(get("include_bias")),
+        norm_bias=bool(get("include_bias") if norm_bias is None else norm_bias),
+        qk_norm="whole" if get("attention_layer_norm") else None,
+        scale_embedding=bool(get("input_emb_norm")),
+        scale_logits=bool(get("scale_logits")),
+        rope_float32=bool(get("rope_full_precision")),
+    )
+    return FamilyConfig(
+        "llada",
+        arch,
+        get("mask_token_id"),
+        shift=False,
+        block_group_size=get("block_group_size"),
+    )
+
+
+LLADA = Family(read_llada, ("LLaDAModelLM", "LLaDAModel"))

@@ -1,0 +1,225 @@
+"""`config.json` of the LLaDA models with experts in our words: LLaDA-MoE, LLaDA2.0 and LLaDA2.1."""
+
+from typing import Any
+
+from sama_jax.errors import ModelError
+from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.moe import Experts
+from sama_jax.models.transformer import Architecture
+
+MASK_ID = 156895
+"""`<|mask|>` of both; the default of LLaDA2's `generate` and of `inclusionAI/dInfer`'s benchmark
+for LLaDA-MoE. Their configs name none."""
+
+BLOCK_LENGTH = 32
+"""LLaDA2's attention block; not in its config but the default of its `generate`."""
+
+
+def _refuse(config: dict[str, Any], names: tuple[tuple[str, Any], ...], where: str) -> None:
+    """Raises `ModelError` unless every (field, value) has that value, its class default too."""
+    wrong = [
+        f"{name} is {config[name]!r}, only {only!r} is supported"
+        for name, only in names
+        if config.get(name, only) != only
+    ]
+    if wrong:
+        raise ModelError(f"{where}: unsupported variant: " + "; ".join(wrong))
+
+
+def _mask_id(config: dict[str, Any]) -> int:
+    named = config.get("mask_token_id")
+    return MASK_ID if named is None else named
+
+
+def _rotary_size(head_size: int, factor: float, where: str) -> int:
+    """Channels of a head that are rotated: an even number of them."""
+    size = int(head_size * factor)
+    if not 0 < size <= head_size or size % 2:
+        raise ModelError(
+            f"{where}: partial_rotary_factor {factor!r} rotates {size} of a head's {head_size} "
+            "channels; expected an even number of them"
+        )
+    return size
+
+
+def _check_fit(arch: Architecture, experts: Experts, where: str) -> None:
+    size, rest = divmod(experts.count, experts.groups)
+    kept = min(experts.kept_groups, experts.groups)
+    wrong = []
+    if arch.num_heads % arch.num_kv_heads:
+        wrong.append(
+            f"num_attention_heads {arch.num_heads} is not a multiple of num_key_value_heads "
+            f"{arch.num_kv_heads}"
+        )
+    if not 0 <= arch.first_dense < arch.num_layers:
+        wrong.append(f"{arch.first_dense} dense layers of {arch.num_layers} leave none for experts")
+    if rest or (experts.gate == "sigmoid" and size < 2):
+        wrong.append(f"{experts.count} experts do not make {experts.groups} groups of two or more")
+    if kept < experts.kept_groups or experts.active > kept * size:
+        wrong.append(
+            f"{experts.active} active experts do not fit into {experts.kept_groups} of "
+            f"{experts.groups} groups of {size}"
+        )
+    if not arch.rope_theta > 0:
+        wrong.append(f"rope_theta is {arch.rope_theta}, expected a positive number")
+    if wrong:
+        raise ModelError(f"{where}: " + "; ".join(wrong))
+
+
+def is_lladamoe(config: dict[str, Any]) -> bool:
+    """The Hub's config says `llada`, as the dense models' does; dllm asks to write `lladamoe`."""
+    named = config.get("architectures")
+    listed = named if isinstance(named, list) else [named]
+    is_named = any(name in listed for name in LLADA_MOE.architectures)
+    return config.get("model_type") == "llada" and ("num_experts" in config or is_named)
+
+
+def read_lladamoe(config: dict[str, Any], where: str) -> FamilyConfig:
+    """inclusionAI/LLaDA-MoE-7B-A1B. Defaults: `configuration_lladamoe.py` in `ZHZisZZ/dllm`.
+
+    Fields whose class default is -1, which cannot build a network, must be present; only an absent
+    `partial_rotary_factor` counts as 1. `norm_topk_prob` and `moe_router_score_function` are not
+    read, since the authors' block ignores them.
+    """
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes += ("num_experts", "num_experts_per_tok", "expert_intermediate_size")
+    check_sizes(config, sizes, where)
+    _refuse(config, (("hidden_act", "silu"), ("clip_qkv", None), ("rope_scaling", None)), where)
+    width, layers, heads = (config[name] for name in sizes[1:4])
+    first_dense = _first_dense(config.get("moe_layer_freq"), layers, where)
+    if first_dense:
+        check_sizes(config, ("dense_intermediate_size",), where)
+    if width % heads:
+        raise ModelError(f"{where}: {heads} heads do not divide hidden_size {width}")
+    experts = Experts(
+        count=config["num_experts"],
+        active=config["num_experts_per_tok"],
+        width=config["expert_intermediate_size"],
+        gate="softmax",
+        bias=bool(config.get("moe_router_enable_expert_bias")),
+        shared_width=config.get("shared_expert_intermediate_size") or 0,
+    )
+    bias = bool(config.get("attention_bias", False))
+    arch = Architecture(
+        vocab_size=config["vocab_size"],
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_size=width // heads,
+        mlp_width=config["dense_intermediate_size"] if first_dense else experts.width,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+        rope_theta=float(config.get("rope_theta", -1)),
+        rope_float32=False,
+        rotary_size=_rotary_size(width // heads, config.get("partial_rotary_factor", 1), where),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="head" if config.get("qk_layernorm") else None,
+        experts=experts,
+        first_dense=first_dense,
+    )
+    _check_fit(arch, experts, where)
+    return FamilyConfig("lladamoe", arch, _mask_id(config), shift=False)
+
+
+def _first_dense(frequency: Any, layers: int, where: str) -> int:
+    """Layers before the first with experts; `frequency` has a number a layer, 0 is a dense one."""
+    if not isinstance(frequency, list) or len(frequency) != layers:
+        raise ModelError(
+            f"{where}: moe_layer_freq is {frequency!r}; expected {layers} numbers, one a layer"
+        )
+    dense = [f == 0 for f in frequency]
+    first = dense.index(False) if False in dense else layers
+    if any(dense[first:]):
+        raise ModelError(
+            f"{where}: moe_layer_freq is {frequency}; dense layers are supported at the start only"
+        )
+    return first
+
+
+# Defaults of LLaDA2's config class (`configuration_llada2_moe.py` in `ZHZisZZ/dllm`).
+LLADA2_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30592,
+    "hidden_size": 1024,
+    "intermediate_size": None,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 0,
+    "use_qkv_bias": False,
+    "use_qk_norm": True,
+    "use_bias": True,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "num_experts": 16,
+    "num_shared_experts": 0,
+    "num_experts_per_tok": 2,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "moe_intermediate_size": None,
+    "first_k_dense_replace": 0,
+    "head_dim": None,
+    "partial_rotary_factor": 0.5,
+}
+
+
+def read_llada2(config: dict[str, Any], where: str) -> FamilyConfig:
+    """inclusionAI/LLaDA2.0-mini, LLaDA2.1-mini; experts stacked if dFactory merged them.
+
+    `norm_topk_prob` and `moe_router_enable_expert_bias` are not read: the authors' router always
+    normalises and always has a bias.
+    """
+    c = {**LLADA2_DEFAULTS, **config}
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes += ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group")
+    sizes += ("topk_group", "intermediate_size") if c["first_k_dense_replace"] else ("topk_group",)
+    check_sizes(c, sizes, where)
+    _refuse(config, (("hidden_act", "silu"), ("rope_scaling", None)), where)
+    _refuse(config, (("score_function", "sigmoid"),), where)
+    heads = c["num_attention_heads"]
+    head_size = c["head_dim"] or c["hidden_size"] // heads
+    experts = Experts(
+        count=c["num_experts"],
+        active=c["num_experts_per_tok"],
+        width=c["moe_intermediate_size"],
+        gate="sigmoid",
+        bias=True,
+        shared_width=(c["num_shared_experts"] or 0) * c["moe_intermediate_size"],
+        groups=c["n_group"],
+        kept_groups=c["topk_group"],
+        scale=float(c["routed_scaling_factor"]),
+    )
+    arch = Architecture(
+        vocab_size=c["vocab_size"],
+        width=c["hidden_size"],
+        num_layers=c["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=c["num_key_value_heads"] or heads,
+        head_size=head_size,
+        mlp_width=c["intermediate_size"] if c["first_k_dense_replace"] else experts.width,
+        tied=bool(c["tie_word_embeddings"]),
+        norm_eps=float(c["rms_norm_eps"]),
+        rope_theta=float(c["rope_theta"]),
+        rope_float32=False,
+        rotary_size=_rotary_size(head_size, c["partial_rotary_factor"], where),
+        qkv_bias=bool(c["use_qkv_bias"]),
+        o_bias=bool(c["use_bias"]),
+        qk_norm="head" if c["use_qk_norm"] else None,
+        block_length=BLOCK_LENGTH,
+        experts=experts,
+        first_dense=c["first_k_dense_replace"],
+    )
+    _check_fit(arch, experts, where)
+    merged = config.get("model_type") == "llada2_moe_veomni"
+    return FamilyConfig(
+        "llada2_merged" if merged else "llada2",
+        arch,
+        _mask_id(config),
+        shift=False,
+    )
+
+
+LLADA_MOE = Family(read_lladamoe, ("LLaDAMoEModelLM", "LLaDAMoEModel"))
+LLADA2 = Family(read_llada2, ("LLaDA2MoeModelLM", "LLaDA2MoeModel"))

@@ -1,0 +1,405 @@
+"""The PyTorch side of `verify`: a folder's weights in a network that is not ours.
+
+`transformers`' class where there is one, a plain LLaDA of our own, or, only if told to, the class
+that the folder brings. None of them shares code, weight tables or config readers with the package.
+Texts run one by one without padding, so that no class's reading of a padding mask matters.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sama_jax.errors import ModelError, UsageError
+from sama_jax.weights.safetensors import weight_files
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ImportError:
+    raise UsageError(
+        "this comparison runs PyTorch, which is not installed: pip install 'sama-jax[verify]'; "
+        "--dump and --against need no PyTorch on this machine"
+    ) from None
+
+
+class Stages(NamedTuple):
+    """What one text left behind in the network; float32."""
+
+    states: dict[str, np.ndarray]
+    """[l, d] by name: `embedding`, `block 1`, .., and `final norm` where there is one."""
+    logits: np.ndarray
+    """[l, v], as the network gives them."""
+
+
+class Reference(NamedTuple):
+    """A loaded network."""
+
+    name: str
+    run: Callable[[np.ndarray], Stages]
+    """Token ids [l] of one text -> what it leaves behind."""
+
+
+class Wanted(NamedTuple):
+    """What to load, and the little of the architecture that decides what is seen."""
+
+    path: Path
+    config: Mapping[str, Any]
+    num_layers: int
+    block_length: int | None
+    """Position i sees j if j // block_length <= i // block_length; None: every j."""
+    dtype: str
+    adapter: Path | None = None
+
+
+_SAME_MATHS = {
+    "Dream": "Qwen2",
+    "illada": "Llama",
+    "a2d-qwen2": "Qwen2",
+    "a2d-qwen3": "Qwen3",
+    "a2d-llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "llama": "Llama",
+    "bert": "Bert",
+    "modernbert": "ModernBert",
+    "lladamoe": "Qwen3Moe",
+}
+"""`model_type` -> the class of transformers that computes the same, but for what positions see,
+which an explicit mask decides. Another such family is one more line."""
+
+
+def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Reference:
+    """Loads a folder. Raises `ModelError` for a family that has no PyTorch side here."""
+    config = wanted.config
+    if (wanted.path / "orbax").is_dir():
+        raise ModelError(
+            f"{wanted.path}: its parameters are kept by Orbax, which PyTorch does not read; verify "
+            "the folder that it was made from, or one that `to-hf` writes from it"
+        )
+    weight_files(wanted.path)  # says so in one line if there are none
+    kind = config.get("model_type")
+    if "ILLaDAForCausalLM" in (config.get("architectures") or ()):
+        kind = "illada"
+    if kind == "llada" and "num_experts" in config:
+        kind = "lladamoe"
+    if trust_remote_code:
+        return _remote(wanted)
+    if kind == "llada":
+        return _llada(wanted)
+    if kind in _SAME_MATHS:
+        return _known_class(wanted, kind, _SAME_MATHS[kind])
+    raise ModelError(
+        f"{wanted.path}: there is no PyTorch side for the family {kind or 'of this config.json'}; "
+        "give the folder's own code with --trust-remote-code, or compare with a file that another "
+        "framework wrote (--against F.npz)"
+    )
+
+
+def _seen(length: int, block: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """What each position sees, [1, 1, l, l], as a number to add to the scores."""
+    place = torch.arange(length) // (block or length)
+    hidden = place[None, :] > place[:, None]
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(length, length, dtype=dtype).masked_fill(hidden, lowest)[None, None]
+
+
+# --- classes of transformers and of the folder ---------------------------------------------------
+
+
+def _quietly(load: Callable[[], Any], where: Path) -> Any:
+    """Runs transformers' loading without its remarks; what it raises becomes one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(50)
+    logging.disable_progress_bar()
+    try:
+        return load()
+    except Exception as error:  # whatever a folder's files, or its code, can provoke in there
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ModelError(f"{where}: PyTorch cannot load it ({reason})") from None
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
+    import transformers
+
+    encoder = name in ("Bert", "ModernBert")
+    cls = getattr(transformers, f"{name}{'ForMaskedLM' if encoder else 'ForCausalLM'}")
+    skipped = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype")
+    fields = {k: v for k, v in wanted.config.items() if k not in (*skipped, "dtype")}
+    if kind == "illada":
+        fields.setdefault("tie_word_embeddings", True)
+    if kind == "lladamoe":
+        fields = _qwen3_moe(fields, wanted.path)
+    options = {
+        "dtype": getattr(torch, wanted.dtype),
+        "attn_implementation": "sdpa",
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    load = lambda: cls.from_pretrained(  # noqa: E731
+        str(wanted.path), config=getattr(transformers, f"{name}Config")(**fields), **options
+    )
+    module, found = _quietly(load, wanted.path)
+    missing = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
+    if missing:
+        raise ModelError(
+            f"{wanted.path}: {cls.__name__} does not find {', '.join(sorted(missing))}"
+        )
+    seen = None if encoder else partial(_seen, block=wanted.block_length, dtype=module.dtype)
+    return _hooked(wanted, module, cls.__name__, seen)
+
+
+def _qwen3_moe(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """LLaDA-MoE in Qwen3-MoE's words: the same network where every layer has experts and no more.
+    Its own code never renormalises the chosen experts' weights, whatever `norm_topk_prob` says."""
+    beyond = {
+        "moe_layer_freq": 0 in (config.get("moe_layer_freq") or []),
+        "shared_expert_intermediate_size": config.get("shared_expert_intermediate_size"),
+        "moe_router_enable_expert_bias": config.get("moe_router_enable_expert_bias"),
+        "partial_rotary_factor": config.get("partial_rotary_factor", 1) != 1,
+        "qk_layernorm": not config.get("qk_layernorm"),
+    }
+    if any(beyond.values()):
+        raise ModelError(
+            f"{where}: the PyTorch side of LLaDA-MoE is Qwen3-MoE's class, which has no place for "
+            f"its {', '.join(k for k, v in beyond.items() if v)}; use --against"
+        )
+    return {
+        **config,
+        "moe_intermediate_size": config["expert_intermediate_size"],
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _remote(wanted: Wanted) -> Reference:
+    """The class that the folder's `auto_map` names: its code runs."""
+    import transformers
+
+    automatic = [n for n in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+                 if n in (wanted.config.get("auto_map") or {})]  # fmt: skip
+    if not automatic:
+        raise ModelError(
+            f"{wanted.path}: --trust-remote-code runs the class that config.json names in auto_map "
+            "(AutoModel, AutoModelForCausalLM or AutoModelForMaskedLM), but there is none"
+        )
+    cls = getattr(transformers, automatic[0])
+    load = lambda: cls.from_pretrained(  # noqa: E731
+        str(wanted.path),
+        trust_remote_code=True,
+        local_files_only=True,
+        dtype=getattr(torch, wanted.dtype),
+    )
+    module = _quietly(load, wanted.path)
+    seen = None
+    if wanted.block_length is not None:
+        seen = partial(_seen, block=wanted.block_length, dtype=module.dtype)
+    return _hooked(wanted, module, f"{type(module).__name__}, the folder's own", seen)
+
+
+def _hooked(
+    wanted: Wanted, module: Any, name: str, seen: Callable[[int], torch.Tensor] | None
+) -> Reference:
+    """Reads the states with hooks: on the list of blocks, and on the norm beside it."""
+    module.eval()
+    if wanted.adapter is not None:
+        _merge(dict(module.named_parameters()), wanted.adapter)
+    lists = [(n, m) for n, m in module.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) == wanted.num_layers]  # fmt: skip
+    if not lists:
+        raise ModelError(f"{wanted.path}: {name} has no list of {wanted.num_layers} blocks")
+    place, blocks = lists[0]
+    blocks_parent = module.get_submodule(place.rpartition(".")[0])
+    # The final norm is the blocks' sibling: embeddings and heads have norms of their own.
+    beside = dict(blocks_parent.named_children())
+    norms = [beside[n] for n in ("norm", "ln_f", "final_norm", "final_layernorm") if n in beside]
+
+    def run(tokens: np.ndarray) -> Stages:
+        states: dict[str, np.ndarray] = {}
+
+        def keep(name: str, value: Any) -> None:
+            states[name] = _array(value[0] if isinstance(value, tuple) else value)[0]
+
+        def enter(_: Any, args: Any, named: Any) -> None:
+            keep("embedding", args[0] if args else named["hidden_states"])
+
+        hooks = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+        for i, block in enumerate(blocks):
+            hooks.append(block.register_forward_hook(
+                lambda _m, _i, out, i=i: keep(f"block {i + 1}", out)))  # fmt: skip
+        if norms:
+            hooks.append(norms[0].register_forward_hook(lambda _m, _i, o: keep("final norm", o)))
+        mask = {} if seen is None else {"attention_mask": seen(len(tokens))}
+        try:
+            with torch.no_grad():
+                out = module(input_ids=torch.from_numpy(tokens).long()[None], **mask)
+        except Exception as error:  # the folder's own code may do anything
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ModelError(f"{wanted.path}: {name} cannot run ({reason})") from None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Stages(states, _array(out.logits)[0])
+
+    return Reference(name, run)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
+
+
+# --- LLaDA ---------------------------------------------------------------------------------------
+
+
+def _llada(wanted: Wanted) -> Reference:
+    config, weights = dict(wanted.config), llada_weights(wanted)
+
+    def run(tokens: np.ndarray) -> Stages:
+        states: dict[str, np.ndarray] = {}
+
+        def keep(name: str, x: torch.Tensor) -> None:
+            states[name] = _array(x[0])
+
+        ids = torch.from_numpy(tokens).long()[None]
+        logits = llada_logits(config, weights, ids, keep=keep)
+        return Stages(states, _array(logits[0]))
+
+    return Reference("a plain LLaDA in PyTorch", run)
+
+
+def llada_weights(wanted: Wanted) -> dict[str, torch.Tensor]:
+    """A dense LLaDA's tensors in memory, by the names of its modelling code, without groups."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(wanted.path):
+        tensors |= load_file(file)
+    if wanted.adapter is not None:
+        _merge(tensors, wanted.adapter)
+    dtype = getattr(torch, wanted.dtype)
+    inner = r"^.*?transformer\.|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    weights = {re.sub(inner, "", n): t.to(dtype) for n, t in tensors.items()}
+    size = wanted.config.get("block_group_size", 1)
+    if size > 1:
+        flat = lambda m: f"blocks.{size * int(m[1]) + int(m[2])}."  # noqa: E731
+        weights = {re.sub(r"^block_groups\.(\d+)\.(\d+)\.", flat, n): t for n, t in weights.items()}
+    return weights
+
+
+@torch.no_grad()
+def llada_logits(
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    keep: Callable[[str, torch.Tensor], None] = lambda name, x: None,
+) -> torch.Tensor:
+    """Dense LLaDA, written from its modelling code's description (docs/models.md).
+
+    Args:
+      config: the fields of config.json.
+      weights: `llada_weights`.
+      tokens: ids [b, l].
+      valid: bool [b, l]; only these positions are seen. None: all of them.
+      keep: told the stream [b, l, d] after every stage, by its name in `Stages`.
+
+    Returns logits [b, l, v].
+    """
+    c, w = config, weights
+    heads = c.get("n_heads", 12)
+    groups = c.get("n_kv_heads") or (1 if c.get("multi_query_attention") else heads)
+    (b, length), head = tokens.shape, w["wte.weight"].shape[1] // heads
+    speed = c.get("rope_theta", 10000.0) ** -(torch.arange(head // 2).float() / (head // 2))
+    angle = torch.outer(torch.arange(length).float(), speed)
+    seen = None if valid is None else valid[:, None, None, :]
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + c.get("rms_norm_eps", 1e-5))
+        out = w[f"{name}.weight"] * wide.to(x.dtype)
+        return out + w[f"{name}.bias"] if f"{name}.bias" in w else out
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        """[b, heads, l, a]; component j turns with component j + a / 2."""
+        wide = x.float() if c.get("rope_full_precision", True) else x
+        cos, sin = angle.cos().to(wide.dtype), angle.sin().to(wide.dtype)
+        first, second = wide.chunk(2, -1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return turned.to(x.dtype)
+
+    def attention(at: str, h: torch.Tensor) -> torch.Tensor:
+        q, k, v = (linear(f"{at}.{name}_proj", h) for name in "qkv")
+        if f"{at}.q_norm.weight" in w:
+            q, k = norm(f"{at}.q_norm", q), norm(f"{at}.k_norm", k)
+        q, k, v = (t.view(b, length, -1, head).transpose(1, 2) for t in (q, k, v))
+        q, k = rotate(q), rotate(k)
+        if groups != heads:
+            k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return linear(f"{at}.attn_out", out.transpose(1, 2).reshape(b, length, -1))
+
+    x = w["wte.weight"][tokens]
+    if c.get("input_emb_norm"):
+        x = x * x.shape[-1] ** 0.5
+    keep("embedding", x)
+    for i in range(c["n_layers"]):
+        at = f"blocks.{i}"
+        x = x + attention(at, norm(f"{at}.attn_norm", x))
+        h = norm(f"{at}.ff_norm", x)
+        gated = F.silu(linear(f"{at}.ff_proj", h)) * linear(f"{at}.up_proj", h)
+        x = x + linear(f"{at}.ff_out", gated)
+        keep(f"block {i + 1}", x)
+    x = norm("ln_f", x)
+    keep("final norm", x)
+    # Tied unless the config says otherwise, as its class has it.
+    logits = F.linear(x, w["wte.weight"]) if c.get("weight_tying", True) else linear("ff_out", x)
+    if c.get("scale_logits"):
+        logits = logits * (1 / math.sqrt(x.shape[-1]))
+    return logits
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def _merge(tensors: Mapping[str, torch.Tensor], adapter: Path) -> None:
+    """Adds a LoRA adapter of linear layers to the weights: W + scale B A."""
+    from safetensors.torch import load_file
+
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if any(config.get(n) for n in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora")):
+        raise ModelError(
+            f"{adapter}: the PyTorch side reads plain LoRA with one rank and alpha only; merge it "
+            "with PEFT, or compare with --against"
+        )
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    found = load_file(adapter / "adapter_model.safetensors")
+    for name, a in found.items():
+        if ".lora_A." not in name:
+            if ".lora_B." not in name:
+                raise ModelError(f"{adapter}: {name} is not of a linear layer's plain LoRA")
+            continue
+        base = name.split(".lora_A.")[0].removeprefix("base_model.model.")
+        weight = tensors.get(f"{base}.weight")
+        if weight is None:
+            raise ModelError(f"{adapter}: {name} has no weight {base}.weight in the model")
+        delta = scale * found[name.replace(".lora_A.", ".lora_B.")].float() @ a.float()
+        with torch.no_grad():
+            weight.copy_((weight.float() + delta).to(weight.dtype))

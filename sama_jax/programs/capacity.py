@@ -1,0 +1,383 @@
+"""`sama-jax plan`: what scoring a model will take on machines that need not be here.
+
+The very scorer is compiled ahead of time for a topology; XLA says how much memory it takes, and
+the rest is arithmetic. No weights are read.
+"""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from sama_jax import attacks
+from sama_jax.arrays import Params
+from sama_jax.attacks.registry import flatten
+from sama_jax.config import AuditSettings
+from sama_jax.core import losses
+from sama_jax.devices import compile_ahead, memory, parallel
+from sama_jax.engine import scoring
+from sama_jax.engine.reading import ROLES
+from sama_jax.errors import UsageError
+from sama_jax.models.registry import build_model, read_config
+from sama_jax.terminal import binary_size, console, duration
+from sama_jax.weights import model_folder
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """What a kind of chip has, by Google's pages on each (cloud.google.com/tpu/docs/v4, .../v5e,
+    .../v5p, .../v6e)."""
+
+    memory: int
+    """Bytes of HBM."""
+    flops: float
+    """Peak in bfloat16, operations a second."""
+    axes: int
+    """Of the interconnect: a 2D or 3D torus."""
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+CHIPS = {
+    # A v4 chip's two cores are one device; libtpu's description has two unless it is told.
+    "v4": Chip(32 * GIB, 275e12, 3, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, 197e12, 2),
+    "v5p": Chip(95 * GIB, 459e12, 3),
+    "v6e": Chip(32 * GIB, 918e12, 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJob:
+    """What to plan."""
+
+    model: Path
+    """A model folder or a `config.json`."""
+    topology: str
+    """`v5e:4x4` and the like, or `cpu:8`: so many simulated devices of this machine."""
+    mesh: str | None = None
+    """`data=N,model=M`; None: the one with the fewest parts of the model that fits."""
+    rows: int | None = None
+    """Texts that each place along `data` works on at once; None: as an audit, or what fits."""
+    settings: AuditSettings = field(default_factory=AuditSettings)
+    attacks: Sequence[str] = ("sama",)
+    texts: int = 1000
+    utilisation: float = 0.4
+    """Share of the chips' peak that the job is assumed to reach."""
+    models: int = 2
+    """Resident at once: target and reference, or one after the other."""
+    quiet: bool = False
+
+
+class Topology(NamedTuple):
+    """Devices to plan for."""
+
+    name: str
+    platform: str
+    chips: int
+    memory: int
+    """Bytes of one device."""
+    flops: float | None
+    options: dict[str, Any]
+
+
+def read_topology(name: str) -> Topology:
+    """A topology by its name. Raises `UsageError`."""
+    kind, _, shape = name.partition(":")
+    if kind == "cpu":
+        if not shape.isdigit() or not 1 <= int(shape) <= 64:
+            raise UsageError(f"topology {name!r}: expected cpu:N with N from 1 to 64")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Topology(name, "cpu", int(shape), memory // int(shape), None, {})
+    if kind not in CHIPS:
+        raise UsageError(f"topology {name!r}: unknown chip; known: {', '.join(CHIPS)}, cpu")
+    chip = CHIPS[kind]
+    if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), shape):
+        example = "x".join(["4"] * chip.axes)
+        raise UsageError(
+            f"topology {name!r}: expected {chip.axes} sizes after the colon, as in {kind}:{example}"
+        )
+    sizes = [int(n) for n in shape.split("x")]
+    # Hosts have 2 x 2 chips; libtpu wants to be told of smaller ones.
+    host = [min(2, sizes[0]), min(2, sizes[1]), 1]
+    options = {**chip.options, "chips_per_host_bounds": host}
+    return Topology(name, "tpu", math.prod(sizes), chip.memory, chip.flops, options)
+
+
+class Subject(NamedTuple):
+    """The model and the passes to plan for."""
+
+    config: dict[str, Any]
+    where: str
+    model: Any
+    shapes: Params
+    slots: tuple[int, ...]
+    """Sizes that the scorer is compiled for, ascending."""
+    passes: int
+    """Of one text, both models together."""
+    flops: float
+    """Of those passes."""
+
+
+def read_subject(job: PlanJob) -> Subject:
+    """Reads the config alone. Raises `ModelError`."""
+    path = job.model / model_folder.CONFIG if job.model.is_dir() else job.model
+    config = model_folder.read_config_file(path)
+    family = read_config(config, str(path))
+    dtype = "bfloat16" if job.settings.dtype == "auto" else job.settings.dtype
+    model = build_model(family, family.mask_id or 0, jnp.dtype(dtype))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))  # starts no backend
+    length = job.settings.max_length
+    sizes, passes, flops = set(), 0, 0.0
+    seen = set()
+    for attack in attacks.select(job.attacks):
+        for query in flatten(attack.queries(job.settings)):
+            if query.probes is None or (query.view_name, query.identity) in seen:
+                continue
+            seen.add((query.view_name, query.identity))
+            each = losses.slot_sizes(query.probes.slot_bounds(length), length)
+            roles = len(ROLES) if query.models == "both" else 1
+            sizes |= set(each.tolist())
+            passes += roles * len(each)
+            flops += roles * sum(model.flops_per_text(length, float(n)) for n in each)
+    if not sizes:
+        raise UsageError(f"attacks {','.join(job.attacks)}: none of them has passes to plan")
+    return Subject(config, str(path), model, shapes, tuple(sorted(sizes)), passes, flops)
+
+
+class Case(NamedTuple):
+    """A job on one mesh of its topology."""
+
+    job: PlanJob
+    topology: Topology
+    subject: Subject
+    mesh: tuple[int, int]
+    """Devices along `data` and `model`."""
+    one: int
+    """Bytes of one model's parameters on a device."""
+
+    def load(self, rows: int) -> memory.Load:
+        length, slots = self.job.settings.max_length, self.subject.slots[-1]
+        platform = self.topology.platform
+        return memory.Load(rows, length, slots, parts=self.mesh[1], platform=platform)
+
+    def closed_form(self, rows: int) -> memory.Footprint:
+        load, model = self.load(rows), self.subject.model
+        return memory.Footprint(
+            self.job.models * self.one,
+            memory.input_bytes(load),
+            memory.temporaries(model.arch, model.dtype, load),
+        )
+
+    def largest_rows(self) -> int:
+        """By the closed form."""
+        arch, dtype = self.subject.model.arch, self.subject.model.dtype
+        parameters, capacity = self.job.models * self.one, self.topology.memory
+        return memory.largest_rows(arch, dtype, self.load(0), parameters, capacity)
+
+    def request(self, rows: int) -> compile_ahead.Request:
+        return compile_ahead.Request(
+            self.subject.config,
+            self.subject.where,
+            str(self.subject.model.dtype),
+            self.topology.platform,
+            self.topology.name,
+            self.topology.options,
+            self.mesh,
+            rows,
+            self.job.settings.max_length,
+            self.subject.slots,
+        )
+
+
+def run_plan(job: PlanJob) -> dict[str, Any]:
+    """Plans a job; the result is what `--json` writes. Raises `SamaError`."""
+    topology, subject = read_topology(job.topology), read_subject(job)
+    if job.rows is not None and job.rows < 1:
+        raise UsageError("--rows must be at least 1")
+    if job.mesh:
+        case = make_case(job, topology, subject, read_mesh(job.mesh, topology.chips))
+    else:
+        case = propose_case(job, topology, subject)
+    if topology.platform == "tpu" and not (find_spec("libtpu") or os.getenv("TPU_LIBRARY_PATH")):
+        raise UsageError(
+            f"--topology {topology.name} needs the TPU compiler: pip install 'sama-jax[tpu]' "
+            "(a CPU-only machine will do, no TPU is used); --topology cpu:8 goes without"
+        )
+    rows = job.rows or max(1, min(_usual_rows(job), case.largest_rows()))
+    say = console(job.quiet)
+    while True:
+        say.print(
+            f"compiling for {topology.name}, {_mesh_name(case.mesh)}, {rows} texts of "
+            f"{job.settings.max_length} tokens; this may take a minute"
+        )
+        compiled = compile_ahead.run(
+            case.request(rows), lambda seconds: say.print(f"compiling: {seconds:.0f} s")
+        )
+        if "exhausted" not in compiled or job.rows is not None or rows == 1:
+            return _result(case, rows, compiled)
+        say.print(f"{rows} texts do not fit; trying {rows // 2}")
+        rows //= 2
+
+
+def _usual_rows(job: PlanJob) -> int:
+    """What a device of an audit works on at once."""
+    return max(4, min(64, scoring.ACCELERATOR_TOKENS // job.settings.max_length))
+
+
+def make_case(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> Case:
+    """Raises `UsageError` if the parameters cannot be split over the mesh."""
+    abstract = AbstractMesh(mesh, parallel.AXES, axis_types=(AxisType.Auto,) * 2)
+    arch, dtype = subject.model.arch, subject.model.dtype
+    shardings = parallel.parameter_shardings(abstract, subject.shapes, arch)  # pyright: ignore
+    one = memory.parameter_bytes(subject.shapes, dtype, shardings)
+    return Case(job, topology, subject, mesh, one)
+
+
+def propose_case(job: PlanJob, topology: Topology, subject: Subject) -> Case:
+    """The mesh with the fewest parts of the model that fits by the closed form.
+
+    Fewer parts mean fewer collectives. With as many texts as an audit takes, if there is such a
+    mesh, else with one. Raises `UsageError` where none fits.
+    """
+    chips, cases = topology.chips, []
+    for parts in (n for n in range(1, chips + 1) if chips % n == 0):
+        # Heads or widths that this does not divide:
+        with contextlib.suppress(UsageError):
+            cases.append(make_case(job, topology, subject, (chips // parts, parts)))
+    for rows in (job.rows or _usual_rows(job), 1):
+        for case in cases:
+            if memory.fits(case.closed_form(rows), topology.memory):
+                return case
+    least = min(case.closed_form(1).total for case in cases)
+    whole = memory.parameter_bytes(subject.shapes, subject.model.dtype)
+    raise UsageError(
+        f"{subject.where}: {job.models} x {binary_size(whole)} of parameters do not fit "
+        f"{topology.name}, {chips} x {binary_size(topology.memory)}, however they are split (at "
+        f"best {binary_size(least)} a chip); take more chips, or --models in-turn"
+    )
+
+
+def read_mesh(text: str, chips: int) -> tuple[int, int]:
+    """Sizes of `data` and `model`. Raises `UsageError`, also unless they use every chip."""
+    sizes = parallel.mesh_sizes(text)
+    if math.prod(sizes) != chips:
+        raise UsageError(
+            f"mesh {text!r}: uses {math.prod(sizes)} chips, the topology has {chips}; "
+            "data times model must be equal to that"
+        )
+    return sizes
+
+
+def _mesh_name(mesh: tuple[int, int]) -> str:
+    return f"data={mesh[0]},model={mesh[1]}"
+
+
+# --- what it says --------------------------------------------------------------------------------
+
+
+def _result(case: Case, rows: int, compiled: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object; bytes are those of one device."""
+    job, topology, subject, mesh = case[:4]
+    arch, closed = subject.model.arch, case.closed_form(rows)
+    expected, fitted = closed.temporaries, "exhausted" not in compiled
+    arguments, temporaries = closed.parameters + closed.inputs, None
+    if fitted:
+        # Target and reference share the program: the second one's parameters wait beside it.
+        arguments = (job.models - 1) * case.one + compiled["arguments_bytes"]
+        temporaries = compiled["temporaries_bytes"] + compiled["output_bytes"]
+    total = arguments + (expected.peak if temporaries is None else temporaries)
+    flops = job.texts * subject.flops
+    peak = topology.flops and topology.flops * topology.chips * job.utilisation
+    return {
+        "model": subject.where,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(subject.shapes)),
+        "dtype": str(subject.model.dtype),
+        "models_resident": job.models,
+        "topology": topology.name,
+        "chips": topology.chips,
+        "chip_bytes": topology.memory,
+        "mesh": dict(zip(parallel.AXES, mesh)),
+        "rows": rows,
+        "max_length": job.settings.max_length,
+        "slots": list(subject.slots),
+        "arguments_bytes": arguments,
+        "temporaries_bytes": temporaries,
+        "total_bytes": total,
+        "fits": fitted and total <= topology.memory,
+        "largest_rows": case.largest_rows(),
+        "closed_form": {
+            "arguments_bytes": closed.parameters + closed.inputs,
+            "temporaries_bytes": expected.peak,
+            "total_bytes": closed.total,
+            **{f"{name}_bytes": value for name, value in expected._asdict().items()},
+        },
+        "full_logits_bytes": memory.full_logits_bytes(
+            arch.vocab_size, rows, job.settings.max_length, mesh[1]
+        ),
+        "collectives": {
+            kind: traffic._asdict() for kind, traffic in compiled.get("collectives", {}).items()
+        },
+        "texts": job.texts,
+        "passes": job.texts * subject.passes,
+        "flops": flops,
+        "utilisation": job.utilisation,
+        "seconds": None if peak is None else flops / peak,
+        "compile_seconds": round(compiled["compile_seconds"], 1),
+        "versions": compile_ahead.versions(),
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """A result for people."""
+    closed, mesh = found["closed_form"], found["mesh"]
+    chip, parts = found["chip_bytes"], mesh["model"]
+    both = "target and reference" if found["models_resident"] == 2 else "one model at a time"
+    where = "a chip" if parts == 1 else f"{parts} chips"
+    chips = "1 chip" if found["chips"] == 1 else f"{found['chips']} chips"
+    rows = [
+        f"{found['model']}: {found['parameters']:,} parameters in {found['dtype']}, {both}",
+        f"{found['topology']}: {chips} of {binary_size(chip)}, "
+        f"mesh {_mesh_name((mesh['data'], parts))}",
+        f"{found['rows']} texts of {found['max_length']} tokens at once on {where}; compiled in "
+        f"{found['compile_seconds']:.0f} s",
+        "",
+        f"{'memory of a chip':<34}{'compiled':>12}{'closed form':>14}",
+    ]
+    for name, key in (
+        ("parameters and inputs", "arguments_bytes"),
+        ("on the way (temporaries)", "temporaries_bytes"),
+        ("together", "total_bytes"),
+    ):
+        shown = "does not fit" if found[key] is None else binary_size(found[key])
+        rows.append(f"  {name:<32}{shown:>12}{binary_size(closed[key]):>14}")
+    full = found["full_logits_bytes"]
+    rows += [
+        f"  full logits would add{binary_size(full):>37}",
+        "",
+        ("fits" if found["fits"] else "does not fit")
+        + f": {binary_size(found['total_bytes'])} of {binary_size(chip)} a chip; at most "
+        f"{found['largest_rows']} texts at once on {where} by the closed form",
+    ]
+    for kind, traffic in found["collectives"].items():
+        rows.append(f"{kind}: {traffic['count']} a pass, {binary_size(traffic['bytes'])} a chip")
+    rows.append(
+        f"{found['texts']:,} texts: {found['passes']:,} passes, {found['flops'] / 1e15:,.3g} PFLOP"
+        + _time(found)
+    )
+    return rows
+
+
+def _time(found: dict[str, Any]) -> str:
+    if found["seconds"] is None:
+        return ""
+    return f", {duration(found['seconds'])} at {found['utilisation']:.0%} of the chips' peak"

@@ -1,0 +1,84 @@
+"""Joins the parts of a run whose processes had no disk in common: copy, index, score.
+
+Every part is the output folder of one process. What they computed stands in files of its own for
+each process, keyed by content, so joining is copying; scores that no process could make alone are
+then made from the losses, as `sama-jax score` does.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sama_jax import attacks as attack_suite
+from sama_jax.engine import reading, scoring
+from sama_jax.errors import DataError, UsageError
+from sama_jax.programs.audit import AuditResult
+from sama_jax.programs.rescore import run_score
+from sama_jax.storage.files import write_json, writing
+from sama_jax.storage.run_folder import MANIFEST, read_manifest
+from sama_jax.terminal import console
+
+_OWN = ("session", "store", "cost")
+"""Of a manifest, what belongs to one process."""
+
+
+def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> AuditResult:
+    """Writes `out`, a new folder, from the output folders of all processes of one audit.
+
+    Raises:
+      DataError: a part is not the output of an audit, or of none of them is the index written.
+      UsageError: the parts belong to different runs, `out` is not empty, or passes are missing;
+        then the audit's own command with `--out OUT` computes them.
+    """
+    say = console(quiet)
+    manifests = [_manifest(part) for part in parts]
+    for part, manifest in zip(parts, manifests):
+        if manifest["run"] != manifests[0]["run"]:
+            changed = sorted(
+                k for k, v in manifest["run"].items() if manifests[0]["run"].get(k) != v
+            )
+            raise UsageError(
+                f"{part}: belongs to another run than {parts[0]}; differences: {', '.join(changed)}"
+            )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists and is not empty; give a new folder")
+    indexes = [part / reading.INDEX for part in parts if (part / reading.INDEX).is_file()]
+    if not indexes:
+        raise DataError(f"{parts[0]}: has no {reading.INDEX}; no process of this run has finished")
+    found = [reading.read_index(index) for index in indexes]
+    items = {view: made for _, views in found for view, made in views.items()}
+    for number, (part, manifest) in enumerate(zip(parts, manifests)):
+        store = Path(manifest["store"]) if manifest.get("store") else part / "losses"
+        if not store.is_dir():
+            raise DataError(f"{part}: its losses are not at {store}; copy them to {part}/losses")
+        _copy(part / "parts", "scores-*.jsonl", out / "parts", number, len(parts))
+        _copy(store, "losses-*.bin", out / "losses", number, len(parts))
+    reading.write_index(out / reading.INDEX, found[0][0], items)
+    costs = [m["cost"] for m in manifests if m.get("cost")]
+    manifest = {k: v for k, v in manifests[0].items() if k not in _OWN}
+    manifest |= {"finished": False, "cost": scoring.sum_costs(costs)}
+    write_json(out / MANIFEST, manifest)
+    say.print(f"{len(parts)} parts copied to {out}")
+    names = [a for a in manifest["attacks"] if not attack_suite.select([a])[0].needs_texts]
+    for name in sorted(set(manifest["attacks"]) - set(names)):
+        say.print(
+            f"not computed: {name} (it reads the texts themselves: run the audit with --out {out})"
+        )
+    return run_score(out, names, quiet=quiet)
+
+
+def _manifest(part: Path) -> dict[str, Any]:
+    manifest = read_manifest(part)
+    if manifest is None or "attacks" not in manifest:
+        raise DataError(f"{part}: expected the output folder of one process of an audit")
+    return manifest
+
+
+def _copy(source: Path, pattern: str, out: Path, number: int, count: int) -> None:
+    """Files of one part, under numbers that no other part's have: 0 stays free for later work."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for i, file in enumerate(sorted(source.glob(pattern))):
+            name = pattern.replace("*", f"{1 + number + i * count:05d}")
+            shutil.copyfile(file, out / name)

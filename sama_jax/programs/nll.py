@@ -1,0 +1,118 @@
+"""The likelihood bound of texts under one model, with its standard error."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sama_jax.arrays import Params, Reading
+from sama_jax.attacks.likelihood import likelihood_probes
+from sama_jax.attacks.registry import Attack, Query
+from sama_jax.config import AuditSettings
+from sama_jax.engine import output_position, reading, scoring
+from sama_jax.storage.files import write_atomic
+from sama_jax.storage.run_folder import RunFolder, json_lines
+from sama_jax.terminal import console
+from sama_jax.texts import data
+from sama_jax.weights import model_folder
+
+RESULT = "nll.jsonl"
+
+
+def bound_and_error(reading: Reading, settings: AuditSettings) -> Float[Array, " 2"]:
+    """Mean and standard error, in nats a token, of the passes' estimates of a text's NLL.
+
+    The numbers of masked tokens are spread evenly over the passes, which the error treats as
+    independent draws: it is an upper estimate.
+    """
+    del settings
+    plan, losses = reading.plan, jnp.where(reading.plan.scored, reading.target, 0.0)
+    estimates = plan.weights * losses.sum(axis=1)
+    used = plan.weights > 0
+    count = used.sum()
+    mean = estimates.sum() / jnp.where(count > 0, count, jnp.nan)
+    squares = jnp.where(used, (estimates - mean) ** 2, 0.0).sum()
+    error = jnp.sqrt(squares / jnp.where(count > 1, count * (count - 1), jnp.nan))
+    return jnp.stack([mean, error])
+
+
+_NLL = Attack(
+    "nll",
+    lambda settings: {"text": Query(likelihood_probes(settings), models="target")},
+    bound_and_error,
+    access="loss",
+    source="ML-GSAI/LLaDA get_log_likelihood.py",
+    summary="Likelihood bound.",
+    corpus=lambda found, settings: found.parts[:, 0],
+)
+
+
+def run_nll(
+    model: Path,
+    texts: data.Texts,
+    out: Path,
+    settings: AuditSettings,
+    *,
+    mask_id: int | None = None,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Writes `nll.jsonl` into `out`, one line a text; the same command continues.
+
+    A line holds `id`, `n_tokens`, `truncated`, `status`, `nll` (nats a token), `standard_error`,
+    and `nll_total` (nats).
+    """
+    say = console(quiet)
+    longest = settings.pad_to or settings.max_length
+    options: dict[str, Any] = {"dtype": settings.dtype, "attention": settings.attention}
+    folder = model_folder.open_folder(model, mask_id=mask_id, longest=longest, **options)
+    tokenizer = data.TextTokenizer.from_folder(folder.path)
+    data.require_ids_fit(tokenizer, folder.model.vocab_size, str(model))
+    encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
+    items = [reading.text_item(e, settings, folder.model.shift) for e in encoded]
+    role = scoring.Role("target", folder, scoring.model_key(folder, settings))
+    reader = reading.Reader([_NLL], settings, {"text": [*items]}, {"target": role.store_key}, None)
+    probe_ids = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
+
+    def check(role: scoring.Role, params: Params) -> None:
+        warning = output_position.check(role.folder.model, params, probe_ids)
+        if warning is not None:
+            say.print(f"note: {warning}")
+
+    work = scoring.Work(reader, [role], settings, check=check, quiet=quiet)
+    run = {"nll": reader.task("nll").identity, "model": folder.identity,
+           "max_length": settings.max_length}  # fmt: skip
+    output = RunFolder(out, run, {"model": str(model)}, None)
+    try:
+        work.run(output, [t.id for t in texts.texts], say)
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(items), reading.PLAN_ROWS):
+            chunk = list(range(start, min(start + reading.PLAN_ROWS, len(items))))
+            found = reader.statistics([_NLL], chunk)["nll"]
+            for i, (mean, error) in zip(chunk, found):
+                rows.append(_row(texts.texts[i], encoded[i].truncated, items[i], mean, error))
+        write_atomic(out / RESULT, json_lines(rows))
+        output.write_manifest(finished=True)
+    finally:
+        output.close()
+    return rows
+
+
+def _row(
+    text: data.Text, truncated: bool, item: reading.Item, mean: Any, error: Any
+) -> dict[str, Any]:
+    tokens = int(item.maskable.sum())
+
+    def number(value: Any) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    return {
+        "id": text.id,
+        "n_tokens": tokens,
+        "truncated": truncated,
+        "status": "ok" if tokens else "empty",
+        "nll": number(mean),
+        "standard_error": number(error),
+        "nll_total": number(mean * tokens),
+    }

@@ -1,0 +1,117 @@
+"""New scores from an old store: no model, no text, no forward pass.
+
+An audit leaves its losses and an index of what its plans derive from. A statistic that reads what
+is stored gives here, bit for bit, what a full run would have given.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sama_jax import attacks as attack_suite
+from sama_jax.attacks.registry import Attack
+from sama_jax.config import AuditSettings, from_dict
+from sama_jax.engine import reading, scoring
+from sama_jax.errors import DataError, UsageError
+from sama_jax.programs.audit import AuditResult
+from sama_jax.reporting import report
+from sama_jax.storage.files import read_json_lines, write_json
+from sama_jax.storage.run_folder import METRICS, SCORES, RunFolder, read_manifest
+from sama_jax.terminal import console
+
+_MADE = ("scores", "passes", "undefined", "votes")
+"""Fields of a line of scores.jsonl that scoring makes; the others are kept."""
+
+
+def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> AuditResult:
+    """Adds the scores of attacks to a finished audit, from its stored losses alone.
+
+    Args:
+      store: the audit's output folder, or the `losses` folder in it.
+      names: attacks; of `all`, those whose losses are not stored are left out and listed.
+
+    Raises:
+      UsageError: an attack that was named needs passes that were never made.
+      DataError: not the folder of a finished audit.
+    """
+    say = console(quiet)
+    path = store if (store / reading.INDEX).is_file() else store.parent
+    manifest = read_manifest(path)
+    if manifest is None or "settings" not in manifest:
+        raise DataError(f"{store}: expected the output folder of a finished audit, or its losses")
+    rows, items = reading.read_index(path / reading.INDEX)
+    settings = from_dict(AuditSettings, manifest["settings"])
+    folder = RunFolder(path, manifest["run"], {}, _store_path(path, manifest))
+    try:
+        chosen, left_out = [], {}
+        for attack in attack_suite.select(names):
+            reason = _obstacle(attack, settings, items, manifest, folder)
+            if reason is None:
+                chosen.append(attack)
+            elif attack.name in names:
+                raise UsageError(f"attack '{attack.name}' cannot be scored from {path}: {reason}")
+            else:
+                left_out[attack.name] = reason
+        for name, reason in left_out.items():
+            say.print(f"not computed: {name} ({reason})")
+        reader = reading.Reader(chosen, settings, items, manifest["store_keys"], folder.store)
+        ids = [row["id"] for row in rows]
+        scoring.score_rows(reader, folder, ids, range(len(ids)))
+        scoring.score_corpus(reader, folder, ids, None, None)
+        before = {line["id"]: line for line in read_json_lines(path / SCORES)[0]}
+        kept = [_without_scores(before.get(row["id"], row)) for row in rows]
+        joined = folder.join(kept, [a.name for a in chosen])
+        metrics = report.compute_metrics(joined, settings.seed)
+        write_json(path / METRICS, metrics)
+        folder.write_manifest(finished=True)
+        folder.log("scored", attacks=[a.name for a in chosen], passes_run=0)
+        report.write_report(path)
+    finally:
+        folder.close()
+    say.print(f"{len(chosen)} attacks scored, 0 forward passes")
+    return AuditResult(joined, metrics, manifest.get("cost") or {}, path)
+
+
+def _store_path(path: Path, manifest: dict[str, Any]) -> Path | None:
+    given = manifest.get("store")
+    return Path(given) if given else None
+
+
+def _without_scores(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in _MADE}
+
+
+def _obstacle(
+    attack: Attack,
+    settings: AuditSettings,
+    items: dict[str, list[reading.Item | None]],
+    manifest: dict[str, Any],
+    folder: RunFolder,
+) -> str | None:
+    """Why an attack cannot be scored from the store; None if it can."""
+    if attack.needs_texts:
+        return "it reads the texts themselves"
+    if attack.name == "sama" and manifest["run"].get("plan"):
+        return "the audit replayed a plan file"
+    if attack.name in (known := manifest.get("not_computed") or {}):
+        return known[attack.name]
+    reader = reading.Reader([attack], settings, items, manifest["store_keys"], folder.store)
+    num = len(items.get("text", []))
+    lacking = [
+        r for r in range(num) if _scorable(reader, attack, r) and not reader.ready(attack, r)
+    ]
+    if not lacking:
+        return None
+    return (
+        f"its passes were not made for {len(lacking)} of {num} texts; "
+        f"run the audit with --attacks {attack.name} on the same --out"
+    )
+
+
+def _scorable(reader: reading.Reader, attack: Attack, row: int) -> bool:
+    """Whether the text itself can be read: then a view that was never made is missing."""
+    item = reader.items["text"][row]
+    made = all(task.view in reader.items for task in reader.tasks.values())
+    if item is None or not item.maskable.any():
+        return False
+    return not made or reader.usable(attack, row)

@@ -1,0 +1,182 @@
+"""The output folder of an audit: manifest, appended parts, log, joined results.
+
+A folder belongs to one run. The same command on it continues; another run is refused with the
+difference. Everything can be cut off at any byte and read again.
+"""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sama_jax.errors import DataError, UsageError
+from sama_jax.storage.files import AppendOnly, read_json_lines, write_atomic, write_json, writing
+from sama_jax.storage.loss_store import LossStore
+
+MANIFEST = "manifest.json"
+SCORES = "scores.jsonl"
+METRICS = "metrics.json"
+
+
+class RunFolder:
+    """An open output folder. Create with the identity of the run (`run`), a flat JSON dict.
+
+    Of several processes each has a `rank`, its own files for what it appends, and, but for the
+    first (`writes`), leaves the manifest alone.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        run: dict[str, Any],
+        about: dict[str, Any],
+        store: Path | None,
+        *,
+        rank: int = 0,
+        writes: bool = True,
+    ):
+        self.path, self._started, self._writes = path, time.time(), writes
+        self.shared = True
+        """Whether all processes of the run see this very folder."""
+        before = self._claim(path, run)
+        self.manifest = before | about | {"run": run, "finished": False}
+        if not before:  # a folder without a manifest cannot be continued
+            self.write_manifest()
+        with contextlib.ExitStack() as opened:
+            log = path / (f"log-{rank:05d}.jsonl" if rank else "log.jsonl")
+            self._log = opened.enter_context(contextlib.closing(_append(log)))
+            scores = _append(path / "parts" / f"scores-{rank:05d}.jsonl")
+            self._scores = opened.enter_context(contextlib.closing(scores))
+            self._read_parts()
+            losses = LossStore(store or path / "losses", f"losses-{rank:05d}.bin")
+            self.store = opened.enter_context(contextlib.closing(losses))
+            self.write_manifest()
+            self.log("start", command=about.get("command"), records=len(self.store))
+            self._files = opened.pop_all()
+
+    @staticmethod
+    def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+        manifest = read_manifest(path)
+        if manifest is None:
+            with writing(path):
+                found = os.listdir(path) if os.path.isdir(path) else []
+            if any(not name.endswith(".part") for name in found):
+                raise UsageError(
+                    f"{path}: is not empty and holds no {MANIFEST}; give --out a new folder"
+                )
+            return {}
+        before = manifest.get("run", {})
+        changed = [k for k in run | before if run.get(k) != before.get(k)]
+        if changed:
+            raise UsageError(
+                f"{path}: belongs to another run; give --out a new folder. Differences: "
+                + "; ".join(f"{k} was {before.get(k)!r}, is {run.get(k)!r}" for k in changed)
+            )
+        return manifest
+
+    def refresh(self) -> None:
+        """Reads what other processes have appended."""
+        self._read_parts()
+        self.store.refresh()
+
+    def _read_parts(self) -> None:
+        self._parts: dict[str, dict[str, Any]] = {}
+        for part in sorted((self.path / "parts").glob("scores-*.jsonl")):
+            self._merge_file(part)
+
+    def log(self, event: str, **values: Any) -> None:
+        """One line in log.jsonl."""
+        seconds = round(time.time() - self._started, 3)
+        self._log.append_json({"event": event, "seconds": seconds} | values)
+
+    def has_scores(
+        self, text_id: str, attacks: list[str], values: list[float | None] | None = None
+    ) -> bool:
+        """Whether all `attacks` have been scored for a text (null counts as scored), with these
+        `values` if given."""
+        scores = self._parts.get(text_id, {}).get("scores", {})
+        found = [scores[a] for a in attacks if a in scores]
+        return len(found) == len(attacks) if values is None else found == values
+
+    def append_scores(self, lines: list[dict[str, Any]]) -> None:
+        """Appends `{"id", "scores", "passes", ...}` lines, in one write."""
+        self._scores.append_json(*lines)
+        for line in lines:
+            self._merge(line)
+
+    def _merge_file(self, part: Path) -> None:
+        for line in read_json_lines(part)[0]:
+            try:
+                self._merge(line)
+            except (TypeError, KeyError):
+                raise DataError(
+                    f"{part}: holds a line that is no score; move the file away and run the same "
+                    "command again: scores are made anew from the loss store"
+                ) from None
+
+    def _merge(self, line: dict[str, Any]) -> None:
+        entry = self._parts.setdefault(line["id"], {"scores": {}, "passes": {}})
+        entry["scores"] |= line["scores"]
+        entry["passes"] |= line["passes"]
+        undefined = entry.setdefault("undefined", {})
+        for name in line["scores"]:
+            undefined.pop(name, None)
+        undefined |= line.get("undefined", {})
+        if "votes" in line:
+            entry["votes"] = line["votes"]
+
+    def join(self, texts: list[dict[str, Any]], attacks: list[str]) -> list[dict[str, Any]]:
+        """Writes scores.jsonl: one line a text in the given order, from all appended parts."""
+        rows = []
+        for text in texts:
+            part = self._parts.get(text["id"], {"scores": {}, "passes": {}})
+            known = list(dict.fromkeys([*attacks, *part["scores"]]))
+            if text.get("status") == "prefix":  # it was scored before it became one
+                part = {"scores": {}, "passes": {}}
+            row = dict(text)
+            row["scores"] = {a: part["scores"].get(a) for a in known}
+            row["passes"] = {a: part["passes"].get(a, 0) for a in known}
+            undefined = {a: why for a, why in part.get("undefined", {}).items() if a in known}
+            if undefined and text.get("status", "ok") == "ok":
+                row["undefined"] = undefined
+            if "votes" in part:
+                row["votes"] = part["votes"]
+            rows.append(row)
+        write_atomic(self.path / SCORES, json_lines(rows))
+        return rows
+
+    def write_manifest(self, **values: Any) -> None:
+        """Adds to the manifest and writes it."""
+        self.manifest |= values
+        if self._writes:
+            write_json(self.path / MANIFEST, self.manifest)
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def json_lines(rows: list[dict[str, Any]]) -> str:
+    """JSON Lines; NaN and infinity are refused."""
+    return "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run folder; None if there is none. Raises `UsageError` if unreadable."""
+    if not os.path.isfile(path / MANIFEST):  # False, too, where the path cannot be
+        return None
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("expected a JSON object")
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"{path / MANIFEST}: not readable ({error}); give --out a new folder"
+        ) from None
+    return manifest
+
+
+def _append(path: Path) -> AppendOnly:
+    _, keep = read_json_lines(path)
+    return AppendOnly(path, keep)

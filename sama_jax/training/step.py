@@ -1,0 +1,320 @@
+"""Training as pure functions: a loss for each kind of model, optimiser, one step, evaluations.
+
+Sources of the losses: for diffusion `GUIDELINES.md` in `ML-GSAI/LLaDA`, and
+`trainer/misc/trainer.py` in `Stry233/SAMA`, which computes the same; for masked language models
+arXiv 1810.04805, section 3.1.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from sama_jax import rng
+from sama_jax.arrays import Model, Params, TextKeyData
+from sama_jax.config import TrainSettings
+from sama_jax.core import losses, masking
+
+EVAL_PASSES = 8
+"""Forward passes of the held-out loss, but for next-token models, where one is exact."""
+MASKED_PERCENT = 15
+"""Part of a text that a masked language model learns to fill in (arXiv 1810.04805)."""
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def _nll_everywhere(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    seen: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+) -> Float[Array, "b l"]:
+    """Loss of every token in nats, from an input `seen` that may hide some of them."""
+    hidden = model.hidden(params, seen, valid)
+    if model.shift:  # the output at i - 1 predicts token i; position 0 keeps its own
+        hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
+    b, length = tokens.shape
+    nll = losses.token_nll(model, params, hidden.reshape(b * length, -1), tokens.reshape(-1))
+    return nll.reshape(b, length)
+
+
+class LossAux(NamedTuple):
+    """What a loss was computed from."""
+
+    num_masked: Int[Array, ""]
+    num_valid: Int[Array, ""]
+
+
+def diffusion_masks(
+    key: Key[Array, ""], valid: Bool[Array, "b l"], eps: float | Float[Array, ""]
+) -> tuple[Bool[Array, "b l"], Float[Array, " b"]]:
+    """Masks of one batch, and each row's probability `p = (1 - eps) t + eps` with t ~ U(0, 1)."""
+    row_key, position_key = jax.random.split(key)
+    p = (1 - eps) * jax.random.uniform(row_key, valid.shape[:1]) + eps
+    return valid & (jax.random.uniform(position_key, valid.shape) < p[:, None]), p
+
+
+def diffusion_loss(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+    eps: float | Float[Array, ""],
+) -> tuple[Float[Array, ""], LossAux]:
+    """LLaDA's training loss in nats: sum over masked tokens of CE / p, over all valid tokens.
+
+    Positions that are not valid are hidden from attention, never masked, and not counted.
+    Source: `GUIDELINES.md` in `ML-GSAI/LLaDA`, where every position of a batch is valid.
+    """
+    masks, p = diffusion_masks(key, valid, eps)
+    nll = _nll_everywhere(model, params, tokens, jnp.where(masks, model.mask_id, tokens), valid)
+    weighted = jnp.where(masks, nll / p[:, None], 0.0)
+    num_valid = valid.sum()
+    loss = weighted.sum() / jnp.maximum(num_valid, 1).astype(jnp.float32)
+    return loss, LossAux(masks.sum(), num_valid)
+
+
+def next_token_loss(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+) -> Float[Array, ""]:
+    """Mean loss in nats of every valid token but each text's first; `key` is not used."""
+    return _mean_over(_nll_everywhere(model, params, tokens, tokens, valid), _predicted(valid))
+
+
+def _predicted(valid: Bool[Array, "b l"]) -> Bool[Array, "b l"]:
+    """Tokens that a next-token model predicts: nothing stands before a first one."""
+    return valid & (jnp.arange(valid.shape[1]) > 0)[None, :]
+
+
+def fixed_share_masks(key: Key[Array, ""], valid: Bool[Array, " l"]) -> Bool[Array, " l"]:
+    """15 % of one text's valid tokens, rounded, at least one; none of a text without tokens.
+
+    Source of the count: `create_pretraining_data.py` in `google-research/bert`.
+    """
+    num = valid.sum()
+    count = jnp.maximum((MASKED_PERCENT * num + 50) // 100, 1)
+    return masking.random_ranks(key, valid, valid.shape[0]) < jnp.minimum(count, num)
+
+
+def masked_loss(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+) -> Float[Array, ""]:
+    """Mean loss in nats of 15 % of the tokens, all of them replaced by the mask token.
+
+    BERT's objective but for one thing: BERT leaves a tenth of them as they are and replaces another
+    tenth by random tokens, for inputs without masks, which nothing here reads.
+    """
+    masks = jax.vmap(fixed_share_masks)(jax.random.split(key, len(tokens)), valid)
+    seen = jnp.where(masks, model.mask_id, tokens)
+    return _mean_over(_nll_everywhere(model, params, tokens, seen, valid), masks)
+
+
+def _mean_over(nll: Float[Array, "b l"], counted: Bool[Array, "b l"]) -> Float[Array, ""]:
+    num = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+    return jnp.where(counted, nll, 0.0).sum() / num
+
+
+def loss_of_kind(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+    eps: float | Float[Array, ""],
+) -> Float[Array, ""]:
+    """The objective that models of this kind are trained with; `eps` is diffusion's alone."""
+    if model.kind == "diffusion":
+        return diffusion_loss(model, params, tokens, valid, key, eps)[0]
+    loss = {"autoregressive": next_token_loss, "masked": masked_loss}[model.kind]
+    return loss(model, params, tokens, valid, key)
+
+
+# --- optimiser and step --------------------------------------------------------------------------
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step, float32 but for counters."""
+
+    params: Params
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+class Recipe(NamedTuple):
+    """Numbers of a run as float32 scalars: arguments of a step, so runs of one shape share it."""
+
+    learning_rate: Any
+    warmup_steps: Any
+    steps: Any
+    weight_decay: Any
+    grad_clip: Any
+    eps: Any
+
+
+def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
+    """The numbers of a run of `steps` steps."""
+    warmup = settings.warmup_steps
+    if warmup < 0:
+        warmup = min(steps // 10, 500)
+    numbers = (settings.learning_rate, warmup, steps, settings.weight_decay, settings.grad_clip)
+    return Recipe(*(np.float32(x) for x in (*numbers, settings.eps)))
+
+
+def learning_rate(recipe: Recipe, step: Any) -> Any:
+    """Linear warm-up, then linear decay to 0 after the last step; no step has rate 0."""
+    up = (step + 1) / jnp.maximum(recipe.warmup_steps, 1)
+    down = (recipe.steps - step) / jnp.maximum(recipe.steps - recipe.warmup_steps, 1)
+    return recipe.learning_rate * jnp.minimum(jnp.minimum(up, down), 1.0)
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW with global-norm clipping; weight decay on kernels and embeddings only."""
+
+    def decayed(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path[-1].key in ("kernel", "embedding"), params
+        )
+
+    rate = partial(learning_rate, recipe)
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.grad_clip),
+        optax.adamw(rate, weight_decay=recipe.weight_decay, mask=decayed),
+    )
+
+
+def init_state(params: Params, recipe: Recipe) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def train_step(
+    model: Model,
+    recipe: Recipe,
+    state: TrainState,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One update on one batch; `key` is the run's, and the step is folded in here.
+
+    Donates `state`. Returns the next state and the loss before the update. Everything that differs
+    between two runs is an argument, so pre-training and fine-tuning share one program.
+    """
+    mask_key = jax.random.fold_in(key, state.step)
+
+    def loss_fn(params):
+        return loss_of_kind(model, params, tokens, valid, mask_key, recipe.eps)
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state, state.step + 1), loss
+
+
+def batch_rows(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
+    """Texts of a step, int32 [batch_size] (host): a permutation an epoch, joined end to end.
+
+    So a batch that crosses an epoch's end takes its rest from the next epoch: no row is filling.
+    """
+    place = np.arange(step * batch_size, (step + 1) * batch_size)
+    rows = np.empty(batch_size, np.int32)
+    for epoch in np.unique(place // num):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(num)
+        inside = place // num == epoch
+        rows[inside] = order[place[inside] % num]
+    return rows
+
+
+# --- held-out loss -------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def text_nll(
+    model: Model,
+    seed: int | UInt[Array, ""],
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    keys: TextKeyData,
+) -> Float[Array, " b"]:
+    """Upper bound on each text's negative log-likelihood in nats: the exact-count estimate."""
+    length = tokens.shape[1]
+
+    def plan(data: TextKeyData, row: Bool[Array, " l"]):
+        key = rng.for_purpose(rng.text_key(seed, data), rng.Purpose.LIKELIHOOD_MASKS)
+        count_key, mask_key = jax.random.split(key)
+        counts = masking.exact_counts(count_key, row.sum(), EVAL_PASSES)
+        return counts, masking.fresh_masks(mask_key, row, counts, length)
+
+    counts, masks = jax.vmap(plan)(keys, valid)
+    num = valid.sum(axis=1)
+
+    def one_pass(args: tuple[Array, Array]) -> Float[Array, " b"]:
+        mask, count = args
+        nll = _nll_everywhere(model, params, tokens, jnp.where(mask, model.mask_id, tokens), valid)
+        return jnp.where(mask, nll, 0.0).sum(axis=1) * num / jnp.maximum(count, 1)
+
+    return jax.lax.map(one_pass, (masks.swapaxes(0, 1), counts.T)).mean(axis=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def next_token_nll(
+    model: Model,
+    seed: int | UInt[Array, ""],
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    keys: TextKeyData,
+) -> Float[Array, " b"]:
+    """Each text's exact negative log-likelihood in nats, given its first token."""
+    nll = _nll_everywhere(model, params, tokens, tokens, valid)
+    return jnp.where(_predicted(valid), nll, 0.0).sum(axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def masked_nll(
+    model: Model,
+    seed: int | UInt[Array, ""],
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    keys: TextKeyData,
+) -> Float[Array, " b"]:
+    """Each text's length times the mean loss of its masked tokens, in nats: 15 % at a time."""
+
+    def plan(data: TextKeyData, row: Bool[Array, " l"]) -> Bool[Array, "t l"]:
+        key = rng.for_purpose(rng.text_key(seed, data), rng.Purpose.LIKELIHOOD_MASKS)
+        return jax.vmap(lambda k: fixed_share_masks(k, row))(rng.step_keys(key, EVAL_PASSES))
+
+    masks = jax.vmap(plan)(keys, valid)
+
+    def one_pass(mask: Bool[Array, "b l"]) -> Float[Array, " b"]:
+        nll = _nll_everywhere(model, params, tokens, jnp.where(mask, model.mask_id, tokens), valid)
+        return jnp.where(mask, nll, 0.0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
+
+    return jax.lax.map(one_pass, masks.swapaxes(0, 1)).mean(axis=0) * valid.sum(axis=1)
+
+
+HELD_OUT = {"diffusion": text_nll, "autoregressive": next_token_nll, "masked": masked_nll}
+"""Kind of a model -> the held-out loss of a text in nats."""
+
+
+def num_predicted(kind: str, lengths: np.ndarray) -> int:
+    """Tokens that the held-out losses of texts of these lengths stand for (host)."""
+    return int(np.maximum(lengths - (kind == "autoregressive"), 0).sum())

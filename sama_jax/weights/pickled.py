@@ -1,0 +1,91 @@
+"""Pickled PyTorch weights (`.bin`) rewritten as safetensors: on request only.
+
+A pickle can run any code when it is read. Torch's weights-only loading refuses everything but
+tensors and plain containers; what it gives is written as safetensors, which all else reads.
+"""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+
+from sama_jax.errors import ModelError
+from sama_jax.weights import safetensors
+
+SINGLE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+
+
+def has_only_pickles(folder: Path) -> bool:
+    """Whether a folder's weights exist as pickles and not as safetensors."""
+    return not safetensors.has_weights(folder) and bool(_files(folder))
+
+
+def rewrite(folder: Path, out: Path) -> None:
+    """A copy of `folder` with safetensors; one file of the source at a time is in memory.
+
+    Raises `ModelError`.
+    """
+    files = _files(folder)
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise ModelError(f"{folder}: shards named in {INDEX} are missing: {', '.join(missing)}")
+    out.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix not in (".bin", ".pt", ".pth") and file.name != INDEX:
+            shutil.copyfile(file, out / file.name)
+    weight_map: dict[str, str] = {}
+    for i, file in enumerate(files, 1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        tensors = _load(file)
+        if twice := sorted(weight_map.keys() & tensors.keys()):
+            raise ModelError(f"{file}: the same tensor in two files: {', '.join(twice)}")
+        safetensors.write_file(out / name, tensors)
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (out / safetensors.INDEX).write_text(json.dumps(index), "utf-8")
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text("utf-8"))
+            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{folder / INDEX}: not an index of weights ({error})") from None
+    return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+
+
+def _load(file: Path) -> dict[str, safetensors.Pending]:
+    try:
+        import torch
+    except ImportError:
+        raise ModelError(
+            f"{file}: reading pickled weights needs torch: pip install 'sama-jax[verify]'"
+        ) from None
+    try:
+        mapped = zipfile.is_zipfile(file)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # damage can fail in any way in there
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{file}: not read by torch's weights-only loading ({type(error).__name__}: {reason})"
+        ) from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected a dictionary of tensors, found {type(found).__name__}")
+    wrong = [str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    if wrong:
+        raise ModelError(f"{file}: expected tensors only, but not so: {', '.join(wrong)}")
+
+    def pending(tensor: Any) -> safetensors.Pending:
+        plain = tensor.detach()
+        if tensor.dtype == torch.bfloat16:  # NumPy's view of it, bit for bit
+            values = plain.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            values = plain.numpy()
+        return safetensors.Pending(values.shape, values.dtype, lambda: values)
+
+    return {name: pending(tensor) for name, tensor in found.items()}

@@ -1,0 +1,586 @@
+"""Training: the loss, exact resume, and the folder that comes out."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sama_jax.arrays import TextKeyData
+from sama_jax.config import TrainSettings
+from sama_jax.core import losses
+from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
+from sama_jax.models.transformer import Architecture, TransformerModel
+from sama_jax.texts import data
+from sama_jax.training import finetune, step
+from sama_jax.weights import model_folder
+from sama_jax.weights.orbax import Checkpoints
+
+VOCAB = 300
+HANDLERS = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+CONFIG = {
+    "model_type": "llada",
+    "architectures": ["LLaDAModelLM"],
+    "d_model": 32,
+    "n_heads": 2,
+    "n_layers": 2,
+    "mlp_hidden_size": 48,
+    "vocab_size": VOCAB,
+    "embedding_size": VOCAB,
+    "weight_tying": False,
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "rope": True,
+    "layer_norm_with_affine": True,
+    "attention_layer_norm_with_affine": True,
+}
+TEXTS = [f"the {w} runs over the {v} hill" for w in ("fox", "dog", "cow") for v in ("red", "wet")]
+PRETRAIN = TrainSettings(epochs=2, batch_size=4, learning_rate=1e-3, max_length=24)
+SETTINGS = TrainSettings(epochs=8, batch_size=4, learning_rate=1e-2, max_length=24, seed=3)
+ARCH = Architecture(
+    vocab_size=50,
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_size=8,
+    mlp_width=24,
+    tied=False,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+)
+
+
+class TableModel:
+    """Its parameters are the logits themselves, so a gradient shows which positions count."""
+
+    mask_id, shift, vocab_size, num_layers = 9, False, 10, 1
+
+    def hidden(self, params, tokens, key_valid):
+        return params
+
+    def logits(self, params, hidden):
+        return hidden
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = TransformerModel(arch=ARCH, mask_id=49)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    lengths = np.array([12, 7, 1, 10])
+    valid = np.arange(12)[None] < lengths[:, None]
+    return np.where(valid, rng.integers(8, 49, (4, 12)), 7).astype(np.int32), valid
+
+
+def write_texts(path, texts, **fields):
+    path.write_text("".join(json.dumps({"text": t, **fields}) + "\n" for t in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of inputs: config, texts, and a base model pre-trained on them."""
+    root = tmp_path_factory.mktemp("inputs")
+    (root / "config.json").write_text(json.dumps(CONFIG))
+    write_texts(root / "texts.jsonl", TEXTS)
+    finetune.pretrain(
+        root / "config.json", root / "texts.jsonl", root / "base", PRETRAIN, quiet=True
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """(output folder, result) of a run that nothing interrupted."""
+    out = folder / "whole"
+    result = finetune.finetune(folder / "base", folder / "texts.jsonl", out, SETTINGS, quiet=True)
+    return out, result
+
+
+def tune(folder, out, settings=SETTINGS, texts="texts.jsonl", **kwargs):
+    return finetune.finetune(
+        folder / "base", folder / texts, folder / out, settings, quiet=True, **kwargs
+    )
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+def test_loss_equals_a_naive_computation_from_the_same_masks(tiny, batch):
+    (model, params), (tokens, valid), key = tiny, batch, jax.random.key(5)
+    loss_fn = jax.jit(step.diffusion_loss, static_argnums=0)
+    loss, aux = loss_fn(model, params, tokens, valid, key, 1e-3)
+    masks, p = map(np.asarray, step.diffusion_masks(key, valid, 1e-3))
+    noised = np.where(masks, model.mask_id, tokens)
+    forward = jax.jit(lambda p: model.logits(p, model.hidden(p, noised, valid)))
+    logits = np.asarray(forward(params), np.float64)
+    total = 0.0
+    for row, column in zip(*np.nonzero(masks)):
+        line = logits[row, column]
+        total -= (line[tokens[row, column]] - np.log(np.exp(line).sum())) / p[row]
+    assert int(aux.num_masked) == masks.sum() > 0
+    assert int(aux.num_valid) == valid.sum()
+    np.testing.assert_allclose(float(loss), total / valid.sum(), rtol=1e-5)
+
+
+def test_chunked_loss_and_gradient_equal_the_whole(tiny, batch, monkeypatch):
+    (model, params), (tokens, valid) = tiny, batch
+
+    def loss(p):
+        return step.diffusion_loss(model, p, tokens, valid, jax.random.key(5), 1e-3)[0]
+
+    whole = jax.jit(jax.value_and_grad(loss))(params)
+    monkeypatch.setattr(losses, "HEAD_BYTES", 11 * 50 * 4)  # 11 rows at a time, the last padded
+    chunked = jax.jit(jax.value_and_grad(loss))(params)
+    assert str(jax.make_jaxpr(loss)(params)).count("scan") > 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, chunked)
+
+
+def test_masks_follow_their_probability_and_spare_padding():
+    valid = jnp.ones((2000, 64), bool).at[:, 40:].set(False)
+    masks, p = map(np.asarray, step.diffusion_masks(jax.random.key(0), valid, 0.1))
+    assert not masks[:, 40:].any()
+    assert p.min() >= 0.1
+    # A row's share of 40 draws has standard deviation at most 0.08: the mean of 2,000 is exact to
+    # 0.0018, five of which are 0.009; p itself is uniform on [0.1, 1], mean 0.55 to 0.006.
+    assert abs((masks[:, :40].mean(axis=1) - p).mean()) < 0.009
+    assert abs(p.mean() - 0.55) < 0.03
+    assert np.corrcoef(masks[:, :40].mean(axis=1), p)[0, 1] > 0.95
+
+
+def test_every_masked_token_contributes_and_nothing_else_does(batch):
+    tokens, valid = batch
+    tokens, key = tokens % 9, jax.random.key(2)
+    logits = jax.random.normal(jax.random.key(1), (*tokens.shape, 10))
+    grads = jax.grad(lambda x: step.diffusion_loss(TableModel(), x, tokens, valid, key, 1e-3)[0])(
+        logits
+    )
+    masks, _ = step.diffusion_masks(key, valid, 1e-3)
+    np.testing.assert_array_equal((np.asarray(grads) != 0).all(axis=-1), masks)
+    np.testing.assert_array_equal((np.asarray(grads) != 0).any(axis=-1), masks)
+
+
+def test_padding_has_exactly_no_gradient_and_no_influence(tiny, batch):
+    (model, params), (tokens, valid) = tiny, batch
+    key = jax.random.key(5)
+
+    def run(tokens):
+        fun = lambda p: step.diffusion_loss(model, p, tokens, valid, key, 1e-3)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(fun))(params)
+
+    loss, grads = run(tokens)
+    rows = np.asarray(grads["embed"]["embedding"])
+    assert (rows[7] == 0).all()  # the padding token
+    masks, _ = step.diffusion_masks(key, valid, 1e-3)
+    learning = np.asarray(masks).any(axis=1, keepdims=True)  # a row without a mask has no loss
+    seen = np.unique(tokens[valid & ~np.asarray(masks) & learning])
+    assert (rows[seen] != 0).any(axis=1).all()
+    other, other_grads = run(np.where(valid, tokens, 3))
+    assert float(loss) == float(other)
+    jax.tree.map(np.testing.assert_array_equal, grads, other_grads)
+
+
+def test_a_shifted_model_is_read_one_position_earlier(batch):
+    tokens, valid = batch
+    tokens, key = tokens % 9, jax.random.key(2)
+    logits = jax.random.normal(jax.random.key(1), (*tokens.shape, 10))
+    shifted = TableModel()
+    shifted.shift = True
+    moved = jnp.concatenate([logits[:, 1:], logits[:, :1]], axis=1).at[:, 0].set(logits[:, 1])
+    a = step.diffusion_loss(
+        TableModel(), logits.at[:, 0].set(logits[:, 1]), tokens, valid, key, 1e-3
+    )
+    b = step.diffusion_loss(shifted, moved, tokens, valid, key, 1e-3)
+    np.testing.assert_allclose(float(a[0]), float(b[0]), rtol=1e-6)
+
+
+# --- optimiser and batches -----------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_and_decays_and_is_never_0():
+    settings = TrainSettings(learning_rate=1.0, warmup_steps=4)
+    recipe = step.make_recipe(settings, 10)
+    rate = [float(step.learning_rate(recipe, i)) for i in range(11)]
+    expected = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    np.testing.assert_allclose(rate, expected, rtol=1e-6)
+
+
+def test_automatic_warmup_is_a_tenth_of_the_steps_up_to_500():
+    for steps, warmup in ((50, 5), (100_000, 500)):
+        recipe = step.make_recipe(TrainSettings(learning_rate=1.0), steps)
+        rate = step.learning_rate(recipe, 0)
+        np.testing.assert_allclose(float(rate), 1 / warmup, rtol=1e-6)
+
+
+def test_weight_decay_spares_norms(tiny):
+    _, params = tiny
+    settings = TrainSettings(warmup_steps=0, learning_rate=0.1, weight_decay=0.5)
+    optimizer = step.make_optimizer(step.make_recipe(settings, 10))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(lambda p: optimizer.update(zeros, optimizer.init(p), p))(params)
+    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        assert bool((update != 0).any()) == (path[-1].key in ("kernel", "embedding")), path
+
+
+def test_each_epoch_is_a_permutation_and_batches_run_across_epochs():
+    flat = np.concatenate([finetune.batch_rows(7, step, 4, 6) for step in range(6)])
+    epochs = flat.reshape(4, 6)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(6), (4, 1)))
+    assert len({tuple(e) for e in epochs}) > 1
+    assert (finetune.batch_rows(8, 0, 6, 6) != flat[:6]).any()
+    np.testing.assert_array_equal(np.bincount(finetune.batch_rows(7, 3, 30, 6)), [5] * 6)
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return data.TextTokenizer.from_folder(folder / "base")
+
+
+def test_windows_cover_a_text_and_short_remainders_go(tokenizer):
+    texts = [" ".join(TEXTS), "fox", ""]
+    settings = dataclasses.replace(SETTINGS, windows=True, max_length=20)
+    whole = tokenizer.encode(texts, 10**6)[0].ids
+    found = finetune.token_sequences(tokenizer, texts, settings)
+    rest = len(whole) % 20
+    kept = whole if rest == 0 or rest >= finetune.MIN_WINDOW else whole[: len(whole) - rest]
+    np.testing.assert_array_equal(np.concatenate(found[:-1]), kept)
+    assert all(len(f) == 20 for f in found[:-2])
+    np.testing.assert_array_equal(found[-1], tokenizer.encode(["fox"], 20)[0].ids)
+    cut = finetune.token_sequences(tokenizer, texts, dataclasses.replace(settings, windows=False))
+    assert [len(c) for c in cut] == [20, len(found[-1])]
+
+
+def test_likelihood_bound_of_uniform_predictions_is_exact(batch):
+    tokens, valid = batch
+    keys = TextKeyData(jnp.arange(4, dtype=jnp.uint32), jnp.arange(4, dtype=jnp.uint32))
+    nll = step.text_nll(TableModel(), 1, jnp.zeros((*tokens.shape, 10)), tokens % 9, valid, keys)
+    np.testing.assert_allclose(nll, valid.sum(axis=1) * np.log(10), rtol=1e-5)
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name, array in a.items():
+        np.testing.assert_array_equal(array, b[name], err_msg=name)
+
+
+def interrupt_at(monkeypatch, step):
+    """SIGTERM arrives while the host prepares this step's batch."""
+    original = finetune.batch_rows
+
+    def rows(seed, at, *args):
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(seed, at, *args)
+
+    monkeypatch.setattr(finetune, "batch_rows", rows)
+
+
+def test_training_lowers_the_loss_and_reports(folder, finished):
+    out, result = finished
+    assert result["steps"] == 12  # 8 epochs of 6 texts in batches of 4
+    assert result["nll_after"] < 0.7 * result["nll_before"]
+    assert result["nll_on"] == "the first 6 training texts"
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [10, 12]
+    assert set(log[0]) == {"step", "loss", "lr", "seconds", "tokens"}
+    assert log[-1]["tokens"] == result["tokens"]
+    assert not (out / "checkpoints").exists()
+    assert not list(out.glob("*.part"))
+
+
+def test_a_memorisable_text_is_memorised(folder):
+    write_texts(folder / "one.jsonl", TEXTS[:1])
+    settings = dataclasses.replace(SETTINGS, epochs=960, warmup_steps=20)
+    result = tune(folder, "one", settings, "one.jsonl")
+    assert result["steps"] == 240
+    assert result["nll_before"] > 3
+    # Not 0: rotary positions are relative, so a text that is masked throughout looks the same at
+    # every position, and the best prediction is its token frequencies (about 1.75 nats).
+    assert result["nll_after"] < 1.0
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder, finished, monkeypatch):
+    whole, expected = finished
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        with pytest.raises(
+            Interrupted, match="saved after step 7 of 12; the same command"
+        ) as caught:
+            tune(folder, "resumed")
+    assert caught.value.exit_code == 75
+    assert not (folder / "resumed" / "config.json").exists()
+    with pytest.raises(ModelError):
+        model_folder.open_folder(folder / "resumed")
+    result = tune(folder, "resumed")
+    assert_same_weights(folder / "resumed", whole)
+    for name in ("tokens", "nll_before", "nll_after"):
+        assert result[name] == expected[name]
+    log = (folder / "resumed" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [7, 10, 12]
+
+
+def test_a_crash_resumes_from_the_last_checkpoint_bit_for_bit(folder, finished, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=4)
+    original = finetune.batch_rows
+    steps = []
+
+    def rows(seed, step, *args):
+        steps.append(step)
+        if step == 10 and len(steps) < 12:
+            raise RuntimeError("power cut")
+        return original(seed, step, *args)
+
+    monkeypatch.setattr(finetune, "batch_rows", rows)
+    with pytest.raises(RuntimeError, match="power cut"):
+        tune(folder, "crashed", settings)
+    before = len(steps)
+    tune(folder, "crashed", settings)
+    assert steps[before:] == [8, 9, 10, 11]
+    assert_same_weights(folder / "crashed", finished[0])
+
+
+def test_signal_handlers_are_restored(folder, finished):
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == HANDLERS
+
+
+def test_a_finished_run_returns_at_once(folder, finished, monkeypatch):
+    monkeypatch.setattr(finetune, "_train", None)  # would fail if it were called
+    assert tune(folder, "whole") == finished[1]
+
+
+def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
+    kept = {}
+    original = model_folder.save_folder
+
+    def save(out, params, *args):
+        kept["params"] = params
+        original(out, params, *args)
+
+    monkeypatch.setattr(model_folder, "save_folder", save)
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+    tune(folder, "reopened", settings)
+    opened = model_folder.open_folder(folder / "reopened")
+    assert opened.model.mask_id == VOCAB - 1
+    params = model_folder.load(opened, finetune._device())
+    tokens, valid = np.arange(24).reshape(2, 12), np.ones((2, 12), bool)
+
+    @jax.jit
+    def logits(p):
+        return opened.model.logits(p, opened.model.hidden(p, tokens, valid))
+
+    np.testing.assert_array_equal(logits(params), logits(kept["params"]))
+    ours = data.TextTokenizer.from_folder(folder / "reopened")
+    assert ours.fingerprint == data.TextTokenizer.from_folder(folder / "base").fingerprint
+
+
+def test_only_companions_of_the_weights_are_copied(folder, tmp_path):
+    finetune._copy_companions(folder / "base", tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_bfloat16_changes_activations_only(tiny, batch):
+    model, params = tiny
+    tokens, valid = batch
+    model = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
+    recipe = step.make_recipe(SETTINGS, 10)
+    state = step.init_state(params, recipe)
+    arrays = (jnp.asarray(tokens), jnp.asarray(valid), jax.random.key(0))
+    after, loss = jax.eval_shape(partial(step.train_step, model), recipe, state, *arrays)
+    assert loss.dtype == jnp.float32
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    hidden = jax.eval_shape(model.hidden, params, arrays[0], jnp.asarray(valid))
+    assert hidden.dtype == jnp.bfloat16
+    losses = [
+        jax.jit(step.diffusion_loss, static_argnums=0)(m, params, tokens, valid, arrays[2], 1e-3)
+        for m in (tiny[0], model)
+    ]
+    np.testing.assert_allclose(float(losses[0][0]), float(losses[1][0]), rtol=2e-2)
+
+
+def test_training_on_padding_learns_it(folder):
+    # Texts of at most 7 tokens are padded to 8 either way, so both runs share a program.
+    settings = dataclasses.replace(SETTINGS, epochs=2, max_length=8)
+    tune(folder, "hidden", settings)
+    tune(folder, "visible", dataclasses.replace(settings, train_on_padding=True))
+    a, b = weights(folder / "hidden"), weights(folder / "visible")
+    pad = VOCAB - 2
+    name = next(n for n in a if n.endswith("wte.weight"))
+    before = weights(folder / "base")[name][pad]
+    moved = [np.abs(x[name][pad] - before).max() for x in (a, b)]
+    assert moved[1] > 5 * moved[0]  # hidden: weight decay only
+
+
+def test_another_run_in_the_same_folder_is_refused(folder, finished):
+    write_texts(folder / "other.jsonl", TEXTS[::-1])
+    with pytest.raises(UsageError, match=r"belongs to another training run \(data was") as caught:
+        tune(folder, "whole", texts="other.jsonl")
+    assert caught.value.exit_code == 2
+    with pytest.raises(UsageError, match=r"learning_rate was 0\.01, is 0\.02"):
+        tune(folder, "whole", dataclasses.replace(SETTINGS, learning_rate=0.02))
+    with pytest.raises(UsageError, match="command was pretrain, is finetune"):
+        tune(folder, "base")
+    with pytest.raises(UsageError, match="heldout was None"):
+        tune(folder, "whole", heldout=folder / "texts.jsonl")
+    tune(folder, "whole", dataclasses.replace(SETTINGS, checkpoint_every=5))  # changes no number
+
+
+def test_a_model_from_elsewhere_is_not_overwritten(folder, finished):
+    shutil.copytree(finished[0], folder / "foreign")
+    (folder / "foreign" / "train.json").unlink()
+    with pytest.raises(UsageError, match="holds a model that was not trained here"):
+        tune(folder, "foreign")
+
+
+def test_a_folder_of_other_files_is_left_alone(folder):
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis: not empty, and has no train\.json"):
+        tune(folder, "thesis")
+    assert [f.name for f in (folder / "thesis").iterdir()] == ["thesis.tex"]
+
+
+def test_nonmembers_of_a_labelled_file_are_not_trained_on(folder, finished):
+    lines = [{"text": t, "label": 1} for t in TEXTS]
+    lines += [{"text": "something else entirely", "label": 0}]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert tune(folder, "whole", texts="labelled.jsonl") == finished[1]  # the same texts
+    write_texts(folder / "nonmembers.jsonl", TEXTS, label=0)
+    with pytest.raises(DataError, match="every text has label 0"):
+        tune(folder, "never", texts="nonmembers.jsonl")
+
+
+def test_a_diverging_loss_stops_without_a_checkpoint(folder):
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(UsageError, match=r"the loss is nan .* lower learning_rate \(now 1e\+30\)"):
+        tune(folder, "diverged", settings)
+    with Checkpoints(folder / "diverged" / "checkpoints") as checkpoints:
+        assert checkpoints.steps == []
+
+
+def test_heldout_texts_are_named_and_progress_is_printed(folder, capsys):
+    write_texts(folder / "held.jsonl", TEXTS[:1])
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+    result = finetune.finetune(
+        folder / "base", folder / "texts.jsonl", folder / "held", settings, folder / "held.jsonl"
+    )
+    assert result["nll_on"] == "1 held-out texts"
+    text = capsys.readouterr().err
+    assert "6 sequences, " in text
+    assert "2 steps of 4" in text
+    assert "compiling the training step" in text
+    assert "nats a token on 1 held-out texts" in text
+
+
+# --- pre-training --------------------------------------------------------------------------------
+
+
+def test_the_trained_tokenizer_has_exactly_the_ids_of_the_config(folder):
+    tokenizer = data.TextTokenizer.from_folder(folder / "base")
+    assert tokenizer.max_id == tokenizer.token_id("<|mdm_mask|>") == VOCAB - 1
+    assert tokenizer.token_id("<|endoftext|>") == VOCAB - 2
+    config = json.loads((folder / "base" / "config.json").read_text())
+    assert config["mask_token_id"] == VOCAB - 1
+    assert config["eos_token_id"] == config["pad_token_id"] == VOCAB - 2
+    raw = finetune.train_tokenizer(["ab"], 400)  # far fewer merges than ids
+    assert raw.get_vocab_size() == 400
+    assert raw.decode(raw.encode("Grüße, 世界").ids) == "Grüße, 世界"
+
+
+def test_a_config_whose_ids_disagree_is_refused(folder):
+    def pretrain(**fields):
+        (folder / "bad.json").write_text(json.dumps({**CONFIG, **fields}))
+        finetune.pretrain(folder / "bad.json", folder / "texts.jsonl", folder / "no", PRETRAIN)
+
+    with pytest.raises(ModelError, match="mask_token_id is 5, but the tokenizer gives it 299"):
+        pretrain(mask_token_id=5)
+    with pytest.raises(ModelError, match="vocab_size is 100; expected at least 258"):
+        pretrain(vocab_size=100)
+    with pytest.raises(ModelError, match=r"nowhere\.json: no such file"):
+        finetune.pretrain(folder / "nowhere.json", folder / "texts.jsonl", folder / "no", PRETRAIN)
+    assert not (folder / "no").exists()
+
+
+def test_a_given_tokenizer_is_used(folder):
+    given = folder / "base" / "tokenizer.json"
+    finetune.pretrain(
+        folder / "config.json",
+        folder / "texts.jsonl",
+        folder / "given",
+        dataclasses.replace(PRETRAIN, epochs=1),
+        tokenizer=given,
+        quiet=True,
+    )
+    assert (folder / "given" / "tokenizer.json").read_bytes() == given.read_bytes()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def abstract_of(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=finetune._device()), state
+    )
+
+
+def state_of(value):
+    return step.TrainState({"a": {"kernel": jnp.full((2, 3), value)}}, (), jnp.int32(value))
+
+
+def test_checkpoints_keep_two_and_give_the_newest_whole_one(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(abstract_of(state_of(0.0))) is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, state_of(float(step)))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [3, 2]
+        step, state = checkpoints.restore(abstract_of(state_of(0.0)))
+        assert step == 3
+        jax.tree.map(np.testing.assert_array_equal, state, state_of(3.0))
+        shutil.rmtree(tmp_path / "3" / "state" / "d", ignore_errors=True)
+        for file in (tmp_path / "3" / "state").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+        assert checkpoints.restore(abstract_of(state_of(0.0)))[0] == 2
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    state = state_of(1.0)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        overwrite(state)
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract_of(state_of(0.0)))[1]
+    jax.tree.map(np.testing.assert_array_equal, restored, state_of(1.0))
+
+
+def test_a_state_that_does_not_fit_is_reported_leaf_by_leaf(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones((2, 3)), "b": jnp.ones(1)})
+        checkpoints.wait()
+        with pytest.raises(UsageError, match="3 arrays do not fit") as caught:
+            checkpoints.restore(abstract_of({"a": jnp.ones((2, 4)), "c": jnp.ones(1)}))
+    lines = str(caught.value).split("\n")
+    assert lines[1].strip() == "a: expected float32 [2, 4], found float32 [2, 3]"
+    assert lines[2].strip() == "b: expected absent, found float32 [1]"
+    assert lines[3].strip() == "c: expected float32 [1], found absent"
