@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sama_jax.cli.main import EXIT_CODES, Parser, run_program
+from sama_jax.cli.entry import EXIT_CODES, Parser, run_program
 from sama_jax.errors import ModelError, UsageError
 
 PROGRAM = "python -m checkpoints_convert"

@@ -2,6 +2,6 @@
 
 import sys
 
-from sama_jax.cli.main import main
+from sama_jax.cli.entry import main
 
 sys.exit(main())

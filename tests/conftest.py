@@ -28,8 +28,8 @@ assert jax.device_count() == 8
 _WRITE_FIGURES = report.write_figures
 
 
-LONGEST = ("multiprocess", "resume", "invariance", "cli_errors", "suite", "parallel", "bench",
-           "attacks_partition", "attacks_views", "votes", "finetune", "kinds")  # fmt: skip
+LONGEST = ("processes", "resume", "invariance", "errors", "suite", "parallel", "bench",
+           "partition", "views", "votes", "finetune", "kinds")  # fmt: skip
 """Files of over half a minute. They come first, so that both processes end at about one time."""
 
 

@@ -1,1 +1,4 @@
-"""Room."""
+"""Turns scores into results, tables, figures and a report.
+
+May import the words, `core` and `storage`; Matplotlib is used here alone.
+"""

@@ -15,7 +15,7 @@ import tiny
 
 from sama_jax import attacks
 from sama_jax.attacks.registry import ENTRY_POINTS
-from sama_jax.cli import main
+from sama_jax.cli import entry
 from sama_jax.config import (
     AuditSettings,
     PrefixSettings,
@@ -140,12 +140,12 @@ def test_scores_from_the_store_are_those_of_a_full_run_and_cost_no_pass(
 
 def test_a_score_that_needs_passes_says_so(box: Path, tmp_path: Path, capsys):
     audit(box, tmp_path / "run", "loss")
-    code = main.main(["score", "--store", str(tmp_path / "run"), "--attacks", "sama"])
+    code = entry.main(["score", "--store", str(tmp_path / "run"), "--attacks", "sama"])
     said = capsys.readouterr().err
     assert code == 2
     assert "its passes were not made for 26 of 27 texts" in said
     assert "--attacks sama" in said
-    assert main.main(["score", "--store", str(tmp_path / "none")]) == 3
+    assert entry.main(["score", "--store", str(tmp_path / "none")]) == 3
 
 
 def test_adding_an_attack_computes_only_what_is_missing(box: Path, tmp_path: Path):
@@ -165,7 +165,7 @@ def budget(passes: int) -> AuditSettings:
 
 def test_shared_passes_are_at_most_sixty_percent(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # nothing is folded
-    assert main.main(["attacks", "--json", "--passes", "8"]) == 0
+    assert entry.main(["attacks", "--json", "--passes", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["passes_after_sharing"] <= 0.6 * found["passes_before_sharing"]
     plain = {e["name"].partition(":")[0] for e in found["attacks"]}
@@ -180,11 +180,11 @@ def test_shared_passes_are_at_most_sixty_percent(capsys, monkeypatch):
         assert pair["passes_before_sharing"] == sum(alone[n] for n in names)
         assert pair["passes_after_sharing"] == shared
     assert describe(["mink", "mink++"], budget(8))["passes_after_sharing"] == 8
-    assert main.main(["attacks", "--passes", "8"]) == 0
+    assert entry.main(["attacks", "--passes", "8"]) == 0
     printed = capsys.readouterr().out
     assert f"{found['passes_after_sharing']} shared" in printed
-    for entry in found["attacks"]:
-        assert all(entry[k] in printed for k in ("name", "access", "summary", "source"))
+    for row in found["attacks"]:
+        assert all(row[k] in printed for k in ("name", "access", "summary", "source"))
     assert "not part of 'all': its:code, ladder:calibrated" in printed
 
 
@@ -244,12 +244,12 @@ def test_permuted_labels_give_one_half(everything: AuditResult):
 # --- every attack has an oracle -----------------------------------------------------------------
 
 ORACLES = {
-    "test_attacks_likelihood.py": {
+    "attacks/test_likelihood.py": {
         "test_loss_zlib_and_ratio_against_loops": "loss loss:sum zlib zlib:sum ratio",
         "test_sama_and_its_masked_form_against_loops": "sama sama:mlm",
     },
-    "test_votes.py": {"test_scorer_agrees_with_the_slow_reference": "sama"},
-    "test_attacks_partition.py": {
+    "core/test_votes.py": {"test_scorer_agrees_with_the_slow_reference": "sama"},
+    "attacks/test_partition.py": {
         "test_partition_attacks_against_loops": (
             "complement complement:mean complement:t complement:votes complement:rank wbc"
         ),
@@ -263,7 +263,7 @@ ORACLES = {
         "test_pia_against_the_whole_vocabulary": "pia pia:l1 pia:loss",
         "test_filling_against_a_loop": "infill infill:prefix",
     },
-    "test_attacks_views.py": {
+    "attacks/test_views.py": {
         "test_lowercase_against_plain_passes": "lowercase",
         "test_neighbours_are_the_references_best_guesses": "neighbor",
         "test_recall_and_conrecall_against_passes_on_concatenated_tokens": "recall conrecall",
@@ -272,7 +272,7 @@ ORACLES = {
         "test_dfmia_against_plain_passes": "dfmia",
         "test_bag_of_words_against_scikit_learns_own_folds": "bows",
     },
-    "test_suite.py": {
+    "attacks/test_suite.py": {
         "test_the_rungs_against_loops": (
             "ladder:calibrated ladder:progressive ladder:subsets ladder:signs"
         ),
@@ -285,7 +285,7 @@ def test_every_attack_has_an_oracle():
     """A new attack goes into the table, together with its test."""
     covered = set()
     for file, tests in ORACLES.items():
-        text = (Path(__file__).parent / file).read_text("utf-8")
+        text = (Path(__file__).parents[1] / file).read_text("utf-8")
         for test, names in tests.items():
             assert f"def {test}(" in text
             covered |= set(names.split())
@@ -352,7 +352,7 @@ def test_nll_has_the_likelihood_and_its_standard_error(box: Path, tmp_path: Path
     out = tmp_path / "nll"
     command = ["nll", "--model", f"{box / 'target'}", "--data", f"{box / 'texts.jsonl'}"]
     flags = ["--out", f"{out}", "--passes", "4", "--max-length", "32"]
-    assert main.main([*command, *flags, "--quiet"]) == 0
+    assert entry.main([*command, *flags, "--quiet"]) == 0
     rows = [json.loads(line) for line in (out / "nll.jsonl").read_text().splitlines()]
     assert [r["id"] for r in rows] == [f"t{i}" for i in range(27)]
     assert rows[-1]["status"] == "empty"
@@ -404,7 +404,7 @@ def test_experiments_are_well_formed_and_run(box: Path, tmp_path: Path, capsys):
     )
     lines = (box / "texts.jsonl").read_text().splitlines(keepends=True)
     (box / "part.jsonl").write_text("".join(lines[3:9]))
-    assert main.main(["experiment", str(file), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert entry.main(["experiment", str(file), "--out", str(tmp_path / "out"), "--quiet"]) == 0
     made = json.loads((tmp_path / "out" / "mine" / "experiment.json").read_text())["runs"]["r"]
     aucs = {n: made["metrics"][n]["auc"] for n in ("loss", "sama")}
     # The second run has texts of its own, and reads the losses of the first.
@@ -414,9 +414,9 @@ def test_experiments_are_well_formed_and_run(box: Path, tmp_path: Path, capsys):
     gained = made["compare"][0]["difference"]
     assert gained == pytest.approx(aucs["sama"] - aucs["loss"], abs=1e-9)
     file.write_text("runs:\n- {name: r, attacks: [loss], seeed: 3}\n")
-    assert main.main(["experiment", str(file)]) == 3
+    assert entry.main(["experiment", str(file)]) == 3
     assert "unknown field 'seeed'; did you mean 'seed'" in capsys.readouterr().err
-    assert main.main(["experiment", "ablation_lader"]) == 2
+    assert entry.main(["experiment", "ablation_lader"]) == 2
     assert "ablation_ladder" in capsys.readouterr().err
 
 

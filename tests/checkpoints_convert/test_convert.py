@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import broken_folders
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ import oracle_dit
 import oracle_llama
 import oracle_moe
 import pytest
-import test_cli_errors
 import tiny
 import torch
 import transformers
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import __main__ as program
 from checkpoints_convert import convert
-from sama_jax.cli import main
+from sama_jax.cli import entry
 from sama_jax.devices import parallel
 from sama_jax.errors import ModelError
 from sama_jax.weights import model_folder, safetensors
@@ -345,7 +345,7 @@ def test_identity_changes_with_dtype_and_architecture(made, tmp_path):
         for p in (source, *(tmp_path / d for d in ("keep", "float32", "bfloat16")))
     )
     assert original == keep == same != rounded
-    test_cli_errors.edit_config(tmp_path / "keep", rope_theta=3.0)
+    broken_folders.edit_config(tmp_path / "keep", rope_theta=3.0)
     assert model_folder.open_folder(tmp_path / "keep").identity != original
 
 
@@ -354,7 +354,7 @@ def test_audit_reads_an_orbax_folder(source, tmp_path, capsys):
     texts = tiny.write_texts(tmp_path / "texts.jsonl", tiny.texts(4, (8, 20)))
     convert.to_orbax(source, tmp_path / "orbax", quiet=True)
     flags = ["--target", tmp_path / "orbax", "--reference", source, "--data", texts]
-    assert main.main(["audit", *map(str, flags), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert entry.main(["audit", *map(str, flags), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "4 texts" in capsys.readouterr().err
 
 
@@ -519,7 +519,7 @@ def shard_left_out(folder: Path) -> None:
 
 _FULL = oracle.config(d_model=16, n_heads=2, n_kv_heads=2, mlp_hidden_size=32, weight_tying=True)
 REFUSALS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    **test_cli_errors.MODELS,
+    **broken_folders.MODELS,
     "a tensor twice": (twice, ["the same tensor twice", "module.model"]),
     "untied": (untied, ["1 tensors do not fit", "the head is tied, but differs"]),
     "a shard is not in the index": (
@@ -582,7 +582,7 @@ def test_a_checkpoint_that_orbax_cannot_read_is_one_line(source, tmp_path):
     out = tmp_path / "out"
     convert.to_orbax(source, out, quiet=True)
     (out / "orbax" / "state" / "manifest.ocdbt").unlink()
-    test_cli_errors.drop(out / "conversion.json")  # without the sizes
+    broken_folders.drop(out / "conversion.json")  # without the sizes
     command = [sys.executable, "-m", "checkpoints_convert", "inspect", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 4
@@ -594,7 +594,7 @@ def test_a_checkpoint_that_orbax_cannot_read_is_one_line(source, tmp_path):
 def test_a_checkpoint_of_another_architecture_lists_every_parameter(source, tmp_path):
     out = tmp_path / "out"
     convert.to_orbax(source, out, quiet=True)
-    test_cli_errors.edit_config(out, mlp_hidden_size=16, weight_tying=False)
+    broken_folders.edit_config(out, mlp_hidden_size=16, weight_tying=False)
     with pytest.raises(ModelError, match="7 parameters do not fit") as caught:
         model_folder.open_folder(out)
     assert "  shape      blocks/mlp/up_proj/kernel: expected [1, 16, 16], found [1, 16, 32]" in str(

@@ -19,16 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import load_file, save_file
+from broken_folders import MODELS, edit_config, edit_weights
 
-from sama_jax.cli import main
+from sama_jax.cli import entry
 from sama_jax.config import SamaSettings
 from sama_jax.errors import UsageError
 from sama_jax.storage import files
 
 pytestmark = pytest.mark.usefixtures("figures")
 ROOT = Path(__file__).parents[2]
-WEIGHTS = "model.safetensors"
 
 
 class Box(NamedTuple):
@@ -92,7 +91,7 @@ def finished(originals: Path, figures: None) -> Path:
     box = Box(
         originals, originals / "target", originals / "reference", originals / "texts.jsonl", out
     )
-    assert main.main(box.command()) == 0
+    assert entry.main(box.command()) == 0
     return out
 
 
@@ -105,7 +104,7 @@ class Said(NamedTuple):
 def run(capsys: pytest.CaptureFixture[str], command: list[str]) -> Said:
     capsys.readouterr()
     try:
-        code = main.main(command)
+        code = entry.main(command)
     except SystemExit as stop:  # argparse
         code = int(stop.code or 0)
     return Said(code, *capsys.readouterr())
@@ -166,91 +165,6 @@ def refuse(
 
 
 # --- models ------------------------------------------------------------------------------------
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    config = {k: v for k, v in config.items() if v is not None}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    edit(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def cut(path: Path, share: float) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-
-
-def drop(path: Path) -> None:
-    path.unlink()
-
-
-def no_folder(folder: Path) -> None:
-    shutil.rmtree(folder)
-
-
-def file_for_folder(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.write_text("not a folder")
-
-
-def config_is_a_folder(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    (folder / "config.json").mkdir()
-
-
-def pickled(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-
-
-def index_names_nothing(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
-
-
-def large_tokenizer(folder: Path) -> None:
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens([f"<{i}>" for i in range(20)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    "no folder": (no_folder, ["no such folder", "config.json"]),
-    "a file": (file_for_folder, ["no such folder"]),
-    "no config": (lambda f: drop(f / "config.json"), ["has no config.json"]),
-    "config is a folder": (config_is_a_folder, ["has no config.json"]),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), ["not readable as JSON"]),
-    "config is binary": (
-        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
-        ["not readable"],
-    ),
-    "config is a list": (
-        lambda f: (f / "config.json").write_text("[]"),
-        ["expected a JSON object"],
-    ),
-    "unknown family": (lambda f: edit_config(f, model_type="lada"), ["'lada'", "'llada'"]),
-    "no family": (lambda f: edit_config(f, model_type=None), ["model_type is None"]),
-    "other architecture": (
-        lambda f: edit_config(f, architectures=["OLMoModelLM"]),
-        ["OLMoModelLM", "LLaDAModelLM"],
-    ),
-    "mask id": (lambda f: edit_config(f, mask_token_id=300), ["300", "--mask-id"]),
-    "no mask id": (lambda f: edit_config(f, mask_token_id=50256), ["50256", "--mask-id"]),
-    "heads": (lambda f: edit_config(f, n_heads=3), ["n_heads 3"]),
-    "a size that is a word": (lambda f: edit_config(f, d_model="wide"), ["d_model is 'wide'"]),
-    "no weights": (lambda f: drop(f / WEIGHTS), [WEIGHTS, "found neither"]),
-    "pickled weights": (pickled, ["pickled", "safetensors"]),
-    "a shard is missing": (index_names_nothing, ["b.safetensors", "missing"]),
-    "truncated weights": (lambda f: cut(f / WEIGHTS, 0.5), [WEIGHTS, "not a complete safetensors"]),
-    "truncated header": (lambda f: cut(f / WEIGHTS, 0.01), [WEIGHTS, "not a complete safetensors"]),
-    "empty weights": (lambda f: cut(f / WEIGHTS, 0), [WEIGHTS, "not a complete safetensors"]),
-    "no tokenizer": (lambda f: drop(f / "tokenizer.json"), ["no usable tokenizer"]),
-    "truncated tokenizer": (lambda f: cut(f / "tokenizer.json", 0.5), ["not a usable tokenizer"]),
-    "large tokenizer": (large_tokenizer, ["largest id", "300 rows"]),
-}
 
 
 @pytest.mark.parametrize("role", ["target", "reference"])
@@ -742,7 +656,7 @@ def test_strict_is_silent_about_good_texts(box: Box, finished: Path, capsys):
 def plan(originals: Path) -> Path:
     box = Box(*(originals / n for n in ("", "target", "reference", "texts.jsonl", "planned")))
     path = originals / "plan.npz"
-    assert main.main(box.command(attacks="sama", save_plan=path)) == 0
+    assert entry.main(box.command(attacks="sama", save_plan=path)) == 0
     return path
 
 
@@ -860,8 +774,8 @@ def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, comm
     def stopped(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(main._COMMANDS, command[0], stopped)
-    assert main.main(command) == 75
+    monkeypatch.setitem(entry._COMMANDS, command[0], stopped)
+    assert entry.main(command) == 75
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.endswith(f"sama-jax {' '.join(command)} {after}\n")
@@ -874,8 +788,8 @@ def test_memory_that_runs_out(monkeypatch, capsys, on_device: bool):
     def too_much(_):
         (jnp if on_device else np).zeros(2**55, np.float32).block_until_ready()  # pyright: ignore
 
-    monkeypatch.setitem(main._COMMANDS, "bench", too_much)
-    assert main.main(["bench", "--model", "m", "--data", "d"]) == 71
+    monkeypatch.setitem(entry._COMMANDS, "bench", too_much)
+    assert entry.main(["bench", "--model", "m", "--data", "d"]) == 71
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("sama-jax: out of memory (")
@@ -888,9 +802,9 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def wrong(_):
         raise RuntimeError("NOT_FOUND: something else")
 
-    monkeypatch.setitem(main._COMMANDS, "bench", wrong)
+    monkeypatch.setitem(entry._COMMANDS, "bench", wrong)
     with pytest.raises(RuntimeError, match="something else"):
-        main.main(["bench", "--model", "m", "--data", "d"])
+        entry.main(["bench", "--model", "m", "--data", "d"])
 
 
 def test_the_line_about_memory_is_found_among_others():
@@ -901,4 +815,4 @@ def test_the_line_about_memory_is_found_among_others():
         "=== Source Location Trace: ===\nconfig_selector.cc:71\n"
     )
     expected = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 62.52GiB"
-    assert main._allocation(error) == expected
+    assert entry._allocation(error) == expected

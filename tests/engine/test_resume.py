@@ -21,8 +21,8 @@ import pytest
 import tiny
 
 from sama_jax.arrays import TextKeyData
-from sama_jax.cli import main
-from sama_jax.cli.main import STANDARD
+from sama_jax.cli import entry
+from sama_jax.cli.entry import STANDARD
 from sama_jax.config import AuditSettings
 from sama_jax.engine.reading import Item, Reader
 from sama_jax.engine.scoring import Role, Work
@@ -240,7 +240,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def audit(models: tuple[Path, Path], data: Path, out: Path, *more: str) -> list[dict[str, Any]]:
     command = ["audit", "--target", str(models[0]), "--reference", str(models[1])]
     command += ["--data", str(data), "--out", str(out), "--quiet", *tiny.SETTINGS, *more]
-    assert main.main(command) == 0
+    assert entry.main(command) == 0
     return rows_of(out)
 
 
@@ -385,14 +385,14 @@ def test_ctrl_c_inside_a_caller_s_process(models, tmp_path: Path, capsys, monkey
     with monkeypatch.context() as patch:
         patch.setattr(LossStore, "append", interrupted)
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        assert main.main(command) == 75
+        assert entry.main(command) == 75
         assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"finished batches are kept in {out}: the same command continues" in said
     records, keys = stored(out, tmp_path / "copy")
     assert records == keys == 20
-    assert main.main(command) == 0
+    assert entry.main(command) == 0
     assert rows_of(out) == rows
 
 
@@ -486,12 +486,12 @@ def test_a_damaged_shard_ends_a_run_with_exit_code_3(models, tmp_path: Path, cap
     shard.write_bytes(content)
     command = ["audit", "--target", str(models[0]), "--reference", str(models[1])]
     command += ["--data", str(data), "--out", str(out), "--quiet", *tiny.SETTINGS]
-    assert main.main(command) == 3
+    assert entry.main(command) == 3
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert str(shard) in said
     shard.rename(tmp_path / "away.bin")
-    assert main.main(command) == 0
+    assert entry.main(command) == 0
     assert rows_of(out) == rows
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sama_jax.cli import main
+from sama_jax.cli import entry
 from sama_jax.config import AuditSettings, override, preset
 from sama_jax.errors import UsageError
 from sama_jax.programs.bench import bench
@@ -31,7 +31,7 @@ def test_bench_against_torch_reports_what_the_contract_names(inputs, tmp_path, c
     out = tmp_path / "bench.json"
     args = ["bench", "--model", str(model), "--data", str(texts), "--max-length", "32"]
     args += ["--against", "torch", "--rounds", "2", "--json", str(out)]
-    assert main.main([*args, "--set", "sama.steps=3"]) == 0
+    assert entry.main([*args, "--set", "sama.steps=3"]) == 0
     found = json.loads(out.read_text())
     both = {"texts_per_second", "share_of_matmul_peak", "peak_memory_bytes", "compile_seconds"}
     assert both | {"programs", "preset"} <= set(found)
@@ -156,7 +156,7 @@ import sys, jax
 from collections import Counter
 seen = Counter()
 jax.monitoring.register_event_listener(lambda name, **_: seen.update([name]))
-from sama_jax.cli import main
+from sama_jax.cli import entry
 assert main(sys.argv[1:]) == 0
 print(seen["/jax/compilation_cache/cache_misses"], seen["/jax/compilation_cache/cache_hits"])
 """

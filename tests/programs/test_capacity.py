@@ -14,7 +14,7 @@ import pytest
 import tiny
 from jax.sharding import AbstractMesh, AxisType
 
-from sama_jax.cli import main
+from sama_jax.cli import entry
 from sama_jax.devices import compile_ahead, memory, parallel
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs import capacity
@@ -194,7 +194,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str, str]:
-    code = main.main(["plan", *map(str, flags)])
+    code = entry.main(["plan", *map(str, flags)])
     out, err = capsys.readouterr()
     return code, out, err
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from checkpoints_convert import convert
-from sama_jax.cli import main
+from sama_jax.cli import entry
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.weights import model_folder, orbax, safetensors
 
@@ -554,7 +554,7 @@ def test_an_audit_with_an_adapter_reads_the_losses_of_the_merged_model(tmp_path,
         "merged": ["--target", str(merged)],
     }.items():
         out = ["--out", str(tmp_path / name), "--save-losses", str(tmp_path / f"{name}.npz")]
-        assert main.main([*common, *target, *out]) == 0
+        assert entry.main([*common, *target, *out]) == 0
         losses[name] = dict(np.load(tmp_path / f"{name}.npz"))
     kept, plain = losses["kept"], losses["merged"]
     assert kept["reference"].tobytes() == plain["reference"].tobytes()
@@ -565,10 +565,10 @@ def test_an_audit_with_an_adapter_reads_the_losses_of_the_merged_model(tmp_path,
     assert manifest["target"] == manifest["reference"] == str(base)
     # The same folder as --target says the same; another scale is another target.
     again = [*common, "--adapter", str(adapter), "--out", str(tmp_path / "kept")]
-    assert main.main([*again, "--target", str(base)]) == 0
+    assert entry.main([*again, "--target", str(base)]) == 0
     edit(adapter, lora_alpha=1)
     capsys.readouterr()
-    assert main.main(again) == 2
+    assert entry.main(again) == 2
     assert "target" in capsys.readouterr().err
 
 
