@@ -11,7 +11,7 @@ import platform
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,55 +25,13 @@ from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.devices import parallel, processes
 from sama_jax.engine import output_position, reading, scoring
 from sama_jax.errors import Interrupted, UsageError, ValidityError
+from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage import replay
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import METRICS, RunFolder, read_manifest
 from sama_jax.terminal import ProgressBar, console
 from sama_jax.texts import data
 from sama_jax.weights import model_folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditJob:
-    """What to audit, and where the results go."""
-
-    target: Path
-    reference: Path
-    texts: data.Texts
-    out: Path
-    attacks: Sequence[str] = ("all",)
-    """Names; of `all`, those that cannot be computed here are left out and listed."""
-    settings: AuditSettings = field(default_factory=AuditSettings)
-    limit: int | None = None
-    batch_size: int | None = None
-    """Rows a device works on at once; None: from the padded length."""
-    parallel: str = "auto"
-    """`pmap`: every device holds the models; `sharded`: they are split over a mesh."""
-    mesh: str | None = None
-    """`data=N,model=M`; None: chosen."""
-    fully_sharded: bool = False
-    models: str = "auto"
-    """`together`, or `in-turn`: all of the target's passes, then all of the reference's."""
-    mask_id: int | None = None
-    adapter: Path | None = None
-    """LoRA adapter on top of `target`, which is then usually the reference's folder."""
-    store: Path | None = None
-    prefixes: data.Texts | None = None
-    """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
-    plan: Path | None = None
-    """Replay file whose masks and subsets SAMA uses instead of its own."""
-    save_plan: Path | None = None
-    save_losses: Path | None = None
-    include_text: bool = False
-    include_votes: bool = False
-    strict: bool = False
-    dry_run: bool = False
-    figures: bool = True
-    """Draw them: a second or two."""
-    quiet: bool = False
-    command: str = ""
-    peers: processes.Peers = field(default_factory=processes.Peers)
-    """The other processes of this run, if there are any."""
 
 
 class AuditResult(NamedTuple):

@@ -8,10 +8,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +18,13 @@ from jax.sharding import AbstractMesh, AxisType
 from sama_jax import attacks
 from sama_jax.arrays import Params
 from sama_jax.attacks.registry import flatten
-from sama_jax.config import AuditSettings
 from sama_jax.core import losses
 from sama_jax.devices import compile_ahead, memory, parallel
 from sama_jax.engine import scoring
 from sama_jax.engine.reading import ROLES
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
+from sama_jax.programs.jobs import PlanJob
 from sama_jax.terminal import binary_size, console, duration
 from sama_jax.weights import model_folder
 
@@ -54,28 +51,6 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, 3),
     "v6e": Chip(32 * GIB, 918e12, 2),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanJob:
-    """What to plan."""
-
-    model: Path
-    """A model folder or a `config.json`."""
-    topology: str
-    """`v5e:4x4` and the like, or `cpu:8`: so many simulated devices of this machine."""
-    mesh: str | None = None
-    """`data=N,model=M`; None: the one with the fewest parts of the model that fits."""
-    rows: int | None = None
-    """Texts that each place along `data` works on at once; None: as an audit, or what fits."""
-    settings: AuditSettings = field(default_factory=AuditSettings)
-    attacks: Sequence[str] = ("sama",)
-    texts: int = 1000
-    utilisation: float = 0.4
-    """Share of the chips' peak that the job is assumed to reach."""
-    models: int = 2
-    """Resident at once: target and reference, or one after the other."""
-    quiet: bool = False
 
 
 class Topology(NamedTuple):

@@ -16,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from sama_jax.devices import parallel
 from sama_jax.devices.compile_cache import use_compile_cache
 from sama_jax.engine import reading, scoring
 from sama_jax.errors import DataError, ModelError, SamaError, UsageError
+from sama_jax.programs.jobs import BenchJob
 from sama_jax.storage.run_folder import RunFolder
 from sama_jax.terminal import console, duration
 from sama_jax.texts import data
@@ -60,23 +60,6 @@ PRODUCTS_AT_ONCE = 16
 CLEAR_REFS = Path("/proc/self/clear_refs")
 GROWTH = {"texts": (100, 200, 400), "length": (64, 128, 256, 512), "passes": (4, 8, 16)}
 GROWTH_FIXED = {"texts": 100, "length": 128, "passes": 4}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchJob:
-    """What to measure."""
-
-    model: Path
-    texts: Sequence[data.Text]
-    settings: AuditSettings
-    windows: bool = False
-    """Join the texts and cut them into pieces of exactly `max_length` tokens."""
-    limit: int | None = None
-    batch_size: int | None = None
-    torch: bool = False
-    rounds: int = 5
-    compile_cache: Path | None = None
-    quiet: bool = False
 
 
 def run_bench(job: BenchJob) -> dict[str, Any]:
