@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "reporting": {"core", "storage"},
     "programs": {"core", "attacks", "models", "texts", "storage", "weights", "devices", "engine",
                  "training", "reporting"},
-    "cli": {"attacks", "texts", "storage", "devices", "programs"},
+    "cli": {"attacks", "texts", "storage", "devices", "training", "reporting", "programs"},
 }  # fmt: skip
 """Folder -> the folders that it may import, besides the words. Lower layers stand first."""
 
