@@ -1,9 +1,13 @@
-# Two commands: `make demo` and `make test`. Each sets everything up in .venv first.
+# Each command sets everything that it needs up in .venv first:
+#   make demo    a small model, trained and attacked      make test    all tests
+#   make quick   the tests of the pure folders            make lint    style and types
+#   make docs    the site, into site/                     make install, make clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+QUICK := tests/core/test_masking.py tests/core/test_metrics.py tests/test_docs.py
 
-.PHONY: demo test lint install clean
+.PHONY: demo test quick lint docs install clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/sama-jax demo $(ARGS)
@@ -11,10 +15,18 @@ demo: $(VENV)/.installed-run
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# Under a minute: what whoever edits a statistic runs after every change.
+quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 $(QUICK) $(ARGS)
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# A broken link or a public name without a docstring fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # pip compiles to bytecode on one core, and all there is: half a minute more. What cannot be
 # compiled (templates, say) is left, as pip leaves it.
@@ -32,10 +44,14 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/.exists
 	$(call INSTALL,.[test])
 	touch $@ $(VENV)/.installed-run
 
-# basedpyright looks into what the tests need, too.
+# basedpyright looks into what the tests need as well.
 $(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(call INSTALL,.[lint])
 	touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/.exists
+	$(call INSTALL,.[docs])
+	touch $@ $(VENV)/.installed-run
 
 $(VENV)/.exists:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,4 +62,4 @@ $(VENV)/.exists:
 install: $(VENV)/.installed-run
 
 clean:
-	rm -rf $(VENV) runs dist build
+	rm -rf $(VENV) runs dist build site

@@ -128,8 +128,10 @@ def open_adapter(
     Args:
       path: the adapter's folder.
       source: the base's tensors.
-      family, num_layers, block_group_size: of the base, as for `stream.open_source` and `check`.
-      abstract: the base's parameter tree, as for `stream.check`.
+      family: the base's family, as for `safetensors.open_source`.
+      num_layers: how many blocks the base has.
+      abstract: the base's parameter tree, as for `safetensors.check`.
+      block_group_size: how many blocks a group of the base holds.
 
     Raises:
       ModelError: one message that lists every tensor that does not fit.
