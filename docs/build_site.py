@@ -22,9 +22,6 @@ PAGES = {
 }
 """Files outside `docs/` -> their addresses in the site."""
 
-FLAX = {"setup"}
-"""Methods that Flax calls and describes."""
-
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages to the files of the site (a hook of MkDocs)."""
@@ -101,20 +98,9 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def undocumented(package: Path) -> Iterator[str]:
-    """Yields modules, functions, classes and methods that are public and have no docstring.
-
-    A method of a class may leave its docstring to the protocol that describes it.
-    """
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(package.rglob("*.py"))}
-    described = FLAX | {
-        method.name
-        for tree in trees.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(b) for b in node.bases)
-        for method in methods(node)
-        if ast.get_docstring(method)
-    }
-    for path, tree in trees.items():
+    """Yields the public modules, functions and classes that have no docstring."""
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
         if not ast.get_docstring(tree):
             yield f"{path}: the module"
         for node in tree.body:
@@ -122,8 +108,3 @@ def undocumented(package: Path) -> Iterator[str]:
                 continue
             if not ast.get_docstring(node):
                 yield f"{path}:{node.lineno}: {node.name}"
-
-
-def methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
-    """Returns the public methods that a class defines itself."""
-    return [m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]

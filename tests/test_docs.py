@@ -2,9 +2,10 @@
 
 import ast
 import importlib
-import importlib.util
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,20 +18,13 @@ PAGES = sorted(
 OLD = {"CHANGELOG.md"}
 """Pages that speak of earlier versions: what they name may be gone."""
 
+SITE = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "build_site.py")))
+"""The module with which MkDocs builds the site."""
+
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\((?![a-z]+:)([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.-])((?:sama_jax|checkpoints_convert|tests|docs|experiments)/[\w./-]*)")
-BRACES = re.compile(r"([^{]*)\{([^}]*)\}(.*)")
 NAME = re.compile(r"(?<![\w/.-])((?:sama_jax|checkpoints_convert)(?:\.\w+)+)")
-
-
-def site():
-    """Returns the module with which MkDocs builds the site."""
-    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def anchors(page: str) -> set[str]:
@@ -112,17 +106,17 @@ def test_a_broken_link_a_lost_path_and_a_lost_name_are_found(tmp_path):
 
 
 def test_public_names_have_docstrings():
-    assert list(site().undocumented(ROOT / "sama_jax")) == []
+    assert list(SITE.undocumented(ROOT / "sama_jax")) == []
 
 
 def test_an_undocumented_public_name_is_found(tmp_path):
     source = '"""A module."""\n\n\ndef told():\n    """Tells."""\n\n\ndef untold(): ...\n'
     (tmp_path / "module.py").write_text(source, "utf-8")
-    assert list(site().undocumented(tmp_path)) == [f"{tmp_path}/module.py:8: untold"]
+    assert list(SITE.undocumented(tmp_path)) == [f"{tmp_path}/module.py:8: untold"]
 
 
 def test_links_between_files_become_links_between_pages():
-    change = site().with_site_links
+    change = SITE.with_site_links
     assert change("[a](docs/models.md#llada)", "README.md") == "[a](models.md#llada)"
     assert change("[a](../README.md)", "docs/models.md") == "[a](index.md)"
     assert change("[a](../../CONTRIBUTING.md#test)", "docs/recipes/x.md") == (
@@ -135,5 +129,5 @@ def test_every_page_and_every_folder_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
     listed = set(re.findall(r"([\w./-]+\.md)$", navigation, re.M))
     written = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
-    added = {page for page in site().PAGES.values() if page.endswith(".md")}
-    assert listed == written | added | set(site().api_pages(ROOT / "sama_jax"))
+    added = {page for page in SITE.PAGES.values() if page.endswith(".md")}
+    assert listed == written | added | set(SITE.api_pages(ROOT / "sama_jax"))

@@ -33,6 +33,8 @@ exit codes:
 
 
 class Parser(argparse.ArgumentParser):
+    """Ends with one line and exit code 2 on wrong flags."""
+
     def error(self, message: str) -> NoReturn:
         """One line and exit code 2, like every other usage error."""
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
