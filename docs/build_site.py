@@ -16,6 +16,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "experiments/README.md": "experiments.md",
     "LICENSE": "LICENSE.txt",
     "CITATION.cff": "CITATION.cff",
