@@ -494,11 +494,14 @@ def _bench(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     settings = config.override(settings, args.set)
-    from sama_jax.programs.bench import bench
+    from sama_jax.programs.bench.growth import run_growth
+    from sama_jax.programs.bench.run import run_bench
+    from sama_jax.programs.bench.table import print_growth, print_table
+    from sama_jax.programs.jobs import BenchJob
     from sama_jax.storage.files import write_json
     from sama_jax.texts import data
 
-    job = bench.BenchJob(
+    job = BenchJob(
         model=args.model,
         texts=data.read_texts(args.data).texts,
         settings=settings,
@@ -510,9 +513,7 @@ def _bench(args: argparse.Namespace) -> None:
         compile_cache=args.compile_cache,
         quiet=args.quiet,
     )
-    run, show = bench.run_bench, bench.print_table
-    if args.growth:
-        run, show = bench.run_growth, bench.print_growth
+    run, show = (run_growth, print_growth) if args.growth else (run_bench, print_table)
     found: Any = run(job)
     if args.json:
         write_json(args.json, found)

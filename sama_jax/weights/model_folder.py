@@ -85,7 +85,7 @@ def num_bytes(folders: Sequence[ModelFolder]) -> int:
 @functools.lru_cache(maxsize=64)
 def _abstract_params(model: Model) -> Params:
     """Shapes only; remembered, since tracing a model's `init` takes about 0.1 s."""
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0)))  # starts no backend
 
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,16 @@ import tiny
 from sama_jax.cli import entry
 from sama_jax.config import AuditSettings, override, preset
 from sama_jax.errors import UsageError
-from sama_jax.programs.bench import bench
+from sama_jax.programs.bench import products
+from sama_jax.programs.bench.memory import DeviceMemory
+from sama_jax.programs.bench.run import require_comparable
+from sama_jax.programs.bench.side import Loaded
+from sama_jax.programs.bench.summary import ratio
+from sama_jax.programs.bench.table import print_table
+from sama_jax.programs.bench.tokens import encode
+from sama_jax.programs.jobs import BenchJob
 from sama_jax.texts import data
+from sama_jax.weights.model_folder import open_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,46 +64,44 @@ def test_bench_against_torch_reports_what_the_contract_names(inputs, tmp_path, c
     # A system that does not say what memory is in use.
     for side in (found, found["torch"]):
         side["peak_memory_bytes"] = None
-    found["torch"]["memory_ratio"] = bench._share(None, None)
-    bench.print_table(found)
+    found["torch"]["memory_ratio"] = ratio(None, None)
+    print_table(found)
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[-2:] for line in table if "peak memory" in line] == [["-", "-"]]
 
 
 @pytest.mark.parametrize("found", [("gpu", "float32"), ("cpu", "bfloat16")])
 def test_pytorch_is_compared_where_it_was_checked(found):
-    bench._require_comparable({"platform": "cpu", "dtype": "float32"})
+    loaded = Loaded(2, "some device", "cpu", "float32", "xla")
+    require_comparable(loaded)
     with pytest.raises(UsageError, match=f"found {found[0]} and {found[1]}; set JAX_PLATFORMS=cpu"):
-        bench._require_comparable(dict(zip(("platform", "dtype"), found)))
+        require_comparable(loaded._replace(platform=found[0], dtype=found[1]))
 
 
-def test_matrix_products_take_a_share_of_the_round_in_turn(monkeypatch):
+def test_matrix_products_take_a_share_of_the_round_in_turn():
     """Of a long round more than a slice each: the best of a few noisy ones would be too high."""
-    calls, rates = [], iter(range(100))
+    calls: list[products.Shape] = []
 
-    def rate(*args):
-        calls.append(args[:3])
-        return float(next(rates))
+    def rate(shape: products.Shape) -> float:
+        calls.append(shape)
+        return float(len(calls) - 1)
 
-    monkeypatch.setattr(bench, "_rate", rate)
-    batch = data.BatchPlan(16, np.arange(4))
-    arch = SimpleNamespace(width=8, mlp_width=24)
-    side = SimpleNamespace(
-        memory=SimpleNamespace(stop=lambda: None),
-        model=SimpleNamespace(arch=arch, vocab_size=100, dtype="float32"),
-        work=SimpleNamespace(batches=lambda _: [batch], pending=lambda **_: []),
-        on_cpu=True,
-        seconds=3 * bench.PEAK_SECONDS / bench.PEAK_SHARE,
-    )
-    found = bench._Ours.products(side)  # pyright: ignore
-    own = [(64, 8, 8), (64, 8, 24), (64, 24, 8), (64, 8, 100)]
-    shapes = [(n, n, n) for n in bench.SQUARES["cpu"]] + own
+    shapes = products.shapes("cpu", 64, 8, 24, 100)
+    squares = [(n, n, n) for n in products.SQUARES["cpu"]]
+    assert shapes == [*squares, (64, 8, 8), (64, 8, 24), (64, 24, 8), (64, 8, 100)]
+    three_slices = 3 * products.SLICE_SECONDS / products.SHARE
+    found = products.mean_rates(shapes, three_slices, rate)
     assert calls == 3 * shapes
-    assert found == {"x".join(map(str, s)): 7.0 + i for i, s in enumerate(shapes)}  # means
-    side.seconds, rates = 1e4, iter(range(1000))  # the share is for short rounds
+    assert found == {"x".join(map(str, s)): 7.0 + i for i, s in enumerate(shapes)}
     calls.clear()
-    bench._Ours.products(side)  # pyright: ignore
-    assert calls == round(bench.PEAK_MOST / bench.PEAK_SECONDS) * shapes
+    products.mean_rates(shapes, 1e4, rate)  # the share is for short rounds
+    assert calls == round(products.MOST_SECONDS / products.SLICE_SECONDS) * shapes
+
+
+def test_a_product_whose_result_is_too_large_is_left_out():
+    shapes = products.shapes("cpu", 1024, 8, 24, 2**20)
+    assert (1024, 8, 24) in shapes
+    assert (1024, 8, 2**20) not in shapes
 
 
 def test_memory_of_an_accelerator_is_that_above_the_weights():
@@ -107,7 +112,7 @@ def test_memory_of_an_accelerator_is_that_above_the_weights():
             return self.stats
 
     device = Device()
-    memory = bench._DeviceMemory(device)
+    memory = DeviceMemory(device)
     device.stats = {"bytes_in_use": 120, "peak_bytes_in_use": 170}
     assert memory.stop() == 70
     device.stats = {"bytes_in_use": 120, "peak_bytes_in_use": 900}  # of something else, later
@@ -136,19 +141,59 @@ def test_the_pytorch_form_draws_the_masks_of_its_preset(inputs, name):
 
 def test_windows_join_the_texts_and_have_one_length(inputs):
     model, texts = inputs
-    folder = bench.model_folder.open_folder(model)
-    job = bench.BenchJob(
+    folder = open_folder(model)
+    job = BenchJob(
         model=model,
         texts=data.read_texts(texts).texts,
         settings=AuditSettings(max_length=50),
         windows=True,
         limit=3,
     )
-    found = bench._encode(job, folder)
+    found = encode(job, folder)
     assert [len(ids) for ids in found] == [50, 50, 50]
     tokenizer = data.TextTokenizer.from_folder(model)
     first = [i for t in job.texts for i in tokenizer.encode([t.text], 10**6)[0].ids]
     assert np.concatenate(found).tolist() == first[:150]
+
+
+BENCH = """
+import sys
+from pathlib import Path
+from jax._src import xla_bridge
+from sama_jax.config import AuditSettings
+from sama_jax.programs.bench import run
+from sama_jax.programs.jobs import BenchJob
+from sama_jax.programs.bench.side import End, Loaded, Round
+from sama_jax.texts.data import read_texts
+
+class Side:
+    def __init__(self, name, *_):
+        self.name = name
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
+    def load(self):
+        return Loaded(2, "H200", "gpu", "bfloat16", "cudnn")
+    def round(self):
+        return Round(2.0, 1.0)
+    def products(self):
+        return {"2x2x2": 100.0}
+    def end(self):
+        return End(None, 160.0)
+
+run.Side = Side
+texts = read_texts(Path(sys.argv[2])).texts
+job = BenchJob(model=Path(sys.argv[1]), texts=texts, settings=AuditSettings(), rounds=1)
+assert run.run_bench(job)["share_of_matmul_peak"] == 0.8
+assert not xla_bridge.backends_are_initialized()
+"""
+
+
+def test_the_calling_process_leaves_accelerators_to_those_that_measure(inputs):
+    """JAX takes three quarters of a GPU's memory when it starts."""
+    command = [sys.executable, "-c", BENCH, *map(str, inputs)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
 
 
 COUNT = """
@@ -157,7 +202,7 @@ from collections import Counter
 seen = Counter()
 jax.monitoring.register_event_listener(lambda name, **_: seen.update([name]))
 from sama_jax.cli import entry
-assert main(sys.argv[1:]) == 0
+assert entry.main(sys.argv[1:]) == 0
 print(seen["/jax/compilation_cache/cache_misses"], seen["/jax/compilation_cache/cache_hits"])
 """
 

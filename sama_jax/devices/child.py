@@ -1,0 +1,139 @@
+"""A child process that answers questions, one JSON line each; its errors are raised here again.
+
+Work goes to a child where it needs other environment variables than this process, where its memory
+is to be measured, or where it may crash. This file has both ends. Standard library only.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
+
+from sama_jax import errors
+from sama_jax.errors import OutOfMemory, SamaError
+
+TICK_SECONDS = 10.0
+"""Seconds between two calls of `tick`."""
+
+
+class Crashed(SamaError):
+    """A child process ended without an answer (exit code 1)."""
+
+
+class Child:
+    """Runs a module that calls `serve`, and asks it questions. A context manager, which kills it.
+
+    Args:
+      name: names the process in messages.
+      module: dotted name, run as `python -m`.
+      env: environment variables; None: those of this process.
+      advice: ends the message where the process was killed, most often for lack of memory.
+      show_errors: passes the standard error through; else a crash reports its last line.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        advice: str = "",
+        show_errors: bool = True,
+    ):
+        self.name, self._advice = name, advice
+        self._stderr: IO[bytes] | None = None
+        if not show_errors:
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (`__exit__` closes it)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=env,
+        )
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        if self._stderr is not None:
+            self._stderr.close()
+
+    def ask(self, question: Any, tick: Callable[[float], None] | None = None) -> Any:
+        """Returns the answer to a question, both JSON. `tick` is told the seconds now and then.
+
+        Raises:
+          SamaError: what the child raised while it answered.
+          OutOfMemory: the child was killed.
+          Crashed: the child ended in another way.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the missing answer tells
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        with _ticking(tick):
+            line = self._process.stdout.readline()
+        if not line:
+            raise self._end()
+        answer = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["error"], Crashed)(answer["message"])
+        return answer["answer"]
+
+    def _end(self) -> SamaError:
+        """The error that says how the child ended."""
+        code = self._process.wait()
+        if code == -9:
+            return OutOfMemory(
+                f"the {self.name} process was killed (signal 9), most often because this machine "
+                f"ran out of memory{self._advice and '; ' + self._advice}"
+            )
+        last = ""
+        if self._stderr is not None:
+            self._stderr.seek(0)
+            said = self._stderr.read().decode(errors="replace").strip() or "it said nothing"
+            last = f" ({said.splitlines()[-1]})"
+        return Crashed(f"the {self.name} process ended with exit code {code}{last}")
+
+
+@contextlib.contextmanager
+def _ticking(tick: Callable[[float], None] | None) -> Iterator[None]:
+    """Calls `tick` with the seconds so far, every `TICK_SECONDS`, until the block ends."""
+    start, done = time.monotonic(), threading.Event()
+
+    def run() -> None:
+        while tick is not None and not done.wait(TICK_SECONDS):
+            tick(time.monotonic() - start)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def serve(answer: Callable[[Any], Any]) -> None:
+    """Answers the questions of a `Child` until it asks no more; the child's `main` calls this.
+
+    Everything else that is printed here goes to standard error, since libraries print as they like.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            found = {"answer": answer(json.loads(line))}
+        except SamaError as error:
+            found = {"error": type(error).__name__, "message": str(error)}
+        print(json.dumps(found), file=answers, flush=True)
