@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from sama_jax import errors
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
@@ -78,6 +80,12 @@ def resolves(name: str) -> bool:
     return False
 
 
+def blocks(page: str) -> list[str]:
+    """Returns the Python blocks of a page."""
+    found = FENCE.findall((ROOT / page).read_text("utf-8"))
+    return [code for language, code in found if language == "python"]
+
+
 def page_id(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -131,3 +139,16 @@ def test_every_page_and_every_folder_is_in_the_navigation():
     written = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
     added = {page for page in SITE.PAGES.values() if page.endswith(".md")}
     assert listed == written | added | set(SITE.api_pages(ROOT / "sama_jax"))
+
+
+def test_the_python_page_prints_what_it_says(capsys):
+    code = next(c for c in blocks("docs/python.md") if "sign_statistics" in c)
+    exec(compile(code, "docs/python.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == re.search(r"print\(.*\)  # (.*)$", code, re.M)[1]
+
+
+def test_the_page_of_exit_codes_lists_those_of_the_errors():
+    page = (ROOT / "docs" / "exit-codes.md").read_text("utf-8")
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)}
+    known = {e.exit_code for e in vars(errors).values() if hasattr(e, "exit_code")}
+    assert listed == known | {0, 6}  # 6: verify found a difference, which is no error
