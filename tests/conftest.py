@@ -16,7 +16,7 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
 import jax
 import pytest
 
-from sama_jax.reporting import report
+from sama_jax.reporting import figures as pictures
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -25,7 +25,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 assert jax.device_count() == 8
 
 
-_WRITE_FIGURES = report.write_figures
+_WRITE_FIGURES = pictures.write_figures
 
 
 LONGEST = ("processes", "resume", "invariance", "errors", "suite", "parallel", "bench",
@@ -40,17 +40,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_figures():
-    """Audits without figures, a second each, but where a test asks for `figures`."""
+    """Leaves the figures of audits out, which take a second each, unless a test uses `figures`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_figures", lambda *_, **__: [])
+        patch.setattr(pictures, "write_figures", lambda *_, **__: [])
         yield
 
 
 @pytest.fixture(scope="module")
 def figures():
-    """Audits that draw, as users have them."""
+    """Lets audits draw."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_figures", _WRITE_FIGURES)
+        patch.setattr(pictures, "write_figures", _WRITE_FIGURES)
         yield
 
 

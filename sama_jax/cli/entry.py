@@ -427,10 +427,11 @@ def _print_result(result: Any) -> None:
     """The table on standard output; where the rest is on standard error."""
     from rich.console import Console
 
-    from sama_jax.reporting import report
+    from sama_jax.reporting.results import headline
+    from sama_jax.reporting.tables import metrics_table
 
-    Console().print(report.metrics_table(result.metrics, result.rows, result.cost))
-    print(report.headline(result.metrics))
+    Console().print(metrics_table(result.metrics, result.rows, result.cost))
+    print(headline(result.metrics))
     print(f"results: {result.out} (report.md, scores.jsonl, metrics.json)", file=sys.stderr)
 
 

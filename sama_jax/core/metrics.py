@@ -1,34 +1,80 @@
-"""How well scores separate members from non-members. NumPy, SciPy, scikit-learn; no files.
+"""Measures how well scores separate members from non-members. NumPy, SciPy and scikit-learn.
 
-Everywhere: `scores` are finite numbers [n], higher meaning "member"; `labels` are 1 (member) or
-0 (not) [n]. Missing scores are removed first, with `usable`. Wrong shapes, missing scores and
-other labels raise `ValueError`; a class without a text raises `DataError`.
+Every function takes `scores` [n], finite numbers of which a higher one means "member", and
+`labels` [n], 1 for a member and 0 for a non-member. Remove missing scores first, with `usable`.
+All raise `ValueError` for wrong shapes, missing scores and other labels, and `DataError` if one
+class has no text.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from sama_jax.errors import DataError
 
 FPRS = ("0.1", "0.01", "0.001")
-"""False-positive rates that `summarize` reports, as they are spelled in metrics.json."""
+"""False-positive rates at which `summarize` reports the TPR, as metrics.json spells them."""
 
 RESAMPLES = 2000
+"""Resamples of a bootstrap interval."""
 AUC_CI_METHOD = f"stratified percentile bootstrap, {RESAMPLES} resamples"
 
-_CHUNK_CELLS = 1 << 20
-"""Counts held at once by the bootstrap, a class and a score column (8 MiB)."""
+CHUNK_CELLS = 1 << 20
+"""Counts that the bootstrap holds at once for each class and score column (8 MiB)."""
+
+
+class TprAtFpr(TypedDict):
+    """The largest share of members found at a limited share of false alarms."""
+
+    tpr: float
+    ci: list[float]
+    """Ends of its exact 95 % interval."""
+    fpr: float
+    """The rate that the threshold really has, at most the one asked for."""
+    threshold: float | None
+    """The lowest score that is flagged; None: nothing is."""
+
+
+class Saturated(TypedDict):
+    """Several texts have the highest score."""
+
+    share: float
+
+
+class AttackMetrics(TypedDict):
+    """The metrics of one attack. They are None if a class has no text; a note then says so."""
+
+    auc: float | None
+    auc_ci: list[float] | None
+    auc_ci_method: str
+    tpr_at_fpr: dict[str, TprAtFpr | None]
+    """By `FPRS`; None with too few non-members for that rate."""
+    n_members: int
+    n_nonmembers: int
+    notes: list[str]
+    """Sentences about numbers that are missing, zero or without an interval."""
+    saturated: NotRequired[Saturated]
+
+
+def percent(rate: str | float) -> str:
+    """Writes a rate in percent: "0.1" becomes "10 %"."""
+    return f"{float(rate) * 100:g} %"
+
+
+def tpr_name(fpr: str) -> str:
+    """Names the TPR at a false-positive rate of `FPRS`: "TPR at 10 % FPR"."""
+    return f"TPR at {percent(fpr)} FPR"
 
 
 def usable(
     scores: Sequence[float | None] | ArrayLike, labels: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.int64], int]:
+) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"], int]:
     """Drops texts whose score is None, NaN or infinite: `(scores, labels, number dropped)`."""
     values = np.asarray(scores, dtype=np.float64)  # None becomes NaN
     labels = np.asarray(labels, dtype=np.int64)
@@ -37,7 +83,7 @@ def usable(
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Area under the ROC curve: P(member > non-member) + P(equal) / 2."""
+    """Returns the area under the ROC curve: P(member > non-member) + P(equal) / 2."""
     values, is_member = _checked(scores, labels)
     return float(roc_auc_score(is_member, values))
 
@@ -50,9 +96,12 @@ def auc_interval(
     resamples: int = RESAMPLES,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the AUC; members and non-members are resampled apart."""
+    """Returns the percentile bootstrap interval `(low, high)` of the AUC at `level`.
+
+    Members and non-members are resampled separately, so every resample has both.
+    """
     values, is_member = _checked(scores, labels)
-    aucs = _resampled_aucs([values], is_member, seed, resamples)[0]
+    aucs = resampled_aucs([values], is_member, seed, resamples)[0]
     low, high = np.quantile(aucs, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -65,28 +114,32 @@ def paired_difference(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float, float]:
-    """AUC of `a` minus AUC of `b` on the same texts, with its 95 % interval `(d, low, high)`.
+    """Returns AUC of `a` minus AUC of `b` on the same texts, and its 95 % interval.
 
     Each resample draws the same texts for both attacks, so what makes a text easy for both
-    cancels; two separate intervals that overlap do not show that the attacks are equal.
+    cancels. (Two separate intervals that overlap do not show that the attacks are equal.)
+
+    Returns:
+      `(difference, low, high)`.
     """
     a, is_member = _checked(scores_a, labels)
     b, _ = _checked(scores_b, labels)
     difference = auc(a, is_member) - auc(b, is_member)
-    aucs = _resampled_aucs([a, b], is_member, seed, resamples)
+    aucs = resampled_aucs([a, b], is_member, seed, resamples)
     low, high = np.quantile(aucs[0] - aucs[1], [0.025, 0.975])
     return difference, float(low), float(high)
 
 
-def tpr_at_fpr(scores: ArrayLike, labels: ArrayLike, fpr: float) -> dict[str, Any] | None:
-    """Largest share of members found while at most a share `fpr` of non-members is flagged.
+def tpr_at_fpr(scores: ArrayLike, labels: ArrayLike, fpr: float) -> TprAtFpr | None:
+    """Finds the largest share of members flagged while at most a share `fpr` of non-members is.
 
     A text is flagged if its score is at least the threshold, so equal scores move together and
     ties count against the attack. (Taking the ROC point nearest to `fpr`, as the published code
     does, may exceed it.) `threshold` is None where only an infinite one is strict enough; `ci` is
     the exact Clopper-Pearson 95 % interval of the TPR with the threshold taken as given.
 
-    Returns None with fewer than `1 / fpr` non-members: one false alarm would already exceed `fpr`.
+    Returns:
+      None with fewer than `1 / fpr` non-members: one false alarm would already exceed `fpr`.
     """
     values, is_member = _checked(scores, labels)
     n_members, n_nonmembers = int(is_member.sum()), int((~is_member).sum())
@@ -109,22 +162,23 @@ def tpr_at_fpr(scores: ArrayLike, labels: ArrayLike, fpr: float) -> dict[str, An
 
 def roc_points(
     scores: ArrayLike, labels: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """`(fpr, tpr, thresholds)`, one point a distinct score, from (0, 0) at infinity to (1, 1)."""
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Returns `(fpr, tpr, thresholds)`: one point for each distinct score, in falling order.
+
+    The curve starts at (0, 0) with an infinite threshold and ends at (1, 1).
+    """
     values, is_member = _checked(scores, labels)
     return roc_curve(is_member, values, drop_intermediate=False)
 
 
-def summarize(scores: ArrayLike, labels: ArrayLike, *, seed: int) -> dict[str, Any]:
-    """All metrics of one attack, as plain values for JSON.
+def summarize(scores: ArrayLike, labels: ArrayLike, *, seed: int) -> AttackMetrics:
+    """Computes all metrics of one attack, as plain values for JSON; `seed` is the bootstrap's.
 
-    Keys: `auc`, `auc_ci`, `auc_ci_method`, `tpr_at_fpr` (by `FPRS`, see `tpr_at_fpr`),
-    `n_members`, `n_nonmembers`, `notes` (sentences), and `saturated` {`share`} if several texts
-    share the highest score. With a class empty the metrics are None and a note says so.
+    Unlike the other functions it accepts an empty class: the metrics are then None.
     """
     labels = np.asarray(labels)
     n_members, n_nonmembers = int((labels == 1).sum()), int((labels == 0).sum())
-    summary: dict[str, Any] = {
+    summary: AttackMetrics = {
         "auc": None,
         "auc_ci": None,
         "auc_ci_method": AUC_CI_METHOD,
@@ -140,41 +194,43 @@ def summarize(scores: ArrayLike, labels: ArrayLike, *, seed: int) -> dict[str, A
         )
         return summary
     values, is_member = _checked(scores, labels)
-    summary["auc"] = auc(values, is_member)
-    summary["auc_ci"] = list(auc_interval(values, is_member, seed=seed))
+    low, high = auc_interval(values, is_member, seed=seed)
+    summary["auc"], summary["auc_ci"] = auc(values, is_member), [low, high]
     summary["tpr_at_fpr"] = {x: tpr_at_fpr(values, is_member, float(x)) for x in FPRS}
     at_top = values == values.max()
     if at_top.sum() > 1:
         summary["saturated"] = {"share": float(at_top.mean())}
-    summary["notes"] = _notes(summary, int(at_top.sum()), int((at_top & ~is_member).sum()))
-    return summary
-
-
-def _notes(summary: dict[str, Any], top: int, top_nonmembers: int) -> list[str]:
-    """Why a number of the summary is missing, zero or without an interval."""
-    notes = []
-    if summary["auc_ci"][0] == summary["auc_ci"][1]:
-        notes.append(
+    if low == high:
+        summary["notes"].append(
             "The AUC interval has no width because every resample gives the same AUC; "
             "it understates the uncertainty."
         )
+    summary["notes"] += _tpr_notes(summary, int(at_top.sum()), int((at_top & ~is_member).sum()))
+    return summary
+
+
+def _tpr_notes(summary: AttackMetrics, top: int, top_nonmembers: int) -> list[str]:
+    """Explains each TPR that is missing, or zero because `top` texts share the highest score."""
+    notes = []
     for x, result in summary["tpr_at_fpr"].items():
-        name = f"TPR at {float(x) * 100:g} % FPR"
         if result is None:
             needed = math.ceil(1 / float(x) - 1e-9)
             notes.append(
-                f"{name} needs at least {needed} non-members, there are {summary['n_nonmembers']}."
+                f"{tpr_name(x)} needs at least {needed} non-members, "
+                f"there are {summary['n_nonmembers']}."
             )
         elif result["threshold"] is None and top > 1:
             notes.append(
-                f"{name} is 0 because {top} texts share the highest score and "
+                f"{tpr_name(x)} is 0 because {top} texts share the highest score and "
                 f"{top_nonmembers} of them are non-members."
             )
     return notes
 
 
-def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Scores as float64 [n] and `is_member` as bool [n], both classes present."""
+def _checked(
+    scores: ArrayLike, labels: ArrayLike
+) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Returns the scores as float64 and `is_member`, both classes present."""
     values, classes = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if values.ndim != 1 or values.shape != classes.shape:
         raise ValueError(
@@ -194,22 +250,26 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64],
 
 
 def _flagged(
-    values: NDArray[np.float64], is_member: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Thresholds from infinity downwards, and the members and non-members at or above each."""
+    values: Float[np.ndarray, " n"], is_member: Bool[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+    """Returns thresholds from infinity down, and how many of each class are at or above them."""
     distinct, codes = np.unique(values, return_inverse=True)
     per_class = [np.bincount(codes[of], minlength=distinct.size) for of in (is_member, ~is_member)]
     members, nonmembers = (np.r_[0, np.cumsum(counts[::-1])] for counts in per_class)
     return np.r_[np.inf, distinct[::-1]], members, nonmembers
 
 
-def _resampled_aucs(
-    columns: list[NDArray[np.float64]], is_member: NDArray[np.bool_], seed: int, resamples: int
-) -> NDArray[np.float64]:
-    """AUC of each score column in each resample [columns, resamples]; one draw serves all columns.
+def resampled_aucs(
+    columns: list[Float[np.ndarray, " n"]],
+    is_member: Bool[np.ndarray, " n"],
+    seed: int,
+    resamples: int,
+) -> Float[np.ndarray, "columns resamples"]:
+    """Computes the AUC of each score column in each bootstrap resample of the texts.
 
-    A resample is reduced to how often each distinct score was drawn, so no sorting happens inside
-    the loop: AUC = sum over scores of members x (non-members below + half of those equal).
+    All columns see the same resamples. A resample is reduced to how often each distinct score was
+    drawn, so nothing is sorted inside the loop: AUC = sum over scores of
+    members x (non-members below + half of those equal).
     """
     coded = []
     for values in columns:
@@ -220,7 +280,7 @@ def _resampled_aucs(
     of_members, of_nonmembers = (
         np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2)
     )
-    chunk = max(1, _CHUNK_CELLS // is_member.size)
+    chunk = max(1, CHUNK_CELLS // is_member.size)
     aucs = np.empty((len(columns), resamples))
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
@@ -235,8 +295,8 @@ def _resampled_aucs(
     return aucs
 
 
-def _counts(codes: NDArray[np.int64], num_distinct: int) -> NDArray[np.int64]:
-    """How often each of `num_distinct` codes occurs in each row: [r, n] -> [r, num_distinct]."""
+def _counts(codes: Int[np.ndarray, "r n"], num_distinct: int) -> Int[np.ndarray, "r k"]:
+    """Counts how often each of `num_distinct` codes occurs in each row."""
     rows = codes.shape[0]
     shifted = codes + np.arange(rows)[:, None] * num_distinct
     return np.bincount(shifted.ravel(), minlength=rows * num_distinct).reshape(rows, num_distinct)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,17 +28,20 @@ from sama_jax.errors import Interrupted, UsageError, ValidityError
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage import replay
 from sama_jax.storage.files import write_json
-from sama_jax.storage.run_folder import METRICS, RunFolder, read_manifest
+from sama_jax.storage.run_folder import METRICS, Row, RunFolder, read_manifest
 from sama_jax.terminal import ProgressBar, console
 from sama_jax.texts import data
 from sama_jax.weights import model_folder
+
+if TYPE_CHECKING:
+    from sama_jax.reporting.results import Metrics
 
 
 class AuditResult(NamedTuple):
     """What `run_audit` returns; the same is in the output folder."""
 
-    rows: list[dict[str, Any]]
-    metrics: dict[str, Any]
+    rows: list[Row]
+    metrics: "Metrics"
     cost: dict[str, Any]
     out: Path
 
@@ -162,10 +165,10 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         scoring.score_corpus(reader, folder, ids, [t.text for t in texts], known)
         _write_index(job, text_rows, reader)
         rows = folder.join(text_rows, [a.name for a in chosen])
-        # SciPy's statistics, scikit-learn and Matplotlib: two to three seconds to import.
-        from sama_jax.reporting import report
+        # SciPy's statistics and scikit-learn: two seconds to import.
+        from sama_jax.reporting import report, results
 
-        metrics = report.compute_metrics(rows, settings.seed)
+        metrics = results.compute_metrics(rows, settings.seed)
         write_json(job.out / METRICS, metrics)
         _save_replay(job, work, folder, texts, items)
         empty = sum(not i.maskable.any() for i in items)

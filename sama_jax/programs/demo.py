@@ -13,17 +13,16 @@ import re
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax.config import AuditSettings, PrefixSettings, TrainSettings
-from sama_jax.core.metrics import auc
 from sama_jax.errors import UsageError
 from sama_jax.programs import audit
-from sama_jax.reporting import report
+from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_atomic, write_json
-from sama_jax.storage.run_folder import json_lines
+from sama_jax.storage.run_folder import Row, json_lines
 from sama_jax.terminal import console
 from sama_jax.texts import data
 from sama_jax.training import finetune
@@ -204,7 +203,7 @@ def prepare(
 
 def run_demo(
     out: Path, *, seed: int = 42, fresh: bool = False, quiet: bool = False, command: str = ""
-) -> dict[str, Any]:
+) -> results.Metrics:
     """Makes the models, audits them and prints the result; returns the audit's metrics.
 
     `out` gets corpus/, base/ (kept and reused), target/, audit/ (the results) and seeds/. A demo
@@ -297,7 +296,7 @@ def _corpus(out: Path, seed: int, say: Any) -> Prepared:
 
 
 def _seed_study(
-    job: audit.AuditJob, rows: list[dict[str, Any]], quiet: bool
+    job: audit.AuditJob, rows: Sequence[Row], quiet: bool
 ) -> dict[int, tuple[float, float]]:
     """AUC of SAMA and of Ratio for each mask seed on the first texts of both classes.
 
@@ -326,21 +325,19 @@ def _seed_study(
     return aucs
 
 
-def _aucs(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    labels = [row["label"] for row in rows]
-    sama, ratio = (auc([row["scores"][name] for row in rows], labels) for name in ("sama", "ratio"))
-    return sama, ratio
+def _aucs(rows: Sequence[Row]) -> tuple[float, float]:
+    return results.auc(rows, "sama"), results.auc(rows, "ratio")
 
 
 def _print(result: audit.AuditResult, aucs: dict[int, tuple[float, float]], seconds: float) -> None:
     from rich.console import Console
 
-    Console().print(report.metrics_table(result.metrics, result.rows, result.cost))
+    Console().print(tables.metrics_table(result.metrics, result.rows, result.cost))
     gaps = [sama - ratio for sama, ratio in aucs.values()]
     values = ", ".join(f"{gap:+.3f}" for gap in gaps)
     print(
         f"AUC of SAMA minus Ratio on {SEED_TEXTS} texts over mask seeds {MASK_SEEDS[0]} to "
         f"{MASK_SEEDS[-1]}: mean {sum(gaps) / len(gaps):+.3f} ({values})"
     )
-    print(report.headline(result.metrics))
+    print(results.headline(result.metrics))
     print(f"{seconds:.0f} s. Results: {result.out} (report.md, figures/, scores.jsonl)")

@@ -13,6 +13,7 @@ A file is a mapping with
               that has both
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sama_jax import config
-from sama_jax.core import metrics
 from sama_jax.errors import DataError, UsageError, nearest
 from sama_jax.programs import audit, demo
-from sama_jax.reporting import report
+from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_json
+from sama_jax.storage.run_folder import Row
 from sama_jax.terminal import console
 from sama_jax.texts import data
 
@@ -129,7 +130,7 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
         compared = [_compare(done.rows, a, b, job.settings.seed) for a, b in pairs]
         result["runs"][run["name"]] = {"metrics": done.metrics["attacks"], "compare": compared}
         if not quiet:
-            Console().print(report.metrics_table(done.metrics, done.rows, done.cost))
+            Console().print(tables.metrics_table(done.metrics, done.rows, done.cost))
             _print_comparison(compared)
     write_json(out / "experiment.json", result)
     say.print(f"results: {out}")
@@ -164,19 +165,10 @@ def _settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSe
     return config.override(settings, [*overrides, *run.get("set", [])])
 
 
-def _compare(rows: list[dict[str, Any]], first: str, second: str, seed: int) -> dict[str, Any]:
+def _compare(rows: Sequence[Row], first: str, second: str, seed: int) -> dict[str, Any]:
     """AUC of `second` minus `first` on the texts that both scored, with its interval."""
-    both = [
-        r
-        for r in rows
-        if r.get("label") is not None
-        and r["scores"].get(first) is not None
-        and r["scores"].get(second) is not None
-    ]
-    labels = [r["label"] for r in both]
-    a, b = ([r["scores"][n] for r in both] for n in (second, first))
-    gain, low, high = metrics.paired_difference(a, b, labels, seed=seed)
-    return {"from": first, "to": second, "difference": gain, "ci": [low, high]}
+    found = results.paired(rows, second, first, seed)
+    return {"from": first, "to": second, "difference": found["difference"], "ci": found["ci"]}
 
 
 def _print_comparison(compared: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from sama_jax.config import AuditSettings, from_dict
 from sama_jax.engine import reading, scoring
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
-from sama_jax.reporting import report
+from sama_jax.reporting import report, results
 from sama_jax.storage.files import read_json_lines, write_json
 from sama_jax.storage.run_folder import METRICS, SCORES, RunFolder, read_manifest
 from sama_jax.terminal import console
@@ -61,7 +61,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         before = {line["id"]: line for line in read_json_lines(path / SCORES)[0]}
         kept = [_without_scores(before.get(row["id"], row)) for row in rows]
         joined = folder.join(kept, [a.name for a in chosen])
-        metrics = report.compute_metrics(joined, settings.seed)
+        metrics = results.compute_metrics(joined, settings.seed)
         write_json(path / METRICS, metrics)
         folder.write_manifest(finished=True)
         folder.log("scored", attacks=[a.name for a in chosen], passes_run=0)

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, cast
 
 from sama_jax.errors import DataError, UsageError
 from sama_jax.storage.files import AppendOnly, read_json_lines, write_atomic, write_json, writing
@@ -18,6 +18,28 @@ from sama_jax.storage.loss_store import LossStore
 MANIFEST = "manifest.json"
 SCORES = "scores.jsonl"
 METRICS = "metrics.json"
+
+
+class Row(TypedDict, total=False):
+    """A line of scores.jsonl: one text."""
+
+    id: Required[str]
+    label: int | None
+    """1: member, 0: non-member; absent: unknown."""
+    n_tokens: int
+    truncated: bool
+    """Whether the text was cut at the maximum length."""
+    status: str
+    """`ok`, `empty` (no token can be masked) or `prefix` (stands before others; not scored)."""
+    text: str
+    scores: dict[str, float | None]
+    """Attack -> score, None where it is not defined."""
+    passes: dict[str, float]
+    """Attack -> forward passes of each model."""
+    undefined: dict[str, str]
+    """Attack -> why it has no score."""
+    votes: dict[str, Any]
+    """With --include-votes: SAMA's votes and weight at each step, and its rate of ties."""
 
 
 class RunFolder:
@@ -127,9 +149,9 @@ class RunFolder:
         if "votes" in line:
             entry["votes"] = line["votes"]
 
-    def join(self, texts: list[dict[str, Any]], attacks: list[str]) -> list[dict[str, Any]]:
+    def join(self, texts: list[dict[str, Any]], attacks: list[str]) -> list[Row]:
         """Writes scores.jsonl: one line a text in the given order, from all appended parts."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for text in texts:
             part = self._parts.get(text["id"], {"scores": {}, "passes": {}})
             known = list(dict.fromkeys([*attacks, *part["scores"]]))
@@ -145,7 +167,7 @@ class RunFolder:
                 row["votes"] = part["votes"]
             rows.append(row)
         write_atomic(self.path / SCORES, json_lines(rows))
-        return rows
+        return cast(list[Row], rows)
 
     def write_manifest(self, **values: Any) -> None:
         """Adds to the manifest and writes it."""

@@ -113,7 +113,7 @@ def test_tpr_interval_is_clopper_pearson():
 def test_bootstrap_equals_one_resample_at_a_time(levels):
     """The same draws, each AUC by counting pairs."""
     scores, labels = draw(3, 12, 17, levels=levels)
-    fast = metrics._resampled_aucs([scores], labels == 1, seed=5, resamples=6)[0]
+    fast = metrics.resampled_aucs([scores], labels == 1, seed=5, resamples=6)[0]
     of_members, of_nonmembers = (
         np.random.default_rng(s) for s in np.random.SeedSequence(5).spawn(2)
     )
@@ -127,7 +127,7 @@ def test_bootstrap_equals_one_resample_at_a_time(levels):
 def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
     scores, labels = draw(4, 30, 41)
     whole = metrics.auc_interval(scores, labels, seed=1, resamples=50)
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 71 * 7)
+    monkeypatch.setattr(metrics, "CHUNK_CELLS", 71 * 7)
     assert metrics.auc_interval(scores, labels, seed=1, resamples=50) == whole
     assert metrics.auc_interval(scores, labels, seed=2, resamples=50) != whole
 

@@ -1,0 +1,192 @@
+"""Turns the lines of `scores.jsonl` into numbers: metrics.json, paired comparisons, the headline.
+
+Draws nothing, so whoever wants an AUC does not import Matplotlib.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sama_jax.core import metrics as measure
+from sama_jax.core.metrics import FPRS, AttackMetrics, tpr_name
+from sama_jax.errors import DataError
+from sama_jax.storage.run_folder import Row
+
+MAIN_ATTACK = "sama"
+"""The attack that the paired differences compare the others with."""
+HEADLINE_FPR = FPRS[0]
+"""The false-positive rate whose TPR the headline states."""
+
+
+class Paired(TypedDict):
+    """AUC of one attack minus that of another on the texts that both scored."""
+
+    difference: float
+    ci: list[float]
+    """Ends of its 95 % interval."""
+    n_members: int
+    n_nonmembers: int
+
+
+class Metrics(TypedDict):
+    """The content of metrics.json."""
+
+    attacks: dict[str, AttackMetrics]
+    paired: NotRequired[dict[str, Paired]]
+    """`"sama - NAME"` -> the comparison."""
+
+
+class Metric(NamedTuple):
+    """One column of the results."""
+
+    name: str
+    """Its key in an attack's part of metrics.json."""
+    column: str
+    """The header of its column in the tables."""
+    cell: Callable[[AttackMetrics], str | None]
+    """Formats it, given an attack's part of metrics.json; None where there is no number."""
+
+
+def _auc_cell(found: AttackMetrics) -> str | None:
+    value, interval = found.get("auc"), found.get("auc_ci")
+    if value is None or interval is None:
+        return None
+    low, high = interval
+    return f"{value:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _tpr_metric(fpr: str) -> Metric:
+    def cell(found: AttackMetrics) -> str | None:
+        result = (found.get("tpr_at_fpr") or {}).get(fpr)
+        if result is None:
+            return None
+        low, high = (100 * x for x in result["ci"])
+        digits = 0 if low >= 10 else 1
+        return f"{100 * result['tpr']:.1f} % ({low:.{digits}f}–{high:.{digits}f})"
+
+    return Metric("tpr_at_fpr", tpr_name(fpr), cell)
+
+
+METRICS = [
+    Metric("auc", "AUC (95 % interval)", _auc_cell),
+    *(_tpr_metric(fpr) for fpr in FPRS[:2]),
+]
+"""The metrics that tables show, in their order."""
+
+
+def compute_metrics(rows: Sequence[Row], seed: int) -> Metrics:
+    """Computes the content of metrics.json.
+
+    `attacks` holds `metrics.summarize` of each attack in the order of the rows, over the labelled
+    texts that have a score (a note counts the others); it is empty if no text has a label.
+    `paired` compares SAMA with each other attack; it is absent if there is nothing to compare.
+    """
+    labelled = [row for row in rows if row.get("label") is not None]
+    if not labelled:
+        return {"attacks": {}}
+    names = attack_names(rows)
+    content: Metrics = {"attacks": {name: _attack_metrics(labelled, name, seed) for name in names}}
+    compared: dict[str, Paired] = {}
+    for other in (name for name in names if name != MAIN_ATTACK and MAIN_ATTACK in names):
+        with contextlib.suppress(DataError):  # a class has no text that both scored
+            compared[f"{MAIN_ATTACK} - {other}"] = paired(labelled, MAIN_ATTACK, other, seed)
+    if compared:
+        content["paired"] = compared
+    return content
+
+
+def _attack_metrics(labelled: Sequence[Row], name: str, seed: int) -> AttackMetrics:
+    scores, labels, dropped = measure.usable(*column(labelled, name))
+    found = measure.summarize(scores, labels, seed=seed)
+    if dropped:
+        found["notes"].append(f"{num_texts(dropped)} with a label but no score left out.")
+    return found
+
+
+def paired(rows: Sequence[Row], first: str, second: str, seed: int) -> Paired:
+    """Compares two attacks: AUC of `first` minus AUC of `second`.
+
+    Only labelled texts that both scored count, so what makes a text easy for both cancels.
+
+    Raises:
+      DataError: one class has no such text.
+    """
+    labelled = [row for row in rows if row.get("label") is not None]
+    (a, labels), (b, _) = column(labelled, first), column(labelled, second)
+    both = np.isfinite(a) & np.isfinite(b)
+    difference, low, high = measure.paired_difference(a[both], b[both], labels[both], seed=seed)
+    return {
+        "difference": difference,
+        "ci": [low, high],
+        "n_members": int((labels[both] == 1).sum()),
+        "n_nonmembers": int((labels[both] == 0).sum()),
+    }
+
+
+def auc(rows: Sequence[Row], name: str) -> float:
+    """Returns the AUC of one attack on the labelled texts that it scored.
+
+    Raises:
+      DataError: one class has no such text.
+    """
+    labelled = [row for row in rows if row.get("label") is not None]
+    scores, labels, _ = measure.usable(*column(labelled, name))
+    return measure.auc(scores, labels)
+
+
+def attack_names(rows: Iterable[Row]) -> list[str]:
+    """Lists all attacks of the rows, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.get("scores") or {}))
+
+
+def column(rows: Sequence[Row], name: str) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Returns the scores of one attack (NaN where missing) and the labels (-1 where missing)."""
+    scores = [(row.get("scores") or {}).get(name) for row in rows]
+    labels = [-1 if (label := row.get("label")) is None else int(label) for row in rows]
+    return np.array(scores, dtype=np.float64), np.array(labels, dtype=np.int64)
+
+
+def num_texts(count: int) -> str:
+    """Writes a number of texts: "1 text", "2 texts"."""
+    return "1 text" if count == 1 else f"{count} texts"
+
+
+def headline(metrics: Metrics) -> str:
+    """Says in two plain sentences what the strongest attack achieved and what that leaves open."""
+    aucs = {name: found.get("auc") for name, found in metrics["attacks"].items()}
+    measured = {name: value for name, value in aucs.items() if value is not None}
+    caution = (
+        "A low result is not proof of safety, because a stronger attack may exist, and scores of "
+        "texts outside this split are not calibrated."
+    )
+    if not measured:
+        return (
+            "Without labelled members and non-members nothing can be said about how well the "
+            f"attacks work here. {caution}"
+        )
+    name = max(measured, key=lambda n: measured[n])
+    return f"{_finding(name, metrics['attacks'][name], len(measured))} {caution}"
+
+
+def _finding(name: str, found: AttackMetrics, num_attacks: int) -> str:
+    subject = f"The strongest attack, {name}," if num_attacks > 1 else f"The attack {name}"
+    low, high = found["auc_ci"] or (float("nan"), float("nan"))
+    interval = f"AUC {found['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+    if high < 0.5:
+        return (
+            f"{subject} ranks members below non-members ({interval}), "
+            "so the labels may be swapped or the reference may fit the members better."
+        )
+    if low <= 0.5:
+        return f"{subject} cannot be told from guessing on these texts ({interval})."
+    tpr = found["tpr_at_fpr"].get(HEADLINE_FPR)
+    share = ""
+    if tpr is not None:
+        share = (
+            f" and finds {tpr['tpr'] * 100:.0f} % of the members "
+            f"while flagging at most {measure.percent(HEADLINE_FPR)} of the non-members"
+        )
+    return f"{subject} tells members from non-members better than guessing ({interval}){share}."

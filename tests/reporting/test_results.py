@@ -1,0 +1,115 @@
+"""Metrics of a run, the paired comparison and the headline."""
+
+import subprocess
+import sys
+
+import pytest
+from score_rows import make_rows
+
+from sama_jax.core import metrics
+from sama_jax.errors import DataError
+from sama_jax.reporting import results
+
+
+def test_metrics_are_those_of_each_attack_in_order():
+    rows = make_rows(attacks=("zlib", "sama", "loss"))
+    content = results.compute_metrics(rows, seed=3)
+    assert list(content["attacks"]) == ["zlib", "sama", "loss"]
+    labels = [row["label"] for row in rows]
+    for name, summary in content["attacks"].items():
+        scores = [row["scores"][name] for row in rows]
+        assert summary == metrics.summarize(scores, labels, seed=3)
+
+
+def test_metrics_are_empty_without_labels():
+    assert results.compute_metrics(make_rows(labelled=False), 0) == {"attacks": {}}
+    assert results.compute_metrics([], 0) == {"attacks": {}}
+
+
+def test_unlabelled_and_unscored_texts_do_not_count():
+    rows = make_rows()
+    expected = results.compute_metrics(rows, 0)["attacks"]["loss"]
+    extra = [
+        {"id": "a", "scores": {"sama": 9.0, "loss": 9.0}},
+        {"id": "b", "label": 1, "status": "empty", "scores": {"sama": 1.0, "loss": None}},
+        {"id": "c", "label": 0, "status": "empty", "scores": {"sama": 1.0}},
+    ]
+    actual = results.compute_metrics(rows + extra, 0)["attacks"]["loss"]
+    assert actual["notes"][-1] == "2 texts with a label but no score left out."
+    actual["notes"].pop()
+    assert actual == expected
+
+
+def test_paired_differences_compare_sama_with_each_other_attack_on_common_texts():
+    rows = make_rows(attacks=("sama", "loss", "zlib"))
+    rows[0]["scores"]["loss"] = None
+    paired = results.compute_metrics(rows, 7)["paired"]
+    assert list(paired) == ["sama - loss", "sama - zlib"]
+    common = rows[1:]
+    difference, low, high = metrics.paired_difference(
+        [row["scores"]["sama"] for row in common],
+        [row["scores"]["loss"] for row in common],
+        [row["label"] for row in common],
+        seed=7,
+    )
+    assert paired["sama - loss"] == {
+        "difference": difference,
+        "ci": [low, high],
+        "n_members": 59,
+        "n_nonmembers": 60,
+    }
+    assert "paired" not in results.compute_metrics(make_rows(attacks=("loss", "zlib")), 7)
+
+
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [
+        (2.0, "tells members from non-members better than guessing"),
+        (0.0, "cannot be told from guessing"),
+        (-2.0, "ranks members below non-members"),
+    ],
+)
+def test_headline_follows_the_interval_of_the_auc(shift, words):
+    text = results.headline(results.compute_metrics(make_rows(attacks=("sama",), shift=shift), 0))
+    assert words in text
+    assert "not proof of safety" in text
+    assert "not calibrated" in text
+
+
+def test_headline_names_the_strongest_attack_and_its_share_of_members():
+    content = results.compute_metrics(make_rows(attacks=("zlib", "sama"), shift=2.0), 0)
+    text = results.headline(content)
+    share = content["attacks"]["zlib"]["tpr_at_fpr"]["0.1"]["tpr"]
+    assert text.startswith("The strongest attack, zlib,")
+    assert f"finds {100 * share:.0f} % of the members" in text
+
+
+def test_headline_is_silent_about_a_tpr_that_does_not_exist():
+    content = results.compute_metrics(make_rows(n=8, attacks=("sama",), shift=6.0), 0)
+    assert "better than guessing" in results.headline(content)
+    assert "of the members while" not in results.headline(content)
+
+
+def test_experiments_and_demos_read_the_same_numbers():
+    rows = make_rows(attacks=("sama", "loss"))
+    rows[0]["scores"]["loss"], rows[1]["label"] = None, None
+    content = results.compute_metrics(rows, 5)
+    for name in ("sama", "loss"):
+        assert results.auc(rows, name) == content["attacks"][name]["auc"]
+    assert results.paired(rows, "sama", "loss", 5) == content["paired"]["sama - loss"]
+    turned = results.paired(rows, "loss", "sama", 5)
+    assert turned["difference"] == -content["paired"]["sama - loss"]["difference"]
+
+
+def test_a_pair_without_texts_of_one_class_is_an_error_and_not_in_the_metrics():
+    rows = make_rows(n=3)
+    for row in rows[:3]:
+        row["scores"]["loss"] = None
+    with pytest.raises(DataError, match="need members and non-members, got 0 and 3"):
+        results.paired(rows, "sama", "loss", 0)
+    assert "paired" not in results.compute_metrics(rows, 0)
+
+
+def test_results_import_no_pictures():
+    code = "import sys, sama_jax.reporting.results; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
