@@ -1,6 +1,7 @@
 """Holds every file to the folders that its own folder may import, read from the sources."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +12,23 @@ ROOT = Path(__file__).parents[1]
 WORDS = {"arrays", "config", "errors", "rng", "terminal"}
 """The files that everybody uses; they import each other only."""
 
-LAYERS: dict[str, set[str]] = {
-    "core": set(),
-    "attacks": {"core"},
-    "models": set(),
-    "texts": set(),
-    "storage": set(),
-    "weights": {"models", "texts", "storage"},
-    "devices": {"core", "models", "storage"},
-    "engine": {"core", "attacks", "models", "texts", "storage", "weights", "devices"},
-    "training": {"core", "models", "texts", "storage", "weights"},
-    "reporting": {"core", "storage"},
-    "programs": {"core", "attacks", "models", "texts", "storage", "weights", "devices", "engine",
-                 "training", "reporting"},
-    "cli": {"attacks", "texts", "storage", "devices", "training", "reporting", "programs"},
-}  # fmt: skip
+LAYERS = {
+    folder: set(row.split())
+    for folder, row in {
+        "core": "",
+        "attacks": "core",
+        "models": "",
+        "texts": "",
+        "storage": "",
+        "weights": "models texts storage",
+        "devices": "core models storage",
+        "engine": "core attacks models texts storage weights devices",
+        "training": "core models texts storage weights",
+        "reporting": "core storage",
+        "programs": "core attacks models texts storage weights devices engine training reporting",
+        "cli": "attacks texts storage devices training reporting programs",
+    }.items()
+}
 """Folder -> the folders that it may import, besides the words. Lower layers stand first."""
 
 ONLY_IN = {
@@ -100,6 +103,14 @@ def test_every_folder_has_a_row_and_the_rows_are_in_order():
     for name, allowed in LAYERS.items():
         assert allowed <= below, f"{name} may import {sorted(allowed - below)}, which stand above"
         below.add(name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_folder_says_itself_what_it_may_import(name):
+    source = (ROOT / "sama_jax" / name / "__init__.py").read_text("utf-8")
+    sentence = re.search(r"May import ([^.;]*)", ast.get_docstring(ast.parse(source)) or "")
+    assert sentence, f"{name}/__init__.py has no sentence that begins with 'May import'"
+    assert set(re.findall(r"`(\w+)`", sentence[1])) & set(LAYERS) == LAYERS[name]
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("sama_jax")])

@@ -1,4 +1,7 @@
-"""The attacks: a registry and one file a family. Importing the package registers all of them."""
+"""Registers the attacks: queries and statistics, one file a family of attacks.
+
+May import the words and `core`.
+"""
 
 # Registration order is the order of every table: SAMA first.
 from sama_jax.attacks import sama  # isort: skip
