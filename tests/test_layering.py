@@ -113,6 +113,12 @@ def test_a_folder_says_itself_what_it_may_import(name):
     assert set(re.findall(r"`(\w+)`", sentence[1])) & set(LAYERS) == LAYERS[name]
 
 
+def test_the_map_of_the_contributors_guide_says_the_same():
+    guide = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]*)\|$", guide, re.M)
+    assert [(name, set(re.findall(r"\w+", row))) for name, row in rows] == list(LAYERS.items())
+
+
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("sama_jax")])
 def test_imports_point_downwards(name):
     own = folder(name)
