@@ -4,11 +4,13 @@ Axes: `b` texts, `t` forward passes (steps) of a plan, `l` positions of a padded
 for scored positions, `n` subsets, `m` tokens of a subset, `d` width, `v` vocabulary rows.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+AnyArray = Array | np.ndarray
+"""An array of the device or of the host: what is made on the host travels in the same tuples."""
 Params = Any
 """A nested dict of arrays, as `Model.init` returns it."""
 
@@ -33,48 +35,48 @@ class ProbePlan(NamedTuple):
     a statistic is a function of the losses that come back and of the plan.
     """
 
-    masks: Bool[Array, "*b t l"]
+    masks: Bool[AnyArray, "*b t l"]
     """Positions replaced by the mask token in a pass."""
-    scored: Bool[Array, "*b t l"]
+    scored: Bool[AnyArray, "*b t l"]
     """Positions (among the masked) whose loss is read in a pass."""
-    weights: Float[Array, "*b t"]
+    weights: Float[AnyArray, "*b t"]
     """Weight of a pass in the statistic; 0: the pass is not recorded."""
-    subsets: Int[Array, "*b t n m"]
+    subsets: Int[AnyArray, "*b t n m"]
     """Positions that vote together, -1 unused. Plans without votes have n = 0."""
 
 
 class ForwardBatch(NamedTuple):
     """Input of one call of the scorer: `b` texts under `t` masks each."""
 
-    tokens: Int[Array, "b l"]
-    valid: Bool[Array, "b l"]
-    masks: Bool[Array, "t b l"]
-    positions: Int[Array, "t b k"]
+    tokens: Int[AnyArray, "b l"]
+    valid: Bool[AnyArray, "b l"]
+    masks: Bool[AnyArray, "t b l"]
+    positions: Int[AnyArray, "t b k"]
     """Scored positions of each pass in ascending order, -1 in unused slots."""
-    group: Int[Array, " t"]
+    group: Int[AnyArray, " t"]
     """Index into the scorer's slot sizes; pass `t` uses the first `slots[group[t]]` of `k`."""
-    passes: Int[Array, ""]
+    passes: Int[AnyArray | np.int32, ""]
     """Passes to run, at most `t`: one program serves plans of any number."""
 
 
 class Reading(NamedTuple):
     """All that a statistic may read about one text. Losses are NaN where nothing was scored."""
 
-    target: Float[Array, "*b t l"]
+    target: Float[AnyArray, "*b t l"]
     """Token losses of the target in nats, pass by pass."""
-    reference: Float[Array, "*b t l"]
+    reference: Float[AnyArray, "*b t l"]
     plan: ProbePlan
-    num_tokens: Int[Array, "*b"]
-    zlib_bytes: Int[Array, "*b"]
+    num_tokens: Int[AnyArray, "*b"]
+    zlib_bytes: Int[AnyArray, "*b"]
     """Bytes of the zlib-compressed UTF-8 text (the part that was scored), default level.
 
     Of the text itself in its other views, too; so are `characters`.
     """
-    characters: Int[Array, "*b"]
+    characters: Int[AnyArray, "*b"]
     """Characters of the same part."""
-    target_more: dict[str, Float[Array, "*b t l"]] = {}  # noqa: RUF012
+    target_more: dict[str, Float[AnyArray, "*b t l"]] = {}  # noqa: RUF012
     """Other quantities than the loss, by channel (`losses.CHANNELS`)."""
-    reference_more: dict[str, Float[Array, "*b t l"]] = {}  # noqa: RUF012
+    reference_more: dict[str, Float[AnyArray, "*b t l"]] = {}  # noqa: RUF012
     views: dict[str, "Reading"] = {}  # noqa: RUF012
     """Readings of other views of the text, by the names that the attack gave its queries."""
 
@@ -82,23 +84,24 @@ class Reading(NamedTuple):
 class SignStatistics(NamedTuple):
     """SAMA's weighted sign statistic of one text."""
 
-    score: Float[Array, "*b"]
+    score: Float[AnyArray, "*b"]
     """Weighted mean of the step votes, in [0, 1]; higher means more likely a member."""
-    step_votes: Float[Array, "*b t"]
+    step_votes: Float[AnyArray, "*b t"]
     """Share of subsets that vote "member" in each step."""
-    step_weights: Float[Array, "*b t"]
+    step_weights: Float[AnyArray, "*b t"]
     """Weights normalised to sum 1 (all 0 for a text without a recorded step)."""
-    tie_rate: Float[Array, "*b"]
+    tie_rate: Float[AnyArray, "*b"]
     """Weighted share of subsets whose two sums are equal."""
 
 
 class TextKeyData(NamedTuple):
     """First 64 bits of the SHA-256 of a text's token ids: what its randomness derives from."""
 
-    high: UInt[Array, "*b"]
-    low: UInt[Array, "*b"]
+    high: UInt[AnyArray | np.uint32, "*b"]
+    low: UInt[AnyArray | np.uint32, "*b"]
 
 
+@runtime_checkable
 class Model(Protocol):
     """A bidirectional masked language model as pure functions over a tree of parameters.
 

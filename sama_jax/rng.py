@@ -37,7 +37,7 @@ def text_key_data(tokens: np.ndarray) -> TextKeyData:
     """First 64 bits of the SHA-256 of the ids as little-endian int32 (host)."""
     digest = hashlib.sha256(np.ascontiguousarray(tokens, dtype="<i4").tobytes()).digest()
     high, low = (int.from_bytes(digest[i : i + 4], "big") for i in (0, 4))
-    return TextKeyData(np.uint32(high), np.uint32(low))  # pyright: ignore
+    return TextKeyData(np.uint32(high), np.uint32(low))
 
 
 def text_key(seed: int | UInt[Array, ""], data: TextKeyData) -> Key[Array, ""]:

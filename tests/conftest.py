@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict broadcasting and full-precision products for every test.
+"""Checked shapes, eight CPU devices, strict broadcasting, full-precision products in every test.
 
 At the end, the largest differences from PyTorch that the parity tests recorded, a line a family.
 """
@@ -13,10 +13,22 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
+from typing import runtime_checkable
+
 import jax
 import pytest
+from flax.linen.linear import PromoteDtypeFn
+from jaxtyping import install_import_hook
 
-from sama_jax.reporting import figures as pictures
+# Every call that a test makes in this process checks the shapes and types of its annotations. Not
+# by jaxtyping's own pytest option, which takes no settings for more than one package. An int may
+# stand for a float, as type checkers have it.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(["sama_jax", "checkpoints_convert"], CHECKER)
+# The type of a field that `nn.Embed` hands down; Flax does not let it be checked.
+runtime_checkable(PromoteDtypeFn)
+
+from sama_jax.reporting import figures as pictures  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

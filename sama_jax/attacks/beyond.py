@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import ProbePlan, Reading
+from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.registry import register
 from sama_jax.attacks.sama import ProgressiveProbes
 from sama_jax.config import AuditSettings, settings_hash
@@ -49,7 +49,7 @@ class UnmaskedProbes:
         weights = scored.any().astype(jnp.float32)[None]
         return ProbePlan(jnp.zeros_like(scored)[None], scored[None], weights, subsets[None])
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return np.array([max(length - 1, 1)])
 
 
@@ -67,7 +67,7 @@ def next_token_probes(settings: AuditSettings) -> UnmaskedProbes:
     kinds=("autoregressive",),
     undefined="it needs at least two tokens",
 )
-def sama_ar(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def sama_ar(reading: Reading, settings: AuditSettings) -> Float[AnyArray, ""]:
     """Share of random token subsets whose next-token loss the target lowers."""
     found = votes.text_sign_statistics(
         reading.target, reading.reference, reading.plan, settings.sama.ties
@@ -89,7 +89,7 @@ def masked_model_probes(settings: AuditSettings) -> ProgressiveProbes:
     source="arXiv 2601.20125, open question; this project",
     kinds=("masked",),
 )
-def sama_mlm(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def sama_mlm(reading: Reading, settings: AuditSettings) -> Float[AnyArray, ""]:
     """SAMA's score on a masked language model, at most 15 % of the text masked."""
     return votes.text_sign_statistics(
         reading.target, reading.reference, reading.plan, settings.sama.ties

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import ProbePlan, Reading
+from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.beyond import UnmaskedProbes
 from sama_jax.attacks.likelihood import LikelihoodProbes
 from sama_jax.attacks.registry import Query, register
@@ -30,7 +30,7 @@ def _bernoulli(settings: AuditSettings) -> LikelihoodProbes:
 
 
 def sum_of_smallest(
-    values: Float[Array, " l"], missing: Int[Array, ""], stand_in: float
+    values: Float[AnyArray, " l"], missing: Int[AnyArray, ""], stand_in: float
 ) -> Float[Array, ""]:
     """Sum of the `COUNTED` smallest of `values` (NaN: unread), where `missing` tokens more have the
     value `stand_in`, which is below all others."""
@@ -99,7 +99,7 @@ class RandomShareProbes:
         subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
         return ProbePlan(masks, masks, masks.any(axis=1).astype(jnp.float32), subsets)
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return np.full(self.passes, length)
 
 
@@ -108,10 +108,12 @@ def random_share_probes(settings: AuditSettings) -> RandomShareProbes:
     return RandomShareProbes(settings.budget, settings.max_length)
 
 
-def _largest_sums(values: Float[Array, "t l"], scored: Bool[Array, "t l"]) -> Float[Array, ""]:
+def _largest_sums(
+    values: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]
+) -> Float[Array, ""]:
     """Mean over passes of the sum of the int(0.8 n) largest of n values; all of them if n = 1."""
 
-    def one(v: Float[Array, " l"], s: Bool[Array, " l"]) -> Float[Array, ""]:
+    def one(v: Float[AnyArray, " l"], s: Bool[AnyArray, " l"]) -> Float[Array, ""]:
         n = s.sum()
         taken = jnp.where(n == 1, 1, (8 * n) // 10)
         ordered = -jnp.sort(jnp.where(s, -v, jnp.inf))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import ProbePlan, Reading
+from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.likelihood import likelihood_probes
 from sama_jax.attacks.registry import CorpusReading, Query, register, register_corpus
 from sama_jax.attacks.views import Deleted
@@ -26,7 +26,7 @@ MIN_SHARE = 0.05
     source="Meeus et al., arXiv 2406.17975; Stry233/WBC attacks/",
     undefined="it needs a token, five texts of each class, and words that enough texts share",
 )
-def bows(corpus: CorpusReading, settings: AuditSettings) -> np.ndarray:
+def bows(corpus: CorpusReading, settings: AuditSettings) -> Float[np.ndarray, " n"]:
     """Check of the data, no attack: can members be told by their words alone?
 
     Probability of "member" by a random forest on word counts, each text judged by a forest that
@@ -91,7 +91,7 @@ class HalfProbes:
         weights = (counts > 0).astype(jnp.float32)
         return ProbePlan(masks, masks, weights, jnp.zeros((self.passes, 0, 1), jnp.int32))
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return np.full(self.passes, _halves(length).max())
 
 
@@ -101,7 +101,7 @@ def _halves(max_length: int) -> Int[np.ndarray, " n"]:
     return np.minimum(np.maximum(np.rint(0.5 * length), 1), length).astype(np.int32)
 
 
-def token_mean(losses: Float[Array, "t l"], scored: Bool[Array, "t l"]) -> Float[Array, ""]:
+def token_mean(losses: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]) -> Float[Array, ""]:
     """Each token's mean over the passes that masked it, mean over the tokens that any did."""
     times = scored.sum(axis=0)
     sums = jnp.where(scored, losses, 0.0).sum(axis=0)
@@ -116,7 +116,7 @@ CALIBRATION = 256
 """Of these, how many are read, each with one perturbed copy."""
 
 
-def calibrated(corpus: CorpusReading, settings: AuditSettings) -> np.ndarray:
+def calibrated(corpus: CorpusReading, settings: AuditSettings) -> Float[np.ndarray, " n"]:
     """Target NLL, centred and scaled by what the likely non-members show. `parts` [n, 3]: the
     target's NLL, the gap of reference minus target NLL, and that of the perturbed copy."""
     del settings
@@ -156,7 +156,7 @@ def dfmia(reading: Reading, settings: AuditSettings) -> Float[Array, "3"]:
     """
     del settings
 
-    def nll(read: Reading, losses: Float[Array, "t l"]) -> Float[Array, ""]:
+    def nll(read: Reading, losses: Float[AnyArray, "t l"]) -> Float[Array, ""]:
         return token_mean(losses, read.plan.scored)
 
     copy = reading.views["copy"]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import Model, Params, ProbePlan, Reading
+from sama_jax.arrays import AnyArray, Model, Params, ProbePlan, Reading
 from sama_jax.attacks.registry import Query, register
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.core import losses, masking
@@ -27,7 +27,7 @@ class NoiseLevelProbes:
     def identity(self) -> str:
         return settings_hash("noise levels", self.passes)
 
-    def _counts(self, lengths: np.ndarray) -> np.ndarray:
+    def _counts(self, lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
         """Masked tokens, rounded down, at least 1: int32 [lengths, passes] (host)."""
         # The share in 1/1000 as an integer: 0.1 x 10 must give 1 on every device.
         share = np.rint(np.linspace(100, 800, self.passes)).astype(np.int64)
@@ -41,7 +41,7 @@ class NoiseLevelProbes:
         subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
         return ProbePlan(masks, masks, weights.astype(jnp.float32), subsets)
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return self._counts(np.array([length]))[0]
 
 
@@ -50,7 +50,7 @@ def noise_level_probes(settings: AuditSettings) -> NoiseLevelProbes:
     return NoiseLevelProbes(settings.budget, settings.max_length)
 
 
-def _weighted_error(reading: Reading, weights: Float[Array, " t"]) -> Float[Array, ""]:
+def _weighted_error(reading: Reading, weights: Float[AnyArray, " t"]) -> Float[Array, ""]:
     """Weighted mean over passes of the mean loss of the masked tokens."""
     plan = reading.plan
     total = jnp.where(plan.scored, reading.target, 0.0).sum(axis=1)

@@ -155,7 +155,7 @@ class GroupProbes:
         fill = max(0, num * size - len(order))
         return jnp.pad(order, (0, fill), constant_values=-1)[: num * size].reshape(num, size)
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return masking.count_table(self.schedule, length).max(axis=0)
 
 

@@ -8,7 +8,7 @@ SAMA's masks) -> `ladder:subsets` (over its random subsets) -> `ladder:signs` (t
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sama_jax.arrays import ProbePlan, Reading
+from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.likelihood import likelihood_probes, nll_per_token
 from sama_jax.attacks.registry import register
 from sama_jax.attacks.sama import progressive_probes
@@ -30,7 +30,7 @@ def calibrated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     return reference - nll_per_token(reading.target, reading.plan)
 
 
-def _recorded(plan: ProbePlan) -> Float[Array, " t"]:
+def _recorded(plan: ProbePlan) -> Float[AnyArray, " t"]:
     """Equal weights of the recorded steps, summing to 1; NaN without any."""
     used = (plan.weights > 0).astype(jnp.float32)
     total = used.sum()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import ProbePlan, Reading
+from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.registry import register
 from sama_jax.config import AuditSettings, Estimator, settings_hash
 from sama_jax.core import masking
@@ -50,7 +50,7 @@ class LikelihoodProbes:
         subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
         return ProbePlan(masks=masks, scored=masks, weights=weights, subsets=subsets)
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         """Exact counts of pass j stay at or below `1 + ((j + 1) length - 1) // passes`."""
         if self.estimator == "bernoulli":
             return np.full(self.passes, length)
@@ -68,7 +68,7 @@ def likelihood_probes(settings: AuditSettings) -> LikelihoodProbes:
     )
 
 
-def nll_per_token(losses: Float[Array, "t l"], plan: ProbePlan) -> Float[Array, ""]:
+def nll_per_token(losses: Float[AnyArray, "t l"], plan: ProbePlan) -> Float[Array, ""]:
     """Likelihood bound in nats a token: the mean over passes that masked something; NaN if none."""
     passes = (plan.weights > 0).sum()
     total = (plan.weights[:, None] * jnp.where(plan.scored, losses, 0.0)).sum()

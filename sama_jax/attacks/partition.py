@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import ProbePlan, Reading
@@ -52,7 +52,7 @@ class PartitionProbes:
             subsets=draw(subset_keys, masks),
         )
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return np.full(self.passes, -(-length // self.parts))
 
 

@@ -8,7 +8,7 @@ function `Reading -> number` under `@register(...)`, on existing probes or on ne
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -22,6 +22,7 @@ ENTRY_POINTS = "sama_jax.attacks"
 """Group of entry points of other packages: each names a module whose import registers attacks."""
 
 
+@runtime_checkable
 class Probes(Protocol):
     """A family of probe plans: one pure function of a text's key and maskable positions.
 
@@ -45,11 +46,12 @@ class Probes(Protocol):
         """
         ...
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         """Most positions that each pass can score in a text of at most `length` tokens: [t]."""
         ...
 
 
+@runtime_checkable
 class Procedure(Protocol):
     """A computation on a model that is no list of independent passes, such as greedy filling.
 
@@ -89,14 +91,14 @@ class ViewTools(NamedTuple):
 
     encode: Callable[[str], Encoded]
     """Text -> its tokens, cut at the run's maximum length."""
-    contexts: dict[str, np.ndarray]
+    contexts: dict[str, Int[np.ndarray, " p"]]
     """Token ids of the prefixes of this run, by class: `nonmember`, `member`."""
     joined: dict[str, str]
     """The same prefixes as texts, joined by spaces."""
     room: int
     """Tokens that fit into the models' context."""
-    guide: np.ndarray | None
-    """float32 [t, n], the values of the view's guide."""
+    guide: Float[np.ndarray, "t n"] | None
+    """The values of the view's guide."""
     generator: np.random.Generator
     """Seeded by the run's seed and the text's token ids."""
 
@@ -104,16 +106,17 @@ class ViewTools(NamedTuple):
 class ViewText(NamedTuple):
     """Tokens to be read in place of a text."""
 
-    ids: np.ndarray
-    """int32 [n], what is masked and scored."""
-    special: np.ndarray | None = None
-    """bool [n], tokens that the tokenizer added; None: none."""
-    before: np.ndarray | None = None
-    """int32 [p], visible tokens before it, never masked."""
+    ids: Int[np.ndarray, " n"]
+    """What is masked and scored."""
+    special: Bool[np.ndarray, " n"] | None = None
+    """Tokens that the tokenizer added; None: none."""
+    before: Int[np.ndarray, " p"] | None = None
+    """Visible tokens before it, never masked."""
     same_masks: bool = False
     """Draw masks from the text's own key: views of equal length see the same masks."""
 
 
+@runtime_checkable
 class View(Protocol):
     """Another text made from a text. Hashable."""
 
@@ -127,7 +130,7 @@ class View(Protocol):
         """Which prefixes it needs: `nonmember`, `member` or none."""
         ...
 
-    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
         """The view of one text; None where there is none (say, no room for a prefix)."""
         ...
 
@@ -177,8 +180,8 @@ class CorpusReading(NamedTuple):
     """The statistic's values of each text, NaN where it has none."""
     texts: list[str] | None
     """None where only the store is at hand."""
-    labels: np.ndarray | None
-    """int [n]; None without labels."""
+    labels: Int[np.ndarray, " n"] | None
+    """None without labels."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ class Attack:
     """Kinds of models that it is defined for."""
     undefined: str = "it needs at least one token"
     """When a text has no score (null), in a few words."""
-    corpus: Callable[[CorpusReading, AuditSettings], np.ndarray] | None = None
+    corpus: Callable[[CorpusReading, AuditSettings], Float[np.ndarray, " n"]] | None = None
     """Scores of all texts from the statistic's values of each, NaN for null."""
     in_all: bool = True
     """Whether `all` means it, too."""
@@ -253,7 +256,7 @@ def register(
 def register_corpus(name: str, *, access: str, source: str, **more: Any) -> Callable:
     """Registers an attack that reads the texts alone: a function of `CorpusReading`."""
 
-    def add(corpus: Callable[[CorpusReading, AuditSettings], np.ndarray]) -> Callable:
+    def add(corpus: Callable[[CorpusReading, AuditSettings], Float[np.ndarray, " n"]]) -> Callable:
         about = access, source, _first_line(corpus)
         _add(Attack(name, lambda _: {}, None, *about, corpus=corpus, needs_texts=True, **more))
         return corpus

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import ProbePlan, Reading
+from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.registry import register
 from sama_jax.config import AuditSettings, SamaSettings, settings_hash
 from sama_jax.core import masking, votes
@@ -59,7 +59,7 @@ class ProgressiveProbes:
             subsets=subsets(subset_keys, masks),
         )
 
-    def slot_bounds(self, length: int) -> np.ndarray:
+    def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         """Largest number of scored positions of each pass over all texts up to `length`."""
         s = self.settings
         counts = masking.count_table(s, length)
@@ -80,7 +80,7 @@ def progressive_probes(settings: AuditSettings) -> ProgressiveProbes:
     access="masked logits + reference",
     source="arXiv 2601.20125; Stry233/SAMA attack/attacks/sama.py",
 )
-def sama(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def sama(reading: Reading, settings: AuditSettings) -> Float[AnyArray, ""]:
     """Weighted share of random token subsets whose loss the target lowers."""
     return votes.text_sign_statistics(
         reading.target, reading.reference, reading.plan, settings.sama.ties

@@ -6,6 +6,7 @@ Host code, one text at a time. A view's randomness derives from the seed and the
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 
 from sama_jax.attacks.registry import ViewText, ViewTools
 
@@ -20,7 +21,7 @@ class Lowercase:
     name = "lowercase"
     context = None
 
-    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
         lower = tools.encode(text.lower())
         if np.array_equal(lower.ids, ids):
             return None
@@ -42,7 +43,7 @@ class Deleted:
 
     context = None
 
-    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
         special = tools.encode(text).special
         own = np.flatnonzero(~special)
         count = min(max(round(self.fraction * len(own)), 1), len(own) - 1)
@@ -68,7 +69,7 @@ class Context:
     def name(self) -> str:
         return f"after-{self.context}s-{self.tokens}"
 
-    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
         room = min(self.tokens, tools.room - len(ids))
         before = tools.contexts[self.context]
         if room < 1 or not len(before):
@@ -90,7 +91,7 @@ class Joined:
     def name(self) -> str:
         return f"joined-{self.context}s"
 
-    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
         del ids
         whole = tools.encode(f"{tools.joined[self.context]} {text}")
         return ViewText(whole.ids, whole.special)
@@ -111,7 +112,7 @@ class Replaced:
 
     context = None
 
-    def make(self, text: str, ids: np.ndarray, tools: ViewTools) -> ViewText | None:
+    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
         assert tools.guide is not None
         proposed = tools.guide[self.row, : len(ids)]
         if np.isnan(proposed).all():

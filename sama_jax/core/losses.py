@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from sama_jax.arrays import ForwardBatch, Model, Params
 
@@ -179,17 +179,18 @@ def score_batch(
     group names. Parameters are arguments: target and reference share a program.
     """
     k = batch.positions.shape[-1]
+    tokens, valid = jnp.asarray(batch.tokens), jnp.asarray(batch.valid)
 
     def read(size: int, stream: Any, positions: Array) -> Array:
         some = positions[:, : min(size, k)]
-        values = scored_values(model, params, batch.tokens, batch.valid, stream, some, channels)
+        values = scored_values(model, params, tokens, valid, stream, some, channels)
         unused = ((0, 0), (0, 0), (0, k - some.shape[1]))
         return jnp.pad(values, unused, constant_values=jnp.nan)
 
     def one_pass(args: tuple[Array, Array, Array]) -> Array:
         mask, positions, group = args
-        masked = jnp.where(mask, model.mask_id, batch.tokens)
-        stream = model.trunk(params, masked, batch.valid)
+        masked = jnp.where(mask, model.mask_id, tokens)
+        stream = model.trunk(params, masked, valid)
         branches = [partial(read, size) for size in slots]
         return jax.lax.switch(group, branches, stream, positions)
 
@@ -202,7 +203,7 @@ def score_batch(
     return values.reshape(-1, b, k)
 
 
-def slot_sizes(bounds: np.ndarray, length: int) -> np.ndarray:
+def slot_sizes(bounds: Int[np.ndarray, " t"], length: int) -> Int32[np.ndarray, " t"]:
     """Static slots for passes that score at most `bounds` [t] positions of a text (host).
 
     Rounded up to l/32, l/16, .., l/2 or l: each size costs about a second to compile on a CPU,
@@ -212,7 +213,7 @@ def slot_sizes(bounds: np.ndarray, length: int) -> np.ndarray:
     return grid[np.searchsorted(grid, np.minimum(bounds, length))].astype(np.int32)
 
 
-def scored_positions(scored: np.ndarray, slots: int) -> np.ndarray:
+def scored_positions(scored: Bool[np.ndarray, "*b l"], slots: int) -> Int32[np.ndarray, "*b k"]:
     """Indices of True in the last axis, ascending, -1 if unused: int32 [..., slots] (host)."""
     order = np.argsort(~scored, axis=-1, kind="stable")[..., :slots].astype(np.int32)
     used = np.take_along_axis(scored, order, axis=-1)

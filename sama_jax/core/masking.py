@@ -7,13 +7,13 @@ positions may be masked, never on the padded length. A mask is True where someth
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Key
 
 from sama_jax import rng
 from sama_jax.config import SamaSettings
 
 
-def densities(settings: SamaSettings) -> np.ndarray:
+def densities(settings: SamaSettings) -> Float64[np.ndarray, " t"]:
     """Share of a text masked in each step, float64 [t] (host).
 
     `paper` includes both ends, `code_linear` neither, `geometric` both. With one step: the lowest
@@ -29,7 +29,7 @@ def densities(settings: SamaSettings) -> np.ndarray:
     return np.clip(low * (high / low) ** (t / max(steps - 1, 1)), low, high)
 
 
-def count_table(settings: SamaSettings, max_length: int) -> np.ndarray:
+def count_table(settings: SamaSettings, max_length: int) -> Int32[np.ndarray, "n t"]:
     """Masked tokens by text length and step: int32 [max_length + 1, t] (host).
 
     At least 1, at most the length, halves to even as Python's `round`. A table in float64, because

@@ -8,13 +8,15 @@ more likely a member. NaN where there is too little to say.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sama_jax.arrays import Reading
+from sama_jax.arrays import AnyArray, Reading
 
 WINDOWS = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)
 """Window sizes of WBC as shipped (`Stry233/WBC` `attacks/`); the rule of its paper gives others."""
 
 
-def token_means(values: Float[Array, "t l"], scored: Bool[Array, "t l"]) -> Float[Array, " l"]:
+def token_means(
+    values: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]
+) -> Float[Array, " l"]:
     """Mean over the passes that read a token; NaN where none did."""
     count = scored.sum(axis=0)
     total = jnp.where(scored, values, 0.0).sum(axis=0)
@@ -26,14 +28,14 @@ def differences(reading: Reading) -> Float[Array, " l"]:
     return token_means(reading.reference - reading.target, reading.plan.scored)
 
 
-def mean(values: Float[Array, " l"]) -> Float[Array, ""]:
+def mean(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
     """Mean of the tokens."""
     read = ~jnp.isnan(values)
     count = read.sum()
     return jnp.where(read, values, 0.0).sum() / jnp.where(count > 0, count, jnp.nan)
 
 
-def t(values: Float[Array, " l"]) -> Float[Array, ""]:
+def t(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
     """Mean over standard deviation (unbiased): a t statistic without its factor sqrt(n)."""
     read = ~jnp.isnan(values)
     count = read.sum()
@@ -42,7 +44,7 @@ def t(values: Float[Array, " l"]) -> Float[Array, ""]:
     return mean(values) / jnp.where(variance > 0, jnp.sqrt(variance), jnp.nan)
 
 
-def lower_tail(values: Float[Array, " l"], fraction: float) -> Float[Array, ""]:
+def lower_tail(values: Float[AnyArray, " l"], fraction: float) -> Float[Array, ""]:
     """Mean of the lowest `fraction` of the tokens, rounded down, at least one."""
     count = (~jnp.isnan(values)).sum()
     # A hair more than the product: 0.2 x 15 in float32 may fall below 3.
@@ -52,7 +54,7 @@ def lower_tail(values: Float[Array, " l"], fraction: float) -> Float[Array, ""]:
     return jnp.where(used, ordered, 0.0).sum() / jnp.where(count > 0, taken, jnp.nan)
 
 
-def signed_rank(values: Float[Array, " l"]) -> Float[Array, ""]:
+def signed_rank(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
     """Wilcoxon's signed-rank sum over its largest value, in [-1, 1]; zeros are left out."""
     used = ~jnp.isnan(values) & (values != 0)
     size = jnp.where(used, jnp.abs(values), jnp.inf)
@@ -65,7 +67,7 @@ def signed_rank(values: Float[Array, " l"]) -> Float[Array, ""]:
     return total / jnp.where(n > 0, n * (n + 1) / 2, jnp.nan)
 
 
-def windows(values: Float[Array, " l"], sizes: tuple[int, ...] = WINDOWS) -> Float[Array, ""]:
+def windows(values: Float[AnyArray, " l"], sizes: tuple[int, ...] = WINDOWS) -> Float[Array, ""]:
     """Share of contiguous windows with a sum above 0, averaged over window sizes.
 
     Windows run over the tokens that were read, in text order. A text shorter than a window is one

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import ProbePlan, SignStatistics
+from sama_jax.arrays import AnyArray, ProbePlan, SignStatistics
 from sama_jax.config import Ties, Weights
 
 
@@ -57,7 +57,9 @@ def step_weights(recorded: Bool[Array, " t"], weights: Weights) -> Float[Array, 
     return jnp.where(recorded, 1.0 / number.astype(jnp.float32), 0.0)
 
 
-def latest_losses(losses: Float[Array, "t l"], scored: Bool[Array, "t l"]) -> Float[Array, "t l"]:
+def latest_losses(
+    losses: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]
+) -> Float[Array, "t l"]:
     """For each step, every position's loss from the latest step up to it that scored it.
 
     `scored = masks` gives the losses of the step itself, `scored` = newly masked the published
@@ -70,8 +72,8 @@ def latest_losses(losses: Float[Array, "t l"], scored: Bool[Array, "t l"]) -> Fl
 
 
 def text_sign_statistics(
-    target: Float[Array, "t l"],
-    reference: Float[Array, "t l"],
+    target: Float[AnyArray, "t l"],
+    reference: Float[AnyArray, "t l"],
     plan: ProbePlan,
     ties: Ties = "zero",
 ) -> SignStatistics:
@@ -109,8 +111,8 @@ def text_sign_statistics(
 
 @partial(jax.jit, static_argnames="ties")
 def sign_statistics(
-    target: Float[Array, "b t l"],
-    reference: Float[Array, "b t l"],
+    target: Float[AnyArray, "b t l"],
+    reference: Float[AnyArray, "b t l"],
     plan: ProbePlan,
     ties: Ties = "zero",
 ) -> SignStatistics:

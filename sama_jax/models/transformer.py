@@ -183,7 +183,7 @@ def _rescale(frequency: Float[Array, " a"], scaling: Llama3Scaling) -> Float[Arr
 def rotate(
     x: Float[Array, "b h k a"],
     positions: Int[Array, "b k"],
-    theta: float,
+    theta: float | Float[Array, ""],
     float32: bool,
     scaling: Llama3Scaling | None = None,
     table: str = "float32",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
 from sama_jax.arrays import Encoded
@@ -55,8 +56,8 @@ class BatchPlan(NamedTuple):
     """Which texts make up one batch."""
 
     length: int
-    rows: np.ndarray
-    """int32 indices into the caller's list, -1 for filling."""
+    rows: Int[np.ndarray, " r"]
+    """Indices into the caller's list, -1 for filling."""
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -464,7 +465,7 @@ def _cut(text: str, raw: Any, max_length: int) -> Encoded:
     return Encoded(ids, special, truncated, zlib_bytes, len(covered))
 
 
-def _added_end(special: np.ndarray) -> int:
+def _added_end(special: Bool[np.ndarray, " n"]) -> int:
     """Number of added tokens at the end of a text."""
     return len(special) if special.all() else int(np.argmin(special[::-1]))
 
@@ -521,7 +522,7 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
 
 
 def plan_batches(
-    lengths: np.ndarray,
+    lengths: Int[np.ndarray, " n"],
     buckets: Sequence[int],
     rows_of: Callable[[int], int],
     pays: Callable[[int, int, int], bool] = lambda count, length, larger: True,

@@ -96,7 +96,7 @@ def _mean_nll(run: Callable[..., Array], params: Params, held: _Heldout, bar: Pr
         index = np.arange(start, start + EVAL_ROWS)
         real = index < len(held.tokens)
         index = np.where(real, index, 0)
-        keys = TextKeyData(held.keys.high[index], held.keys.low[index])
+        keys = TextKeyData(*(np.asarray(x)[index] for x in held.keys))
         nll = run(params, held.tokens[index], held.valid[index], keys)
         total += float(np.asarray(nll, np.float64)[real].sum())
         bar.note("")

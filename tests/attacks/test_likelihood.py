@@ -23,12 +23,12 @@ jitted = functools.cache(lambda probes: jax.jit(probes.plan))
 
 def read(probes, tokens: int, seed: int = 0) -> Reading:
     """Random losses in multiples of 2^-10 at what a plan scores, NaN elsewhere."""
-    key = rng.text_key(7, TextKeyData(np.uint32(tokens), np.uint32(seed)))  # pyright: ignore
+    key = rng.text_key(7, TextKeyData(np.uint32(tokens), np.uint32(seed)))
     plan = jax.tree.map(np.asarray, jitted(probes)(key, np.arange(LENGTH) < tokens))
     numbers = np.random.default_rng([tokens, seed]).integers(1, 9000, (2, *plan.scored.shape))
     losses = np.where(plan.scored, numbers / 1024, np.nan).astype(np.float32)
     sizes = len(zlib.compress(TEXT.encode())), len(TEXT)
-    return Reading(losses[0], losses[1], plan, np.int32(tokens), *sizes)  # pyright: ignore
+    return Reading(losses[0], losses[1], plan, np.int32(tokens), *sizes)
 
 
 def score(name: str, reading: Reading) -> float:
@@ -52,7 +52,7 @@ def slow_nll(losses: np.ndarray, plan: ProbePlan, tokens: int, estimator: str) -
 @pytest.mark.parametrize("estimator", ["exact", "bernoulli"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 24])
 def test_loss_zlib_and_ratio_against_loops(tokens: int, estimator: str):
-    probes = LikelihoodProbes(5, estimator, 1e-3, LENGTH)  # pyright: ignore
+    probes = LikelihoodProbes(5, estimator, 1e-3, LENGTH)
     reading = read(probes, tokens)
     target, reference = (
         slow_nll(losses, reading.plan, tokens, estimator) for losses in reading[:2]

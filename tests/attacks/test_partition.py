@@ -36,10 +36,10 @@ def reading(
         return np.where(masks, numbers, np.nan).astype(np.float32)
 
     weights = masks.any(axis=1).astype(np.float32)
-    plan = ProbePlan(masks, masks, weights, np.zeros((len(masks), 0, 1), np.int32))  # pyright: ignore
+    plan = ProbePlan(masks, masks, weights, np.zeros((len(masks), 0, 1), np.int32))
     count = int(masks.any(axis=0).sum()) if num_tokens is None else num_tokens
     extra = {name: values(*bounds) for name, bounds in more.items()}
-    return Reading(values(0, 9000), values(0, 9000), plan, count, 50, 70, extra)  # pyright: ignore
+    return Reading(values(0, 9000), values(0, 9000), plan, count, 50, 70, extra)
 
 
 def random_masks(passes: int, tokens: int, seed: int = 0, share: float = 0.4) -> np.ndarray:
@@ -72,7 +72,8 @@ def per_token(values: np.ndarray) -> dict[int, float]:
 def test_a_partition_reads_every_token_once_a_round(tokens: int):
     maskable = np.zeros(LENGTH, bool)
     maskable[np.random.default_rng(tokens).permutation(LENGTH)[:tokens]] = True
-    masks = np.asarray(masking.partition_masks(jax.random.key(1), maskable, 4, 3, LENGTH))
+    drawn = masking.partition_masks(jax.random.key(1), jnp.asarray(maskable), 4, 3, LENGTH)
+    masks = np.asarray(drawn)
     assert masks.shape == (12, LENGTH)
     for part in masks.reshape(3, 4, LENGTH):
         assert (part.sum(axis=0) == maskable).all()
@@ -84,8 +85,8 @@ def test_a_partition_reads_every_token_once_a_round(tokens: int):
 
 
 def test_a_partition_does_not_depend_on_the_padded_length():
-    short = np.arange(16) < 13
-    long = np.arange(LENGTH) < 13
+    short = jnp.arange(16) < 13
+    long = jnp.arange(LENGTH) < 13
     a, b = (
         np.asarray(masking.partition_masks(jax.random.key(2), m, 3, 2, LENGTH))
         for m in (short, long)
@@ -343,7 +344,8 @@ def test_channels_against_the_whole_vocabulary(tiny):
 
     def read(params, ids, valid, masked):
         stream = model.trunk(params, masked, valid)
-        return losses.scored_values(model, params, ids, valid, stream, positions, names)
+        at = jnp.asarray(positions)
+        return losses.scored_values(model, params, ids, valid, stream, at, names)
 
     found = dict(zip(names, np.asarray(jax.jit(read)(params, ids, valid, masked))))
     log_p = log_softmax(full_logits(model, params, masked, valid))
