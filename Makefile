@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-lint
 
 # A broken link or a public name without a docstring fails.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # pip compiles to bytecode on one core, and all there is: half a minute more. What cannot be
 # compiled (templates, say) is left, as pip leaves it.
