@@ -5,7 +5,7 @@ Draws nothing, so whoever wants an AUC does not import Matplotlib.
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -39,28 +39,38 @@ class Metrics(TypedDict):
     """`"sama - NAME"` -> the comparison."""
 
 
+Scores = Float[np.ndarray, " n"]
+"""Finite scores of the texts of one class."""
+
+
 class Metric(NamedTuple):
-    """One column of the results."""
+    """One number that metrics.json and the tables give for each attack."""
 
     name: str
     """Its key in an attack's part of metrics.json."""
     column: str
     """The header of its column in the tables."""
     cell: Callable[[AttackMetrics], str | None]
-    """Formats it, given an attack's part of metrics.json; None where there is no number."""
+    """Writes it, given an attack's part of metrics.json; None: there is no number."""
+    compute: Callable[[Scores, Scores], float] | None = None
+    """Computes it from the scores of members and of non-members, both of which are there.
+
+    None: `core.metrics.summarize` computes it, since it has an interval or notes.
+    """
+
+    def shown(self, found: AttackMetrics) -> str | None:
+        """Returns the cell of an attack; None if there is no number."""
+        return None if found.get(self.name) is None else self.cell(found)
 
 
 def _auc_cell(found: AttackMetrics) -> str | None:
-    value, interval = found.get("auc"), found.get("auc_ci")
-    if value is None or interval is None:
-        return None
-    low, high = interval
-    return f"{value:.3f} ({low:.3f}–{high:.3f})"
+    low, high = found["auc_ci"] or (float("nan"), float("nan"))
+    return f"{found['auc']:.3f} ({low:.3f}–{high:.3f})"
 
 
 def _tpr_metric(fpr: str) -> Metric:
     def cell(found: AttackMetrics) -> str | None:
-        result = (found.get("tpr_at_fpr") or {}).get(fpr)
+        result = found["tpr_at_fpr"].get(fpr)
         if result is None:
             return None
         low, high = (100 * x for x in result["ci"])
@@ -74,7 +84,7 @@ METRICS = [
     Metric("auc", "AUC (95 % interval)", _auc_cell),
     *(_tpr_metric(fpr) for fpr in FPRS[:2]),
 ]
-"""The metrics that tables show, in their order."""
+"""The metrics that the tables show, in their order. Append a `Metric` to add one."""
 
 
 def compute_metrics(rows: Sequence[Row], seed: int) -> Metrics:
@@ -101,6 +111,10 @@ def compute_metrics(rows: Sequence[Row], seed: int) -> Metrics:
 def _attack_metrics(labelled: Sequence[Row], name: str, seed: int) -> AttackMetrics:
     scores, labels, dropped = measure.usable(*column(labelled, name))
     found = measure.summarize(scores, labels, seed=seed)
+    members, nonmembers = scores[labels == 1], scores[labels == 0]
+    both = members.size and nonmembers.size
+    added = {m.name: m.compute(members, nonmembers) if both else None for m in METRICS if m.compute}
+    found = cast(AttackMetrics, found | added)
     if dropped:
         found["notes"].append(f"{num_texts(dropped)} with a label but no score left out.")
     return found

@@ -37,7 +37,7 @@ def table_rows(
     lines = []
     for name in attacks or attack_names(rows):
         found = attacks.get(name)
-        cells = [metric.cell(found) if found else None for metric in METRICS]
+        cells = [metric.shown(found) if found else None for metric in METRICS]
         cells += [_passes(rows, name), _seconds(seconds.get(name))]
         lines.append([name, *(cell or MISSING for cell in cells)])
     return lines
