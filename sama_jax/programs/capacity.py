@@ -20,8 +20,8 @@ from sama_jax.arrays import Params
 from sama_jax.attacks.registry import flatten
 from sama_jax.core import losses
 from sama_jax.devices import compile_ahead, memory, parallel
-from sama_jax.engine import scoring
-from sama_jax.engine.reading import ROLES
+from sama_jax.engine.batching import ACCELERATOR_TOKENS
+from sama_jax.engine.tasks import ROLES
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs.jobs import PlanJob
@@ -206,7 +206,7 @@ def run_plan(job: PlanJob) -> dict[str, Any]:
 
 def _usual_rows(job: PlanJob) -> int:
     """What a device of an audit works on at once."""
-    return max(4, min(64, scoring.ACCELERATOR_TOKENS // job.settings.max_length))
+    return max(4, min(64, ACCELERATOR_TOKENS // job.settings.max_length))
 
 
 def make_case(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> Case:

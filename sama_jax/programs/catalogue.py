@@ -10,7 +10,7 @@ from rich.text import Text
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Query, flatten
 from sama_jax.config import AuditSettings
-from sama_jax.engine.reading import ROLES, passes
+from sama_jax.engine.tasks import ROLES, passes
 
 
 def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:

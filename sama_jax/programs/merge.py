@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax import attacks as attack_suite
-from sama_jax.engine import reading, scoring
+from sama_jax.engine.costs import sum_costs
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.rescore import run_score
 from sama_jax.storage.files import write_json, writing
 from sama_jax.storage.run_folder import MANIFEST, read_manifest
+from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.terminal import console
 
 _OWN = ("session", "store", "cost")
@@ -43,21 +44,21 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
             )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; give a new folder")
-    indexes = [part / reading.INDEX for part in parts if (part / reading.INDEX).is_file()]
+    indexes = [part / INDEX for part in parts if (part / INDEX).is_file()]
     if not indexes:
-        raise DataError(f"{parts[0]}: has no {reading.INDEX}; no process of this run has finished")
-    found = [reading.read_index(index) for index in indexes]
-    items = {view: made for _, views in found for view, made in views.items()}
+        raise DataError(f"{parts[0]}: has no {INDEX}; no process of this run has finished")
+    found = [read_index(index) for index in indexes]
+    views = {view: made for _, known in found for view, made in known.items()}
     for number, (part, manifest) in enumerate(zip(parts, manifests)):
         store = Path(manifest["store"]) if manifest.get("store") else part / "losses"
         if not store.is_dir():
             raise DataError(f"{part}: its losses are not at {store}; copy them to {part}/losses")
         _copy(part / "parts", "scores-*.jsonl", out / "parts", number, len(parts))
         _copy(store, "losses-*.bin", out / "losses", number, len(parts))
-    reading.write_index(out / reading.INDEX, found[0][0], items)
+    write_index(out / INDEX, found[0][0], views)
     costs = [m["cost"] for m in manifests if m.get("cost")]
     manifest = {k: v for k, v in manifests[0].items() if k not in _OWN}
-    manifest |= {"finished": False, "cost": scoring.sum_costs(costs)}
+    manifest |= {"finished": False, "cost": sum_costs(costs)}
     write_json(out / MANIFEST, manifest)
     say.print(f"{len(parts)} parts copied to {out}")
     names = [a for a in manifest["attacks"] if not attack_suite.select([a])[0].needs_texts]

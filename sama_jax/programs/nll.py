@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sama_jax.arrays import Params, Reading
+from sama_jax.arrays import Reading
 from sama_jax.attacks.likelihood import likelihood_probes
 from sama_jax.attacks.registry import Attack, Query
 from sama_jax.config import AuditSettings
-from sama_jax.engine import output_position, reading, scoring
+from sama_jax.devices import parallel
+from sama_jax.engine import output_position
+from sama_jax.engine.batching import BatchShapes
+from sama_jax.engine.pipeline import Setup, fill_store
+from sama_jax.engine.plans import PLAN_ROWS
+from sama_jax.engine.readings import Readings
+from sama_jax.engine.roles import ModelRole, model_key, resident_bytes
+from sama_jax.engine.tasks import tasks_of
+from sama_jax.engine.text_table import original_view, table_of
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import RunFolder, json_lines
 from sama_jax.terminal import console
@@ -70,28 +78,30 @@ def run_nll(
     tokenizer = data.TextTokenizer.from_folder(folder.path)
     data.require_ids_fit(tokenizer, folder.model.vocab_size, str(model))
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
-    items = [reading.text_item(e, settings, folder.model.shift) for e in encoded]
-    role = scoring.Role("target", folder, scoring.model_key(folder, settings))
-    reader = reading.Reader([_NLL], settings, {"text": [*items]}, {"target": role.store_key}, None)
-    probe_ids = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
-
-    def check(role: scoring.Role, params: Params) -> None:
-        warning = output_position.check(role.folder.model, params, probe_ids)
-        if warning is not None:
-            say.print(f"note: {warning}")
-
-    work = scoring.Work(reader, [role], settings, check=check, quiet=quiet)
-    run = {"nll": reader.task("nll").identity, "model": folder.identity,
-           "max_length": settings.max_length}  # fmt: skip
+    views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]
+    role = ModelRole("target", folder, model_key(folder, settings))
+    keys, layout = {"target": role.store_key}, parallel.local_layout()
+    tasks, tables = tasks_of([_NLL], settings, keys), {"text": table_of(views)}
+    sizes = resident_bytes([role], layout), parallel.device_bytes()
+    shapes = BatchShapes(folder.model, folder.max_length, settings, layout, *sizes)
+    probe = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
+    setup = Setup({"target": role}, shapes, probe_ids=probe, quiet=quiet)
+    run = {
+        "nll": tasks.first("nll").identity,
+        "model": folder.identity,
+        "max_length": settings.max_length,
+    }
     output = RunFolder(out, run, {"model": str(model)}, None)
     try:
-        work.run(output, [t.id for t in texts.texts], say)
+        readings = Readings(tasks, settings, tables, keys, output.store)
+        readings = fill_store(setup, readings, output, [t.id for t in texts.texts], say).readings
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(items), reading.PLAN_ROWS):
-            chunk = list(range(start, min(start + reading.PLAN_ROWS, len(items))))
-            found = reader.statistics([_NLL], chunk)["nll"]
+        for start in range(0, len(views), PLAN_ROWS):
+            chunk = list(range(start, min(start + PLAN_ROWS, len(views))))
+            found = readings.statistics([_NLL], chunk)["nll"]
             for i, (mean, error) in zip(chunk, found):
-                rows.append(_row(texts.texts[i], encoded[i].truncated, items[i], mean, error))
+                tokens = int(views[i].maskable.sum())
+                rows.append(_row(texts.texts[i], encoded[i].truncated, tokens, mean, error))
         write_atomic(out / RESULT, json_lines(rows))
         output.write_manifest(finished=True)
     finally:
@@ -100,9 +110,9 @@ def run_nll(
 
 
 def _row(
-    text: data.Text, truncated: bool, item: reading.Item, mean: Any, error: Any
+    text: data.Text, truncated: bool, tokens: int, mean: float, error: float
 ) -> dict[str, Any]:
-    tokens = int(item.maskable.sum())
+    """Returns one line of the results."""
 
     def number(value: Any) -> float | None:
         return float(value) if np.isfinite(value) else None

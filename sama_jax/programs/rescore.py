@@ -8,15 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, from_dict
-from sama_jax.engine import reading, scoring
+from sama_jax.engine.readings import Readings
+from sama_jax.engine.scores import score_corpus, score_rows
+from sama_jax.engine.tasks import tasks_of
+from sama_jax.engine.text_table import TextTable, table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.reporting import report, results
 from sama_jax.storage.files import read_json_lines, write_json
 from sama_jax.storage.run_folder import METRICS, SCORES, RunFolder, read_manifest
+from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.terminal import console
 
 _MADE = ("scores", "passes", "undefined", "votes")
@@ -35,17 +41,18 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
       DataError: not the folder of a finished audit.
     """
     say = console(quiet)
-    path = store if (store / reading.INDEX).is_file() else store.parent
+    path = store if (store / INDEX).is_file() else store.parent
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest:
         raise DataError(f"{store}: expected the output folder of a finished audit, or its losses")
-    rows, items = reading.read_index(path / reading.INDEX)
+    rows, views = read_index(path / INDEX)
+    tables = {v: table_from_description(found, str(path / INDEX)) for v, found in views.items()}
     settings = from_dict(AuditSettings, manifest["settings"])
     folder = RunFolder(path, manifest["run"], {}, _store_path(path, manifest))
     try:
         chosen, left_out = [], {}
         for attack in attack_suite.select(names):
-            reason = _obstacle(attack, settings, items, manifest, folder)
+            reason = _obstacle(attack, settings, tables, manifest, folder)
             if reason is None:
                 chosen.append(attack)
             elif attack.name in names:
@@ -54,10 +61,10 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
                 left_out[attack.name] = reason
         for name, reason in left_out.items():
             say.print(f"not computed: {name} ({reason})")
-        reader = reading.Reader(chosen, settings, items, manifest["store_keys"], folder.store)
+        readings = _readings(chosen, settings, tables, manifest, folder)
         ids = [row["id"] for row in rows]
-        scoring.score_rows(reader, folder, ids, range(len(ids)))
-        scoring.score_corpus(reader, folder, ids, None, None)
+        score_rows(readings, folder, ids, range(len(ids)))
+        score_corpus(readings, folder, ids, None, None)
         before = {line["id"]: line for line in read_json_lines(path / SCORES)[0]}
         kept = [_without_scores(before.get(row["id"], row)) for row in rows]
         joined = folder.join(kept, [a.name for a in chosen])
@@ -84,7 +91,7 @@ def _without_scores(row: dict[str, Any]) -> dict[str, Any]:
 def _obstacle(
     attack: Attack,
     settings: AuditSettings,
-    items: dict[str, list[reading.Item | None]],
+    tables: dict[str, TextTable],
     manifest: dict[str, Any],
     folder: RunFolder,
 ) -> str | None:
@@ -95,23 +102,27 @@ def _obstacle(
         return "the audit replayed a plan file"
     if attack.name in (known := manifest.get("not_computed") or {}):
         return known[attack.name]
-    reader = reading.Reader([attack], settings, items, manifest["store_keys"], folder.store)
-    num = len(items.get("text", []))
-    lacking = [
-        r for r in range(num) if _scorable(reader, attack, r) and not reader.ready(attack, r)
-    ]
+    readings = _readings([attack], settings, tables, manifest, folder)
+    text = tables["text"]
+    # Where a view was never made, it is missing for all texts that can be read.
+    made = all(task.view in tables for task in readings.tasks.all)
+    scorable = readings.usable(attack) if made else text.readable
+    rows = np.flatnonzero(scorable & text.readable).tolist()
+    lacking = [row for row in rows if not readings.ready(attack, row)]
     if not lacking:
         return None
     return (
-        f"its passes were not made for {len(lacking)} of {num} texts; "
+        f"its passes were not made for {len(lacking)} of {text.num_texts} texts; "
         f"run the audit with --attacks {attack.name} on the same --out"
     )
 
 
-def _scorable(reader: reading.Reader, attack: Attack, row: int) -> bool:
-    """Whether the text itself can be read: then a view that was never made is missing."""
-    item = reader.items["text"][row]
-    made = all(task.view in reader.items for task in reader.tasks.values())
-    if item is None or not item.maskable.any():
-        return False
-    return not made or reader.usable(attack, row)
+def _readings(
+    attacks: Sequence[Attack],
+    settings: AuditSettings,
+    tables: dict[str, TextTable],
+    manifest: dict[str, Any],
+    folder: RunFolder,
+) -> Readings:
+    keys = manifest["store_keys"]
+    return Readings(tasks_of(attacks, settings, keys), settings, tables, keys, folder.store)

@@ -21,7 +21,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -76,8 +76,7 @@ class LossStore:
         """Indexes every shard; cuts an incomplete last frame off the one this process owns."""
         self._places: dict[tuple[str, str, str], _Place] = {}
         self._ends: dict[Path, int] = {}
-        self.elsewhere: set[tuple[str, str, str]] = set()
-        """Records that another process of this run holds where this one cannot read them."""
+        self._elsewhere: set[tuple[str, str, str]] = set()
         self.num_records = 0
         """Records in all shards, repeated ones counted: equals the number of distinct keys if no
         batch was ever computed twice."""
@@ -133,7 +132,11 @@ class LossStore:
 
     def exists(self, model: str, plan: str, text: str) -> bool:
         """Whether they are stored, here or by another process."""
-        return self.has(model, plan, text) or (model, plan, text) in self.elsewhere
+        return self.has(model, plan, text) or (model, plan, text) in self._elsewhere
+
+    def note_elsewhere(self, keys: Iterable[tuple[str, str, str]]) -> None:
+        """Notes records that another process of the run holds where this one cannot read them."""
+        self._elsewhere.update(keys)
 
     def append(self, model: str, plan: str, texts: Sequence[str], records: list[Record]) -> None:
         """Stores a batch in one write."""

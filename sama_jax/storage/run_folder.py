@@ -60,8 +60,6 @@ class RunFolder:
         writes: bool = True,
     ):
         self.path, self._started, self._writes = path, time.time(), writes
-        self.shared = True
-        """Whether all processes of the run see this very folder."""
         before = self._claim(path, run)
         self.manifest = before | about | {"run": run, "finished": False}
         if not before:  # a folder without a manifest cannot be continued

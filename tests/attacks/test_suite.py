@@ -24,11 +24,12 @@ from sama_jax.config import (
     override,
 )
 from sama_jax.core import losses, metrics
-from sama_jax.engine import reading
-from sama_jax.engine.reading import passes
+from sama_jax.engine.tasks import passes
+from sama_jax.engine.text_table import table_from_description
 from sama_jax.programs.audit import AuditJob, AuditResult, run_audit
 from sama_jax.programs.catalogue import describe
 from sama_jax.programs.rescore import run_score
+from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.texts import data
 
 ROOT = Path(__file__).parents[2]
@@ -458,12 +459,12 @@ def test_the_rungs_against_loops():
         np.testing.assert_allclose(rung(read, SETTINGS), value, rtol=2e-6)
 
 
-def test_the_index_gives_back_the_items(everything: AuditResult):
-    rows, items = reading.read_index(everything.out / reading.INDEX)
+def test_the_index_gives_back_the_views(everything: AuditResult):
+    rows, views = read_index(everything.out / INDEX)
     assert [r["id"] for r in rows] == [r["id"] for r in everything.rows]
-    assert all(len(found) == len(rows) for found in items.values())
+    assert all(len(found) == len(rows) for found in views.values())
     at = next(i for i, row in enumerate(rows) if row["status"] == "ok")
-    text = items["text"][at]
+    text = table_from_description(views["text"], "here").row(at)
     assert text is not None
     assert len(text.maskable) == everything.rows[at]["n_tokens"]
     assert text.store_key.startswith(f"{int(text.key.high):08x}")

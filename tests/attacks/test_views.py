@@ -19,11 +19,14 @@ from sama_jax.arrays import Encoded, TextKeyData
 from sama_jax.attacks import corpus, its, perturbed, registry, views
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
 from sama_jax.core import masking, metrics
-from sama_jax.engine import reading, scoring
+from sama_jax.engine import pipeline, plans
+from sama_jax.engine.text_table import derived_view, original_view, table_of
+from sama_jax.engine.views import generator_of
+from sama_jax.errors import Interrupted
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
-from sama_jax.programs import audit
 from sama_jax.programs.audit import AuditJob, AuditResult, run_audit
+from sama_jax.programs.audit_inputs import Prefixes, choose_prefixes
 from sama_jax.programs.rescore import run_score
 from sama_jax.texts import data
 from sama_jax.weights import model_folder
@@ -166,7 +169,7 @@ def plan(made, key: TextKeyData, length: int, *guide: np.ndarray):
     pad[0, :length] = True
     high, low = (np.full(8, k, np.uint32) for k in key)
     more = [np.broadcast_to(g, (8, *g.shape)) for g in guide]
-    drawn = reading._drawer(made)(np.uint32(42), high, low, pad, *more)
+    drawn = plans.draw(made, np.uint32(42), high, low, pad, *more)
     return jax.tree.map(lambda x: np.asarray(x)[0], drawn)
 
 
@@ -197,7 +200,7 @@ def test_the_budget_is_split_over_the_forms_of_a_text():
     for passes in range(1, 65):
         settings = dataclasses.replace(SETTINGS, passes=passes)
         for attack in registry.select(NAMES):
-            count = reading.passes(attack, settings)
+            count = passes(attack, settings)
             forms = {"bows": 0, "its": 1, "its:code": 1, "conrecall": 3}.get(attack.name, 2)
             assert count["target"] <= max(passes, forms), attack.name
             assert count["reference"] <= max(passes, forms) + (forms == 1), attack.name
@@ -359,9 +362,9 @@ def one(name: str, text: str, label: int | None) -> data.Text:
     return data.Text(name, text, label, "here")
 
 
-def chosen(box: Path, texts: list[data.Text], **changes) -> audit.Prefixes:
+def chosen(box: Path, texts: list[data.Text], **changes) -> Prefixes:
     made = job(box, box / "none", "conrecall", texts=data.collect(texts), **changes)
-    return audit._prefixes(made, registry.select(["conrecall"]), texts, [])
+    return choose_prefixes(made, registry.select(["conrecall"]), texts, [])
 
 
 def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
@@ -387,7 +390,7 @@ def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
     # A file of prefixes takes nothing but texts that stand in it.
     file = data.collect([one("a", "ka ro", 0), one("b", TEXTS[4], None)])
     given = chosen(box, texts, prefixes=file)
-    assert given == audit.Prefixes({"nonmember": ["ka ro", TEXTS[4]]}, {"t4"})
+    assert given == Prefixes({"nonmember": ["ka ro", TEXTS[4]]}, {"t4"})
 
 
 # --- all texts together --------------------------------------------------------------------------
@@ -597,7 +600,6 @@ def test_its_against_plain_passes_and_loops(
 
 
 def tools(ids: np.ndarray, **changes) -> registry.ViewTools:
-    item = reading.text_item(Encoded(ids, np.zeros(len(ids), bool), False, 9, 12), SETTINGS, False)
     given = {
         "encode": lambda text: tokenizer().encode([text], 32)[0],
         "contexts": {"member": np.arange(5, 25, dtype=np.int32)},
@@ -605,7 +607,8 @@ def tools(ids: np.ndarray, **changes) -> registry.ViewTools:
         "room": ROOM,
         "guide": None,
     }
-    return reading.view_tools(item, SETTINGS, **(given | changes))
+    generator = generator_of(SETTINGS.seed, key_of(ids))
+    return registry.ViewTools(**(given | changes), generator=generator)
 
 
 def test_a_prefix_gives_way_to_the_text():
@@ -663,15 +666,15 @@ def test_views_of_one_length_share_masks_and_maskable_positions():
     )
     special = np.array([True, False, False])
     ids = np.array([1, 2, 3], np.int32)
-    original = reading.text_item(Encoded(ids, special, False, 9, 12), settings, False)
+    original = original_view(Encoded(ids, special, False, 9, 12), settings, shift=False)
     for before in (None, np.array([4, 5], np.int32)):
         made = registry.ViewText(ids + 1, None, before, same_masks=True)
-        item = reading.view_item(made, original, settings, False)
-        assert item.key == original.key
-        assert item.maskable.tolist() == [False, True, True]
-        assert item.length == 3 + 2 * (before is not None)
-        assert item.store_key not in (original.store_key, "")
-    apart = reading.view_item(registry.ViewText(ids + 1), original, settings, False)
+        view = derived_view(made, original, settings, shift=False)
+        assert view.key == original.key
+        assert view.maskable.tolist() == [False, True, True]
+        assert table_of([view]).lengths.tolist() == [3 + 2 * (before is not None)]
+        assert view.store_key not in (original.store_key, "")
+    apart = derived_view(registry.ViewText(ids + 1), original, settings, shift=False)
     assert apart.key != original.key
 
 
@@ -685,10 +688,10 @@ def test_scores_come_back_from_the_store_without_a_pass(
     shutil.rmtree(tmp_path / "run" / "parts")
     (tmp_path / "run" / "scores.jsonl").unlink()
 
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(scoring.Work, "_load", never)
+    monkeypatch.setattr(pipeline, "load", never)
     again = run(box, tmp_path / "run", *NAMES)
     assert again.rows == everything.rows
     assert again.metrics == everything.metrics
@@ -710,15 +713,15 @@ def test_stored_views_are_scored_without_texts_and_models(everything: AuditResul
 def test_a_run_cut_off_before_a_guided_view_goes_on_with_it(
     box: Path, everything: AuditResult, tmp_path: Path, monkeypatch
 ):
-    whole = scoring.Work._run_view
+    whole = pipeline.run_batches
 
-    def cut(self, view, *rest):
-        if view == "neighbor-1":
+    def cut(fill, readings, tasks, *rest):
+        if tasks[0].view == "neighbor-1":
             raise KeyboardInterrupt
-        whole(self, view, *rest)
+        whole(fill, readings, tasks, *rest)
 
-    monkeypatch.setattr(scoring.Work, "_run_view", cut)
-    with pytest.raises(audit.Interrupted):
+    monkeypatch.setattr(pipeline, "run_batches", cut)
+    with pytest.raises(Interrupted):
         run(box, tmp_path / "run", *NAMES)
     monkeypatch.undo()
     again = run(box, tmp_path / "run", *NAMES)

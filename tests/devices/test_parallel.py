@@ -12,8 +12,8 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from sama_jax.config import AuditSettings, SamaSettings
+from sama_jax.core import losses
 from sama_jax.devices import parallel
-from sama_jax.engine import scoring
 from sama_jax.errors import UsageError
 from sama_jax.models import dit, encoders, moe, transformer
 from sama_jax.programs import audit
@@ -121,14 +121,13 @@ def test_heads_are_taken_apart_only_where_no_mesh_splits_them(
     mesh, apart, models, texts, tmp_path, monkeypatch
 ):
     """Taken apart on a mesh that splits them, every device would compute all heads."""
-    score_batch, seen = scoring.losses.score_batch, []
+    score_batch, seen = losses.score_batch, []
 
     def watched(model, *args):
         seen.append(model.arch.heads_apart)
         return score_batch(model, *args)
 
-    monkeypatch.setattr(scoring.losses, "score_batch", watched)
-    scoring._runner.cache_clear()
+    monkeypatch.setattr(losses, "score_batch", watched)
     run(models, texts, tmp_path / "run", mesh=mesh)
     assert seen
     assert set(seen) == {apart}

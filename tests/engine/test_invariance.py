@@ -23,7 +23,8 @@ from sama_jax.cli.entry import STANDARD
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses
 from sama_jax.devices import memory, parallel
-from sama_jax.engine import reading, scoring
+from sama_jax.engine import batching
+from sama_jax.engine.roles import ModelRole, resident_bytes
 from sama_jax.programs import audit
 from sama_jax.storage import replay
 from sama_jax.texts import data
@@ -158,7 +159,7 @@ def test_scores_do_not_depend_on_the_file(models, texts, expected, tmp_path):
 
 def test_scores_do_not_depend_on_the_bucket(models, texts, expected, tmp_path, monkeypatch):
     """Batches of 8 texts fill two buckets, and the longer one holds all that is expected."""
-    monkeypatch.setattr(scoring, "PROGRAM_FLOPS", {"cpu": 0.0})
+    monkeypatch.setattr(batching, "PROGRAM_FLOPS", {"cpu": 0.0})
     found = run(models, texts, tmp_path, batch_size=1)
     assert buckets_of(tmp_path) == {"32", "64"}
     assert_same(found, expected)
@@ -229,33 +230,34 @@ def test_visible_padding_changes_losses_and_hidden_padding_does_not(models, text
     assert np.nanmax(np.abs(visible[name][2] - hidden[name][2])) > 1e-3
 
 
+def batch_shapes(folders, layout, room: int) -> batching.BatchShapes:
+    roles = [ModelRole(n, f, n) for n, f in zip(("target", "reference"), folders)]
+    resident, context = resident_bytes(roles, layout), folders[0].max_length
+    return batching.BatchShapes(folders[0].model, context, SETTINGS, layout, resident, room)
+
+
 def test_a_bucket_pays_if_it_saves_what_its_program_costs(models):
     """On 8 devices, for both models' passes."""
     folders = [model_folder.open_folder(path, dtype="float32") for path in models]
-    roles = [scoring.Role(n, f, n) for n, f in zip(("target", "reference"), folders)]
-    layout = parallel.local_layout()
-    work = scoring.Work(reading.Reader([], SETTINGS, {}, {}, None), roles, SETTINGS, layout=layout)
+    shapes = batch_shapes(folders, parallel.local_layout(), 2**30)
     model, passes = folders[0].model, SETTINGS.sama.steps
     saved = model.flops_per_text(48, 0.0) - model.flops_per_text(32, 0.0)
-    cost = scoring.PROGRAM_FLOPS["cpu"] * jax.device_count()
+    cost = batching.PROGRAM_FLOPS["cpu"] * jax.device_count()
     enough = int(np.ceil(cost / (2 * passes * saved)))
-    assert work._pays(enough, 32, 48)
-    assert not work._pays(enough - 1, 32, 48)
+    assert shapes.pays(enough, 32, 48)
+    assert not shapes.pays(enough - 1, 32, 48)
 
 
 def test_rows_shrink_to_what_fits_beside_the_models(models):
     """Rows by the closed form; every one of them fits, one more would not, and one always runs."""
     folders = [model_folder.open_folder(path, dtype="float32") for path in models]
-    roles = [scoring.Role(n, f, n) for n, f in zip(("target", "reference"), folders)]
     layout = parallel.local_layout(jax.devices()[:1])
 
-    def work(room: int | None) -> scoring.Work:
-        reader = reading.Reader([], SETTINGS, {}, {}, None)
-        return scoring.Work(reader, roles, SETTINGS, layout=layout, device_bytes=room)
+    def rows_of_a_batch(room: int) -> int:
+        return batch_shapes(folders, layout, room).rows(64)
 
-    most = work(None)._rows_of(64)
-    assert most == 24  # 1,536 tokens
-    parameters = work(None)._parameter_bytes
+    assert rows_of_a_batch(2**40) == 24  # 1,536 tokens
+    parameters = batch_shapes(folders, layout, 2**40).parameter_bytes
     assert parameters == 2 * 4 * folders[0].num_params
     # Up to 8, whose plans are drawn at once, any number; above, its multiples.
     for rows, fewer in ((1, 1), (2, 1), (3, 2), (8, 7), (16, 8), (24, 16)):
@@ -266,17 +268,17 @@ def test_rows_shrink_to_what_fits_beside_the_models(models):
         room = int((parameters + inputs + 1.15 * used.peak) / 0.96) + 2
         assert memory.fits(found, room)
         assert not memory.fits(found, room - 8)
-        assert work(room)._rows_of(64) == rows
-        assert work(room - 8)._rows_of(64) == fewer
-    assert work(1)._rows_of(64) == 1
+        assert rows_of_a_batch(room) == rows
+        assert rows_of_a_batch(room - 8) == fewer
+    assert rows_of_a_batch(1) == 1
 
 
-def test_at_most_two_programs_a_bucket(models, tmp_path):
+def test_at_most_two_programs_a_bucket(tmp_path, record_property):
     """1,000 texts of mixed length, all plans: one program a bucket serves plans and models."""
+    # A network of its own, so that no other test has compiled its programs already.
+    models = [tiny.folder(tmp_path / f"{i}", seed=i, d_model=24) for i in range(2)]
     texts = [data.Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(1000, words=(1, 60)))]
-    # A setting of its own, so that no other test has compiled these programs already.
     settings = dataclasses.replace(SETTINGS, sama=SamaSettings(steps=3, subsets=4, subset_size=2))
-    scoring._runner.cache_clear()
     traces = []
     traced = losses.score_batch
 
@@ -286,14 +288,13 @@ def test_at_most_two_programs_a_bucket(models, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "score_batch", counted)
-        patch.setattr(scoring, "PROGRAM_FLOPS", {"cpu": 0.0})
+        patch.setattr(batching, "PROGRAM_FLOPS", {"cpu": 0.0})
         run(models, texts, tmp_path, settings=settings, batch_size=8)
-    scoring._runner.cache_clear()
     log = read_lines(tmp_path / "run" / "log.jsonl")
     used = next(e["texts"] for e in log if e["event"] == "buckets")
     assert {int(length) for length in used} == set(data.bucket_lengths(64))
     assert sum(used.values()) == 1000
-    print(f"{len(traces)} programs for {len(used)} buckets: {used}")
+    record_property("programs", f"{len(traces)} programs for {len(used)} buckets: {used}")
     assert 0 < len(traces) <= 2 * len(used)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["cost"]["programs"] == len(traces)

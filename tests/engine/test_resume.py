@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +23,9 @@ from sama_jax.arrays import TextKeyData
 from sama_jax.cli import entry
 from sama_jax.cli.entry import STANDARD
 from sama_jax.config import AuditSettings
-from sama_jax.engine.reading import Item, Reader
-from sama_jax.engine.scoring import Role, Work
+from sama_jax.devices.parallel import local_layout
+from sama_jax.engine.batching import BatchShapes
+from sama_jax.engine.text_table import TextView, table_of
 from sama_jax.errors import DataError
 from sama_jax.storage.files import AppendOnly, read_json_lines
 from sama_jax.storage.loss_store import LossStore, make_record
@@ -318,31 +318,29 @@ class Costly:
 def test_a_text_is_padded_alike_however_few_are_left():
     """A resumed run must compute the same bits, and padding may change them."""
 
-    def text(name: str, length: int) -> Item:
-        zero = np.uint32(0)
-        return Item(TextKeyData(zero, zero), np.ones(length, bool), 1, 1, name)  # pyright: ignore
+    def text(name: str, length: int) -> TextView:
+        key, ids = TextKeyData(np.uint32(0), np.uint32(0)), np.zeros(length, np.int32)  # pyright: ignore
+        return TextView(key, np.ones(length, bool), 1, 1, name, ids, ids[:0])
 
     lengths = [20, 120, 60, 25, *[50] * 30, 30, 100]
-    items = [text(f"{i}", length) for i, length in enumerate(lengths)]
+    table = table_of([text(f"{i}", length) for i, length in enumerate(lengths)])
     settings = AuditSettings(max_length=128)
-    folder: Any = SimpleNamespace(model=Costly())
-    target = Role("target", folder, "")
-    reader = Reader([], settings, {"text": [*items]}, {}, None)
-    work = Work(reader, [target], settings, batch_size=1)
+    model: Any = Costly()
+    shapes = BatchShapes(model, 128, settings, local_layout(), 0, 2**30, batch_size=1)
 
     def padded(rows: list[int]) -> dict[int, int]:
-        batches = work.batches(rows)
+        batches = shapes.batches(table, rows)
         assert len({len(b.rows) for b in batches}) <= 1
         found = [(int(r), b.length) for b in batches for r in b.rows if r >= 0]
         assert sorted(r for r, _ in found) == sorted(rows)
         return dict(found)
 
-    everything = padded(list(range(len(items))))
+    everything = padded(list(range(len(lengths))))
     assert everything[0] == 64  # three short texts are too few for a bucket of their own
     assert everything[1] == 128
     draw = random.Random(0)
     for count in [1, 1, 2, 3, 5, 8, 20]:
-        left = sorted(draw.sample(range(len(items)), count))
+        left = sorted(draw.sample(range(len(lengths)), count))
         assert padded(left) == {row: everything[row] for row in left}
     assert padded([0]) == {0: 64}
     assert padded([]) == {}

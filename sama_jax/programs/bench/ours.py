@@ -12,7 +12,13 @@ from sama_jax.arrays import Encoded, Params
 from sama_jax.devices import parallel
 from sama_jax.devices.compile_cache import use_compile_cache
 from sama_jax.devices.peak import matmul_rate
-from sama_jax.engine import reading, scoring
+from sama_jax.engine.batching import BatchShapes, distinct_rows
+from sama_jax.engine.pipeline import Setup, fill_store
+from sama_jax.engine.plans import PLAN_ROWS
+from sama_jax.engine.readings import Readings
+from sama_jax.engine.roles import ModelRole, attention_of, model_key, resident_bytes
+from sama_jax.engine.tasks import ROLES, tasks_of
+from sama_jax.engine.text_table import original_view, table_of
 from sama_jax.programs.bench import products
 from sama_jax.programs.bench.memory import DeviceMemory, HostMemory
 from sama_jax.programs.bench.side import PLAN, SCALE, End, Loaded, Round, Task, cores, run_side
@@ -46,15 +52,24 @@ class Ours:
         self.layout = parallel.local_layout()
         target = model_folder.load(folder, self.layout.shardings)
         jax.block_until_ready(target)
-        key = scoring.model_key(folder, self.settings)
-        roles = [scoring.Role("target", folder, key), scoring.Role("reference", folder, key + "r")]
-        self.roles, self.model = roles, folder.model
-        self.params = {roles[0].store_key: target, roles[1].store_key: soften(target)}
+        key, self.model = model_key(folder, self.settings), folder.model
+        self.keys = {"target": key, "reference": key + "r"}
+        roles = {name: ModelRole(name, folder, key) for name, key in self.keys.items()}
+        self.params = {self.keys["target"]: target, self.keys["reference"]: soften(target)}
         encoded = [Encoded(t, np.zeros(len(t), bool), False, 1, 1) for t in self.ids]
-        items = [reading.text_item(e, self.settings, folder.model.shift) for e in encoded]
-        keys = {r.name: r.store_key for r in roles}
-        chosen = attacks.select(["sama"])
-        self.reader = reading.Reader(chosen, self.settings, {"text": [*items]}, keys, None)
+        shift = folder.model.shift
+        self.table = table_of([original_view(e, self.settings, shift=shift) for e in encoded])
+        self.tasks = tasks_of(attacks.select(["sama"]), self.settings, self.keys)
+        shapes = BatchShapes(
+            folder.model,
+            folder.max_length,
+            self.settings,
+            self.layout,
+            resident_bytes(list(roles.values()), self.layout),
+            parallel.device_bytes(),
+            self.task.batch_size,
+        )
+        self.setup = Setup(roles, shapes, quiet=True)
         device = self.layout.devices[0]
         self.kind = "cpu" if device.platform == "cpu" else "accelerator"
         self.memory = HostMemory() if self.kind == "cpu" else DeviceMemory(device)
@@ -63,50 +78,47 @@ class Ours:
             str(device.device_kind),
             device.platform,
             jnp.dtype(folder.model.dtype).name,
-            scoring.attention_of(folder),
+            attention_of(folder),
         )
 
     def round(self) -> Round:
         """Audits all texts into a new folder."""
         self.rounds += 1
         self.compile_seconds = 0.0
-        self.work = scoring.Work(
-            self.reader,
-            self.roles,
-            self.settings,
-            batch_size=self.task.batch_size,
-            layout=self.layout,
-            quiet=True,
-        )
         out = self.task.scratch / f"round-{self.rounds}"
         ids = [str(i) for i in range(len(self.ids))]
         start, cpu = time.perf_counter(), time.process_time()
         folder = RunFolder(out, {}, {}, None)
         try:
-            self.work.run(folder, ids, console(quiet=True), self.params)
+            tables = {"text": self.table}
+            readings = Readings(self.tasks, self.settings, tables, self.keys, folder.store)
+            say = console(quiet=True)
+            filled = fill_store(self.setup, readings, folder, ids, say, self.params)
         finally:
             folder.close()
         self.seconds = seconds = time.perf_counter() - start
         if self.rounds == 1:
-            self.programs = self.work.programs
-        batches = self.work.batches(self.work.pending(everything=True))
+            self.programs = filled.costs.programs
+        self.readings = filled.readings
+        rows = distinct_rows(self.table).tolist()
+        batches = self.setup.shapes.batches(self.table, rows)
         self.tokens_a_batch = batches[0].rows.size * batches[0].length
         padded = sum(b.rows.size * b.length for b in batches)
         return Round(
             seconds,
             time.process_time() - cpu,
             compile_seconds=self.compile_seconds,
-            host_seconds=seconds - sum(self.work.seconds.values()),
+            host_seconds=seconds - sum(filled.costs.seconds.values()),
             padding=1 - sum(map(len, self.ids)) / padded,
         )
 
     def write_plan(self) -> None:
         """Writes masks, subsets, losses and scores of the first texts, for the other side."""
         rows = list(range(min(CHECKED, len(self.ids))))
-        task = self.reader.task("sama")
-        plan, n = task.draw(rows), len(rows)
-        losses = {r: self.reader.values(task, rows, r, "nll")[:n] for r in reading.ROLES}
-        scores = self.reader.statistics(self.reader.attacks, rows)["sama"]
+        task, n = self.tasks.first("sama"), len(rows)
+        plan = self.readings.plan(task, rows)
+        losses = {role: self.readings.values(task, rows, role)[:n] for role in ROLES}
+        scores = self.readings.statistics(self.tasks.attacks, rows)["sama"]
         arrays = {"masks": plan.masks[:n], "subsets": plan.subsets[:n], "scores": scores, **losses}
         np.savez(self.task.scratch / PLAN, allow_pickle=False, **arrays)
 
@@ -127,13 +139,13 @@ class Ours:
         """Counts operations, and times subsets and votes alone."""
         peak_memory = self.memory.stop()
         flops = head = votes = 0.0
-        task = self.reader.task("sama")
-        for start in range(0, len(self.ids), reading.PLAN_ROWS):
-            rows = list(range(start, min(start + reading.PLAN_ROWS, len(self.ids))))
+        task = self.tasks.first("sama")
+        for start in range(0, len(self.ids), PLAN_ROWS):
+            rows = list(range(start, min(start + PLAN_ROWS, len(self.ids))))
             begin = time.perf_counter()  # in a round it happens while devices work
-            self.reader.statistics(self.reader.attacks, rows)
+            self.readings.statistics(self.tasks.attacks, rows)
             votes += time.perf_counter() - begin
-            scored = np.asarray(task.draw(rows).scored).sum(axis=-1)
+            scored = np.asarray(self.readings.plan(task, rows).scored).sum(axis=-1)
             for row, counts in zip(rows, scored):
                 n = len(self.ids[row])
                 flops += 2 * sum(self.model.flops_per_text(n, float(c)) for c in counts)

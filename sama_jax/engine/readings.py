@@ -1,0 +1,178 @@
+"""Reads what the loss store holds for the texts of a run, and computes statistics from it.
+
+No model and no device list: forward passes fill the store (`pipeline`), scores come out of it here,
+so that a new statistic on an old store costs no pass.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from sama_jax.arrays import ProbePlan, Reading
+from sama_jax.attacks.registry import Attack, Query, flatten
+from sama_jax.config import AuditSettings
+from sama_jax.engine.plans import PLAN_ROWS, PlanCache
+from sama_jax.engine.tasks import ROLES, Task, Tasks
+from sama_jax.engine.text_table import TextTable
+from sama_jax.storage.loss_store import LossStore
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the texts, tasks and loss store of a run say together."""
+
+    tasks: Tasks
+    settings: AuditSettings
+    tables: Mapping[str, TextTable]
+    """View -> its texts. A view whose guide has not been read yet is missing."""
+    store_keys: Mapping[str, str]
+    """Role -> the name of that model's losses in the store."""
+    store: LossStore
+    plans: PlanCache = field(default_factory=PlanCache)
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of the run."""
+        return self.tables["text"].num_texts
+
+    def with_view(self, name: str, table: TextTable) -> "Readings":
+        """Returns the same with one more view."""
+        return replace(self, tables={**self.tables, name: table})
+
+    # --- what is stored --------------------------------------------------------------------------
+
+    def missing(self, task: Task, role: str, text: str, *, here: bool = False) -> tuple[str, ...]:
+        """Returns the channels of a task that are not stored yet for a text.
+
+        Args:
+          task: what is read.
+          role: from which model.
+          text: the text's key in the store.
+          here: count what only another process can read as missing.
+        """
+        key, known = self.store_keys[role], self.store.has if here else self.store.exists
+        return tuple(c for c in task.channels[role] if not known(key, task.stored(c), text))
+
+    def lacks(self, task: Task, text: str, *, here: bool = False) -> bool:
+        """Tells whether anything of a task is missing for a text."""
+        return any(self.missing(task, role, text, here=here) for role in task.channels)
+
+    def usable(self, attack: Attack) -> Bool[np.ndarray, " n"]:
+        """Tells which texts have every view that an attack reads, each with a maskable token."""
+        names = {"text", *(q.view_name for q in flatten(dict(self.tasks.queries[attack.name])))}
+        if not names <= self.tables.keys():
+            return np.zeros(self.num_texts, bool)
+        return np.logical_and.reduce([self.tables[name].readable for name in names])
+
+    def ready(self, attack: Attack, row: int) -> bool:
+        """Tells whether all that a usable text's score needs can be read here."""
+        return all(
+            task.view in self.tables
+            and self.tables[task.view].exists[row]
+            and not self.lacks(task, self.tables[task.view].store_keys[row], here=True)
+            for task in self.tasks.needed_by(attack.name)
+        )
+
+    def values(
+        self, task: Task, rows: Sequence[int], role: str, channel: str = "nll"
+    ) -> Float[np.ndarray, "b t l"]:
+        """Reads stored values of up to `PLAN_ROWS` texts, NaN where nothing is stored.
+
+        Returns:
+          float32 [PLAN_ROWS, task.rows, max_length].
+        """
+        shape = PLAN_ROWS, task.rows, self.settings.max_length
+        out = np.full(shape, np.nan, np.float32)
+        key, name = self.store_keys.get(role, ""), task.stored(channel)
+        keys = self.tables[task.view].store_keys
+        for i, row in enumerate(rows):
+            text = keys[row]
+            if text and self.store.has(key, name, text):
+                out[i] = self.store.read(key, name, text).dense(shape[-1])
+        return out
+
+    def plan(self, task: Task, rows: Sequence[int]) -> ProbePlan:
+        """Returns the plans of up to `PLAN_ROWS` texts, filled up with empty rows (host)."""
+        known = self.plans.get(task.view, task.identity, rows)
+        if known is not None:
+            return known
+        assert task.source is not None, "procedures have no plan"
+        guide = None
+        if task.guide is not None and task.query.guides_probes:
+            guide = self.values(task.guide, rows, next(iter(task.guide.channels)))
+        drawn = task.source.plans(self.tables[task.view], rows, guide)
+        return self.plans.put(task.view, task.identity, rows, drawn)
+
+    # --- readings and scores ---------------------------------------------------------------------
+
+    def reading(self, task: Task, query: Query, rows: Sequence[int]) -> Reading:
+        """Makes a batch of `PLAN_ROWS` readings of one task (host)."""
+        some = self.tables[task.view].take([*rows, *[-1] * (PLAN_ROWS - len(rows))])
+        unread = np.full((PLAN_ROWS, task.rows, self.settings.max_length), np.nan, np.float32)
+        found = {
+            role: [
+                self.values(task, rows, role, channel)
+                if role in task.channels and query.models in ("both", role)
+                else unread
+                for channel in query.channels
+            ]
+            for role in ROLES
+        }
+        target, reference = (found[role] for role in ROLES)
+        plan = _read_anywhere(target[0], reference[0]) if task.source is None else None
+        return Reading(
+            target[0],  # pyright: ignore
+            reference[0],  # pyright: ignore
+            plan or self.plan(task, rows),
+            some.num_tokens,  # pyright: ignore
+            some.zlib_bytes,  # pyright: ignore
+            some.characters,  # pyright: ignore
+            dict(zip(query.channels[1:], target[1:])),  # pyright: ignore
+            dict(zip(query.channels[1:], reference[1:])),  # pyright: ignore
+        )
+
+    def statistics(self, attacks: Sequence[Attack], rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Computes every attack's statistic of up to `PLAN_ROWS` texts: [rows] or [rows, parts]."""
+        read: dict[tuple[str, str, Query], Reading] = {}
+
+        def reading(attack: Attack, name: str) -> Reading:
+            task = self.tasks.task_of[attack.name, name]
+            query = self.tasks.queries[attack.name][name]
+            at = task.view, task.identity, replace(query, view=None, guide=None)
+            if at not in read:
+                read[at] = self.reading(task, query, rows)
+            return read[at]
+
+        # Statistics never see the seed; without it they are compiled once for all seeds.
+        settings, found = replace(self.settings, seed=0), {}
+        for attack in attacks:
+            if attack.statistic is not None:
+                first, *rest = self.tasks.queries[attack.name]
+                own = reading(attack, first)._replace(views={n: reading(attack, n) for n in rest})
+                found[attack.name] = np.asarray(statistic(attack, settings, own))[: len(rows)]
+        return found
+
+
+def _read_anywhere(
+    target: Float[np.ndarray, "b t l"], reference: Float[np.ndarray, "b t l"]
+) -> ProbePlan:
+    """Makes the plan that a procedure's values stand for: all that was read, each pass alike."""
+    read = ~np.isnan(target) | ~np.isnan(reference)
+    shape = read.shape[:2]
+    subsets = np.zeros((*shape, 0, 1), np.int32)
+    return ProbePlan(read, read, np.ones(shape, np.float32), subsets)  # pyright: ignore
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def statistic(attack: Attack, settings: AuditSettings, readings: Reading) -> Float[Array, "b ..."]:
+    """Computes an attack's statistic of a batch of texts from their readings.
+
+    One program an attack, so that a score's bits do not depend on which others are computed.
+    """
+    function = attack.statistic
+    assert function is not None
+    return jax.vmap(lambda reading: function(reading, settings))(readings)

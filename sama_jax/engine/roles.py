@@ -1,0 +1,111 @@
+"""Names the two models of an audit, and loads them."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+
+from sama_jax.arrays import Params
+from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.devices import memory, parallel
+from sama_jax.engine import output_position
+from sama_jax.terminal import ByteBar
+from sama_jax.weights import model_folder
+
+
+class ModelRole(NamedTuple):
+    """One of the two models: `target` or `reference`."""
+
+    name: str
+    folder: model_folder.ModelFolder
+    store_key: str
+    """Names its losses in the store."""
+
+
+def attention_of(folder: model_folder.ModelFolder) -> str:
+    """Names what computes attention; only Llama-like networks have a choice."""
+    return getattr(folder.model.arch, "attention", "xla")
+
+
+def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
+    """Names a model's losses by its weights and all of the arithmetic that changes them."""
+    model = folder.model
+    pad = (settings.padding, settings.pad_to or settings.max_length)
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
+    arithmetic = (str(model.dtype), precision, attention_of(folder))
+    return settings_hash(
+        folder.identity,
+        model.mask_id,
+        model.shift,
+        pad if settings.padding == "visible" else None,
+        arithmetic,
+    )
+
+
+def resident_bytes(
+    roles: Sequence[ModelRole], layout: parallel.Layout, *, in_turn: bool = False
+) -> int:
+    """Returns the bytes of parameters on one device: of the larger model alone, if in turn.
+
+    Adapters are left out, and weights that both models have in common count once.
+    """
+    bases = {
+        (f.base_identity, str(f.model.dtype)): memory.parameter_bytes(
+            f.abstract_params, f.model.dtype, layout.shardings(f.abstract_params, f.model.arch)
+        )
+        for f in (role.folder for role in roles)
+    }
+    return max(bases.values()) if in_turn else sum(bases.values())
+
+
+class Loaded(NamedTuple):
+    """Weights on devices, and what was noticed about them."""
+
+    params: Mapping[str, Params]
+    """By the models' keys in the store."""
+    notes: list[str]
+
+
+def load(
+    roles: Sequence[ModelRole],
+    layout: parallel.Layout,
+    say: Console,
+    *,
+    probe_ids: Int[np.ndarray, " n"] | None = None,
+    quiet: bool = False,
+) -> Loaded:
+    """Loads models, what they have in common once, and checks at which position they are read.
+
+    Args:
+      roles: the models; those with one key in the store are one model.
+      layout: where parameters go.
+      say: where to say what was loaded.
+      probe_ids: tokens of `output_position.TEXT`; None: the position is not checked.
+      quiet: show no progress.
+
+    Raises:
+      ModelError: a model is read at the wrong position.
+    """
+    distinct = {role.store_key: role for role in roles}
+    folders = [role.folder for role in distinct.values()]
+    start, notes = time.monotonic(), []
+    with ByteBar("weights", model_folder.num_bytes(folders), quiet=quiet, least=10**9) as told:
+        loaded = model_folder.load_together(folders, layout.shardings, told)
+    seconds = time.monotonic() - start
+    for role, params in zip(distinct.values(), loaded):
+        folder = role.folder
+        say.print(
+            f"{role.name}: {folder.path}, {folder.num_params:,} parameters in {folder.model.dtype}"
+        )
+        warning = None
+        if probe_ids is not None:
+            warning = output_position.check(folder.model, params, probe_ids)
+        if warning is not None:
+            notes.append(f"{role.name}: {warning}")
+            say.print(f"note: {notes[-1]}")
+    say.print(f"weights loaded in {seconds:.1f} s")
+    return Loaded(dict(zip(distinct, loaded)), notes)

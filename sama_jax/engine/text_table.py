@@ -1,0 +1,212 @@
+"""Holds the texts of a run as columns: one table a view, one row a text."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32, UInt32
+
+from sama_jax import rng
+from sama_jax.arrays import Encoded, TextKeyData
+from sama_jax.attacks.registry import ViewText, key_name
+from sama_jax.config import AuditSettings
+from sama_jax.errors import DataError
+
+Ragged = tuple[np.ndarray, ...]
+"""A column of arrays [n] of different lengths, one a row."""
+
+
+class TextView(NamedTuple):
+    """One text under one view: what its randomness and its place in the store derive from."""
+
+    key: TextKeyData
+    """Draws the plans."""
+    maskable: Bool[np.ndarray, " n"]
+    zlib_bytes: int
+    """Bytes of the zlib-compressed original text."""
+    characters: int
+    """Characters of the original text."""
+    store_key: str
+    """Names the text in the loss store."""
+    ids: Int[np.ndarray, " n"]
+    before: Int[np.ndarray, " p"]
+    """Visible tokens that stand before the text and are never masked."""
+
+
+def original_view(encoded: Encoded, settings: AuditSettings, *, shift: bool) -> TextView:
+    """Makes the view that is the text itself."""
+    maskable = _maskable(encoded.ids, encoded.special, settings, shift=shift)
+    key = rng.text_key_data(encoded.ids)
+    name = key_name(key) + _mask_suffix(maskable)
+    sizes = encoded.zlib_bytes, encoded.characters
+    return TextView(key, maskable, *sizes, name, encoded.ids, np.zeros(0, np.int32))
+
+
+def derived_view(
+    made: ViewText, original: TextView, settings: AuditSettings, *, shift: bool
+) -> TextView:
+    """Makes another view of the text of `original` from what a `View` has made of it."""
+    special = np.zeros(len(made.ids), bool) if made.special is None else made.special
+    maskable = _maskable(made.ids, special, settings, shift=shift)
+    if made.same_masks and len(maskable) == len(original.maskable):
+        maskable = original.maskable
+    own = rng.text_key_data(made.ids)
+    key = original.key if made.same_masks else own
+    name = key_name(own) + _mask_suffix(maskable)
+    if key != own:
+        name += "~" + key_name(key)
+    before = np.zeros(0, np.int32) if made.before is None else made.before
+    if len(before):
+        name += "+" + hashlib.sha256(before.astype("<i4").tobytes()).hexdigest()[:16]
+    sizes = original.zlib_bytes, original.characters
+    return TextView(key, maskable, *sizes, name, made.ids, before)
+
+
+def _mask_suffix(maskable: Bool[np.ndarray, " n"]) -> str:
+    """Names what may be masked, unless that is everything."""
+    return "" if maskable.all() else "-" + hashlib.sha256(maskable.tobytes()).hexdigest()[:8]
+
+
+def _maskable(
+    ids: Int[np.ndarray, " n"],
+    special: Bool[np.ndarray, " n"],
+    settings: AuditSettings,
+    *,
+    shift: bool,
+) -> Bool[np.ndarray, " n"]:
+    maskable = np.ones(len(ids), bool)
+    if settings.sama.exclude_special:
+        maskable &= ~special
+    if settings.sama.exclude_position0_when_shifted and shift:
+        maskable[:1] = False
+    return maskable
+
+
+@dataclass(frozen=True, eq=False)
+class TextTable:
+    """One view of the texts of a run, as columns. A text that has no such view is an empty row."""
+
+    exists: Bool[np.ndarray, " n"]
+    high: UInt32[np.ndarray, " n"]
+    """With `low`, the key that draws a text's plans."""
+    low: UInt32[np.ndarray, " n"]
+    num_tokens: Int32[np.ndarray, " n"]
+    """Tokens that may be masked."""
+    zlib_bytes: Int32[np.ndarray, " n"]
+    characters: Int32[np.ndarray, " n"]
+    store_keys: tuple[str, ...]
+    maskable: Ragged
+    """bool, one value a token."""
+    ids: Ragged
+    """int32; empty where only the store is read, which needs no tokens."""
+    before: Ragged
+    """int32, visible tokens before the text."""
+
+    @property
+    def num_texts(self) -> int:
+        """Rows."""
+        return len(self.store_keys)
+
+    @property
+    def readable(self) -> Bool[np.ndarray, " n"]:
+        """Tells which rows have a token that can be masked."""
+        return self.exists & (self.num_tokens > 0)
+
+    @property
+    def lengths(self) -> Int32[np.ndarray, " n"]:
+        """Tokens of a forward pass: the text and what stands before it."""
+        return np.array(
+            [len(m) + len(b) for m, b in zip(self.maskable, self.before)], np.int32
+        ).reshape(-1)
+
+    @property
+    def offsets(self) -> Int32[np.ndarray, " n"]:
+        """Position in a forward pass at which the text begins."""
+        return np.array([len(b) for b in self.before], np.int32).reshape(-1)
+
+    def take(self, rows: Sequence[int] | Int[np.ndarray, " b"]) -> "TextTable":
+        """Returns the table of these rows; -1 gives an empty one."""
+        return table_of([self.row(int(r)) if r >= 0 else None for r in rows])
+
+    def row(self, row: int) -> TextView | None:
+        """Returns one text, or None where it has no such view."""
+        if not self.exists[row]:
+            return None
+        key = TextKeyData(self.high[row], self.low[row])
+        sizes = int(self.zlib_bytes[row]), int(self.characters[row])
+        ragged = self.ids[row], self.before[row]
+        return TextView(key, self.maskable[row], *sizes, self.store_keys[row], *ragged)
+
+
+def table_of(views: Sequence[TextView | None]) -> TextTable:
+    """Makes the columns of a sequence of texts; None is a text that has no such view."""
+    rows = [_NOTHING if view is None else view for view in views]
+    keys = np.array([view.key for view in rows], np.uint32).reshape(-1, 2)
+    counts = [int(view.maskable.sum()) for view in rows]
+    return TextTable(
+        np.array([view is not None for view in views], bool),
+        keys[:, 0],
+        keys[:, 1],
+        np.array(counts, np.int32),
+        np.array([view.zlib_bytes for view in rows], np.int32),
+        np.array([view.characters for view in rows], np.int32),
+        tuple(view.store_key for view in rows),
+        tuple(view.maskable for view in rows),
+        tuple(view.ids for view in rows),
+        tuple(view.before for view in rows),
+    )
+
+
+def padded(column: Ragged, length: int, dtype: type[np.generic]) -> np.ndarray:
+    """Makes an array [rows, length] of a ragged column, filled with zeros (False)."""
+    out = np.zeros((len(column), length), dtype)
+    for row, values in enumerate(column):
+        out[row, : len(values)] = values
+    return out
+
+
+_NO_TOKENS = np.zeros(0, np.int32)
+_NO_KEY = TextKeyData(np.uint32(0), np.uint32(0))  # pyright: ignore
+_NOTHING = TextView(_NO_KEY, np.zeros(0, bool), 0, 0, "", _NO_TOKENS, _NO_TOKENS)
+
+
+# --- as the index of a run keeps it --------------------------------------------------------------
+
+
+def described(table: TextTable) -> list[dict[str, Any] | None]:
+    """Describes each text of a view in plain values, enough to draw its plans again."""
+    return [
+        view
+        and {
+            "key": key_name(view.key),
+            "store_key": view.store_key,
+            "tokens": len(view.maskable),
+            "not_masked": np.flatnonzero(~view.maskable).tolist(),
+            "zlib_bytes": view.zlib_bytes,
+            "characters": view.characters,
+        }
+        for view in map(table.row, range(table.num_texts))
+    ]
+
+
+def table_from_description(found: Sequence[dict[str, Any] | None], where: str) -> TextTable:
+    """Makes the table of what `described` gave; it holds no tokens.
+
+    Raises:
+      DataError: `where`, the path of the index, holds something else.
+    """
+    try:
+        return table_of([row and _view_from_description(row) for row in found])  # pyright: ignore
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: not the index of an audit ({error})") from None
+
+
+def _view_from_description(found: dict[str, Any]) -> TextView:
+    maskable = np.ones(found["tokens"], bool)
+    maskable[found["not_masked"]] = False
+    high, low = int(found["key"][:8], 16), int(found["key"][8:], 16)
+    key = TextKeyData(np.uint32(high), np.uint32(low))  # pyright: ignore
+    sizes = found["zlib_bytes"], found["characters"]
+    return TextView(key, maskable, *sizes, found["store_key"], _NO_TOKENS, _NO_TOKENS)

@@ -1,0 +1,273 @@
+"""Reads and checks what an audit works on, and chooses the attacks that can be computed."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sama_jax import attacks as attack_suite
+from sama_jax.arrays import Encoded
+from sama_jax.attacks.registry import Attack
+from sama_jax.config import AuditSettings
+from sama_jax.engine.plans import ReplayedPlans
+from sama_jax.engine.roles import ModelRole, model_key
+from sama_jax.engine.text_table import TextTable, TextView, original_view, table_of
+from sama_jax.engine.views import ViewSources
+from sama_jax.errors import UsageError
+from sama_jax.programs.jobs import AuditJob
+from sama_jax.storage import replay
+from sama_jax.storage.run_folder import read_manifest
+from sama_jax.terminal import ProgressBar
+from sama_jax.texts import data
+from sama_jax.weights import model_folder
+
+MANY_TEXTS = 2000
+"""Texts from which on tokenising takes some seconds and shows its progress."""
+MIN_CLASS = 5
+"""Texts of each class that an attack on texts and labels needs."""
+
+
+class Inputs(NamedTuple):
+    """Texts, models and tokenizer of an audit: checked, nothing loaded."""
+
+    texts: list[data.Text]
+    notes: list[str]
+    """What is noticed about the texts."""
+    roles: dict[str, ModelRole]
+    tokenizer: data.TextTokenizer
+
+    @property
+    def ids(self) -> list[str]:
+        """The texts' ids, in order."""
+        return [text.id for text in self.texts]
+
+    @property
+    def store_keys(self) -> dict[str, str]:
+        """Role -> the name of that model's losses in the store."""
+        return {name: role.store_key for name, role in self.roles.items()}
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 [n], 1 member, 0 not; None where a text has no label."""
+        labels = [text.label for text in self.texts]
+        return None if None in labels else np.array(labels, np.int32)
+
+
+class Prefixes(NamedTuple):
+    """Texts that stand before the scored ones, for the attacks that want them."""
+
+    texts: dict[str, list[str]]
+    """`nonmember`, `member` -> the prefix texts of that class."""
+    taken: set[str]
+    """Ids of texts that were taken from the evaluation and are not scored."""
+
+
+class Chosen(NamedTuple):
+    """The attacks of a run."""
+
+    attacks: list[Attack]
+    left_out: dict[str, str]
+    """Name -> why it cannot be computed here."""
+    prefixes: Prefixes
+
+
+class Tokenised(NamedTuple):
+    """The texts of an audit as tokens."""
+
+    encoded: list[Encoded]
+    views: list[TextView]
+    """Of every text, prefixes included."""
+    table: TextTable
+    """Of the texts that are scored: those taken as prefixes are empty rows."""
+    replayed: ReplayedPlans | None
+
+
+def wanted_attacks(job: AuditJob) -> list[Attack]:
+    """Returns the attacks that a job names, and those on all texts that the folder holds already.
+
+    The latter are scored again, since a new prefix changes what they see.
+    """
+    before = read_manifest(job.out) or {}
+    return attack_suite.select([*job.attacks, *before.get("corpus_attacks", [])])
+
+
+def read_inputs(job: AuditJob) -> Inputs:
+    """Reads texts and tokenizer and opens both model folders; loads no weights.
+
+    Raises:
+      DataError, ModelError, UsageError: what is wrong, where, and what to do.
+    """
+    settings = job.settings
+    texts = data.collect(job.texts.texts[: job.limit])
+    options: dict[str, Any] = {
+        "mask_id": job.mask_id,
+        "dtype": settings.dtype,
+        "longest": settings.pad_to or settings.max_length,
+        "attention": settings.attention,
+    }
+    target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
+    reference = model_folder.open_folder(job.reference, **options)
+    tokenizer = common_tokenizer(target, reference, texts.texts)
+    roles = {
+        name: ModelRole(name, folder, model_key(folder, settings))
+        for name, folder in (("target", target), ("reference", reference))
+    }
+    return Inputs(texts.texts, data_notes(texts), roles, tokenizer)
+
+
+def data_notes(texts: data.Texts) -> list[str]:
+    """Says what makes the texts a poor ground for an evaluation."""
+    notes = []
+    if texts.in_both:
+        some = ", ".join(texts.in_both[:5])
+        notes.append(
+            f"texts that occur as member and as non-member: {len(texts.in_both)} ({some}); no "
+            "attack can be right about both"
+        )
+    if texts.repeated:
+        notes.append(f"texts that repeat an earlier one: {texts.repeated}")
+    return notes
+
+
+def common_tokenizer(
+    target: model_folder.ModelFolder,
+    reference: model_folder.ModelFolder,
+    texts: list[data.Text],
+) -> data.TextTokenizer:
+    """Returns the target's tokenizer, after checking that both models read texts alike.
+
+    Raises:
+      ModelError: the tokenizers give other ids, or ids without an embedding.
+      UsageError: the models have different mask tokens.
+    """
+    ours = data.TextTokenizer.from_folder(target.path)
+    data.require_ids_fit(ours, target.model.vocab_size, str(target.path))
+    theirs = data.TextTokenizer.from_folder(reference.path)
+    data.require_ids_fit(theirs, reference.model.vocab_size, str(reference.path))
+    data.require_same_ids(ours, theirs, texts)
+    if target.model.mask_id != reference.model.mask_id:
+        raise UsageError(
+            f"target and reference have different mask ids ({target.model.mask_id} and "
+            f"{reference.model.mask_id}); give the right one with --mask-id"
+        )
+    return ours
+
+
+# --- attacks and prefixes ------------------------------------------------------------------------
+
+
+def choose_attacks(job: AuditJob, wanted: Sequence[Attack], inputs: Inputs) -> Chosen:
+    """Chooses the prefixes, the attacks that this run can compute, and says why not the others.
+
+    Raises:
+      UsageError: an attack that was asked for by name cannot be computed, or none can.
+    """
+    before = (read_manifest(job.out) or {}).get("prefix_classes", [])
+    prefixes = choose_prefixes(job, wanted, inputs.texts, before)
+    kind = inputs.roles["target"].folder.model.kind
+    chosen, left_out = [], {}
+    for attack in wanted:
+        reason = _obstacle(attack, job.settings, kind, inputs.texts, prefixes)
+        if reason is None:
+            chosen.append(attack)
+        elif attack.name in job.attacks:
+            raise UsageError(f"attack '{attack.name}' cannot be computed here: {reason}")
+        else:
+            left_out[attack.name] = reason
+    if not chosen:
+        raise UsageError("none of the attacks can be computed here")
+    return Chosen(chosen, left_out, prefixes)
+
+
+def choose_prefixes(
+    job: AuditJob, wanted: Sequence[Attack], texts: list[data.Text], taken_before: Sequence[str]
+) -> Prefixes:
+    """Takes prefixes from `--prefixes`, else a few texts of each class.
+
+    Which ones depends on the seed and their ids alone. Classes that an earlier part of this run
+    took prefixes from (`taken_before`) stay without them.
+    """
+    classes = set(taken_before) | {
+        query.view.context
+        for attack in wanted
+        for query in attack.queries(job.settings).values()
+        if query.view is not None and query.view.context is not None
+    }
+    if not classes:
+        return Prefixes({}, set())
+    shots, names = job.settings.prefix.shots, {"nonmember": 0, "member": 1}
+    found: dict[str, list[str]] = {}
+    for name, label in names.items():
+        if job.prefixes is not None:
+            given = [t.text for t in job.prefixes.texts if (t.label or 0) == label]
+            if given:
+                found[name] = given[:shots]
+            continue
+        pool = sorted(
+            (t for t in texts if t.label == label),
+            key=lambda t: hashlib.sha256(f"{job.settings.seed} {t.id}".encode()).digest(),
+        )
+        # At least as many must be left to evaluate on.
+        if name in classes and len(pool) >= 2 * shots:
+            found[name] = [t.text for t in pool[:shots]]
+    used = {text for given in found.values() for text in given}
+    return Prefixes(found, {t.id for t in texts if t.text in used})
+
+
+def _obstacle(
+    attack: Attack, settings: AuditSettings, kind: str, texts: list[data.Text], prefixes: Prefixes
+) -> str | None:
+    """Says why an attack cannot be computed; None if it can."""
+    if attack.statistic is not None and kind not in attack.kinds:
+        return f"it is defined for {' and '.join(attack.kinds)} models, this one is {kind}"
+    for query in attack.queries(settings).values():
+        context = query.view.context if query.view else None
+        if context is not None and context not in prefixes.texts:
+            return (
+                f"it needs {context} prefixes: give --prefixes FILE, or at least "
+                f"{2 * settings.prefix.shots} labelled {context}s"
+            )
+    if attack.needs_texts:
+        left = [t.label for t in texts if t.id not in prefixes.taken]
+        if min(left.count(0), left.count(1)) < MIN_CLASS or None in left:
+            return "it needs labels, at least five texts of each class"
+    return None
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def tokenise(job: AuditJob, inputs: Inputs, prefixes: Prefixes, *, quiet: bool) -> Tokenised:
+    """Tokenises the texts, and matches them with the plans that are replayed.
+
+    Raises:
+      DataError, UsageError: the plan file is of other texts or another length.
+    """
+    settings, texts = job.settings, inputs.texts
+    quiet = quiet or len(texts) < MANY_TEXTS
+    with ProgressBar("tokenise", len(texts), "texts", quiet=quiet) as bar:
+        strings = [text.text for text in texts]
+        encoded = inputs.tokenizer.encode(strings, settings.max_length, bar.advance)
+    shift = inputs.roles["target"].folder.model.shift
+    views = [original_view(e, settings, shift=shift) for e in encoded]
+    replayed = None
+    if job.plan:
+        loaded = replay.load_plan(job.plan, settings.max_length)
+        row_of = replay.match(loaded, inputs.ids, [view.ids for view in views], job.plan)
+        replayed = ReplayedPlans(loaded.identity, loaded.plan, row_of)
+    scored = [None if t.id in prefixes.taken else view for t, view in zip(texts, views)]
+    return Tokenised(encoded, views, table_of(scored), replayed)
+
+
+def view_sources(job: AuditJob, inputs: Inputs, prefixes: Prefixes) -> ViewSources:
+    """Returns what the views of this audit are made from."""
+    folders = [role.folder for role in inputs.roles.values()]
+    return ViewSources(
+        [text.text for text in inputs.texts],
+        inputs.tokenizer,
+        prefixes.texts,
+        job.settings,
+        folders[0].model.shift,
+        min(folder.max_length for folder in folders),
+    )

@@ -1,0 +1,232 @@
+"""Records what an audit is and what it found: identity, manifest, index, replay files."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sama_jax.arrays import ProbePlan
+from sama_jax.config import settings_hash
+from sama_jax.devices.processes import Peers
+from sama_jax.engine.plans import PLAN_ROWS
+from sama_jax.engine.readings import Readings
+from sama_jax.engine.roles import attention_of
+from sama_jax.engine.tasks import ROLES, Tasks
+from sama_jax.engine.text_table import TextTable, described
+from sama_jax.errors import Interrupted, UsageError
+from sama_jax.programs.audit_inputs import Chosen, Inputs, Prefixes, Tokenised
+from sama_jax.programs.jobs import AuditJob
+from sama_jax.storage import replay
+from sama_jax.storage.run_folder import RunFolder, read_manifest
+from sama_jax.storage.text_index import INDEX, read_index, write_index
+from sama_jax.texts import data
+
+
+class OpenRun(NamedTuple):
+    """The output folder of a run, open."""
+
+    folder: RunFolder
+    shared: bool
+    """Whether all processes of the run see this very folder."""
+
+
+@contextlib.contextmanager
+def open_run(
+    job: AuditJob, inputs: Inputs, chosen: Chosen, replayed: str | None, devices: str
+) -> Iterator[OpenRun]:
+    """Opens the output folder, a new one or that of this very run, and writes its manifest.
+
+    Args:
+      job: what is audited.
+      inputs: texts and models.
+      chosen: the attacks.
+      replayed: identity of the plan file that is replayed, if one is.
+      devices: how the models are placed, in words; the same in every process.
+
+    Raises:
+      UsageError: the folder belongs to another run, or the processes do not agree.
+      Interrupted: a signal stopped the run in good order.
+    """
+    run, names = run_identity(job, inputs, replayed), [a.name for a in chosen.attacks]
+    require_same_everywhere(job.peers, [run, names, devices])
+    folder, shared = _open_folder(job, run, about(job, inputs))
+    try:
+        folder.write_manifest(
+            attacks=names,
+            not_computed=chosen.left_out,
+            settings=asdict(job.settings),
+            store_keys=inputs.store_keys,
+            store=str(job.store.resolve()) if job.store else None,
+            prefix_classes=sorted(chosen.prefixes.texts) if chosen.prefixes.taken else [],
+            corpus_attacks=[a.name for a in chosen.attacks if a.corpus is not None],
+        )
+        yield OpenRun(folder, shared)
+    except KeyboardInterrupt:
+        raise interrupted(job) from None
+    finally:
+        folder.close()
+
+
+def interrupted(job: AuditJob) -> Interrupted:
+    """Makes the error that a signal during an audit turns into."""
+    return Interrupted(
+        f"interrupted; finished batches are kept in {job.out}: the same command continues"
+    )
+
+
+def require_same_everywhere(peers: Peers, what: Any) -> None:
+    """Raises `UsageError` unless all processes were started for the same thing."""
+    text = json.dumps(what, sort_keys=True, default=str)
+    found = peers.gather("run", hashlib.sha256(text.encode()).hexdigest())
+    other = next((rank for rank, value in enumerate(found) if value != found[0]), None)
+    if other is not None:
+        raise UsageError(
+            f"processes 0 and {other} do not agree on texts, models, settings, attacks or devices; "
+            "start all with the same command, on the same files"
+        )
+
+
+def _open_folder(
+    job: AuditJob, run: dict[str, Any], about: dict[str, Any]
+) -> tuple[RunFolder, bool]:
+    """Opens it in process 0 first; the others find out whether they see the same folder."""
+    peers, session = job.peers, {"session": secrets.token_hex(8)}
+    if peers.rank == 0:
+        folder = RunFolder(job.out, run, about | session, job.store)
+        peers.gather("folder", session["session"])
+        return folder, all(peers.gather("shared", True))
+    session["session"] = peers.gather("folder", "")[0]
+    seen = _sees(job, session["session"])
+    shared = all(peers.gather("shared", seen))
+    return RunFolder(job.out, run, about, job.store, rank=peers.rank, writes=not seen), shared
+
+
+def _sees(job: AuditJob, session: str) -> bool:
+    """Tells whether process 0's manifest is here; a network disk may take a moment."""
+    for wait in (0.0, 0.5, 2.0):
+        time.sleep(wait)
+        if ((read_manifest(job.out) or {}).get("session")) == session:
+            return True
+    return False
+
+
+def run_identity(job: AuditJob, inputs: Inputs, replayed: str | None) -> dict[str, Any]:
+    """Returns what must be equal for a folder to be continued.
+
+    Attacks may be added, so they are not in.
+    """
+    settings = asdict(job.settings)
+    flat = {k: v for k, v in settings.items() if not isinstance(v, dict)}
+    groups = {g: inner for g, inner in settings.items() if isinstance(inner, dict)}
+    flat |= {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
+    target, reference = (inputs.roles[name].folder for name in ROLES)
+    flat["dtype"] = str(target.model.dtype)
+    flat["attention"] = attention_of(target)
+    return {
+        "data": digest(inputs.texts),
+        "texts": len(inputs.texts),
+        "target": target.identity,
+        "reference": reference.identity,
+        "mask_id": target.model.mask_id,
+        "plan": replayed,
+        "prefixes": digest(job.prefixes.texts) if job.prefixes else None,
+        **flat,
+    }
+
+
+def digest(texts: Sequence[data.Text]) -> str:
+    """Hashes ids, labels and texts: 16 hex digits."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(repr((text.id, text.label, text.text)).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()[:16]
+
+
+def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
+    """Returns what a manifest says besides the identity: versions, device, preset, command."""
+    packages = ("sama-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "source tree"
+    devices, target = jax.local_devices(), inputs.roles["target"].folder
+    return {
+        "versions": versions,
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "dtype": str(target.model.dtype),
+        "attention": attention_of(target),
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # pyright: ignore
+        "preset": job.settings.preset_label,
+        "preset_hash": settings_hash(job.settings.sama, job.settings.likelihood),
+        "seed": job.settings.seed,
+        "command": job.command,
+        "target": str(job.target),
+        "reference": str(job.reference),
+        **({"adapter": str(job.adapter)} if job.adapter else {}),
+    }
+
+
+def text_rows(
+    job: AuditJob, inputs: Inputs, tokenised: Tokenised, prefixes: Prefixes
+) -> list[dict[str, Any]]:
+    """Returns what each line of scores.jsonl says about its text, without scores."""
+    rows = []
+    for text, view, tokens in zip(inputs.texts, tokenised.views, tokenised.encoded):
+        row: dict[str, Any] = {"id": text.id}
+        if text.label is not None:
+            row["label"] = text.label
+        row["n_tokens"] = len(tokens.ids)
+        row["truncated"] = tokens.truncated
+        status = "ok" if view.maskable.any() else "empty"
+        row["status"] = "prefix" if text.id in prefixes.taken else status
+        if job.include_text:
+            row["text"] = text.text
+        rows.append(row)
+    return rows
+
+
+def update_index(
+    job: AuditJob, rows: Sequence[dict[str, Any]], tables: Mapping[str, TextTable]
+) -> None:
+    """Writes what scoring without the texts needs; views of earlier parts of the run stay in it."""
+    index = job.out / INDEX
+    earlier = read_index(index)[1] if index.is_file() else {}
+    write_index(index, rows, earlier | {view: described(t) for view, t in tables.items()})
+
+
+def save_replay(job: AuditJob, readings: Readings, inputs: Inputs, tokenised: Tokenised) -> None:
+    """Writes --save-plan and --save-losses: SAMA's probes and its losses."""
+    if not job.save_plan and not job.save_losses:
+        return
+    task = readings.tasks.first("sama")
+    pieces, losses = [], []
+    for start in range(0, len(inputs.ids), PLAN_ROWS):
+        rows = list(range(start, min(start + PLAN_ROWS, len(inputs.ids))))
+        pieces.append(ProbePlan(*(x[: len(rows)] for x in readings.plan(task, rows))))
+        losses.append([readings.values(task, rows, role)[: len(rows)] for role in ROLES])
+    if job.save_plan:
+        tokens = np.full((len(inputs.ids), job.settings.max_length), -1, np.int32)
+        for row, view in enumerate(tokenised.views):
+            tokens[row, : len(view.ids)] = view.ids
+        whole = jax.tree.map(lambda *x: np.concatenate(x), *pieces)
+        replay.save_plan(job.save_plan, inputs.ids, tokens, whole, job.settings.preset)
+    if job.save_losses:
+        target, reference = (np.concatenate(found) for found in zip(*losses))
+        replay.save_losses(job.save_losses, inputs.ids, target, reference)
+
+
+def require_sama(job: AuditJob, tasks: Tasks) -> None:
+    """Raises `UsageError` if SAMA's probes are to be saved, but SAMA is not computed."""
+    if (job.save_plan or job.save_losses) and "sama" not in tasks.queries:
+        raise UsageError("--save-plan and --save-losses write SAMA's probes: add sama to --attacks")
