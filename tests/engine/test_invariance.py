@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -337,8 +338,8 @@ def test_a_shifted_model_reads_the_output_before(models):
     plain = folder.model
     shifted = dataclasses.replace(plain, shift=True)
     params = model_folder.load(folder, parallel.local_layout(jax.devices()[:1]).shardings)
-    tokens = np.arange(10, 22, dtype=np.int32)[None]
-    valid, positions = np.ones((1, 12), bool), np.array([[0, 1, 5, -1]], np.int32)
+    tokens = jnp.arange(10, 22, dtype=jnp.int32)[None]
+    valid, positions = jnp.ones((1, 12), bool), jnp.array([[0, 1, 5, -1]], jnp.int32)
     stream = plain.trunk(params, tokens, valid)
     out = np.asarray(losses.scored_nll(shifted, params, tokens, valid, stream, positions))
     logits = plain.logits(params, plain.hidden(params, tokens, valid))
