@@ -5,48 +5,46 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sama_jax.cli.entry import EXIT_CODES, Parser, run_program
+from sama_jax.cli.run import Parser, command_of, run_program
 from sama_jax.errors import ModelError, UsageError
 
 PROGRAM = "python -m checkpoints_convert"
 DTYPES = ["keep", "float32", "bfloat16"]
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The whole command line; `verify`'s own flags only if it is the command (it is large)."""
-    parser = Parser(prog=PROGRAM, description="Model folders between formats.", **_FORMAT)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def build_parser(command: str | None = None) -> Parser:
+    """Returns the command line; `verify` gets its flags only if it is the command: it is large."""
+    parser = Parser(prog=PROGRAM, description="Model folders between formats.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, run: Callable[[argparse.Namespace], int | None]) -> Parser:
+        return command_of(commands, name, summary, run, continues=False)
 
     summary = "Write parameters through Orbax: loads onto any mesh, in any dtype."
-    p = commands.add_parser("to-orbax", help=summary, description=summary, **_FORMAT)
+    p = add("to-orbax", summary, _to_orbax)
     _add_conversion(p)
     p.add_argument("--mesh", metavar="data=N,model=M", help="spread over all devices")
 
-    summary = "Write safetensors in the Hugging Face layout."
-    p = commands.add_parser("to-hf", help=summary, description=summary, **_FORMAT)
+    p = add("to-hf", "Write safetensors in the Hugging Face layout.", _to_hf)
     _add_conversion(p)
     p.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
     p.add_argument("--adapter", type=Path, metavar="DIR", help="merge a LoRA adapter of SRC")
 
     summary = "Say what a folder holds and whether it would be refused (exit code 4)."
-    p = commands.add_parser("inspect", help=summary, description=summary, **_FORMAT)
+    p = add("inspect", summary, _inspect)
     p.add_argument("src", metavar="SRC", help="model folder or Hub id")
     p.add_argument("--mask-id", type=int, help="replaces the mask token id of config.json")
     p.add_argument("--json", action="store_true")
 
-    summary = "Compare the losses of a model with PyTorch's."
-    p = commands.add_parser("verify", help=summary, description=summary, **_FORMAT)
+    p = add("verify", "Compare the losses of a model with PyTorch's.", _verify)
     if command == "verify":
         from checkpoints_convert import verify
 
         verify.add_arguments(p)
     return parser
-
-
-_FORMAT = {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _add_conversion(p: argparse.ArgumentParser) -> None:
@@ -131,15 +129,11 @@ def _verify(args: argparse.Namespace) -> int:
     return verify.run(args)
 
 
-_COMMANDS = {"inspect": _inspect, "to-hf": _to_hf, "to-orbax": _to_orbax, "verify": _verify}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code; errors are one line on stderr."""
+    """Runs the command and returns the exit code; errors are one line on stderr."""
     words = sys.argv[1:] if argv is None else argv
     command = next((word for word in words if not word.startswith("-")), None)
-    again = "{command} starts over"
-    return run_program(PROGRAM, build_parser(command), _COMMANDS, argv, again)
+    return run_program(PROGRAM, build_parser(command), argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Settings: frozen dataclasses, the named presets, `key=value` overrides, hashes. No JAX.
 
+Each setting is written once, as a field: its type, choices and default are also those of its flag,
+and a `Flag` in its annotation says how the flag is shown.
+
 A setting that changes a number is part of a hash (`settings_hash`) which names plans in the loss
 store and is written into every result. Sources: arXiv 2601.20125 for `paper`, the published code
 (`Stry233/SAMA`, commit 5ac7aa4, `attack/attacks/sama.py`) for `official`.
@@ -9,10 +12,25 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+)
 
 from sama_jax.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Schedule = Literal["paper", "code_linear", "geometric"]
 Nesting = Literal["nested", "fresh"]
@@ -24,6 +42,18 @@ Estimator = Literal["exact", "bernoulli"]
 Padding = Literal["hidden", "visible"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn"]
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+"""One of the frozen dataclasses below."""
+
+
+class Flag(NamedTuple):
+    """How a field appears on the command line, as `Annotated[int, Flag("what it does", "N")]`."""
+
+    help: str = ""
+    metavar: str | None = None
+    name: str | None = None
+    """Of the flag; None: the field's, with dashes."""
 
 
 def _check(settings: Any) -> None:
@@ -91,6 +121,9 @@ class SamaSettings:
         """Forward passes of each model on one text."""
         return self.steps * self.repeats
 
+
+_OF_PRESET = cast(SamaSettings, None)
+"""Stands for the settings of the preset until the preset is known."""
 
 PRESETS: dict[str, SamaSettings] = {
     "default": SamaSettings(),
@@ -203,28 +236,28 @@ class ItsSettings:
 class AuditSettings:
     """All that an audit's numbers depend on, besides models and texts."""
 
-    preset: str = "default"
-    sama: SamaSettings = field(default_factory=SamaSettings)
+    preset: Annotated[str, Flag(f"SAMA's settings by a name: {', '.join(PRESETS)}")] = "default"
+    sama: SamaSettings = _OF_PRESET
+    """Left out: those of the preset."""
     likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
     tail: TailSettings = field(default_factory=TailSettings)
     prefix: PrefixSettings = field(default_factory=PrefixSettings)
     complement: ComplementSettings = field(default_factory=ComplementSettings)
     its: ItsSettings = field(default_factory=ItsSettings)
-    passes: int = 0
-    """Forward passes of every attack but SAMA on a text, its budget; 0 takes SAMA's number."""
-    max_length: int = 512
-    """Tokens a text is cut at."""
-    seed: int = 42
-    dtype: Dtype = "auto"
-    """`auto`: float32 on CPU, the stored dtype on accelerators."""
+    passes: Annotated[int, Flag("forward passes of every attack", "Q")] = 0
+    """Passes that each attack other than SAMA may spend on a text. 0: as many as SAMA."""
+    max_length: Annotated[int, Flag("tokens that a text is cut at", "TOKENS")] = 512
+    seed: Annotated[int, Flag("of masks and subsets")] = 42
+    dtype: Annotated[Dtype, Flag("auto: float32 on CPUs, else as stored")] = "auto"
     attention: Attention = "auto"
     """`auto`: cuDNN's on one NVIDIA GPU in bfloat16 (`model_folder.with_attention`), else `xla`,
     what XLA makes of it."""
-    padding: Padding = "hidden"
-    pad_to: int = 0
-    """With visible padding: the length every text is padded to (0: `max_length`)."""
+    padding: Annotated[Padding, Flag("visible: for set-ups that attend to it")] = "hidden"
+    pad_to: Annotated[int, Flag("length of visible padding; 0: max_length", "TOKENS")] = 0
 
     def __post_init__(self):
+        if self.sama is _OF_PRESET:
+            object.__setattr__(self, "sama", preset(self.preset))
         _check(self)
         if not 1 <= self.max_length <= 65535:
             raise UsageError(f"max_length must lie in 1..65535, got {self.max_length}")
@@ -237,6 +270,31 @@ class AuditSettings:
             raise UsageError(
                 f"pad_to ({self.pad_to}) is smaller than max_length ({self.max_length})"
             )
+
+    @classmethod
+    def of(
+        cls,
+        preset: str = "default",
+        *,
+        passes: int | None = None,
+        overrides: Sequence[str] = (),
+        **fields: Any,
+    ) -> Self:
+        """Returns the settings of a preset, with changes; flags, experiments and Python use it.
+
+        Args:
+          preset: one of `PRESETS`.
+          passes: the budget of every attack, SAMA's steps included.
+          overrides: `key=value`, applied last and together (see `override`).
+          fields: other fields of this class, such as `max_length`.
+
+        Raises:
+          UsageError: an unknown name or a value that does not fit.
+        """
+        if any(text.partition("=")[0].strip() == "preset" for text in overrides):
+            raise UsageError("setting preset is a name only; choose one with --preset")
+        settings = cls(preset=preset, **fields)
+        return override(settings, [*_budget(settings.sama, passes), *overrides])
 
     @property
     def preset_label(self) -> str:
@@ -259,22 +317,24 @@ class AuditSettings:
 class TrainSettings:
     """Masked-diffusion training (LLaDA, `GUIDELINES.md`): loss, optimiser, schedule."""
 
-    epochs: float = 4.0
-    batch_size: int = 16
-    learning_rate: float = 5e-5
+    epochs: Annotated[float, Flag()] = 4.0
+    batch_size: Annotated[int, Flag()] = 16
+    learning_rate: Annotated[float, Flag(name="--lr")] = 5e-5
     weight_decay: float = 0.1
     warmup_steps: int = -1
     """-1: a tenth of all steps, at most 500."""
     grad_clip: float = 1.0
-    max_length: int = 512
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations; parameters and optimiser state are float32."""
-    train_on_padding: bool = False
-    """Pad to `max_length`; padding is seen, masked and learned, as by the published trainer."""
+    max_length: Annotated[int, Flag("tokens that a text is cut at", "TOKENS")] = 512
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        Flag("of activations; parameters and optimiser state are float32"),
+    ] = "float32"
+    train_on_padding: Annotated[bool, Flag("as the published trainer does")] = False
+    """Pad to `max_length`; padding is seen, masked and learned."""
     windows: bool = False
     """Cut long texts into consecutive windows instead of truncating them."""
     eps: float = 1e-3
-    seed: int = 42
+    seed: Annotated[int, Flag("of parameters, order and masks")] = 42
     checkpoint_every: int = 200
     """Optimiser steps between checkpoints."""
 
@@ -294,6 +354,11 @@ class TrainSettings:
         if not 2 <= self.max_length <= 65535:
             raise UsageError(f"max_length must lie in 2..65535, got {self.max_length}")
 
+    @classmethod
+    def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> Self:
+        """Returns the settings of these fields, then of `key=value` overrides."""
+        return override(cls(**fields), overrides)
+
 
 def preset(name: str) -> SamaSettings:
     """The SAMA settings of a named preset."""
@@ -302,22 +367,21 @@ def preset(name: str) -> SamaSettings:
     return PRESETS[name]
 
 
-def budget_overrides(settings: AuditSettings, passes: int | None) -> list[str]:
-    """`--passes Q` as overrides: the budget of every attack, SAMA's steps included."""
+def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
+    """Returns `--passes Q` as overrides: the budget of every attack, SAMA's steps included."""
     if passes is None:
         return []
     if passes < 1:
         raise UsageError("--passes must be at least 1")
-    repeats = settings.sama.repeats
-    if passes % repeats:
+    if passes % sama.repeats:
         raise UsageError(
-            f"--passes {passes}: the preset repeats its steps {repeats} times; give a multiple "
-            f"of {repeats}"
+            f"--passes {passes}: the preset repeats its steps {sama.repeats} times; give a "
+            f"multiple of {sama.repeats}"
         )
-    return [f"passes={passes}", f"sama.steps={passes // repeats}"]
+    return [f"passes={passes}", f"sama.steps={passes // sama.repeats}"]
 
 
-def override(settings: Any, assignments: list[str]) -> Any:
+def override(settings: Settings, assignments: Sequence[str]) -> Settings:
     """Applies `key=value` (dots reach into groups: `sama.steps=8`) to a frozen dataclass.
 
     All together, so that their order does not matter where one limits another.

@@ -25,7 +25,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from sama_jax.errors import Interrupted, SamaError, UsageError
+from sama_jax.errors import EXIT_CODES, Interrupted, SamaError, UsageError
 
 CHILD = "SAMA_JAX_CHILD"
 """Environment variable of a child: its end of the pair, and of the file for crash reports."""
@@ -34,8 +34,6 @@ START_SECONDS = 300
 BEAT_SECONDS, LOST_SECONDS = 1.0, 15.0
 """Between two signs of life, and without one until a process counts as lost. A process that ends
 is noticed at once, since its connection closes."""
-_KNOWN_CODES = {0, 2, 3, 4, 5, 6, 71, 74, 75}
-"""Exit codes with which a child has said itself what happened."""
 
 
 class Place(NamedTuple):
@@ -395,7 +393,7 @@ class _Watch:
         if code == 0:
             self.hub.send({"done": self.place.rank})
             return 0
-        if code in _KNOWN_CODES:
+        if code in EXIT_CODES:  # the child has said itself what happened
             self.hub.send({"gone": [self.place.rank], "how": f"ended with exit code {code}"})
             if code == Interrupted.exit_code:
                 raise Interrupted
@@ -418,7 +416,7 @@ class _Watch:
         if child is not None:  # the same error may be on its way in every process
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = child.wait(timeout=1.0)
-                if code in _KNOWN_CODES - {Interrupted.exit_code}:
+                if code in EXIT_CODES and code != Interrupted.exit_code:
                     return code
         raise Lost(
             f"{_names(self.place, message['gone'])} has gone ({message['how']}); {self.kept}"

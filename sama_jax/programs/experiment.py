@@ -14,7 +14,6 @@ A file is a mapping with
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +157,11 @@ def _models(
 
 
 def _settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSettings:
-    name = run.get("preset", "default")
-    changes = {k: run[k] for k in ("max_length", "seed") if k in run}
-    settings = replace(base, preset=name, sama=config.preset(name), **changes)
-    overrides = config.budget_overrides(settings, run.get("passes"))
-    return config.override(settings, [*overrides, *run.get("set", [])])
+    """Returns the settings of a run: those of its models, its own, and its preset's."""
+    own = {name: run[name] for name in ("preset", "max_length", "seed") if name in run}
+    fields = {**vars(base), **own}
+    del fields["sama"]  # the preset's
+    return config.AuditSettings.of(passes=run.get("passes"), overrides=run.get("set", []), **fields)
 
 
 def _compare(rows: Sequence[Row], first: str, second: str, seed: int) -> dict[str, Any]:

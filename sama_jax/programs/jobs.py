@@ -6,92 +6,114 @@ The types of texts come from a module that imports JAX; they stand here as names
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from sama_jax.config import AuditSettings
+from sama_jax.config import AuditSettings, Flag
 from sama_jax.devices import processes
 
 if TYPE_CHECKING:
     import sama_jax.texts.data
+
+Parallel = Literal["auto", "pmap", "sharded"]
+Residency = Literal["auto", "together", "in-turn"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditJob:
     """What to audit, and where the results go."""
 
-    target: Path
-    reference: Path
+    target: Annotated[Path, Flag("fine-tuned model", "DIR")]
+    reference: Annotated[Path, Flag("its base model", "DIR")]
     texts: "sama_jax.texts.data.Texts"
-    out: Path
+    out: Annotated[Path, Flag("results, or a run to continue", "DIR")]
     attacks: Sequence[str] = ("all",)
     """Names; of `all`, those that cannot be computed here are left out and listed."""
     settings: AuditSettings = field(default_factory=AuditSettings)
-    limit: int | None = None
-    batch_size: int | None = None
-    """Rows a device works on at once; None: from the padded length."""
-    parallel: str = "auto"
-    """`pmap`: every device holds the models; `sharded`: they are split over a mesh."""
-    mesh: str | None = None
-    """`data=N,model=M`; None: chosen."""
-    fully_sharded: bool = False
-    models: str = "auto"
-    """`together`, or `in-turn`: all of the target's passes, then all of the reference's."""
-    mask_id: int | None = None
-    adapter: Path | None = None
+    adapter: Annotated[
+        Path | None, Flag("LoRA adapter for --target (default: reference)", "DIR")
+    ] = None
     """LoRA adapter on top of `target`, which is then usually the reference's folder."""
-    store: Path | None = None
+    mask_id: Annotated[int | None, Flag("replaces the mask token id of config.json")] = None
     prefixes: "sama_jax.texts.data.Texts | None" = None
     """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
-    plan: Path | None = None
-    """Replay file whose masks and subsets SAMA uses instead of its own."""
-    save_plan: Path | None = None
-    save_losses: Path | None = None
-    include_text: bool = False
-    include_votes: bool = False
-    strict: bool = False
-    dry_run: bool = False
-    figures: bool = True
-    """Draw them: a second or two."""
-    quiet: bool = False
-    command: str = ""
+    limit: Annotated[int | None, Flag("only the first N texts", "N")] = None
+
+    batch_size: Annotated[
+        int | None,
+        Flag("texts a device works on at once (default: by their length, as many as fit)", "ROWS"),
+    ] = None
+    parallel: Annotated[
+        Parallel, Flag("pmap: models whole on every device; sharded: split over a mesh")
+    ] = "auto"
+    mesh: Annotated[
+        str | None, Flag("rows over N devices, models over M (default: chosen)", "data=N,model=M")
+    ] = None
+    fully_sharded: Annotated[bool, Flag("split parameters over data, too")] = False
+    models: Annotated[
+        Residency, Flag("both in memory, or all of the target's passes first, then the reference's")
+    ] = "auto"
     peers: processes.Peers = field(default_factory=processes.Peers)
     """The other processes of this run, if there are any."""
+
+    plan: Annotated[Path | None, Flag("replay the probes of a plan file", "F")] = None
+    """Replay file whose masks and subsets SAMA uses instead of its own."""
+    save_plan: Annotated[Path | None, Flag("write SAMA's probes for a replay", "F")] = None
+    save_losses: Annotated[Path | None, Flag("write SAMA's losses (npz)", "F")] = None
+    store: Annotated[Path | None, Flag("loss store (default: OUT/losses)", "DIR")] = None
+    include_text: Annotated[bool, Flag("copy texts into the results")] = False
+    include_votes: Annotated[bool, Flag("write the votes of steps and tie rates")] = False
+    figures: Annotated[bool, Flag("a report without pictures")] = True
+    """Draws them, which takes a second or two."""
+
+    strict: Annotated[bool, Flag("exit 5 if a validity gate fails")] = False
+    dry_run: Annotated[bool, Flag("check the inputs, print the estimate, write nothing")] = False
+    quiet: Annotated[bool, Flag("no progress, no table")] = False
+    command: str = ""
+    """What the results name as the command that made them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanJob:
     """What to plan."""
 
-    model: Path
-    """A model folder or a `config.json`."""
-    topology: str
-    """`v5e:4x4` and the like, or `cpu:8`: so many simulated devices of this machine."""
-    mesh: str | None = None
-    """`data=N,model=M`; None: the one with the fewest parts of the model that fits."""
-    rows: int | None = None
+    model: Annotated[Path, Flag("model folder or config.json", "DIR|FILE")]
+    topology: Annotated[
+        str,
+        Flag(
+            "such as v5e:4x4, v6e:2x4, v5p:2x2x2, v4:2x2x4; cpu:8 for 8 simulated CPU devices",
+            "NAME",
+        ),
+    ]
+    mesh: Annotated[
+        str | None, Flag("default: the fewest parts of the model that fit", "data=N,model=M")
+    ] = None
+    rows: Annotated[int | None, Flag("texts at once on each group of M chips", "N")] = None
     """Texts that each place along `data` works on at once; None: as an audit, or what fits."""
     settings: AuditSettings = field(default_factory=AuditSettings)
     attacks: Sequence[str] = ("sama",)
-    texts: int = 1000
-    utilisation: float = 0.4
-    """Share of the chips' peak that the job is assumed to reach."""
+    texts: Annotated[int, Flag("number of texts", "N")] = 1000
+    utilisation: Annotated[
+        float, Flag("share of the chips' peak that is reached, for the time", "U")
+    ] = 0.4
     models: int = 2
     """Resident at once: target and reference, or one after the other."""
-    quiet: bool = False
+    quiet: Annotated[bool, Flag("no progress")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchJob:
     """What to measure."""
 
-    model: Path
+    model: Annotated[Path, Flag("model folder", "DIR")]
     texts: "Sequence[sama_jax.texts.data.Text]"
     settings: AuditSettings
-    windows: bool = False
-    """Join the texts and cut them into pieces of exactly `max_length` tokens."""
-    limit: int | None = None
-    batch_size: int | None = None
+    windows: Annotated[
+        bool, Flag("join the texts, cut them into pieces of --max-length tokens")
+    ] = False
+    limit: Annotated[int | None, Flag("only the first N texts, or pieces", "N")] = None
+    batch_size: Annotated[int | None, Flag("texts a device works on at once", "ROWS")] = None
     torch: bool = False
-    rounds: int = 5
+    """Measures plain PyTorch in the same run."""
+    rounds: Annotated[int, Flag("medians over N rounds are reported", "N")] = 5
     compile_cache: Path | None = None
-    quiet: bool = False
+    quiet: Annotated[bool, Flag("no progress")] = False

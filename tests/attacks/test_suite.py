@@ -20,8 +20,6 @@ from sama_jax.config import (
     AuditSettings,
     PrefixSettings,
     SamaSettings,
-    budget_overrides,
-    override,
 )
 from sama_jax.core import losses, metrics
 from sama_jax.engine.tasks import passes
@@ -160,8 +158,7 @@ def test_adding_an_attack_computes_only_what_is_missing(box: Path, tmp_path: Pat
 
 
 def budget(passes: int) -> AuditSettings:
-    settings = AuditSettings()
-    return override(settings, budget_overrides(settings, passes))
+    return AuditSettings.of(passes=passes)
 
 
 def test_shared_passes_are_at_most_sixty_percent(capsys, monkeypatch):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ import pytest
 import tiny
 from broken_folders import MODELS, edit_config, edit_weights
 
-from sama_jax.cli import entry
+from sama_jax.cli import bench, entry
+from sama_jax.cli.run import failed_allocation
 from sama_jax.config import SamaSettings
 from sama_jax.errors import UsageError
 from sama_jax.storage import files
@@ -774,7 +776,7 @@ def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, comm
     def stopped(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(entry._COMMANDS, command[0], stopped)
+    monkeypatch.setattr(import_module(f"sama_jax.cli.{command[0]}"), "run", stopped)
     assert entry.main(command) == 75
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -788,7 +790,7 @@ def test_memory_that_runs_out(monkeypatch, capsys, on_device: bool):
     def too_much(_):
         (jnp if on_device else np).zeros(2**55, np.float32).block_until_ready()  # pyright: ignore
 
-    monkeypatch.setitem(entry._COMMANDS, "bench", too_much)
+    monkeypatch.setattr(bench, "run", too_much)
     assert entry.main(["bench", "--model", "m", "--data", "d"]) == 71
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -802,7 +804,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def wrong(_):
         raise RuntimeError("NOT_FOUND: something else")
 
-    monkeypatch.setitem(entry._COMMANDS, "bench", wrong)
+    monkeypatch.setattr(bench, "run", wrong)
     with pytest.raises(RuntimeError, match="something else"):
         entry.main(["bench", "--model", "m", "--data", "d"])
 
@@ -815,4 +817,4 @@ def test_the_line_about_memory_is_found_among_others():
         "=== Source Location Trace: ===\nconfig_selector.cc:71\n"
     )
     expected = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 62.52GiB"
-    assert entry._allocation(error) == expected
+    assert failed_allocation(error) == expected

@@ -20,7 +20,7 @@ import pytest
 import tiny
 
 from sama_jax.arrays import ForwardBatch
-from sama_jax.cli.entry import STANDARD
+from sama_jax.cli.flags import STANDARD
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses
 from sama_jax.devices import memory, parallel

@@ -21,7 +21,7 @@ import tiny
 
 from sama_jax.arrays import TextKeyData
 from sama_jax.cli import entry
-from sama_jax.cli.entry import STANDARD
+from sama_jax.cli.flags import STANDARD
 from sama_jax.config import AuditSettings
 from sama_jax.devices.parallel import local_layout
 from sama_jax.engine.batching import BatchShapes

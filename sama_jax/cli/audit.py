@@ -1,0 +1,117 @@
+"""`sama-jax audit`: which of these texts was the target fine-tuned on?"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from sama_jax.cli import flags
+from sama_jax.cli.results import print_result
+from sama_jax.cli.run import command_of
+from sama_jax.config import AuditSettings
+from sama_jax.devices import processes
+from sama_jax.errors import UsageError
+from sama_jax.programs.jobs import AuditJob
+
+
+def add(commands: Any) -> None:
+    """Adds the command and its flags."""
+    p = command_of(commands, "audit", "Which of these texts was the target fine-tuned on?", run)
+    inputs = p.add_argument_group("models and texts")
+    flags.flags_of(inputs, AuditJob, "target", required=False)
+    flags.flags_of(inputs, AuditJob, "reference", "adapter")
+    inputs.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
+    inputs.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
+    inputs.add_argument("--nonmembers", type=Path, metavar="F", help="and texts that were not")
+    flags.flags_of(inputs, AuditJob, "limit", "mask_id")
+
+    attacks = p.add_argument_group("attacks")
+    flags.add_attacks(attacks, flags.STANDARD)
+    flags.add_budget(attacks)
+    attacks.add_argument("--prefixes", type=Path, metavar="F", help="texts for ReCaLL's prefixes")
+    flags.flags_of(attacks, AuditSettings, "max_length", "seed", "dtype", "padding", "pad_to")
+    flags.flags_of(attacks, AuditJob, "plan")
+    flags.add_set(attacks)
+
+    devices = p.add_argument_group("devices")
+    flags.flags_of(devices, AuditJob, "batch_size", "parallel", "mesh", "fully_sharded", "models")
+    flags.add_compile_cache(devices)
+
+    several = p.add_argument_group("several processes")
+    _add_processes(several)
+
+    outputs = p.add_argument_group("outputs")
+    flags.flags_of(
+        outputs,
+        AuditJob,
+        "out",
+        "store",
+        "save_plan",
+        "save_losses",
+        "include_text",
+        "include_votes",
+        "figures",
+        "strict",
+        "dry_run",
+        "quiet",
+    )
+
+
+def _add_processes(p: flags.Flags) -> None:
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is met")
+    p.add_argument("--num-processes", type=int, metavar="N")
+    p.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
+    p.add_argument("--distributed", action="store_true", help="the same from Slurm or a TPU slice")
+    p.add_argument(
+        "--start-timeout",
+        type=float,
+        default=processes.START_SECONDS,
+        metavar="S",
+        help="seconds that processes wait for each other at the start (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Runs the audit, or supervises a child process that does."""
+    flags.at_least_one(args, "limit", "batch_size")
+    if args.target is None and args.adapter is None:
+        raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
+    settings = flags.settings_of(args, AuditSettings)
+    place = processes.given_place(args.coordinator, args.num_processes, args.process_id)
+    if place is None and args.distributed:
+        place = processes.found_place(os.environ)
+    peers = processes.join()
+    if peers is None and place is not None and place.count > 1 and not args.dry_run:
+        command = [sys.executable, "-m", "sama_jax", *args.argv]
+        kept = (
+            "finished batches are kept: the same command, with any number of processes, continues"
+        )
+        return processes.supervise(command, place, args.start_timeout, kept)
+
+    from sama_jax import attacks
+    from sama_jax.devices import parallel
+    from sama_jax.devices.compile_cache import use_compile_cache
+    from sama_jax.programs.audit import run_audit
+    from sama_jax.texts import data
+
+    use_compile_cache(args.compile_cache)
+    if peers is not None:
+        parallel.connect(peers.jax_address, peers.count, peers.rank)
+    attacks.select(args.attacks)
+    if args.data and not (args.members or args.nonmembers):
+        texts = data.read_texts(args.data)
+    elif args.members and args.nonmembers and not args.data:
+        texts = data.read_split(args.members, args.nonmembers)
+    else:
+        raise UsageError("give either --data F, or --members F and --nonmembers F")
+    given = {
+        "target": args.target or args.reference,
+        "texts": texts,
+        "prefixes": data.read_texts(args.prefixes) if args.prefixes else None,
+        "settings": settings,
+        "peers": peers or processes.Peers(),
+    }
+    result = run_audit(AuditJob(**(flags.values_of(args, AuditJob) | given)))
+    if result is not None and not args.quiet:
+        print_result(result)

@@ -1,0 +1,68 @@
+"""`sama-jax finetune` and `sama-jax pretrain`: training by a kind's own loss."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sama_jax.cli import flags
+from sama_jax.cli.run import command_of
+from sama_jax.config import TrainSettings
+
+
+def add(commands: Any) -> None:
+    """Adds both commands and their flags."""
+    p = command_of(
+        commands, "finetune", "Fine-tune a model folder by its kind's own loss.", finetune
+    )
+    p.add_argument("--base", type=Path, required=True, metavar="DIR", help="model folder")
+    _add_training(p)
+    p = command_of(
+        commands, "pretrain", "Train a model from a config.json and a tokenizer.", pretrain
+    )
+    p.add_argument("--config", type=Path, required=True, metavar="FILE", help="config.json")
+    p.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: train one on the data")
+    _add_training(p)
+
+
+def _add_training(p: flags.Flags) -> None:
+    p.add_argument("--data", type=Path, required=True, metavar="FILE", help="texts")
+    p.add_argument("--held-out", type=Path, metavar="FILE", help="texts for the NLL at the end")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new model folder")
+    training = p.add_argument_group("training")
+    flags.flags_of(
+        training,
+        TrainSettings,
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "max_length",
+        "dtype",
+        "seed",
+        "train_on_padding",
+    )
+    flags.add_set(training)
+    flags.add_quiet(p)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """Trains a model folder further."""
+    settings = flags.settings_of(args, TrainSettings)
+    from sama_jax.training.finetune import finetune
+
+    finetune(args.base, args.data, args.out, settings, heldout=args.held_out, quiet=args.quiet)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Trains a new model."""
+    settings = flags.settings_of(args, TrainSettings, windows=True)
+    from sama_jax.training.finetune import pretrain
+
+    pretrain(
+        args.config,
+        args.data,
+        args.out,
+        settings,
+        tokenizer=args.tokenizer,
+        heldout=args.held_out,
+        quiet=args.quiet,
+    )

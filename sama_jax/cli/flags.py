@@ -1,0 +1,127 @@
+"""Makes flags of the fields of settings and jobs, and values of flags again.
+
+A field says the type, the choices, the default and the help of its flag (`sama_jax.config.Flag`);
+what differs for one command is given as argparse's own keywords.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, get_args, get_origin
+
+from sama_jax.config import AuditSettings, Flag
+from sama_jax.errors import UsageError
+
+STANDARD = "sama,loss,loss:sum,zlib,ratio"
+"""The attacks of an audit unless told otherwise: three plans' worth of passes."""
+
+Flags = argparse._ActionsContainer
+"""Where flags are added: a parser or a group of one."""
+
+
+class FromFlags(Protocol):
+    """Settings that are made of fields and of `key=value` overrides."""
+
+    @classmethod
+    def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> Self: ...
+
+
+Made = TypeVar("Made", bound=FromFlags)
+
+
+def flags_of(parser: Flags, kind: type, *names: str, **options: Any) -> None:
+    """Adds the flags of some fields of a dataclass; `options` go to argparse as they are."""
+    known = {field.name: field for field in fields(kind)}
+    for name in names:
+        field = known[name]
+        hint, flag = _hint(field)
+        spelled = flag.name or f"--{name.replace('_', '-')}"
+        required = field.default is MISSING
+        given: dict[str, Any] = {"dest": name, "help": flag.help}
+        given["default"] = None if required else field.default
+        if hint is bool:
+            given["action"] = "store_false" if field.default else "store_true"
+            spelled = spelled.replace("--", "--no-", 1) if field.default else spelled
+        else:
+            choices = list(get_args(hint)) if get_origin(hint) is Literal else None
+            given |= {"choices": choices, "type": str if choices else hint}
+            given |= {"metavar": flag.metavar, "required": required}
+        given |= options
+        if hint is not bool and given["default"] is not None:
+            given["help"] += " (default: %(default)s)"
+        parser.add_argument(spelled, **given)
+
+
+def _hint(field: Field[Any]) -> tuple[Any, Flag]:
+    """Returns a field's type, without None, and what is said about its flag."""
+    hint, flag = field.type, Flag()
+    if get_origin(hint) is Annotated:
+        hint, flag = get_args(hint)
+    if isinstance(hint, UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    return hint, flag
+
+
+def values_of(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Returns the fields of a dataclass that were flags."""
+    return {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+
+
+def settings_of(args: argparse.Namespace, kind: type[Made], **more: Any) -> Made:
+    """Returns the settings that flags and `--set` give. Raises `UsageError`."""
+    return kind.of(overrides=args.set, **(values_of(args, kind) | more))
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises `UsageError` if a number that was given is 0 or less."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+# --- flags of several commands --------------------------------------------------------------------
+
+
+def add_attacks(parser: Flags, default: str) -> None:
+    """Adds the choice of attacks: a list of names."""
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    parser.add_argument(
+        "--attacks",
+        type=names,
+        default=default,
+        metavar="a,b|all",
+        help="names, or all (default: %(default)s)",
+    )
+
+
+def add_budget(parser: Flags) -> None:
+    """Adds SAMA's preset and the passes of all attacks."""
+    flags_of(parser, AuditSettings, "preset")
+    flags_of(parser, AuditSettings, "passes", default=None)
+
+
+def add_compile_cache(parser: Flags) -> None:
+    """Adds the folder of compiled programs."""
+    parser.add_argument(
+        "--compile-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep compiled programs there (default: JAX_COMPILATION_CACHE_DIR)",
+    )
+
+
+def add_quiet(parser: Flags) -> None:
+    """Adds `--quiet`."""
+    parser.add_argument("--quiet", action="store_true", help="no progress, no table")
+
+
+def add_set(parser: Flags) -> None:
+    """Adds `--set`, which reaches every setting."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="any setting, repeatable"
+    )

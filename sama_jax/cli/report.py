@@ -1,0 +1,22 @@
+"""`sama-jax report`: the report and figures of a finished run, written again."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sama_jax.cli.run import command_of
+
+
+def add(commands: Any) -> None:
+    """Adds the command and its flags."""
+    p = command_of(
+        commands, "report", "Write report.md and the figures of a run folder again.", run
+    )
+    p.add_argument("run_folder", type=Path, metavar="DIR", help="an audit's --out")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the report and prints where it is."""
+    from sama_jax.reporting import report
+
+    print(report.write_report(args.run_folder))

@@ -1,0 +1,149 @@
+"""Runs one command: parses, catches signals, turns errors into one line and an exit code."""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from sama_jax.errors import EXIT_CODES, Interrupted, OutOfMemory, SamaError, UsageError
+
+TRACEBACK = "SAMA_JAX_TRACEBACK"
+"""Environment variable: 1 shows where an error comes from, under its line."""
+
+EPILOG = "\n".join(
+    [
+        "exit codes:",
+        *(f"  {code:<3} {meaning}" for code, meaning in EXIT_CODES.items()),
+        "",
+        f"{TRACEBACK}=1 shows the traceback of an error, too.",
+    ]
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends a wrong command line with one line; every `--help` ends with the exit codes."""
+
+    def __init__(self, **options: Any):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(epilog=EPILOG, formatter_class=raw, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with 2, like every other usage error."""
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
+
+
+def command_of(
+    commands: Any,
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], int | None],
+    *,
+    continues: bool = True,
+) -> Parser:
+    """Adds a command; the same one, given again, `continues` or starts over."""
+    parser: Parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run, again="continues" if continues else "starts over")
+    return parser
+
+
+def run_program(program: str, parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parses and runs the command's `run`; returns the exit code. Errors are one line on stderr.
+
+    Without `argv` it owns the process: signals are caught, and after one nothing runs any more.
+    """
+    name, given = program.split()[-1], sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(given)
+    args.argv, args.command = given, f"{program} {shlex.join(given)}"
+    interrupted = f"interrupted; what is finished is kept: {args.command} {args.again}"
+    if argv is None:
+        _end_on_signals(f"{name}: {interrupted}")
+    try:
+        with _shortage(args):
+            return args.run(args) or 0
+    except (SamaError, KeyboardInterrupt) as error:
+        print(f"{name}: {str(error) or interrupted}", file=sys.stderr, flush=True)
+        if os.environ.get(TRACEBACK, "0") != "0":
+            _print_causes(error)
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        code = Interrupted.exit_code if stopped else error.exit_code
+        if stopped and argv is None:
+            os._exit(code)
+        return code
+
+
+def _print_causes(error: BaseException) -> None:
+    """Prints the traceback of an error and of what is behind it, also after `from None`."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__suppress_context__ = False
+        link = link.__cause__ or link.__context__
+    traceback.print_exception(error)
+
+
+def _end_on_signals(line: str) -> None:
+    """Ends the process with one line at Ctrl-C and SIGTERM, at once.
+
+    What is finished is in its files at any moment, so nothing is left to put in order, while an
+    exception would come up wherever it strikes: in an import, a destructor, a callback of XLA.
+    Training has handlers of its own, which save a last checkpoint.
+    """
+    said: list[bool] = []
+
+    def end(*_: object) -> None:
+        if said:  # a second signal while the line of the first is written
+            return
+        said.append(True)
+        cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
+        os.write(2, f"{cursor}{line}\n".encode())
+        os._exit(Interrupted.exit_code)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _shortage(args: argparse.Namespace) -> Iterator[None]:
+    """Raises `OutOfMemory` in place of the error of an allocation that failed."""
+    try:
+        yield
+    except SamaError:
+        raise
+    except Exception as error:
+        reason = failed_allocation(error)
+        if reason is None:
+            raise
+        raise OutOfMemory(f"out of memory ({reason}); {_smaller(args)}") from error
+
+
+def failed_allocation(error: Exception) -> str | None:
+    """Returns what an allocation that failed says, in one line; None for any other error.
+
+    JAX's own class is not imported here. Where XLA tries kernels out, its first line is another.
+    """
+    if isinstance(error, MemoryError):
+        return str(error) or "MemoryError"
+    found = re.search(r"RESOURCE_EXHAUSTED[^\n]*", str(error))
+    return found and found[0]
+
+
+def _smaller(args: argparse.Namespace) -> str:
+    """Says what needs less memory, by the flags that the command has."""
+    advice = {
+        "batch_size": "a smaller --batch-size",
+        "max_length": "a smaller --max-length",
+        "models": "--models in-turn",
+        "mesh": "--mesh data=1,model=N over N devices",
+        "dtype": "--dtype bfloat16",
+    }
+    found = [text for flag, text in advice.items() if hasattr(args, flag)]
+    return f"what needs less: {', '.join(found)}" if found else "it needs a machine with more"
