@@ -15,12 +15,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
     NamedTuple,
-    Self,
     TypeVar,
     cast,
     get_args,
@@ -28,9 +26,6 @@ from typing import (
 )
 
 from sama_jax.errors import UsageError, nearest
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Schedule = Literal["paper", "code_linear", "geometric"]
 Nesting = Literal["nested", "fresh"]
@@ -43,7 +38,7 @@ Padding = Literal["hidden", "visible"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn"]
 
-Settings = TypeVar("Settings", bound="DataclassInstance")
+Settings = TypeVar("Settings")
 """One of the frozen dataclasses below."""
 
 
@@ -279,7 +274,7 @@ class AuditSettings:
         passes: int | None = None,
         overrides: Sequence[str] = (),
         **fields: Any,
-    ) -> Self:
+    ) -> "AuditSettings":
         """Returns the settings of a preset, with changes; flags, experiments and Python use it.
 
         Args:
@@ -355,7 +350,7 @@ class TrainSettings:
             raise UsageError(f"max_length must lie in 2..65535, got {self.max_length}")
 
     @classmethod
-    def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> Self:
+    def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> "TrainSettings":
         """Returns the settings of these fields, then of `key=value` overrides."""
         return override(cls(**fields), overrides)
 
@@ -386,7 +381,7 @@ def override(settings: Settings, assignments: Sequence[str]) -> Settings:
 
     All together, so that their order does not matter where one limits another.
     """
-    values = dataclasses.asdict(settings)
+    values = dataclasses.asdict(cast(Any, settings))
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:

@@ -5,13 +5,12 @@ what differs for one command is given as argparse's own keywords.
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from sama_jax.config import AuditSettings, Flag
+from sama_jax.config import AuditSettings, Flag, TrainSettings
 from sama_jax.errors import UsageError
 
 STANDARD = "sama,loss,loss:sum,zlib,ratio"
@@ -21,14 +20,7 @@ Flags = argparse._ActionsContainer
 """Where flags are added: a parser or a group of one."""
 
 
-class FromFlags(Protocol):
-    """Settings that are made of fields and of `key=value` overrides."""
-
-    @classmethod
-    def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> Self: ...
-
-
-Made = TypeVar("Made", bound=FromFlags)
+Made = TypeVar("Made", AuditSettings, TrainSettings)
 
 
 def flags_of(parser: Flags, kind: type, *names: str, **options: Any) -> None:
