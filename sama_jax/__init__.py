@@ -2,9 +2,11 @@
 
 The public API is small; everything else is reached through its module:
 
-    sign_statistics   SAMA's weighted sign statistic, jitted and vmapped over texts
-    audit             run an audit of model folders from Python
-    types, config     what travels, and the settings
+    run_audit, AuditJob, read_texts        an audit of model folders, from Python
+    AuditSettings, SamaSettings, preset    what its numbers depend on
+    sign_statistics, ProbePlan, SignStatistics
+                                           SAMA's weighted sign statistic on arrays of one's own,
+                                           jitted and vmapped over texts
 
 Importing this package starts no JAX backend.
 """
@@ -14,28 +16,36 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "AuditJob",
     "AuditSettings",
     "ProbePlan",
     "SamaSettings",
     "SignStatistics",
+    "preset",
+    "read_texts",
     "run_audit",
     "sign_statistics",
 ]
 
 _HOMES = {
+    "AuditJob": "sama_jax.programs.jobs",
     "AuditSettings": "sama_jax.config",
-    "SamaSettings": "sama_jax.config",
     "ProbePlan": "sama_jax.arrays",
+    "SamaSettings": "sama_jax.config",
     "SignStatistics": "sama_jax.arrays",
-    "sign_statistics": "sama_jax.core.votes",
+    "preset": "sama_jax.config",
+    "read_texts": "sama_jax.texts.data",
     "run_audit": "sama_jax.programs.audit",
+    "sign_statistics": "sama_jax.core.votes",
 }
 
 if TYPE_CHECKING:
     from sama_jax.arrays import ProbePlan, SignStatistics
-    from sama_jax.config import AuditSettings, SamaSettings
+    from sama_jax.config import AuditSettings, SamaSettings, preset
     from sama_jax.core.votes import sign_statistics
     from sama_jax.programs.audit import run_audit
+    from sama_jax.programs.jobs import AuditJob
+    from sama_jax.texts.data import read_texts
 
 
 def __getattr__(name: str) -> Any:
