@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
@@ -188,7 +189,7 @@ def compare(
         return Line(stage, *sizes, worst, most, note, worst <= most)
 
     hidden = None
-    for stage, hidden in stages(ours.model, ours.params, read, valid):  # pyright: ignore
+    for stage, hidden in stages(ours.model, ours.params, jnp.asarray(read), jnp.asarray(valid)):
         if stage in theirs[0].states:
             yield line(stage, np.asarray(hidden, np.float32)[valid])
     logits = np.asarray(_logits(ours.model, ours.params, hidden), np.float32)[valid]

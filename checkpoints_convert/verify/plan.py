@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from rich.console import Console
@@ -101,7 +102,7 @@ def _check_tokens(path: Path, probes: replay.Replay, ours: Ours) -> None:
 
 def plan_losses(ours: Ours, probes: replay.Replay) -> Float[np.ndarray, "n t l"]:
     """Our losses of a plan, NaN where it does not score; by the scorer that audits use."""
-    masks, scored = probes.plan.masks, probes.plan.scored
+    masks, scored = np.asarray(probes.plan.masks), np.asarray(probes.plan.scored)
     out = np.full(scored.shape, np.nan, np.float32)
     slots = max(1, int(scored.sum(axis=-1).max(initial=1)))
     length = max(1, int((probes.tokens >= 0).sum(axis=1).max(initial=1)))
@@ -111,12 +112,12 @@ def plan_losses(ours: Ours, probes: replay.Replay) -> Float[np.ndarray, "n t l"]
         part = np.minimum(np.arange(start, start + rows), len(out) - 1)
         tokens = probes.tokens[part, :length]
         batch = ForwardBatch(
-            np.maximum(tokens, 0).astype(np.int32),  # pyright: ignore
-            tokens >= 0,  # pyright: ignore
+            np.maximum(tokens, 0).astype(np.int32),
+            tokens >= 0,
             masks[part, :, :length].swapaxes(0, 1),
-            losses.scored_positions(scored[part], slots).swapaxes(0, 1),  # pyright: ignore
-            np.zeros(masks.shape[1], np.int32),  # pyright: ignore
-            np.int32(masks.shape[1]),  # pyright: ignore
+            losses.scored_positions(scored[part], slots).swapaxes(0, 1),
+            np.zeros(masks.shape[1], np.int32),
+            np.int32(masks.shape[1]),
         )
         values = np.asarray(_score(ours.model, slots, ours.params, batch)).swapaxes(0, 1)
         for row, found in zip(part, values):
@@ -217,10 +218,11 @@ def states_at(
     length = max(1, int((probes.tokens[row] >= 0).sum(axis=1).max()))
     tokens = probes.tokens[row, :length]
     masks = np.asarray(probes.plan.masks)[row, step, :length]
-    read = np.where(masks, ours.model.mask_id, np.maximum(tokens, 0)).astype(np.int32)
+    read = np.where(masks, ours.model.mask_id, np.maximum(tokens, 0))
+    read, valid = jnp.asarray(read, jnp.int32), jnp.asarray(tokens >= 0)
     found = [
         (stage, np.asarray(state, np.float32)[np.arange(len(at)), position])
-        for stage, state in stages(ours.model, ours.params, read, tokens >= 0)  # pyright: ignore
+        for stage, state in stages(ours.model, ours.params, read, valid)
     ]
     last, final = found[-2], found[-1]
     found = [*found[:-2], (f"{last[0]} (with the final norm)", final[1])]

@@ -242,7 +242,7 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     return replace(with_options(folder, lora=lora), identity=identity, adapter=leaves)
 
 
-def known_mask(path: Path, family: FamilyConfig) -> int | None:
+def known_mask(path: Path, family: FamilyConfig) -> Any:
     """The mask id of the config, else of the tokenizer. Raises `ModelError` if they disagree."""
     told = None if family.kind == "autoregressive" else tokenizer_mask(path)
     if family.mask_id is None or told in (None, family.mask_id):

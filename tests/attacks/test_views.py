@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import pytest
 import tiny
 
 from sama_jax import rng
-from sama_jax.arrays import Encoded, TextKeyData
+from sama_jax.arrays import Encoded, Model, TextKeyData
 from sama_jax.attacks import corpus, its, perturbed, registry, views
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
 from sama_jax.core import masking, metrics
@@ -259,12 +258,10 @@ def test_neighbours_are_the_references_best_guesses(
     check(everything, "neighbor", expected)
 
 
-class Table(NamedTuple):
+class Table(Model):
     """A model whose output at a position is a row of a table: that of the token it sees there."""
 
-    shift: bool
-    vocab_size = 12
-    mask_id = 11
+    shift, vocab_size, mask_id = False, 12, 11
 
     def trunk(self, params, tokens, valid):
         return params[tokens]
@@ -274,6 +271,10 @@ class Table(NamedTuple):
 
     def logits(self, params, hidden):
         return hidden
+
+
+class ShiftedTable(Table):
+    shift = True
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -287,7 +288,7 @@ def test_neighbours_of_a_shifted_model_come_from_the_position_before(shift: bool
     keys = jax.random.split(jax.random.key(0), 2)
     args = [jnp.asarray(a) for a in (table, tokens, may, may)]
     args.insert(1, keys)
-    found = np.asarray(proposals.run(Table(shift), *args))  # pyright: ignore
+    found = np.asarray(proposals.run(ShiftedTable() if shift else Table(), *args))
     where = np.asarray(jax.vmap(proposals.masks)(keys, may[:, :12])).swapaxes(0, 1)
     assert where.sum(axis=-1).tolist() == [[1, 1]] * 3
     np.testing.assert_array_equal(~np.isnan(found[..., :12]), where)

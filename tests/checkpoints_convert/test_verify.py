@@ -333,8 +333,8 @@ def test_blocks_one_by_one_are_the_scanned_network(family):
     read = read_config(other_families()[family], family)
     model: Any = build_model(read, MASK_ID, jnp.float32)
     params = random_params(model, 0)
-    tokens = np.random.default_rng(0).integers(0, 300, (2, 12)).astype(np.int32)
-    valid = np.arange(12) < np.array([[12], [7]])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 12)), jnp.int32)
+    valid = jnp.arange(12)[None] < jnp.array([[12], [7]])
     found = dict(stages(model, params, tokens, valid))
 
     @jax.jit

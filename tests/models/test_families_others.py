@@ -236,10 +236,10 @@ def test_hiding_padding_changes_every_padded_text_and_only_those(pair):
 
 
 def test_a_text_longer_than_the_position_table_is_refused(pair):
-    tokens = np.zeros((1, LENGTH + 1), np.int32)
+    tokens = jnp.zeros((1, LENGTH + 1), jnp.int32)
     both = pair("bert")
     with pytest.raises(ModelError, match=r"257 positions.*256 only.*--max-length"):
-        both.folder.model.trunk(both.params, tokens, np.ones(tokens.shape, bool))
+        both.folder.model.trunk(both.params, tokens, jnp.ones(tokens.shape, bool))
     model_folder.open_folder(both.path, mask_id=MASK_ID, longest=LENGTH)
     with pytest.raises(ModelError, match=r"for 256 tokens.*may have 257.*--max-length 256"):
         model_folder.open_folder(both.path, mask_id=MASK_ID, longest=LENGTH + 1)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
 from sama_jax import attacks
-from sama_jax.arrays import TextKeyData
+from sama_jax.arrays import Model, TextKeyData
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.programs import demo, experiment
@@ -132,7 +132,7 @@ def test_masked_loss_and_logits_are_those_of_transformers(box):
     assert model.kind == "masked"
     key = jax.random.key(4)
     masks = np.stack(
-        [step.fixed_share_masks(k, v) for k, v in zip(jax.random.split(key, 3), valid)]
+        [step.fixed_share_masks(k, v) for k, v in zip(jax.random.split(key, 3), jnp.asarray(valid))]
     )
     module = reopened_by_transformers(box, "bert")
     assert type(module) is transformers.BertForMaskedLM
@@ -172,7 +172,7 @@ def test_masks_are_15_percent_at_least_one_and_spare_padding():
         assert not length or np.abs(share[:length] - count / length).max() < 0.125
 
 
-class UniformModel:
+class UniformModel(Model):
     """Predicts every token alike."""
 
     mask_id, shift, vocab_size, kind = 9, False, 10, "masked"
@@ -257,7 +257,7 @@ def test_a_given_tokenizer_must_have_a_mask_only_where_masks_are_learned(box, mo
         # One unknown word each, and nothing before it: only the next token is missing.
         pretrain(box, "llama", box / "given-llama", tokenizer=box / "words.json")
     started = []
-    monkeypatch.setattr(finetune, "_train", lambda start, *_: started.append(start))
+    monkeypatch.setattr(finetune, "_train", lambda start, *_: started.append(start) or {})
     pretrain(box, "bert", box / "given-bert", tokenizer=box / "masking.json")
     assert started[0].model.mask_id == started[0].config["mask_token_id"] == 2
     written = json.loads((box / "given-bert" / "tokenizer_config.json").read_text())

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -33,6 +33,7 @@ def _resident(name: str) -> int | None:
     return None if found is None else 1024 * int(found[1])
 
 
+@runtime_checkable
 class CountsMemory(Protocol):
     """A device as `jax.devices()` returns it, as far as its memory goes."""
 
