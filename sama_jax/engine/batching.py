@@ -136,7 +136,7 @@ class BatchShapes:
         pads it to the same length and computes the same bits.
         """
         distinct = distinct_rows(table)
-        lengths = table.lengths[distinct]
+        lengths = table.lengths[np.array(distinct, np.int32)]
         buckets = self.buckets(int(lengths.max(initial=1)))
         whole = data.plan_batches(lengths, buckets, self.rows, self.pays)
         members: dict[int, list[int]] = {}
@@ -144,7 +144,7 @@ class BatchShapes:
             members.setdefault(batch.length, []).extend(batch.rows[batch.rows >= 0].tolist())
         wanted, found = set(rows), []
         for length, places in members.items():
-            left = [int(distinct[i]) for i in places if int(distinct[i]) in wanted]
+            left = [distinct[i] for i in places if distinct[i] in wanted]
             size = self.rows(length)
             for start in range(0, len(left), size):
                 chunk = left[start : start + size]
@@ -153,12 +153,12 @@ class BatchShapes:
         return found
 
 
-def distinct_rows(table: TextTable) -> Int[np.ndarray, " d"]:
+def distinct_rows(table: TextTable) -> list[int]:
     """Returns the first row of each distinct sequence of tokens that has something to mask."""
     first: dict[str, int] = {}
     for row in np.flatnonzero(table.readable).tolist():
         first.setdefault(table.store_keys[row], row)
-    return np.array(list(first.values()), np.int32)
+    return list(first.values())
 
 
 def same_tokens(table: TextTable) -> dict[str, list[int]]:

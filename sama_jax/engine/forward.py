@@ -4,7 +4,7 @@ A job is one task of one batch under one model. It takes one call of a compiled 
 where its plan has more passes than a call makes.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,8 +44,8 @@ class Call(NamedTuple):
     """One call of a compiled program on a job's texts."""
 
     job: Job
-    function: Hashable
-    """The computation: `LossScorer` or `ProcedureRun`."""
+    function: "LossScorer | ProcedureRun"
+    """The computation; equal ones share a program."""
     row_axes: tuple[Any, ...]
     """Axis of the texts in each argument."""
     args: tuple[Any, ...]
@@ -204,12 +204,12 @@ def forward_batch(
     positions = np.where(own >= 0, own + offsets[None, :, None], -1).astype(np.int32)
     group = np.searchsorted(np.array(slots), slot_sizes(task, batch.length, limit))
     made = ForwardBatch(
-        tokens,  # pyright: ignore
-        valid,  # pyright: ignore
-        masks[..., : batch.length],  # pyright: ignore
-        positions,  # pyright: ignore
-        group.astype(np.int32),  # pyright: ignore
-        np.int32(task.passes),  # pyright: ignore
+        tokens,
+        valid,
+        masks[..., : batch.length],
+        positions,
+        group.astype(np.int32),
+        np.int32(task.passes),
     )
     return made, own
 
@@ -228,7 +228,7 @@ def in_calls(forward: ForwardBatch) -> Iterator[ForwardBatch]:
             masks=part(forward.masks),
             positions=part(forward.positions),
             group=part(forward.group),
-            passes=np.int32(stop - start),  # pyright: ignore
+            passes=np.int32(stop - start),
         )
 
 
@@ -258,11 +258,11 @@ class Programs:
 
     def __init__(self, layout: parallel.Layout):
         self.layout = layout
-        self._runners: dict[Hashable, parallel.Runner] = {}
+        self._runners: dict[LossScorer | ProcedureRun, parallel.Runner] = {}
 
     def runner(self, call: Call) -> parallel.Runner:
         """Returns what runs a call's function."""
         if call.function not in self._runners:
-            runner = parallel.Runner(call.function, self.layout, call.row_axes)  # pyright: ignore
+            runner = parallel.Runner(call.function, self.layout, call.row_axes)
             self._runners[call.function] = runner
         return self._runners[call.function]

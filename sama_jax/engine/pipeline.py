@@ -210,12 +210,12 @@ def pending(
     """
     table = readings.tables.get(view)
     if table is None:
-        return distinct_rows(readings.tables["text"]).tolist()
+        return distinct_rows(readings.tables["text"])
     tasks = readings.tasks.of_view(view) if tasks is None else tasks
     wanted = [(task, role) for task in tasks for role in task.channels if role in roles]
     return [
         row
-        for row in distinct_rows(table).tolist()
+        for row in distinct_rows(table)
         if any(readings.missing(task, role, table.store_keys[row]) for task, role in wanted)
     ]
 
@@ -232,7 +232,7 @@ def own_rows(
     if count == 1 or setup.layout.kind == "sharded":
         return rows
     texts = readings.tables["text"]
-    batches = setup.shapes.batches(texts, distinct_rows(texts).tolist())
+    batches = setup.shapes.batches(texts, distinct_rows(texts))
     owner = {row: i % count for i, batch in enumerate(batches) for row in batch.texts}
     return [row for row in rows if owner.get(row, row % count) == setup.peers.rank]
 

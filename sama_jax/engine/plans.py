@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ PLANS_KEPT = 64
 """Plans of as many calls are remembered at most; 0.8 MB each for SAMA at 512 tokens."""
 
 
+@runtime_checkable
 class PlanSource(Protocol):
     """Where the plans of a task come from."""
 

@@ -125,14 +125,14 @@ class Readings:
         target, reference = (found[role] for role in ROLES)
         plan = _read_anywhere(target[0], reference[0]) if task.source is None else None
         return Reading(
-            target[0],  # pyright: ignore
-            reference[0],  # pyright: ignore
+            target[0],
+            reference[0],
             plan or self.plan(task, rows),
-            some.num_tokens,  # pyright: ignore
-            some.zlib_bytes,  # pyright: ignore
-            some.characters,  # pyright: ignore
-            dict(zip(query.channels[1:], target[1:])),  # pyright: ignore
-            dict(zip(query.channels[1:], reference[1:])),  # pyright: ignore
+            some.num_tokens,
+            some.zlib_bytes,
+            some.characters,
+            dict(zip(query.channels[1:], target[1:])),
+            dict(zip(query.channels[1:], reference[1:])),
         )
 
     def statistics(self, attacks: Sequence[Attack], rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -164,7 +164,7 @@ def _read_anywhere(
     read = ~np.isnan(target) | ~np.isnan(reference)
     shape = read.shape[:2]
     subsets = np.zeros((*shape, 0, 1), np.int32)
-    return ProbePlan(read, read, np.ones(shape, np.float32), subsets)  # pyright: ignore
+    return ProbePlan(read, read, np.ones(shape, np.float32), subsets)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -168,7 +168,7 @@ def padded(column: Ragged, length: int, dtype: type[np.generic]) -> np.ndarray:
 
 
 _NO_TOKENS = np.zeros(0, np.int32)
-_NO_KEY = TextKeyData(np.uint32(0), np.uint32(0))  # pyright: ignore
+_NO_KEY = TextKeyData(np.uint32(0), np.uint32(0))
 _NOTHING = TextView(_NO_KEY, np.zeros(0, bool), 0, 0, "", _NO_TOKENS, _NO_TOKENS)
 
 
@@ -198,7 +198,7 @@ def table_from_description(found: Sequence[dict[str, Any] | None], where: str) -
       DataError: `where`, the path of the index, holds something else.
     """
     try:
-        return table_of([row and _view_from_description(row) for row in found])  # pyright: ignore
+        return table_of([_view_from_description(row) if row else None for row in found])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where}: not the index of an audit ({error})") from None
 
@@ -207,6 +207,6 @@ def _view_from_description(found: dict[str, Any]) -> TextView:
     maskable = np.ones(found["tokens"], bool)
     maskable[found["not_masked"]] = False
     high, low = int(found["key"][:8], 16), int(found["key"][8:], 16)
-    key = TextKeyData(np.uint32(high), np.uint32(low))  # pyright: ignore
+    key = TextKeyData(np.uint32(high), np.uint32(low))
     sizes = found["zlib_bytes"], found["characters"]
     return TextView(key, maskable, *sizes, found["store_key"], _NO_TOKENS, _NO_TOKENS)

@@ -18,7 +18,7 @@ from sama_jax.arrays import Encoded, Model, TextKeyData
 from sama_jax.attacks import corpus, its, perturbed, registry, views
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
 from sama_jax.core import masking, metrics
-from sama_jax.engine import pipeline, plans
+from sama_jax.engine import pipeline, plans, tasks
 from sama_jax.engine.text_table import derived_view, original_view, table_of
 from sama_jax.engine.views import generator_of
 from sama_jax.errors import Interrupted
@@ -199,7 +199,7 @@ def test_the_budget_is_split_over_the_forms_of_a_text():
     for passes in range(1, 65):
         settings = dataclasses.replace(SETTINGS, passes=passes)
         for attack in registry.select(NAMES):
-            count = passes(attack, settings)
+            count = tasks.passes(attack, settings)
             forms = {"bows": 0, "its": 1, "its:code": 1, "conrecall": 3}.get(attack.name, 2)
             assert count["target"] <= max(passes, forms), attack.name
             assert count["reference"] <= max(passes, forms) + (forms == 1), attack.name

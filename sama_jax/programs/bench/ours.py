@@ -100,7 +100,7 @@ class Ours:
         if self.rounds == 1:
             self.programs = filled.costs.programs
         self.readings = filled.readings
-        rows = distinct_rows(self.table).tolist()
+        rows = distinct_rows(self.table)
         batches = self.setup.shapes.batches(self.table, rows)
         self.tokens_a_batch = batches[0].rows.size * batches[0].length
         padded = sum(b.rows.size * b.length for b in batches)
