@@ -262,7 +262,7 @@ def test_sigterm_stops_all(inputs, tmp_path):
 
 CHILD = """
 import sys, time
-from sama_jax import processes
+from sama_jax.devices import processes
 peers = processes.join()
 for i in range(3):
     print(peers.rank, peers.gather(f"round {i}", [peers.rank, i]), flush=True)
