@@ -20,6 +20,9 @@ import pytest
 from flax.linen.linear import PromoteDtypeFn
 from jaxtyping import install_import_hook
 
+# Before the checker: settings check themselves, with messages for users.
+import sama_jax.config  # noqa: F401
+
 # Every call that a test makes in this process checks the shapes and types of its annotations. Not
 # by jaxtyping's own pytest option, which takes no settings for more than one package. An int may
 # stand for a float, as type checkers have it.

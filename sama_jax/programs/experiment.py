@@ -67,7 +67,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: not readable as YAML ({error})") from None
+        reason = " ".join(str(error).split())  # YAML's own has several lines
+        raise DataError(f"{path}: not readable as YAML ({reason})") from None
     if not isinstance(found, dict) or not isinstance(found.get("runs"), list):
         raise DataError(f"{path}: expected a mapping with a list `runs`")
     _known(found, _FIELDS, str(path))

@@ -81,7 +81,8 @@ class Checkpoints:
           abstract: tree of `jax.ShapeDtypeStruct` with shardings; the result has its structure.
 
         Raises:
-          UsageError: a checkpoint of another model or optimiser, or none that can be read.
+          UsageError: a checkpoint of another model or optimiser.
+          ModelError: none of the checkpoints can be read.
         """
         wanted, reasons = _flat(abstract), []
         for step in self.steps:
@@ -99,7 +100,7 @@ class Checkpoints:
                 jax.tree.structure(abstract), [leaves[name] for name in wanted]
             )
         if reasons:
-            raise UsageError(
+            raise ModelError(
                 f"{self.folder}: none of the checkpoints can be read; delete the folder to train "
                 "from the start\n  " + "\n  ".join(reasons)
             )

@@ -10,7 +10,7 @@ from sama_jax.cli import entry
     ("main", "command"),
     [
         (entry.main, ["experiment", "bad.yaml"]),
-        (converter.main, ["inspect", "bad"]),
+        (converter.main, ["to-hf", "bad", "out"]),
     ],
 )
 @pytest.mark.parametrize("asked", [None, "0", "1"])

@@ -561,6 +561,11 @@ def test_checkpoints_keep_two_and_give_the_newest_whole_one(tmp_path):
             if file.is_file():
                 file.write_bytes(b"")
         assert checkpoints.restore(abstract_of(state_of(0.0)))[0] == 2
+        for file in (tmp_path / "2" / "state").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+        with pytest.raises(ModelError, match="none of the checkpoints can be read"):
+            checkpoints.restore(abstract_of(state_of(0.0)))
 
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
