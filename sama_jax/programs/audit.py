@@ -83,8 +83,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     say.print(describe(placed))
     setup = make_setup(job, inputs, placed)._replace(sources=sources, quiet=quiet)
     if job.dry_run:
-        rows = {view: distinct_rows(tables.get(view, tables["text"])) for view in tasks.views}
-        left = {view: found.tolist() for view, found in rows.items()}
+        left = {view: distinct_rows(tables.get(view, tables["text"])) for view in tasks.views}
         rate = matmul_rate(setup.shapes.product, setup.shapes.model.dtype)
         say.print(estimate(tasks, tables, left, inputs.roles, setup.shapes, rate))
         return None
