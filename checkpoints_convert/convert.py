@@ -22,7 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sama_jax import __version__
-from sama_jax.devices import parallel
+from sama_jax.devices.mesh import make_mesh
+from sama_jax.devices.sharding import split_sharding
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.families.tables import TABLES
 from sama_jax.storage.files import write_json, writing
@@ -90,9 +91,9 @@ def to_orbax(
             one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             place = dict.fromkeys(kept, one)
         else:
-            grid = parallel.make_mesh(mesh)
+            grid = make_mesh(mesh)
             shapes = safetensors.leaf_paths(folder.abstract_params)
-            place = {path: parallel.split_sharding(grid, shapes[path].shape) for path in kept}
+            place = {path: split_sharding(grid, shapes[path].shape) for path in kept}
         record = _record(folder, "orbax", src, dtype if wanted != kept else "keep")
         if _claim(out, record, quiet):
             return Converted(out, folder.num_params, 0, 0, 0.0)

@@ -90,14 +90,14 @@ def run(args: argparse.Namespace) -> int | None:
         return processes.supervise(command, place, args.start_timeout, kept)
 
     from sama_jax import attacks
-    from sama_jax.devices import parallel
+    from sama_jax.devices import mesh
     from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.audit import run_audit
     from sama_jax.texts import data
 
     use_compile_cache(args.compile_cache)
     if peers is not None:
-        parallel.connect(peers.jax_address, peers.count, peers.rank)
+        mesh.connect(peers.jax_address, peers.count, peers.rank)
     attacks.select(args.attacks)
     if args.data and not (args.members or args.nonmembers):
         texts = data.read_texts(args.data)

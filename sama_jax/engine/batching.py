@@ -14,7 +14,8 @@ from jaxtyping import Int
 from sama_jax.arrays import Model
 from sama_jax.config import AuditSettings
 from sama_jax.core import losses
-from sama_jax.devices import memory, parallel
+from sama_jax.devices import memory
+from sama_jax.devices.layout import Layout
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.tasks import Task
 from sama_jax.engine.text_table import TextTable
@@ -62,7 +63,7 @@ class BatchShapes:
     context: int
     """Tokens that fit into the context of both models."""
     settings: AuditSettings
-    layout: parallel.Layout
+    layout: Layout
     parameter_bytes: int
     """Of the models that are resident at once, on one device."""
     device_bytes: int
@@ -115,7 +116,7 @@ class BatchShapes:
 
     def load(self, rows: int, length: int, slots: int) -> memory.Load:
         """Describes what a device works on that has `rows` rows of its own."""
-        parts, platform = self.layout.mesh.shape["model"], self.layout.devices[0].platform
+        parts, platform = self.layout.model_parts, self.layout.devices[0].platform
         return memory.Load(rows, length, slots, parts=parts, platform=platform)
 
     def pays(self, count: int, length: int, larger: int) -> bool:

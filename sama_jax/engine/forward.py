@@ -16,16 +16,14 @@ from sama_jax import rng
 from sama_jax.arrays import ForwardBatch, Model, Params, TextKeyData
 from sama_jax.attacks.registry import Procedure
 from sama_jax.core import losses
-from sama_jax.devices import parallel
+from sama_jax.devices.layout import Layout
+from sama_jax.devices.runner import FORWARD_ROWS, Runner
 from sama_jax.engine.batching import Batch, program_slots, slot_sizes
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole
 from sama_jax.engine.tasks import Task
 from sama_jax.engine.text_table import TextTable, padded
-
-BATCH_ROWS = ForwardBatch(0, 0, masks=1, positions=1, group=None, passes=None)  # pyright: ignore
-"""Axis of the texts in each field of a `ForwardBatch`."""
 
 
 class Job(NamedTuple):
@@ -116,7 +114,7 @@ def jobs_of(
 
 
 def calls_of(
-    jobs: Sequence[Job], readings: Readings, layout: parallel.Layout, pad_id: int | None
+    jobs: Sequence[Job], readings: Readings, layout: Layout, pad_id: int | None
 ) -> Iterator[Call]:
     """Yields the calls that the jobs of one batch take, in order.
 
@@ -154,7 +152,7 @@ def calls_of(
         for place, chunk in enumerate(chunks):
             ends = place == len(chunks) - 1
             count = int(chunk.passes)
-            yield Call(job, function, (BATCH_ROWS,), (chunk,), count, own, ends, ends and last)
+            yield Call(job, function, (FORWARD_ROWS,), (chunk,), count, own, ends, ends and last)
 
 
 def padded_tokens(
@@ -256,13 +254,13 @@ def values_of(
 class Programs:
     """The compiled programs of a run, made when a shape first comes up."""
 
-    def __init__(self, layout: parallel.Layout):
+    def __init__(self, layout: Layout):
         self.layout = layout
-        self._runners: dict[LossScorer | ProcedureRun, parallel.Runner] = {}
+        self._runners: dict[LossScorer | ProcedureRun, Runner] = {}
 
-    def runner(self, call: Call) -> parallel.Runner:
+    def runner(self, call: Call) -> Runner:
         """Returns what runs a call's function."""
         if call.function not in self._runners:
-            runner = parallel.Runner(call.function, self.layout, call.row_axes)
+            runner = Runner(call.function, self.layout, call.row_axes)
             self._runners[call.function] = runner
         return self._runners[call.function]

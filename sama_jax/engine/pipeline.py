@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from sama_jax.arrays import Params
-from sama_jax.devices import parallel
+from sama_jax.devices.layout import Layout
 from sama_jax.devices.peak import matmul_rate
 from sama_jax.devices.processes import Peers
+from sama_jax.devices.runner import Runner
 from sama_jax.engine.batching import Batch, BatchShapes, distinct_rows, same_tokens
 from sama_jax.engine.costs import Costs
 from sama_jax.engine.estimate import estimate
@@ -50,7 +51,7 @@ class Setup(NamedTuple):
     quiet: bool = False
 
     @property
-    def layout(self) -> parallel.Layout:
+    def layout(self) -> Layout:
         """The devices and what each holds."""
         return self.shapes.layout
 
@@ -116,14 +117,14 @@ def fill_store(
                 rows = own_rows(setup, readings, tasks, list(roles))
                 if rows and not {r.store_key for r in roles.values()} <= params.keys():
                     params = {}  # frees the other model before this one is loaded
-                    loaded = load(
+                    params, noticed = load(
                         list(roles.values()),
                         setup.layout,
                         say,
                         probe_ids=setup.probe_ids,
                         quiet=setup.quiet,
                     )
-                    params, notes = loaded.params, notes + loaded.notes
+                    notes = notes + noticed
                 if rows:
                     run_batches(run, readings, tasks, roles, rows, params)
         turns.reverse()  # the model that is in memory goes first
@@ -229,7 +230,7 @@ def own_rows(
     of their views, whatever has been stored before.
     """
     rows, count = pending(readings, tasks[0].view, tasks, roles), setup.peers.count
-    if count == 1 or setup.layout.kind == "sharded":
+    if count == 1 or setup.layout.works_on_all_batches:
         return rows
     texts = readings.tables["text"]
     batches = setup.shapes.batches(texts, distinct_rows(texts))
@@ -252,7 +253,7 @@ class _Started(NamedTuple):
     """A call that runs on the devices."""
 
     call: Call
-    runner: parallel.Runner
+    runner: Runner
     out: jax.Array
     begun: float
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from sama_jax.arrays import Params
 from sama_jax.config import AuditSettings, settings_hash
-from sama_jax.devices import memory, parallel
+from sama_jax.devices import memory
+from sama_jax.devices.layout import Layout
 from sama_jax.engine import output_position
 from sama_jax.terminal import ByteBar
 from sama_jax.weights import model_folder
@@ -46,9 +47,7 @@ def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
     )
 
 
-def resident_bytes(
-    roles: Sequence[ModelRole], layout: parallel.Layout, *, in_turn: bool = False
-) -> int:
+def resident_bytes(roles: Sequence[ModelRole], layout: Layout, *, in_turn: bool = False) -> int:
     """Returns the bytes of parameters on one device: of the larger model alone, if in turn.
 
     Adapters are left out, and weights that both models have in common count once.
@@ -72,7 +71,7 @@ class Loaded(NamedTuple):
 
 def load(
     roles: Sequence[ModelRole],
-    layout: parallel.Layout,
+    layout: Layout,
     say: Console,
     *,
     probe_ids: Int[np.ndarray, " n"] | None = None,

@@ -7,10 +7,13 @@ at any moment and continued by the same command.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jax.sharding import Mesh
 from rich.console import Console
 
-from sama_jax.devices import parallel
+from sama_jax.devices import mesh
 from sama_jax.devices.peak import matmul_rate
+from sama_jax.devices.placement import Placement, choose_placement, device_bytes
+from sama_jax.devices.sharding import parameter_shardings
 from sama_jax.engine import output_position
 from sama_jax.engine.batching import BatchShapes, distinct_rows
 from sama_jax.engine.costs import cost_of, sum_costs
@@ -116,7 +119,7 @@ def announce(
 class Placed(NamedTuple):
     """Where the models of a run are."""
 
-    fit: parallel.Fit
+    placement: Placement
     device_bytes: int
     """Memory of the smallest device of all processes."""
 
@@ -124,14 +127,14 @@ class Placed(NamedTuple):
 def place(job: AuditJob, inputs: Inputs) -> Placed:
     """Decides what each device holds. Raises `UsageError` if nothing fits."""
     # The smallest everywhere, or processes would split the work differently.
-    room = min(job.peers.gather("memory", parallel.device_bytes()))
+    room = min(job.peers.gather("memory", device_bytes()))
     folders = [role.folder for role in inputs.roles.values()]
 
-    def splits(mesh: Any) -> None:
+    def splits(grid: Mesh) -> None:
         for folder in folders:
-            parallel.parameter_shardings(mesh, folder.abstract_params, folder.model.arch)
+            parameter_shardings(grid, folder.abstract_params, folder.model.arch)
 
-    fit = parallel.choose_layout(
+    placement = choose_placement(
         job.parallel,
         job.mesh,
         job.models,
@@ -141,26 +144,20 @@ def place(job: AuditJob, inputs: Inputs) -> Placed:
         fully_sharded=job.fully_sharded,
         room=room,
     )
-    return Placed(fit, room)
+    return Placed(placement, room)
 
 
 def describe(placed: Placed) -> str:
     """Says in one line what each device holds."""
-    layout, mesh = placed.fit.layout, placed.fit.layout.mesh
-    where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
-    if layout.kind == "sharded":
-        how = f"sharded, data={mesh.shape['data']},model={mesh.shape['model']}"
-        how += ", parameters split over data, too" if layout.fully_sharded else ""
-    else:
-        one = len(layout.devices) == 1
-        how = "one device" if one else "pmap, every device holds the models"
-    turns = "both models together" if placed.fit.together else "one model after the other"
-    return f"devices: {where}, {how}; {turns}"
+    layout = placed.placement.layout
+    where = f"{len(layout.devices)} x {layout.devices[0].device_kind}, {layout.describe()}"
+    turns = "both models together" if placed.placement.together else "one model after the other"
+    return f"devices: {where}; {turns}"
 
 
 def make_setup(job: AuditJob, inputs: Inputs, placed: Placed) -> Setup:
     """Gathers how the passes are made: models, devices, processes."""
-    layout, in_turn = placed.fit.layout, not placed.fit.together
+    layout, in_turn = placed.placement.layout, not placed.placement.together
     roles: list[ModelRole] = list(inputs.roles.values())
     shapes = BatchShapes(
         roles[0].folder.model,
@@ -212,7 +209,7 @@ def publish(
     cost = cost_of(readings.tasks, filled.costs, folder.manifest.get("cost"))
     if job.peers.count > 1:
         costs = job.peers.gather("passes", cost)
-        parallel.disconnect()
+        mesh.disconnect()
         if not run.shared:
             update_index(job, rows, readings.tables)
             folder.write_manifest(cost=cost)

@@ -19,7 +19,9 @@ from sama_jax import attacks
 from sama_jax.arrays import Params
 from sama_jax.attacks.registry import flatten
 from sama_jax.core import losses
-from sama_jax.devices import compile_ahead, memory, parallel
+from sama_jax.devices import compile_ahead, memory
+from sama_jax.devices.mesh import AXES, mesh_sizes
+from sama_jax.devices.sharding import parameter_shardings
 from sama_jax.engine.batching import ACCELERATOR_TOKENS
 from sama_jax.engine.tasks import ROLES
 from sama_jax.errors import UsageError
@@ -198,7 +200,7 @@ def run_plan(job: PlanJob) -> dict[str, Any]:
         compiled = compile_ahead.run(
             case.request(rows), lambda seconds: say.print(f"compiling: {seconds:.0f} s")
         )
-        if "exhausted" not in compiled or job.rows is not None or rows == 1:
+        if compiled.fits or job.rows is not None or rows == 1:
             return _result(case, rows, compiled)
         say.print(f"{rows} texts do not fit; trying {rows // 2}")
         rows //= 2
@@ -211,9 +213,9 @@ def _usual_rows(job: PlanJob) -> int:
 
 def make_case(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> Case:
     """Raises `UsageError` if the parameters cannot be split over the mesh."""
-    abstract = AbstractMesh(mesh, parallel.AXES, axis_types=(AxisType.Auto,) * 2)
+    abstract = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * 2)
     arch, dtype = subject.model.arch, subject.model.dtype
-    shardings = parallel.parameter_shardings(abstract, subject.shapes, arch)  # pyright: ignore
+    shardings = parameter_shardings(abstract, subject.shapes, arch)
     one = memory.parameter_bytes(subject.shapes, dtype, shardings)
     return Case(job, topology, subject, mesh, one)
 
@@ -244,7 +246,7 @@ def propose_case(job: PlanJob, topology: Topology, subject: Subject) -> Case:
 
 def read_mesh(text: str, chips: int) -> tuple[int, int]:
     """Sizes of `data` and `model`. Raises `UsageError`, also unless they use every chip."""
-    sizes = parallel.mesh_sizes(text)
+    sizes = mesh_sizes(text)
     if math.prod(sizes) != chips:
         raise UsageError(
             f"mesh {text!r}: uses {math.prod(sizes)} chips, the topology has {chips}; "
@@ -260,16 +262,16 @@ def _mesh_name(mesh: tuple[int, int]) -> str:
 # --- what it says --------------------------------------------------------------------------------
 
 
-def _result(case: Case, rows: int, compiled: dict[str, Any]) -> dict[str, Any]:
+def _result(case: Case, rows: int, compiled: compile_ahead.Compiled) -> dict[str, Any]:
     """The JSON object; bytes are those of one device."""
     job, topology, subject, mesh = case[:4]
     arch, closed = subject.model.arch, case.closed_form(rows)
-    expected, fitted = closed.temporaries, "exhausted" not in compiled
+    expected = closed.temporaries
     arguments, temporaries = closed.parameters + closed.inputs, None
-    if fitted:
+    if compiled.fits:
         # Target and reference share the program: the second one's parameters wait beside it.
-        arguments = (job.models - 1) * case.one + compiled["arguments_bytes"]
-        temporaries = compiled["temporaries_bytes"] + compiled["output_bytes"]
+        arguments = (job.models - 1) * case.one + compiled.arguments_bytes
+        temporaries = compiled.temporaries_bytes + compiled.output_bytes
     total = arguments + (expected.peak if temporaries is None else temporaries)
     flops = job.texts * subject.flops
     peak = topology.flops and topology.flops * topology.chips * job.utilisation
@@ -281,14 +283,14 @@ def _result(case: Case, rows: int, compiled: dict[str, Any]) -> dict[str, Any]:
         "topology": topology.name,
         "chips": topology.chips,
         "chip_bytes": topology.memory,
-        "mesh": dict(zip(parallel.AXES, mesh)),
+        "mesh": dict(zip(AXES, mesh)),
         "rows": rows,
         "max_length": job.settings.max_length,
         "slots": list(subject.slots),
         "arguments_bytes": arguments,
         "temporaries_bytes": temporaries,
         "total_bytes": total,
-        "fits": fitted and total <= topology.memory,
+        "fits": compiled.fits and total <= topology.memory,
         "largest_rows": case.largest_rows(),
         "closed_form": {
             "arguments_bytes": closed.parameters + closed.inputs,
@@ -299,15 +301,13 @@ def _result(case: Case, rows: int, compiled: dict[str, Any]) -> dict[str, Any]:
         "full_logits_bytes": memory.full_logits_bytes(
             arch.vocab_size, rows, job.settings.max_length, mesh[1]
         ),
-        "collectives": {
-            kind: traffic._asdict() for kind, traffic in compiled.get("collectives", {}).items()
-        },
+        "collectives": {kind: traffic._asdict() for kind, traffic in compiled.collectives.items()},
         "texts": job.texts,
         "passes": job.texts * subject.passes,
         "flops": flops,
         "utilisation": job.utilisation,
         "seconds": None if peak is None else flops / peak,
-        "compile_seconds": round(compiled["compile_seconds"], 1),
+        "compile_seconds": round(compiled.compile_seconds, 1),
         "versions": compile_ahead.versions(),
     }
 

@@ -11,7 +11,8 @@ from sama_jax.arrays import Reading
 from sama_jax.attacks.likelihood import likelihood_probes
 from sama_jax.attacks.registry import Attack, Query
 from sama_jax.config import AuditSettings
-from sama_jax.devices import parallel
+from sama_jax.devices.layout import local_layout
+from sama_jax.devices.placement import device_bytes
 from sama_jax.engine import output_position
 from sama_jax.engine.batching import BatchShapes
 from sama_jax.engine.pipeline import Setup, fill_store
@@ -80,9 +81,9 @@ def run_nll(
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
     views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]
     role = ModelRole("target", folder, model_key(folder, settings))
-    keys, layout = {"target": role.store_key}, parallel.local_layout()
+    keys, layout = {"target": role.store_key}, local_layout()
     tasks, tables = tasks_of([_NLL], settings, keys), {"text": table_of(views)}
-    sizes = resident_bytes([role], layout), parallel.device_bytes()
+    sizes = resident_bytes([role], layout), device_bytes()
     shapes = BatchShapes(folder.model, folder.max_length, settings, layout, *sizes)
     probe = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
     setup = Setup({"target": role}, shapes, probe_ids=probe, quiet=quiet)

@@ -30,7 +30,9 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert import __main__ as program
 from checkpoints_convert import convert
 from sama_jax.cli import entry
-from sama_jax.devices import parallel
+from sama_jax.devices.layout import local_layout
+from sama_jax.devices.mesh import make_mesh
+from sama_jax.devices.sharding import split_sharding
 from sama_jax.errors import ModelError
 from sama_jax.weights import model_folder, safetensors
 
@@ -206,10 +208,10 @@ def test_sharded_loading_reads_each_byte_once(name, mesh, made, reads, monkeypat
     expected = model_folder.load(folder, ONE_DEVICE)
     reads.clear()
     monkeypatch.setattr(safetensors, "SLAB", 500)
-    grid = parallel.make_mesh(mesh) if mesh else None
+    grid = make_mesh(mesh) if mesh else None
     loaded = model_folder.read_params(
         folder,
-        lambda _, x: (jnp.bfloat16, parallel.split_sharding(grid, x.shape) if grid else ONE_DEVICE),
+        lambda _, x: (jnp.bfloat16, split_sharding(grid, x.shape) if grid else ONE_DEVICE),
     )
     assert_same_parameters(loaded, expected)
     assert reads == {
@@ -223,7 +225,7 @@ def test_sharded_loading_reads_each_byte_once(name, mesh, made, reads, monkeypat
 
 def test_replicated_leaves_are_read_once_for_all_devices(made, reads):
     folder = model_folder.open_folder(made("llada"), dtype="float32")
-    everywhere = parallel.local_layout().shardings
+    everywhere = local_layout().shardings
     params = model_folder.load(folder, everywhere)
     assert len(params["embed"]["embedding"].addressable_shards) == 8
     assert sum(reads.values()) == 4 * folder.num_params
@@ -307,11 +309,11 @@ def test_float64_needs_a_dtype(tmp_path, capsys):
 def test_an_orbax_folder_loads_onto_any_mesh_in_any_dtype(made, tmp_path):
     source = made("llada_bfloat16_shards")
     convert.to_orbax(source, tmp_path / "orbax", mesh="data=2,model=4", quiet=True)
-    grid = parallel.make_mesh("model=8")
+    grid = make_mesh("model=8")
 
     def load(folder: model_folder.ModelFolder, told: list[int]) -> Any:
         def place(_: str, leaf: Any) -> Any:
-            return folder.model.dtype, parallel.split_sharding(grid, leaf.shape)
+            return folder.model.dtype, split_sharding(grid, leaf.shape)
 
         return model_folder.read_params(folder, place, told.append)
 
@@ -816,15 +818,17 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 import jax.numpy as jnp
 from checkpoints_convert import convert, stream
-from sama_jax import model_folder, parallel
-grid = parallel.make_mesh("model=4")
+from sama_jax.devices.mesh import make_mesh
+from sama_jax.devices.sharding import split_sharding
+from sama_jax.weights import model_folder
+grid = make_mesh("model=4")
 done = convert.to_orbax(source, Path(out), mesh="model=4", quiet=True)
 result = {"converted": done.bytes_read}
 expected = {}
 for name, path in (("plain", Path(source)), ("orbax", Path(out))):
     folder = model_folder.open_folder(path, dtype="bfloat16")
     params = model_folder.read_params(
-        folder, lambda _, x: (jnp.bfloat16, parallel.split_sharding(grid, x.shape)))
+        folder, lambda _, x: (jnp.bfloat16, split_sharding(grid, x.shape)))
     result[name] = folder.source.bytes_read
     result["sums"] = {
         f"{p} {s.index}": int(np.asarray(s.data).view(np.uint16).astype(np.uint32).sum())
@@ -865,7 +869,7 @@ def test_two_processes_convert_and_load_together(made, tmp_path):
         assert whole / 2 <= result["local"] <= whole / 2 + norms
     for path, leaf in safetensors.leaf_paths(params).items():
         index = {k: v for r in results for k, v in r["sums"].items() if k.startswith(path + " ")}
-        split = parallel.split_sharding(parallel.make_mesh("model=8"), leaf.shape).spec
+        split = split_sharding(make_mesh("model=8"), leaf.shape).spec
         if any(split):
             bits = np.asarray(leaf).view(np.uint16).astype(np.uint32)
             assert len(index) == 4

@@ -13,7 +13,11 @@ from jax.sharding import PartitionSpec
 
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses
-from sama_jax.devices import parallel
+from sama_jax.devices import placement
+from sama_jax.devices.layout import OnMesh, Replicated, local_layout
+from sama_jax.devices.mesh import make_mesh
+from sama_jax.devices.placement import choose_placement
+from sama_jax.devices.sharding import RULES, parameter_shardings
 from sama_jax.errors import UsageError
 from sama_jax.models import dit, encoders, moe, transformer
 from sama_jax.programs import audit
@@ -41,7 +45,7 @@ def _unchecked():
     """Without the look at what position a model reads, which compiles for every mesh: on one,
     test_multiprocess.py runs it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit.alignment, "check", lambda *_: None)
+        patch.setattr(audit.output_position, "check", lambda *_: None)
         yield
 
 
@@ -77,11 +81,11 @@ def run(folders, texts, out, **changes):
 def expected(models, texts, tmp_path_factory):
     """On one device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "local_layout", lambda: one_device())
+        patch.setattr(placement, "local_layout", one_device)
         return run(models, texts, tmp_path_factory.mktemp("one") / "run")
 
 
-def one_device(local_layout=parallel.local_layout):
+def one_device():
     return local_layout(jax.devices()[:1])
 
 
@@ -157,7 +161,7 @@ def test_models_in_turn_give_the_same_and_hold_one_at_a_time(
 def test_split_parameters_are_split(models):
     """Bytes a device, summed: a model axis of 8 holds about an eighth of everything."""
     folder = model_folder.open_folder(models[0])
-    layout = parallel.Layout(parallel.make_mesh("model=8"), "sharded")
+    layout = OnMesh(make_mesh("model=8"))
     params = safetensors.leaf_paths(model_folder.load(folder, layout.shardings))
     specs = {path: tuple(leaf.sharding.spec) for path, leaf in params.items()}
     assert specs["embed/embedding"] == ("model", None)
@@ -173,7 +177,7 @@ def test_split_parameters_are_split(models):
 
 def test_fully_sharded_parameters_are_split_over_data_too(models, texts, expected, tmp_path):
     folder = model_folder.open_folder(models[0])
-    layout = parallel.Layout(parallel.make_mesh("data=4,model=2"), "sharded", fully_sharded=True)
+    layout = OnMesh(make_mesh("data=4,model=2"), fully_sharded=True)
     shardings = safetensors.leaf_paths(layout.shardings(folder.abstract_params, folder.model.arch))
     assert shardings["blocks/attn/q_proj/kernel"].spec == PartitionSpec(None, "data", "model")
     assert shardings["final_norm/scale"].spec == PartitionSpec()
@@ -226,7 +230,7 @@ def test_rules_cover_every_family(name):
     """No path without a rule; matrices of blocks and vocabulary are split, but for known ones."""
     model = NETWORKS[name]
     shapes = shapes_of(model)
-    found = parallel.parameter_shardings(parallel.make_mesh("data=2,model=4"), shapes, model.arch)
+    found = parameter_shardings(make_mesh("data=2,model=4"), shapes, model.arch)
     whole = {p for p, s in safetensors.leaf_paths(found).items() if not any(s.spec)}
     matrices = {p.rpartition("blocks/")[2] for p in whole if p.endswith(("kernel", "embedding"))}
     allowed = r"(attn/[kv]_proj|\w*modulation|moe/router|time/dense_\d|head/dense)/kernel|"
@@ -237,29 +241,29 @@ def test_rules_cover_every_family(name):
     assert any("k_proj/kernel" in m for m in matrices) == grouped
 
 
-@pytest.mark.parametrize("rule", parallel.RULES, ids=lambda rule: rule.pattern)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.pattern)
 def test_every_rule_is_used(rule):
     paths = {p for m in NETWORKS.values() for p in safetensors.leaf_paths(shapes_of(m))}
     paths |= {"blocks/attn/q_proj/lora_a"}
-    first = {p: next(r for r in parallel.RULES if re.fullmatch(r.pattern, p)) for p in paths}
+    first = {p: next(r for r in RULES if re.fullmatch(r.pattern, p)) for p in paths}
     assert rule in first.values()
 
 
 def test_a_head_is_never_cut(models):
     folder = model_folder.open_folder(models[0])
-    grid = parallel.make_mesh("model=8")
+    grid = make_mesh("model=8")
     model = NETWORKS["experts"]
     with pytest.raises(
         UsageError, match=r"blocks/attn/q_proj/kernel \(1, 32, 32\): num_heads 4 is"
     ):
-        parallel.parameter_shardings(grid, shapes_of(model), model.arch)
+        parameter_shardings(grid, shapes_of(model), model.arch)
     odd = transformer.Architecture(**{**LLAMA, "num_heads": 8, "mlp_width": 60})
     model = transformer.TransformerModel(arch=odd, mask_id=1)
     with pytest.raises(UsageError, match=r"mlp/down_proj/kernel \(60, 32\): axis 0 is not div"):
-        parallel.parameter_shardings(grid, shapes_of(model), odd)
+        parameter_shardings(grid, shapes_of(model), odd)
     strange = {**folder.abstract_params, "strange": {"kernel": jax.ShapeDtypeStruct((8,), "f4")}}
     with pytest.raises(UsageError, match=r"strange/kernel \(8,\): no sharding rule"):
-        parallel.parameter_shardings(grid, strange, folder.model.arch)
+        parameter_shardings(grid, strange, folder.model.arch)
 
 
 GIB = 2**30
@@ -272,24 +276,22 @@ def any_mesh(_):
 @pytest.mark.parametrize(
     ("together", "one", "expected"),
     [
-        (2, 1, ("pmap", 1, True)),
-        (12, 6, ("pmap", 1, False)),
-        (24, 12, ("sharded", 4, True)),
-        (128, 60, ("sharded", 8, False)),
+        (2, 1, (Replicated, 1, True)),
+        (12, 6, (Replicated, 1, False)),
+        (24, 12, (OnMesh, 4, True)),
+        (128, 60, (OnMesh, 8, False)),
     ],
 )
 def test_auto_takes_the_simplest_placement_that_fits(together, one, expected):
-    fit = parallel.choose_layout(
-        "auto", None, "auto", together * GIB, one * GIB, any_mesh, room=10 * GIB
-    )
-    assert (fit.layout.kind, fit.layout.mesh.shape["model"], fit.together) == expected
+    fit = choose_placement("auto", None, "auto", together * GIB, one * GIB, any_mesh, room=10 * GIB)
+    assert (type(fit.layout), fit.layout.model_parts, fit.together) == expected
 
 
 def test_nothing_fits_is_said_and_can_be_overruled():
     args = ("auto", 128 * GIB, 65 * GIB, any_mesh)
     with pytest.raises(UsageError, match=r"65\.0 GiB of parameters"):
-        parallel.choose_layout("auto", None, *args, room=10 * GIB)
-    fit = parallel.choose_layout("sharded", "model=8", *args, room=10 * GIB)
+        choose_placement("auto", None, *args, room=10 * GIB)
+    fit = choose_placement("sharded", "model=8", *args, room=10 * GIB)
     assert fit.layout.mesh.shape == {"data": 1, "model": 8}
     with pytest.raises(UsageError, match="--mesh belongs to"):
-        parallel.choose_layout("pmap", "model=8", *args)
+        choose_placement("pmap", "model=8", *args)

@@ -23,7 +23,8 @@ from sama_jax.arrays import ForwardBatch
 from sama_jax.cli.flags import STANDARD
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses
-from sama_jax.devices import memory, parallel
+from sama_jax.devices import memory
+from sama_jax.devices.layout import local_layout
 from sama_jax.engine import batching
 from sama_jax.engine.roles import ModelRole, resident_bytes
 from sama_jax.programs import audit
@@ -240,7 +241,7 @@ def batch_shapes(folders, layout, room: int) -> batching.BatchShapes:
 def test_a_bucket_pays_if_it_saves_what_its_program_costs(models):
     """On 8 devices, for both models' passes."""
     folders = [model_folder.open_folder(path, dtype="float32") for path in models]
-    shapes = batch_shapes(folders, parallel.local_layout(), 2**30)
+    shapes = batch_shapes(folders, local_layout(), 2**30)
     model, passes = folders[0].model, SETTINGS.sama.steps
     saved = model.flops_per_text(48, 0.0) - model.flops_per_text(32, 0.0)
     cost = batching.PROGRAM_FLOPS["cpu"] * jax.device_count()
@@ -252,7 +253,7 @@ def test_a_bucket_pays_if_it_saves_what_its_program_costs(models):
 def test_rows_shrink_to_what_fits_beside_the_models(models):
     """Rows by the closed form; every one of them fits, one more would not, and one always runs."""
     folders = [model_folder.open_folder(path, dtype="float32") for path in models]
-    layout = parallel.local_layout(jax.devices()[:1])
+    layout = local_layout(jax.devices()[:1])
 
     def rows_of_a_batch(room: int) -> int:
         return batch_shapes(folders, layout, room).rows(64)
@@ -305,7 +306,7 @@ def test_only_scored_slots_reach_the_vocabulary(models):
     """The compiled scorer holds no array of [rows, length, vocabulary] or larger."""
     folder = model_folder.open_folder(models[0])
     model = dataclasses.replace(folder.model)
-    params = model_folder.load(folder, parallel.local_layout(jax.devices()[:1]).shardings)
+    params = model_folder.load(folder, local_layout(jax.devices()[:1]).shardings)
     t, b, length, slots = 2, 4, 64, 8
     batch = ForwardBatch(
         tokens=np.zeros((b, length), np.int32),
@@ -324,7 +325,7 @@ def test_only_scored_slots_reach_the_vocabulary(models):
 def test_the_head_in_chunks_gives_the_same_losses(models, monkeypatch):
     folder = model_folder.open_folder(models[0])
     model = folder.model
-    params = model_folder.load(folder, parallel.local_layout(jax.devices()[:1]).shardings)
+    params = model_folder.load(folder, local_layout(jax.devices()[:1]).shardings)
     hidden = jax.random.normal(jax.random.key(0), (37, model.arch.width))
     targets = jax.random.randint(jax.random.key(1), (37,), 0, model.vocab_size)
     whole = losses.token_nll(model, params, hidden, targets)
@@ -337,7 +338,7 @@ def test_a_shifted_model_reads_the_output_before(models):
     folder = model_folder.open_folder(models[0])
     plain = folder.model
     shifted = dataclasses.replace(plain, shift=True)
-    params = model_folder.load(folder, parallel.local_layout(jax.devices()[:1]).shardings)
+    params = model_folder.load(folder, local_layout(jax.devices()[:1]).shardings)
     tokens = jnp.arange(10, 22, dtype=jnp.int32)[None]
     valid, positions = jnp.ones((1, 12), bool), jnp.array([[0, 1, 5, -1]], jnp.int32)
     stream = plain.trunk(params, tokens, valid)

@@ -15,7 +15,10 @@ import tiny
 from jax.sharding import AbstractMesh, AxisType
 
 from sama_jax.cli import entry
-from sama_jax.devices import compile_ahead, memory, parallel
+from sama_jax.devices import child, compile_ahead, memory, traffic
+from sama_jax.devices.compile_ahead import Compiled
+from sama_jax.devices.mesh import AXES
+from sama_jax.devices.sharding import parameter_shardings
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs import capacity
 
@@ -45,8 +48,8 @@ def closed_form(values: dict[str, Any], load: memory.Load, data: int) -> memory.
     model = model_of(values)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     axis_types = (AxisType.Auto,) * 2
-    mesh: Any = AbstractMesh((data, load.parts), parallel.AXES, axis_types=axis_types)
-    shardings = parallel.parameter_shardings(mesh, shapes, model.arch)
+    mesh = AbstractMesh((data, load.parts), AXES, axis_types=axis_types)
+    shardings = parameter_shardings(mesh, shapes, model.arch)
     return memory.footprint(model.arch, model.dtype, load, shapes, shardings)
 
 
@@ -63,13 +66,13 @@ def test_closed_form_agrees_with_the_compiled_program(name, mesh):
     compiled = compile_ahead.compile_scorer(request)
     found = closed_form(values, memory.Load(rows, length, slots, parts=mesh[1]), mesh[0])
 
-    assert found.parameters + found.inputs == pytest.approx(compiled["arguments_bytes"], rel=0.01)
-    allotted = compiled["temporaries_bytes"] + compiled["output_bytes"]
+    assert found.parameters + found.inputs == pytest.approx(compiled.arguments_bytes, rel=0.01)
+    allotted = compiled.temporaries_bytes + compiled.output_bytes
     assert found.temporaries.peak == pytest.approx(allotted, rel=0.15)
     phases = found.temporaries._asdict()
     assert max(("attention", "mlp", "head"), key=lambda phase: phases[phase]) == name
     # Two sums over `model` a block, of the stream each.
-    reduced = compiled["collectives"]["all-reduce"]
+    reduced = compiled.collectives["all-reduce"]
     assert reduced.bytes > 2 * 2 * found.temporaries.stream
     assert reduced.count >= 2 * values["n_layers"]
 
@@ -177,9 +180,9 @@ ENTRY %main (p.5: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_by_loops_and_branches():
-    assert compile_ahead.collectives(HLO) == {
-        "all-reduce": compile_ahead.Traffic(31 + 5 + 1, 31 * 4 * 8 * 4 + 5 * 4 + 2 * 4 + 4),
-        "all-gather": compile_ahead.Traffic(31, 31 * 16 * 8 * 2),
+    assert traffic.collectives(HLO) == {
+        "all-reduce": traffic.Traffic(31 + 5 + 1, 31 * 4 * 8 * 4 + 5 * 4 + 2 * 4 + 4),
+        "all-gather": traffic.Traffic(31, 31 * 16 * 8 * 2),
     }
 
 
@@ -200,7 +203,7 @@ def run(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str, s
 
 
 def test_the_command_compiles_in_a_process_of_its_own(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compile_ahead, "TICK_SECONDS", 0.5)
+    monkeypatch.setattr(child, "TICK_SECONDS", 0.5)
     result = tmp_path / "plan.json"
     code, out, err = run(
         capsys, "--model", model, "--topology", "cpu:2", "--mesh", "data=1,model=2",
@@ -295,24 +298,21 @@ def test_the_proposed_mesh_has_the_fewest_parts_that_fit_llada_8b(topology, mode
 
 
 def test_a_compiler_that_dies_is_one_line(model, capsys, monkeypatch):
-    monkeypatch.setattr(compile_ahead.sys, "executable", "/bin/false")
+    monkeypatch.setattr(child.sys, "executable", "/bin/false")
     code, _, err = run(capsys, "--model", model, "--topology", "cpu:1", "--quiet")
-    assert code == 2
-    assert "compiling for cpu:1 failed (exit code 1: it said nothing)" in err
+    assert code == 1
+    assert "the compiler for cpu:1 process ended with exit code 1 (it said nothing)" in err
     assert len(err.strip().splitlines()) == 1
 
 
 def test_rows_are_halved_until_they_fit(model, capsys, monkeypatch, tmp_path):
     asked = []
 
-    def answer(request: compile_ahead.Request, tick: Any) -> dict[str, Any]:
+    def answer(request: compile_ahead.Request, tick: Any) -> Compiled:
         asked.append(request.rows)
-        if request.rows > 20:
-            return {"exhausted": "RESOURCE_EXHAUSTED", "compile_seconds": 1.0}
-        sizes = {"arguments_bytes": 10, "temporaries_bytes": 10, "output_bytes": 1}
-        return {**sizes, "compile_seconds": 1.0}
+        return Compiled(1.0, False) if request.rows > 20 else Compiled(1.0, True, 10, 10, 1)
 
-    monkeypatch.setattr(capacity.ahead, "run", answer)
+    monkeypatch.setattr(compile_ahead, "run", answer)
     flags = ["--model", model, "--topology", "cpu:1", "--json", tmp_path / "o.json", "--quiet"]
     assert run(capsys, *flags, "--max-length", 256)[0] == 0
     assert asked == [64, 32, 16]
@@ -326,14 +326,8 @@ def test_rows_are_halved_until_they_fit(model, capsys, monkeypatch, tmp_path):
 
 
 def test_two_models_in_turn_take_the_memory_of_one(model, capsys, tmp_path, monkeypatch):
-    answer = {
-        "arguments_bytes": 1000,
-        "temporaries_bytes": 10,
-        "output_bytes": 1,
-        "compile_seconds": 1.0,
-        "collectives": {},
-    }
-    monkeypatch.setattr(capacity.ahead, "run", lambda request, tick: answer)
+    answer = Compiled(1.0, True, 1000, 10, 1)
+    monkeypatch.setattr(compile_ahead, "run", lambda request, tick: answer)
     found = {}
     for models in ("together", "in-turn"):
         result = tmp_path / f"{models}.json"

@@ -9,9 +9,10 @@ import numpy as np
 
 from sama_jax import attacks
 from sama_jax.arrays import Encoded, Params
-from sama_jax.devices import parallel
 from sama_jax.devices.compile_cache import use_compile_cache
+from sama_jax.devices.layout import local_layout
 from sama_jax.devices.peak import matmul_rate
+from sama_jax.devices.placement import device_bytes
 from sama_jax.engine.batching import BatchShapes, distinct_rows
 from sama_jax.engine.pipeline import Setup, fill_store
 from sama_jax.engine.plans import PLAN_ROWS
@@ -49,7 +50,7 @@ class Ours:
         folder = model_folder.open_folder(
             self.task.model, dtype=self.settings.dtype, attention=self.settings.attention
         )
-        self.layout = parallel.local_layout()
+        self.layout = local_layout()
         target = model_folder.load(folder, self.layout.shardings)
         jax.block_until_ready(target)
         key, self.model = model_key(folder, self.settings), folder.model
@@ -66,7 +67,7 @@ class Ours:
             self.settings,
             self.layout,
             resident_bytes(list(roles.values()), self.layout),
-            parallel.device_bytes(),
+            device_bytes(),
             self.task.batch_size,
         )
         self.setup = Setup(roles, shapes, quiet=True)
