@@ -1,11 +1,14 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Speaks to whoever runs a program: lines, tables, and the progress of long work.
+
+Messages and progress go to standard error, so that standard output stays for results.
+"""
 
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,21 +19,48 @@ from rich.progress import (
 )
 
 PLAIN_SECONDS = 10.0
-"""Between two plain lines."""
+"""Seconds between two plain lines of progress."""
 
 
 def console(quiet: bool = False) -> Console:
-    """Where messages go: standard error, so that standard output stays for results.
+    """Returns the console of messages, on standard error.
 
-    Verbatim: a path may hold what rich would take for markup, such as `[/x]`.
+    It prints verbatim: a path may hold what rich would take for markup, such as `[/x]`.
     """
     return Console(
         stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False
     )
 
 
+class Terminal:
+    """Says, shows and counts, or does none of it where `quiet`, so that no caller has to ask."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self._messages = console(quiet)
+
+    def say(self, line: str) -> None:
+        """Prints a message on standard error."""
+        self._messages.print(line)
+
+    def show(self, result: RenderableType) -> None:
+        """Prints a result, such as a table, on standard output."""
+        Console(quiet=self.quiet).print(result)
+
+    def bar(self, what: str, total: int, unit: str, *, done: int = 0) -> "ProgressBar":
+        """Returns the bar of work that has `total` units, of which some may be done."""
+        return ProgressBar(what, total, unit, quiet=self.quiet, done=done)
+
+    def byte_bar(self, what: str, total: int, *, least: int = 10**6) -> "ByteBar":
+        """Returns the bar of `total` bytes, silent if they are fewer than `least`."""
+        return ByteBar(what, total, quiet=self.quiet, least=least)
+
+
 class ProgressBar:
-    """Counts units of work; `note` says what is going on, such as "compiling"."""
+    """Counts units of work: a bar on a terminal, a plain line now and then elsewhere.
+
+    `note` says what is going on, such as "compiling".
+    """
 
     def __init__(self, what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0):
         self.what, self.total, self.unit, self.done = what, total, unit, done
@@ -76,7 +106,7 @@ class ProgressBar:
             self._line(text)
 
     def advance(self, amount: int) -> None:
-        """`amount` more units are done."""
+        """Counts `amount` more units as done."""
         self.done += amount
         now = time.monotonic()
         if self._bar:
@@ -92,7 +122,7 @@ class ProgressBar:
 
 
 class ByteBar(ProgressBar):
-    """A progress bar that is told bytes; silent below `least` of them."""
+    """Counts bytes in megabytes; silent if there are fewer than `least` of them."""
 
     def __init__(self, what: str, total: int, *, quiet: bool = False, least: int = 10**6):
         super().__init__(what, total // 10**6, "MB", quiet=quiet or total < least)
@@ -108,7 +138,7 @@ class ByteBar(ProgressBar):
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people: "40 s", "12 min", "3.4 h"."""
+    """Returns a length of time for people: "40 s", "12 min", "3.4 h"."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     if seconds < 5400:
@@ -117,7 +147,7 @@ def duration(seconds: float) -> str:
 
 
 def binary_size(count: int) -> str:
-    """Bytes for people: "1.24 GiB", "12.5 MiB"."""
+    """Returns a number of bytes for people: "1.24 GiB", "12.5 MiB"."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if count >= unit / 10:
             return f"{count / unit:.3g} {name}"

@@ -1,4 +1,4 @@
-"""Experiments: YAML files that name models, texts, settings and attacks, run as audits.
+"""Runs experiments: YAML files that name models, texts, settings and attacks, run as audits.
 
 A file is a mapping with
 
@@ -7,51 +7,51 @@ A file is a mapping with
               next-token or a masked language model), or {target: DIR, reference: DIR}
     data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}, and
               {prefixes: FILE} where attacks want them
-    runs      list of {name, attacks: [..], models, data, preset, passes, max_length, seed,
-              set: [key=value, ..]}; `models` and `data` of a run go before those of the file
+    runs      list of {name, attacks: [..], models, data, set: [key=value, ..]} with any setting
+              that is no group (preset, passes, max_length, seed, ..); `models` and `data` of a
+              run go before those of the file
     compare   list of [attack, attack]: AUC of the second minus the first, paired, in every run
               that has both
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from sama_jax import config
 from sama_jax.errors import DataError, UsageError, nearest
 from sama_jax.programs import audit, demo
+from sama_jax.programs.jobs import AuditJob
 from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import Row
-from sama_jax.terminal import console
+from sama_jax.terminal import Terminal
 from sama_jax.texts import data
 
 _FIELDS = {"summary", "models", "data", "runs", "compare"}
-_RUN_FIELDS = {
-    "name", "attacks", "models", "data", "preset", "passes", "max_length", "seed", "set"
-}  # fmt: skip
+_SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
+_RUN_FIELDS = {"name", "attacks", "models", "data", "set"} | _SETTINGS
 _DEMOS = {"demo": "llada", **{f"demo:{name}": name for name in demo.NETWORKS if name != "llada"}}
 """What `models` may be called -> the network of the demo."""
 
 
 def _folders() -> list[Path]:
-    """Where experiments are shipped: inside the package, or beside it in a clone."""
+    """Returns where experiments are shipped: in the package, or next to it in a clone."""
     here = Path(__file__).parents[1]
     return [here / "experiments", here.parent / "experiments"]
 
 
 def available() -> dict[str, str]:
-    """Name -> summary of the experiments that are shipped."""
+    """Returns the summaries of the experiments that are shipped, by name."""
     files = [f for folder in _folders() for f in sorted(folder.glob("*.yaml"))]
     return {file.stem: read(file)["summary"] for file in files}
 
 
 def find(name: str) -> Path:
-    """The file of an experiment's name, or the path itself."""
+    """Returns the file of an experiment's name, or the path itself. Raises `UsageError`."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise UsageError(f"{name}: no such file; expected the YAML of an experiment")
@@ -63,7 +63,7 @@ def find(name: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A parsed and checked experiment."""
+    """Reads and checks an experiment. Raises `DataError`."""
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -91,6 +91,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _known(found: dict[str, Any], fields: set[str], where: str) -> None:
+    """Raises `DataError` for a field that nothing reads."""
     for name in found:
         if name not in fields:
             raise DataError(f"{where}: unknown field '{name}'{nearest(str(name), sorted(fields))}")
@@ -104,23 +105,23 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
     that two of them read are computed once, and the same command continues.
     """
     path = find(name)
-    plan, say = read(path), console(quiet)
+    plan, terminal = read(path), Terminal(quiet=quiet)
     out = runs / path.stem
-    say.print(f"{path.stem}: {plan['summary']}")
+    terminal.say(f"{path.stem}: {plan['summary']}")
     result: dict[str, Any] = {"experiment": path.stem, "runs": {}}
     for run in plan["runs"]:
-        say.print(f"run {run['name']}")
+        terminal.say(f"run {run['name']}")
         models, files = (run.get(k, plan.get(k)) for k in ("models", "data"))
-        target, reference, texts, prefixes, base = _models(models, files or {}, runs, quiet)
-        job = audit.AuditJob(
-            target=target,
-            reference=reference,
-            texts=texts,
-            prefixes=prefixes,
+        given = _inputs(models, files or {}, runs, quiet)
+        job = AuditJob(
+            target=given.target,
+            reference=given.reference,
+            texts=given.texts,
+            prefixes=given.prefixes,
             out=out / run["name"],
             store=out / "losses",
             attacks=run["attacks"],
-            settings=_settings(run, base),
+            settings=run_settings(run, given.settings),
             quiet=quiet,
             command=f"sama-jax experiment {name}",
         )
@@ -129,23 +130,31 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
         pairs = [pair for pair in plan["compare"] if set(pair) <= set(done.metrics["attacks"])]
         compared = [_compare(done.rows, a, b, job.settings.seed) for a, b in pairs]
         result["runs"][run["name"]] = {"metrics": done.metrics["attacks"], "compare": compared}
-        if not quiet:
-            Console().print(tables.metrics_table(done.metrics, done.rows, done.cost))
-            _print_comparison(compared)
+        terminal.show(tables.metrics_table(done.metrics, done.rows, done.cost))
+        if compared:
+            terminal.show(_comparison_table(compared))
     write_json(out / "experiment.json", result)
-    say.print(f"results: {out}")
+    terminal.say(f"results: {out}")
     return result
 
 
-def _models(
-    models: Any, files: dict[str, str], runs: Path, quiet: bool
-) -> tuple[Path, Path, data.Texts, data.Texts | None, config.AuditSettings]:
-    """Target, reference, texts, prefixes, and the settings that go with them."""
+class _Inputs(NamedTuple):
+    """What a run works on, and the settings that go with it."""
+
+    target: Path
+    reference: Path
+    texts: data.Texts
+    prefixes: data.Texts | None
+    settings: config.AuditSettings
+
+
+def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inputs:
+    """Makes or finds the models, and reads the texts. Raises `DataError`."""
     if isinstance(models, str):
         made = demo.prepare(runs / "demo", network=_DEMOS[models], quiet=quiet)
         texts = data.read_split(made.members, made.nonmembers)
         prefixes = data.read_texts(made.prefixes)
-        return made.target, made.base, texts, prefixes, demo.audit_settings()
+        return _Inputs(made.target, made.base, texts, prefixes, demo.audit_settings())
     if "data" in files:
         texts = data.read_texts(Path(files["data"]))
     elif {"members", "nonmembers"} <= set(files):
@@ -154,26 +163,25 @@ def _models(
         raise DataError("data: expected a file `data`, or files `members` and `nonmembers`")
     prefixes = data.read_texts(Path(files["prefixes"])) if "prefixes" in files else None
     folders = Path(models["target"]), Path(models["reference"])
-    return *folders, texts, prefixes, config.AuditSettings()
+    return _Inputs(*folders, texts, prefixes, config.AuditSettings())
 
 
-def _settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSettings:
+def run_settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSettings:
     """Returns the settings of a run: those of its models, its own, and its preset's."""
-    own = {name: run[name] for name in ("preset", "max_length", "seed") if name in run}
-    fields = {**vars(base), **own}
+    own = {name: run[name] for name in _SETTINGS & set(run)}
+    fields = {**vars(base), "passes": None, **own}
     del fields["sama"]  # the preset's
-    return config.AuditSettings.of(passes=run.get("passes"), overrides=run.get("set", []), **fields)
+    return config.AuditSettings.of(overrides=run.get("set", []), **fields)
 
 
 def _compare(rows: Sequence[Row], first: str, second: str, seed: int) -> dict[str, Any]:
-    """AUC of `second` minus `first` on the texts that both scored, with its interval."""
+    """Returns the AUC of `second` minus `first` on texts that both scored, with its interval."""
     found = results.paired(rows, second, first, seed)
     return {"from": first, "to": second, "difference": found["difference"], "ci": found["ci"]}
 
 
-def _print_comparison(compared: list[dict[str, Any]]) -> None:
-    if not compared:
-        return
+def _comparison_table(compared: list[dict[str, Any]]) -> Table:
+    """Returns the table of what was compared, a line a pair."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("from", "to", "AUC gained (95 % interval, paired)"):
         table.add_column(column)
@@ -181,4 +189,4 @@ def _print_comparison(compared: list[dict[str, Any]]) -> None:
         low, high = row["ci"]
         gained = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
         table.add_row(row["from"], row["to"], gained)
-    Console().print(table)
+    return table

@@ -1,0 +1,72 @@
+"""The terminal: messages and progress on standard error, results on standard output."""
+
+import pytest
+
+from sama_jax import terminal
+from sama_jax.terminal import Terminal
+
+
+def test_messages_and_results_are_kept_apart(capsys):
+    here = Terminal()
+    here.say("a path such as [/x] stays as it is")
+    here.show("a result")
+    said = capsys.readouterr()
+    assert said.err == "a path such as [/x] stays as it is\n"
+    assert said.out == "a result\n"
+
+
+def test_a_long_message_is_not_folded(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    Terminal().say("word " * 30)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_quiet_is_inside(capsys):
+    here = Terminal(quiet=True)
+    here.say("nothing")
+    here.show("nothing")
+    with here.bar("audit", 3, "texts") as bar:
+        bar.note("compiling")
+        bar.advance(3)
+    with here.byte_bar("weights", 10**9) as told:
+        told(10**9)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.0)
+    with Terminal().bar("audit", 4, "texts", done=1) as bar:
+        bar.note("compiling for 32 tokens")
+        bar.note("target")
+        bar.advance(1)
+        bar.advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "audit: 1/4 texts, compiling for 32 tokens"
+    assert lines[1] == "audit: 2/4 texts, about 1 s left target"
+    assert lines[2] == "audit: 4/4 texts, done in 0 s"
+    assert len(lines) == 3
+
+
+def test_a_bar_of_few_bytes_is_silent(capsys):
+    with Terminal().byte_bar("weights", 10**6 - 1) as told:
+        told(10**6 - 1)
+    assert capsys.readouterr().err == ""
+    with Terminal().byte_bar("weights", 3 * 10**6) as told:
+        told(3 * 10**6)
+    assert capsys.readouterr().err == "weights: 3/3 MB, done in 0 s\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.0, "1 s"), (89.0, "89 s"), (90.0, "2 min"), (5399.0, "90 min"), (5400.0, "1.5 h")],
+)
+def test_lengths_of_time(seconds: float, shown: str):
+    assert terminal.duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(100, "0.0977 KiB"), (2**20, "1 MiB"), (2**27, "0.125 GiB"), (2**31, "2 GiB")],
+)
+def test_sizes(count: int, shown: str):
+    assert terminal.binary_size(count) == shown
