@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sama_jax import errors
+from sama_jax.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -147,8 +147,17 @@ def test_the_python_page_prints_what_it_says(capsys):
     assert capsys.readouterr().out.strip() == re.search(r"print\(.*\)  # (.*)$", code, re.M)[1]
 
 
-def test_the_page_of_exit_codes_lists_those_of_the_errors():
-    page = (ROOT / "docs" / "exit-codes.md").read_text("utf-8")
-    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)}
-    known = {e.exit_code for e in vars(errors).values() if hasattr(e, "exit_code")}
-    assert listed == known | {0, 6}  # 6: verify found a difference, which is no error
+def test_the_readme_starts_an_audit_from_python(tmp_path, monkeypatch, capsys):
+    (code,) = blocks("README.md")
+    asked = []
+
+    def run_audit(job):
+        asked.append(job)
+        return SimpleNamespace(metrics={"attacks": {"sama": {"auc": 0.5}}})
+
+    monkeypatch.setattr("sama_jax.programs.audit.run_audit", run_audit)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": 1}\n', "utf-8")
+    exec(compile(code, "README.md", "exec"), {})
+    assert asked[0].settings.sama == PRESETS["official"]
+    assert capsys.readouterr().out == "0.5\n"
