@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses, the named presets, `key=value` overrides, hashes. No JAX.
+"""Holds settings: frozen dataclasses, named presets, `key=value` overrides, hashes. No JAX.
 
 Each setting is written once, as a field: its type, choices and default are also those of its flag,
 and a `Flag` in its annotation says how the flag is shown.
@@ -14,16 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    cast,
-    get_args,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
 from sama_jax.errors import UsageError, nearest
 
@@ -48,11 +39,11 @@ class Flag(NamedTuple):
     help: str = ""
     metavar: str | None = None
     name: str | None = None
-    """Of the flag; None: the field's, with dashes."""
+    """The flag itself, such as `--lr`. None: the field's name with dashes."""
 
 
 def _check(settings: Any) -> None:
-    """Every field holds a value of its declared type; numbers are finite."""
+    """Raises `UsageError` unless every field holds a finite value of its declared type."""
     for name, hint in get_type_hints(type(settings)).items():
         value, words = getattr(settings, name), get_args(hint)
         if words and value not in words:
@@ -73,7 +64,7 @@ def _check_seed(seed: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SamaSettings:
-    """SAMA's probes and votes. Every switch of the published code and of the paper is one field."""
+    """Sets SAMA's probes and votes. Each switch of the published code and the paper is a field."""
 
     steps: int = 16
     """T, mask densities a text is probed at (per repeat)."""
@@ -97,9 +88,9 @@ class SamaSettings:
     ties: Ties = "zero"
     repeats: int = 1
     exclude_special: bool = False
-    """Never mask tokens that the tokenizer added (begin, end)."""
+    """Never masks tokens that the tokenizer added (begin, end)."""
     exclude_position0_when_shifted: bool = False
-    """Never mask position 0 of a model whose logits are shifted: its loss is meaningless there."""
+    """Never masks position 0 of a model whose logits are shifted: its loss is meaningless there."""
 
     def __post_init__(self):
         _check(self)
@@ -113,7 +104,7 @@ class SamaSettings:
 
     @property
     def passes(self) -> int:
-        """Forward passes of each model on one text."""
+        """Returns the forward passes of each model on one text."""
         return self.steps * self.repeats
 
 
@@ -143,7 +134,7 @@ PRESETS: dict[str, SamaSettings] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodSettings:
-    """The Monte-Carlo likelihood bound that Loss, ZLIB and Ratio read."""
+    """Sets the Monte-Carlo likelihood bound that Loss, ZLIB and Ratio read."""
 
     passes: int = 0
     """Forward passes a text; 0 takes the run's budget."""
@@ -163,7 +154,7 @@ class LikelihoodSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TailSettings:
-    """Min-K%, Min-K%++ and the other means over a text's lowest values."""
+    """Sets Min-K%, Min-K%++ and the other means over the lowest values of a text."""
 
     fraction: float = 0.2
     """Share of a text's tokens that count, the lowest ones; at least one token."""
@@ -180,7 +171,7 @@ class TailSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixSettings:
-    """ReCaLL and CON-ReCall: texts that stand, visible, before the text that is scored."""
+    """Sets ReCaLL and CON-ReCall, which put other texts, visible, before the scored one."""
 
     shots: int = 7
     """Texts of each class that make a prefix."""
@@ -197,7 +188,7 @@ class PrefixSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ComplementSettings:
-    """`complement`: disjoint masks that cover a text once, and the lower tail of what they show."""
+    """Sets `complement`: disjoint masks cover a text once; the lowest differences count."""
 
     parts: int = 0
     """Masks; 0 takes the run's budget of passes."""
@@ -212,7 +203,7 @@ class ComplementSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ItsSettings:
-    """ITS: masks of tokens that attend little to each other (`Chrisqcwx/DLLM-MIA`)."""
+    """Sets ITS, which masks tokens that attend little to each other (`Chrisqcwx/DLLM-MIA`)."""
 
     attention: float = 1.0
     """a, weight of the attention between tokens."""
@@ -229,7 +220,7 @@ class ItsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings:
-    """All that an audit's numbers depend on, besides models and texts."""
+    """Sets all that the numbers of an audit depend on, besides models and texts."""
 
     preset: Annotated[str, Flag(f"SAMA's settings by a name: {', '.join(PRESETS)}")] = "default"
     sama: SamaSettings = _OF_PRESET
@@ -293,24 +284,24 @@ class AuditSettings:
 
     @property
     def preset_label(self) -> str:
-        """The preset's name, and whether `--set` has changed it."""
+        """Returns the name of the preset, and says whether its settings were changed."""
         unchanged = self.sama == PRESETS.get(self.preset)
         return self.preset if unchanged else f"{self.preset}, changed"
 
     @property
     def budget(self) -> int:
-        """Forward passes of every attack after `0` is resolved."""
+        """Returns the forward passes of every attack; `passes` may be 0, which means SAMA's."""
         return self.passes or self.sama.passes
 
     @property
     def likelihood_passes(self) -> int:
-        """Passes of the likelihood estimate after `0` is resolved."""
+        """Returns the passes of the likelihood estimate; 0 means the budget."""
         return self.likelihood.passes or self.budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Masked-diffusion training (LLaDA, `GUIDELINES.md`): loss, optimiser, schedule."""
+    """Sets masked-diffusion training (LLaDA, `GUIDELINES.md`): loss, optimiser, schedule."""
 
     epochs: Annotated[float, Flag()] = 4.0
     batch_size: Annotated[int, Flag()] = 16
@@ -325,9 +316,9 @@ class TrainSettings:
         Flag("of activations; parameters and optimiser state are float32"),
     ] = "float32"
     train_on_padding: Annotated[bool, Flag("as the published trainer does")] = False
-    """Pad to `max_length`; padding is seen, masked and learned."""
+    """Pads to `max_length`; padding is seen, masked and learned."""
     windows: bool = False
-    """Cut long texts into consecutive windows instead of truncating them."""
+    """Cuts long texts into consecutive windows instead of truncating them."""
     eps: float = 1e-3
     seed: Annotated[int, Flag("of parameters, order and masks")] = 42
     checkpoint_every: int = 200
@@ -356,7 +347,7 @@ class TrainSettings:
 
 
 def preset(name: str) -> SamaSettings:
-    """The SAMA settings of a named preset."""
+    """Returns the SAMA settings of a named preset. Raises `UsageError`."""
     if name not in PRESETS:
         raise UsageError(f"unknown preset '{name}'{nearest(name, PRESETS)}")
     return PRESETS[name]
@@ -377,9 +368,9 @@ def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
 
 
 def override(settings: Settings, assignments: Sequence[str]) -> Settings:
-    """Applies `key=value` (dots reach into groups: `sama.steps=8`) to a frozen dataclass.
+    """Returns settings with `key=value` applied; dots reach into groups: `sama.steps=8`.
 
-    All together, so that their order does not matter where one limits another.
+    All are applied together, so that their order does not matter where one limits another.
     """
     values = dataclasses.asdict(cast(Any, settings))
     for assignment in assignments:
@@ -424,7 +415,7 @@ def _parse(text: str, kind: Any, name: str) -> Any:
 
 
 def setting_names(settings: Any) -> list[str]:
-    """All dotted names below a settings object."""
+    """Returns all dotted names below a settings object."""
     names = []
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
@@ -434,22 +425,21 @@ def setting_names(settings: Any) -> list[str]:
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass that `dataclasses.asdict` was made of; unknown keys are a `UsageError`."""
+    """Returns the dataclass that `dataclasses.asdict` was made of. Raises `UsageError`."""
     hints = get_type_hints(kind)
     unknown = [k for k in values if k not in hints]
     if unknown:
         raise UsageError(f"unknown settings {unknown}: written by another version of sama_jax")
-    return kind(**{
-        k: from_dict(hints[k], v) if dataclasses.is_dataclass(hints[k]) else v
-        for k, v in values.items()
-    })  # fmt: skip
+    groups = {k: from_dict(hints[k], v) for k, v in values.items() if isinstance(v, dict)}
+    return kind(**(values | groups))
 
 
 def settings_hash(*parts: Any) -> str:
-    """16 hex digits over dataclasses, dicts and plain values; stable across processes."""
+    """Returns 16 hex digits of dataclasses, dicts and plain values, equal in every process."""
 
     def plain(value: Any) -> Any:
-        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # pyright: ignore
+        is_settings = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        return dataclasses.asdict(value) if is_settings else value
 
     text = json.dumps([plain(p) for p in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -121,20 +121,28 @@ class ProgressBar:
             print(f"{self.what}: {self.done}/{self.total} {self.unit}, {text}", file=sys.stderr)
 
 
-class ByteBar(ProgressBar):
+class ByteBar:
     """Counts bytes in megabytes; silent if there are fewer than `least` of them."""
 
     def __init__(self, what: str, total: int, *, quiet: bool = False, least: int = 10**6):
-        super().__init__(what, total // 10**6, "MB", quiet=quiet or total < least)
+        self._bar = ProgressBar(what, total // 10**6, "MB", quiet=quiet or total < least)
         self._bytes = 0
 
-    def __enter__(self) -> Callable[[int], None]:  # pyright: ignore
-        super().__enter__()
+    def __enter__(self) -> Callable[[int], None]:
+        self._bar.__enter__()
         return self._told
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.__exit__(kind, value, trace)
 
     def _told(self, amount: int) -> None:
         self._bytes += amount
-        self.advance(self._bytes // 10**6 - self.done)
+        self._bar.advance(self._bytes // 10**6 - self._bar.done)
 
 
 def duration(seconds: float) -> str:

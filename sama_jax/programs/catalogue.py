@@ -1,9 +1,8 @@
-"""The list of attacks: what each reads, its passes before and after sharing, its source."""
+"""Lists the attacks: what each reads, its passes before and after sharing, its source."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -11,10 +10,11 @@ from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Query, flatten
 from sama_jax.config import AuditSettings
 from sama_jax.engine.tasks import ROLES, passes
+from sama_jax.terminal import Terminal
 
 
 def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
-    """One entry an attack, the passes of all of them, alone and shared, and what `all` omits."""
+    """Returns an entry an attack, the passes of all, alone and shared, and what `all` omits."""
     chosen = attack_suite.select(names)
     entries = []
     alone, shared = 0, {}
@@ -44,7 +44,7 @@ def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
 
 
 def _reads(queries: dict[str, Query]) -> list[str]:
-    """Views and quantities, such as `text: nll, mean`; of a procedure its name. Guides first."""
+    """Returns views and quantities, such as `text: nll, mean`, or procedures; guides first."""
     return [
         f"{q.view_name}: {', '.join(q.channels) if q.probes else type(q.procedure).__name__}"
         for q in flatten(queries)
@@ -52,7 +52,7 @@ def _reads(queries: dict[str, Query]) -> list[str]:
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """The entries on standard output: two columns beside the name, so that 80 columns hold them."""
+    """Prints the entries on standard output, in three columns that 80 characters hold."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("attack", no_wrap=True)
     table.add_column("passes", no_wrap=True, justify="right")
@@ -66,7 +66,7 @@ def print_table(found: dict[str, Any]) -> None:
             f"{count['target']} + {count['reference']}",
             Text.assemble(entry["summary"], (about, "dim")),  # brackets are not markup
         )
-    Console().print(table)
+    Terminal().show(table)
     before, after = found["passes_before_sharing"], found["passes_after_sharing"]
     share = f" ({100 * after / before:.0f} %)" if before else ""
     print(
