@@ -303,9 +303,9 @@ class AuditSettings:
 class TrainSettings:
     """Sets masked-diffusion training (LLaDA, `GUIDELINES.md`): loss, optimiser, schedule."""
 
-    epochs: Annotated[float, Flag()] = 4.0
-    batch_size: Annotated[int, Flag()] = 16
-    learning_rate: Annotated[float, Flag(name="--lr")] = 5e-5
+    epochs: Annotated[float, Flag("passes over the texts")] = 4.0
+    batch_size: Annotated[int, Flag("sequences in a step", "ROWS")] = 16
+    learning_rate: Annotated[float, Flag("peak learning rate", "RATE", "--lr")] = 5e-5
     weight_decay: float = 0.1
     warmup_steps: int = -1
     """-1: a tenth of all steps, at most 500."""
@@ -315,7 +315,7 @@ class TrainSettings:
         Literal["float32", "bfloat16"],
         Flag("of activations; parameters and optimiser state are float32"),
     ] = "float32"
-    train_on_padding: Annotated[bool, Flag("as the published trainer does")] = False
+    train_on_padding: Annotated[bool, Flag("learn padding, as the published trainer does")] = False
     """Pads to `max_length`; padding is seen, masked and learned."""
     windows: bool = False
     """Cuts long texts into consecutive windows instead of truncating them."""

@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
 from sama_jax.core import losses
+from sama_jax.errors import ParityError
 from sama_jax.weights import model_folder
 
-PARITY = 6
+PARITY = ParityError.exit_code
 """Exit code of a comparison that found a difference."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference of a loss, in nats, and of a hidden state or logit in its own unit."""

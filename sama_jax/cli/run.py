@@ -47,9 +47,10 @@ def command_of(
     *,
     continues: bool = True,
 ) -> Parser:
-    """Adds a command; the same one, given again, `continues` or starts over."""
+    """Adds a command; interrupted and given again, it `continues` or starts over."""
     parser: Parser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(run=run, again="continues" if continues else "starts over")
+    kept = "what is finished is kept: {} continues"
+    parser.set_defaults(run=run, again=kept if continues else "{} starts over")
     return parser
 
 
@@ -61,7 +62,7 @@ def run_program(program: str, parser: Parser, argv: Sequence[str] | None) -> int
     name, given = program.split()[-1], sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(given)
     args.argv, args.command = given, f"{program} {shlex.join(given)}"
-    interrupted = f"interrupted; what is finished is kept: {args.command} {args.again}"
+    interrupted = f"interrupted; {args.again.format(args.command)}"
     if argv is None:
         _end_on_signals(f"{name}: {interrupted}")
     try:

@@ -768,10 +768,16 @@ def test_usage_errors_do_not_import_jax(box: Box):
 
 @pytest.mark.parametrize(
     ("command", "after"),
-    [(["bench", "--model", "m", "--data", "d"], "starts over"),
-     (["plan", "--model", "m", "--topology", "cpu:2"], "starts over"),
-     (["nll", "--model", "m", "--data", "d", "--out", "o"], "continues")],
-)  # fmt: skip
+    [
+        (["bench", "--model", "m", "--data", "d"], "{} starts over"),
+        (["plan", "--model", "m", "--topology", "cpu:2"], "{} starts over"),
+        (["score", "--store", "s"], "what is finished is kept: {} continues"),
+        (
+            ["nll", "--model", "m", "--data", "d", "--out", "o"],
+            "what is finished is kept: {} continues",
+        ),
+    ],
+)
 def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, command, after):
     def stopped(_):
         raise KeyboardInterrupt
@@ -779,8 +785,8 @@ def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, comm
     monkeypatch.setattr(import_module(f"sama_jax.cli.{command[0]}"), "run", stopped)
     assert entry.main(command) == 75
     said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.endswith(f"sama-jax {' '.join(command)} {after}\n")
+    given = f"sama-jax {' '.join(command)}"
+    assert said == f"sama-jax: interrupted; {after.format(given)}\n"
 
 
 @pytest.mark.parametrize("on_device", [False, True])
