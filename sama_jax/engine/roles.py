@@ -36,8 +36,7 @@ def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
     """Names a model's losses by its weights and all of the arithmetic that changes them."""
     model = folder.model
     pad = (settings.padding, settings.pad_to or settings.max_length)
-    precision = jax.config.jax_default_matmul_precision  # pyright: ignore
-    arithmetic = (str(model.dtype), precision, attention_of(folder))
+    arithmetic = (str(model.dtype), matmul_precision(), attention_of(folder))
     return settings_hash(
         folder.identity,
         model.mask_id,
@@ -59,6 +58,11 @@ def resident_bytes(roles: Sequence[ModelRole], layout: Layout, *, in_turn: bool 
         for f in (role.folder for role in roles)
     }
     return max(bases.values()) if in_turn else sum(bases.values())
+
+
+def matmul_precision() -> str | None:
+    """Returns the precision that products are set to, or None for JAX's default."""
+    return jax.config.jax_default_matmul_precision  # pyright: ignore  # declared at run time
 
 
 class Loaded(NamedTuple):

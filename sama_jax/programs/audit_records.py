@@ -19,7 +19,7 @@ from sama_jax.config import settings_hash
 from sama_jax.devices.processes import Peers
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import attention_of
+from sama_jax.engine.roles import attention_of, matmul_precision
 from sama_jax.engine.tasks import ROLES, Tasks
 from sama_jax.engine.text_table import TextTable, described
 from sama_jax.errors import Interrupted, UsageError
@@ -166,7 +166,7 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "dtype": str(target.model.dtype),
         "attention": attention_of(target),
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",  # pyright: ignore
+        "matmul_precision": matmul_precision() or "default",
         "preset": job.settings.preset_label,
         "preset_hash": settings_hash(job.settings.sama, job.settings.likelihood),
         "seed": job.settings.seed,
