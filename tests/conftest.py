@@ -43,7 +43,7 @@ assert jax.device_count() == 8
 _WRITE_FIGURES = pictures.write_figures
 
 
-LONGEST = ("processes", "resume", "invariance", "errors", "suite", "parallel", "bench",
+LONGEST = ("processes", "resume", "invariance", "outputs", "suite", "parallel", "bench",
            "partition", "views", "votes", "finetune", "kinds")  # fmt: skip
 """Files of over half a minute. They come first, so that both processes end at about one time."""
 

@@ -1,0 +1,96 @@
+"""What a process ends with: exit codes, interruptions, memory that runs out."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from wrong_inputs import ROOT, Box, assert_one_line, run_process
+
+from sama_jax.cli import bench, entry
+from sama_jax.cli.run import failed_allocation
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "fragments"),
+    [
+        ({"attacks": "samma"}, 2, ["did you mean 'sama'?"]),
+        ({"data": "none.jsonl"}, 3, ["none.jsonl: no such file"]),
+        ({"reference": "none"}, 4, ["none: no such folder"]),
+    ],
+)
+def test_the_exit_code_of_a_process(changes, code: int, fragments: list[str], box: Box):
+    assert_one_line(run_process(box.command(**changes)), code, *fragments)
+    assert not box.out.exists()
+
+
+def test_usage_errors_do_not_import_jax(box: Box):
+    code = (
+        "import sys; from sama_jax.cli import main; code = main(sys.argv[1:]); "
+        "assert 'jax' not in sys.modules; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *box.command(preset="offical")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "after"),
+    [
+        (["bench", "--model", "m", "--data", "d"], "{} starts over"),
+        (["plan", "--model", "m", "--topology", "cpu:2"], "{} starts over"),
+        (["score", "--store", "s"], "what is finished is kept: {} continues"),
+        (
+            ["nll", "--model", "m", "--data", "d", "--out", "o"],
+            "what is finished is kept: {} continues",
+        ),
+    ],
+)
+def test_an_interrupted_command_says_what_it_does_next(monkeypatch, capsys, command, after):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module(f"sama_jax.cli.{command[0]}"), "run", stopped)
+    assert entry.main(command) == 75
+    said = capsys.readouterr().err
+    given = f"sama-jax {' '.join(command)}"
+    assert said == f"sama-jax: interrupted; {after.format(given)}\n"
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_memory_that_runs_out(monkeypatch, capsys, on_device: bool):
+    """Of a device, as JAX reports it, and of the host: one line that says what needs less."""
+
+    def too_much(_):
+        (jnp if on_device else np).zeros(2**55, np.float32).block_until_ready()  # pyright: ignore
+
+    monkeypatch.setattr(bench, "run", too_much)
+    assert entry.main(["bench", "--model", "m", "--data", "d"]) == 71
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("sama-jax: out of memory (")
+    assert ("RESOURCE_EXHAUSTED" in said) == on_device
+    assert "a smaller --batch-size" in said
+    assert "--models" not in said
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    def wrong(_):
+        raise RuntimeError("NOT_FOUND: something else")
+
+    monkeypatch.setattr(bench, "run", wrong)
+    with pytest.raises(RuntimeError, match="something else"):
+        entry.main(["bench", "--model", "m", "--data", "d"])
+
+
+def test_the_line_about_memory_is_found_among_others():
+    """A GPU's error when no kernel of a product could be tried out; seen on an H200."""
+    error = RuntimeError(
+        "NOT_FOUND: All configs failed during profiling.\n"
+        "EXECUTION FAILED: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 62.52GiB\n"
+        "=== Source Location Trace: ===\nconfig_selector.cc:71\n"
+    )
+    expected = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 62.52GiB"
+    assert failed_allocation(error) == expected

@@ -1,0 +1,235 @@
+"""Folders of other runs, damaged folders, full disks: one clear line, and good results are kept."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from wrong_inputs import (
+    GOOD,
+    Box,
+    assert_complete,
+    assert_one_line,
+    contents,
+    refuse,
+    run,
+    run_process,
+    scores,
+)
+
+from sama_jax.storage import files
+
+pytestmark = pytest.mark.usefixtures("figures")
+
+
+def test_a_folder_of_another_run_is_refused_with_the_difference(box: Box, finished: Path, capsys):
+    shutil.copytree(finished, box.out)
+    (box.path / "other.jsonl").write_text("\n".join(GOOD))
+    tiny.folder(box.path / "other", seed=2)
+    for changes, fragments in [
+        ({"preset": "paper"}, ["preset was 'default', is 'paper'", "sama.repeats was 1, is 4"]),
+        ({"seed": 7}, ["seed was 42, is 7"]),
+        ({"limit": 5}, ["texts was 20, is 5"]),
+        ({"max_length": 16}, ["max_length was 32, is 16"]),
+        ({"data": box.path / "other.jsonl"}, ["data was ", "texts was 20, is 6"]),
+        ({"target": box.path / "other"}, ["target was "]),
+        ({"reference": box.path / "other"}, ["reference was "]),
+        ({"mask_id": 298}, ["mask_id was 299, is 298"]),
+    ]:
+        said = refuse(capsys, box, box.command(**changes), 2, str(box.out), *fragments)
+        assert "belongs to another run; give --out a new folder" in said
+    assert_complete(box.out, finished)
+
+
+def test_a_folder_that_is_no_run_is_refused(box: Box, capsys):
+    box.out.mkdir()
+    (box.out / "thesis.tex").write_text("years of work")
+    refuse(capsys, box, box.command(), 2, str(box.out), "not empty", "manifest.json", "new folder")
+
+
+def test_a_folder_that_another_process_is_writing_to(box: Box, finished: Path, capsys):
+    shutil.copytree(finished, box.out)
+    other = files.AppendOnly(box.out / "losses" / "losses-00000.bin")
+    refuse(capsys, box, box.command(), 2, "losses-00000.bin", "another process is writing to it")
+    other.close()
+    assert run(capsys, box.command()).code == 0
+    assert_complete(box.out, finished)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_folder_with_a_damaged_demo(content: str, box: Box, capsys):
+    box.out.mkdir()
+    (box.out / "demo.json").write_text(content)
+    refuse(capsys, box, ["demo", "--out", str(box.out)], 2, str(box.out), "no demo's folder")
+
+
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(box: Box, capsys):
+    odd = box.path / "x[" / "y] :smile:"  # "[/y]" would close a style that is not open
+    odd.parent.mkdir()
+    box.target.rename(odd)
+    said = run(capsys, [part for part in box.command(target=odd) if part != "--quiet"])
+    assert said.code == 0
+    assert f"target: {odd}, " in said.err
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
+def test_a_damaged_manifest_is_refused(content: bytes, box: Box, capsys):
+    box.out.mkdir()
+    (box.out / "manifest.json").write_bytes(content)
+    refuse(capsys, box, box.command(), 2, "manifest.json", "not readable", "new folder")
+
+
+def test_damaged_parts_are_refused(box: Box, finished: Path, capsys):
+    shutil.copytree(finished, box.out)
+    (box.out / "parts" / "scores-00000.jsonl").write_text('{"a": 1}\n')
+    refuse(capsys, box, box.command(), 3, "scores-00000.jsonl", "no score", "move the file away")
+    shutil.copytree(finished, box.out, dirs_exist_ok=True)
+    (box.out / "losses" / "losses-00001.bin").mkdir()
+    said = run(capsys, box.command())
+    assert_one_line(said, 3, "losses-00001.bin", "cannot be read")
+
+
+def test_an_output_below_a_file(box: Box, capsys):
+    refuse(capsys, box, box.command(out=box.data / "x"), 74, str(box.data / "x"), "cannot write")
+    refuse(capsys, box, box.command(out=box.data), 74, str(box.data), "cannot write")
+    store = box.data / "store"
+    assert_one_line(run(capsys, box.command(store=store)), 74, str(store), "cannot write")
+
+
+@pytest.mark.parametrize("flag", ["save_plan", "save_losses"])
+def test_a_replay_file_that_cannot_be_written(flag: str, box: Box, finished: Path, capsys):
+    said = run(capsys, box.command(**{flag: box.data / "x.npz"}))
+    assert_one_line(said, 74, "x.npz", "cannot write")
+    assert run(capsys, box.command()).code == 0
+    assert_complete(box.out, finished)
+
+
+def test_report_of_a_folder_that_is_no_run(box: Box, finished: Path, capsys):
+    refuse(capsys, box, ["report", str(box.path / "none")], 2, "none", "not a finished run")
+    refuse(capsys, box, ["report", str(box.target)], 2, str(box.target), "not a finished run")
+    refuse(capsys, box, ["report", str(box.data)], 2, str(box.data), "not a finished run")
+    shutil.copytree(finished, box.out)
+    (box.out / "scores.jsonl").unlink()
+    refuse(capsys, box, ["report", str(box.out)], 2, "scores.jsonl", "same command")
+    (box.out / "scores.jsonl").write_bytes(b"\xff\xfe")
+    refuse(capsys, box, ["report", str(box.out)], 2, "scores.jsonl")
+    (box.out / "scores.jsonl").unlink()
+    (box.out / "scores.jsonl").mkdir()
+    refuse(capsys, box, ["report", str(box.out)], 2, "scores.jsonl")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names have at most 255 bytes there")
+@pytest.mark.parametrize(("flag", "code"), [("target", 4), ("data", 3), ("plan", 3), ("out", 74)])
+def test_a_name_that_is_too_long(flag: str, code: int, box: Box, capsys):
+    refuse(capsys, box, box.command(**{flag: box.path / ("x" * 300)}), code, "x" * 300)
+
+
+# --- a full disk -------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Lets this many bytes be written by way of `sama_jax.storage.files`, then the disk is full."""
+
+    def __init__(self, room: float, monkeypatch: pytest.MonkeyPatch):
+        self.room, self.used = room, 0
+        disk, write_bytes = self, Path.write_bytes
+
+        class Watched:
+            def __init__(self, *args: Any, **kwargs: Any):
+                self._file = open(*args, **kwargs)  # noqa: SIM115
+
+            def write(self, data: bytes) -> int | None:
+                return self._file.write(disk.take(data) or disk.full())
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._file, name)
+
+        def write_whole(path: Path, data: bytes) -> int:
+            part = disk.take(data)
+            written = write_bytes(path, part)
+            return written if len(part) == len(data) else disk.full()
+
+        monkeypatch.setattr(files, "open", Watched, raising=False)
+        monkeypatch.setattr(Path, "write_bytes", write_whole)
+
+    def take(self, data: bytes) -> bytes:
+        """As much of `data` as there is room for; a disk fills up in the middle of a write."""
+        part = data[: int(min(len(data), self.room - self.used))]
+        self.used += len(part)
+        return part
+
+    def full(self) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_at_any_moment(box: Box, finished: Path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        disk = FullDisk(float("inf"), patch)
+        assert run(capsys, box.command(out=box.path / "roomy")).code == 0
+        total = disk.used
+    assert total > 10_000
+    moments = [0, 100, *(total * i // 5 for i in range(1, 5)), total - 1]
+    for room in moments:
+        out = box.path / f"out-{room}"
+        with pytest.MonkeyPatch.context() as patch:
+            FullDisk(room, patch)
+            said = run(capsys, box.command(out=out))
+        line = assert_one_line(said, 74, str(out), "No space left on device", "free some space")
+        assert line.endswith("it continues")
+        assert not list(out.rglob("*.part"))
+        for made in out.glob("*.json"):
+            json.loads(made.read_text())
+        assert run(capsys, box.command(out=out)).code == 0
+        assert_complete(out, finished)
+
+
+def test_a_disk_that_fills_up_leaves_a_good_result_alone(box: Box, finished: Path, capsys):
+    shutil.copytree(finished, box.out)
+    before = contents(box.out)
+    for room in (0, 100, 3000):
+        with pytest.MonkeyPatch.context() as patch:
+            FullDisk(room, patch)
+            assert_one_line(run(capsys, box.command()), 74, "No space left on device")
+        after = contents(box.out)
+        for name in ("scores.jsonl", "metrics.json", "report.md", "losses/losses-00000.bin"):
+            assert after[name] == before[name]
+        assert after.keys() == before.keys()
+    assert run(capsys, box.command()).code == 0
+    assert_complete(box.out, finished)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE with EFBIG")
+@pytest.mark.parametrize(("limit", "named"), [(500, "manifest.json"), (6000, "losses-00000.bin")])
+def test_a_limit_on_file_sizes(limit: int, named: str, box: Box, finished: Path, capsys):
+    """What the operating system itself refuses, at the start and in the store."""
+    said = run_process(box.command(), limit)
+    assert_one_line(said, 74, named, "File too large", "cannot write")
+    assert not list(box.out.rglob("*.part"))
+    assert run(capsys, box.command()).code == 0
+    assert contents(box.out).keys() == contents(finished).keys()
+    for row, other in zip(scores(box.out), scores(finished), strict=True):
+        assert row["id"] == other["id"]
+        # One device there, eight here: equal up to rounding.
+        assert row["scores"]["loss"] == pytest.approx(other["scores"]["loss"], abs=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE with EFBIG")
+def test_a_limit_on_file_sizes_that_only_figures_exceed(box: Box, finished: Path, capsys):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        said = run(capsys, box.command())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_line(said, 74, "figures", "File too large", "cannot write")
+    assert not list(box.out.rglob("*.part"))
+    assert scores(box.out) == scores(finished)
+    assert run(capsys, box.command()).code == 0
+    assert_complete(box.out, finished)
