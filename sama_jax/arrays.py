@@ -6,6 +6,7 @@ for scored positions, `n` subsets, `m` tokens of a subset, `d` width, `v` vocabu
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
@@ -43,6 +44,16 @@ class ProbePlan(NamedTuple):
     """Weight of a pass in the statistic; 0: the pass is not recorded."""
     subsets: Int[AnyArray, "*b t n m"]
     """Positions that vote together, -1 unused. Plans without votes have n = 0."""
+
+    @classmethod
+    def without_votes(
+        cls,
+        masks: Bool[AnyArray, "t l"],
+        scored: Bool[AnyArray, "t l"],
+        weights: Float[AnyArray, " t"],
+    ) -> "ProbePlan":
+        """Makes the plan of one text for a statistic that draws no subsets."""
+        return cls(masks, scored, weights, jnp.zeros((masks.shape[0], 0, 1), jnp.int32))
 
 
 class ForwardBatch(NamedTuple):

@@ -11,7 +11,7 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key, UInt
+from jaxtyping import Array, Int, Integer, Key, UInt
 
 from sama_jax.arrays import TextKeyData
 
@@ -40,7 +40,12 @@ def text_key_data(tokens: np.ndarray) -> TextKeyData:
     return TextKeyData(np.uint32(high), np.uint32(low))
 
 
-def text_key(seed: int | UInt[Array, ""], data: TextKeyData) -> Key[Array, ""]:
+def key_name(data: TextKeyData) -> str:
+    """Returns a text's name in the store: 16 hex digits."""
+    return f"{int(data.high):08x}{int(data.low):08x}"
+
+
+def text_key(seed: int | Integer[Array, ""], data: TextKeyData) -> Key[Array, ""]:
     """Root key of one text. `fold_in` takes 32 bits, hence the two halves of the hash."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), data.high), data.low)
 

@@ -1,51 +1,41 @@
-"""Registers the attacks: queries and statistics, one file a family of attacks.
+"""The attacks: a registry and one file a family. Importing the package registers all of them.
 
 May import the words and `core`.
 """
 
-# Registration order is the order of every table: SAMA first.
-from sama_jax.attacks import sama  # isort: skip
-from sama_jax.attacks import likelihood  # isort: skip
-from sama_jax.attacks import partition  # isort: skip
-from sama_jax.attacks import beyond  # isort: skip
-from sama_jax.attacks import circulated  # isort: skip
-from sama_jax.attacks import denoising  # isort: skip
-from sama_jax.attacks import infill  # isort: skip
-from sama_jax.attacks import perturbed  # isort: skip
-from sama_jax.attacks import prefixed  # isort: skip
-from sama_jax.attacks import its  # isort: skip
-from sama_jax.attacks import corpus  # isort: skip
-from sama_jax.attacks import ladder  # isort: skip
-from sama_jax.attacks.registry import (
-    Attack,
-    Probes,
-    Query,
-    get,
-    names,
-    register,
-    register_corpus,
-    select,
-)
+from importlib import import_module
+
+from sama_jax.attacks.queries import Probes, Procedure, Query, View
+from sama_jax.attacks.registry import Attack, get, names, register, register_corpus, select
 
 __all__ = [
     "Attack",
     "Probes",
+    "Procedure",
     "Query",
-    "beyond",
-    "circulated",
-    "corpus",
-    "denoising",
+    "View",
     "get",
-    "infill",
-    "its",
-    "ladder",
-    "likelihood",
     "names",
-    "partition",
-    "perturbed",
-    "prefixed",
     "register",
     "register_corpus",
-    "sama",
     "select",
 ]
+
+FAMILIES = (
+    "sama",
+    "likelihood",
+    "partition",
+    "beyond",
+    "circulated",
+    "denoising",
+    "infill",
+    "perturbed",
+    "prefixed",
+    "its",
+    "corpus",
+    "ladder",
+)
+"""The files of attacks. Their order is the order of every table."""
+
+for _family in FAMILIES:
+    import_module(f"sama_jax.attacks.{_family}")

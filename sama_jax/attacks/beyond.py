@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import AnyArray, ProbePlan, Reading
+from sama_jax.attacks.queries import Probes
 from sama_jax.attacks.registry import register
 from sama_jax.attacks.sama import ProgressiveProbes
-from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.config import AuditSettings
 from sama_jax.core import votes
 
 TRAINED_SHARE = 0.15
@@ -27,20 +28,16 @@ TRAINED_SHARE = 0.15
 
 
 @dataclass(frozen=True)
-class UnmaskedProbes:
+class UnmaskedProbes(Probes):
     """One pass over the text as it is; every token but the first is read."""
 
     draws: int = 0
     """Subsets of the tokens that vote."""
     subset_size: int = 1
 
-    @property
-    def passes(self) -> int:
-        return 1
-
-    @property
-    def identity(self) -> str:
-        return settings_hash("unmasked")
+    hashed_as = ("unmasked",)
+    not_in_identity = ("draws", "subset_size")
+    passes = 1
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         scored = maskable & (jnp.arange(maskable.shape[0]) > 0)

@@ -15,8 +15,9 @@ from sama_jax import rng
 from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.beyond import UnmaskedProbes
 from sama_jax.attacks.likelihood import LikelihoodProbes
-from sama_jax.attacks.registry import Query, register
-from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.attacks.queries import TARGET, Probes, Query
+from sama_jax.attacks.registry import register
+from sama_jax.config import AuditSettings
 from sama_jax.core import losses, masking, token_statistics
 
 COUNTED = 20
@@ -52,9 +53,8 @@ _DLM_MIA = "clearloveclearlove/DLM_MIA attack/attacks/"
     access="masked logits",
     source=_DLM_MIA + "mink.py",
 )
-def mink_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def mink_circulated(reading: Reading) -> Float[Array, ""]:
     """Sum of the 20 smallest mean probabilities; a token that was never masked counts 0."""
-    del settings
     values = token_statistics.token_means(jnp.exp(-reading.target), reading.plan.scored)
     unread = reading.num_tokens - (~jnp.isnan(values)).sum()
     return jnp.where(reading.num_tokens > 0, sum_of_smallest(values, unread, 0.0), jnp.nan)
@@ -67,9 +67,8 @@ def mink_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, "
     access="masked logits",
     source=_DLM_MIA + "minkplusplus.py",
 )
-def minkpp_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def minkpp_circulated(reading: Reading) -> Float[Array, ""]:
     """Sum of the 20 smallest mean log-probabilities; never masked, or missing to 20: -1000."""
-    del settings
     values = token_statistics.token_means(-reading.target, reading.plan.scored)
     missing = jnp.maximum(reading.num_tokens, COUNTED) - (~jnp.isnan(values)).sum()
     return jnp.where(reading.num_tokens > 0, sum_of_smallest(values, missing, -1000.0), jnp.nan)
@@ -79,15 +78,13 @@ def minkpp_circulated(reading: Reading, settings: AuditSettings) -> Float[Array,
 
 
 @dataclass(frozen=True)
-class RandomShareProbes:
+class RandomShareProbes(Probes):
     """Each pass masks a random share of the text, uniform in [0.01, 0.99]; at least one token."""
 
     passes: int
     max_length: int
 
-    @property
-    def identity(self) -> str:
-        return settings_hash("random share", self.passes)
+    hashed_as = ("random share",)
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         key = rng.for_purpose(key, rng.Purpose.RANDOM_SHARE_MASKS)
@@ -96,8 +93,7 @@ class RandomShareProbes:
         total = maskable.sum().astype(jnp.int32)
         counts = jnp.clip(jnp.rint(share * total).astype(jnp.int32), 1, total)
         masks = masking.fresh_masks(mask_key, maskable, counts, self.max_length)
-        subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
-        return ProbePlan(masks, masks, masks.any(axis=1).astype(jnp.float32), subsets)
+        return ProbePlan.without_votes(masks, masks, masks.any(axis=1).astype(jnp.float32))
 
     def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return np.full(self.passes, length)
@@ -131,9 +127,8 @@ def _largest_sums(
     access="masked logits",
     source="Chrisqcwx/DLLM-MIA attack/attacks/mink.py",
 )
-def mink_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def mink_its(reading: Reading) -> Float[Array, ""]:
     """Minus the sum of the largest 80 % of the losses of each pass: it grows with their number."""
-    del settings
     return -_largest_sums(reading.target, reading.plan.scored)
 
 
@@ -141,15 +136,14 @@ def mink_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     "mink++:its",
     queries=lambda settings: {
         "text": Query(
-            random_share_probes(settings), None, ("nll", "flat_mean", "flat_deviation"), "target"
+            random_share_probes(settings), None, ("nll", "flat_mean", "flat_deviation"), TARGET
         )
     },
     access="masked logits, whole vocabulary",
     source="Chrisqcwx/DLLM-MIA attack/attacks/minkpp.py",
 )
-def minkpp_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def minkpp_its(reading: Reading) -> Float[Array, ""]:
     """The same of losses normalised by the unweighted mean and deviation over the vocabulary."""
-    del settings
     more = reading.target_more
     z = (-reading.target - more["flat_mean"]) / (more["flat_deviation"] + 1e-8)
     return -_largest_sums(-z, reading.plan.scored)
@@ -165,9 +159,8 @@ def minkpp_its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     source="Stry233/SAMA attack/attacks/ratio.py",
     undefined="it needs at least two tokens",
 )
-def ratio_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def ratio_circulated(reading: Reading) -> Float[Array, ""]:
     """Minus the next-token loss of the unmasked text over the reference's: no likelihood here."""
-    del settings
     scored = reading.plan.scored
     target, reference = (
         token_statistics.mean(token_statistics.token_means(x, scored))

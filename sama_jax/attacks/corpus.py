@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sama_jax import rng
 from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.likelihood import likelihood_probes
-from sama_jax.attacks.registry import CorpusReading, Query, register, register_corpus
+from sama_jax.attacks.queries import CorpusReading, Probes, Query
+from sama_jax.attacks.registry import register, register_corpus
 from sama_jax.attacks.views import Deleted
-from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.config import AuditSettings
 from sama_jax.core import masking
 
 FOLDS = 5
@@ -73,15 +74,13 @@ def _digest(text: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class HalfProbes:
+class HalfProbes(Probes):
     """Each pass masks half of the tokens at random, at least one (halves to even)."""
 
     passes: int
     max_length: int
 
-    @property
-    def identity(self) -> str:
-        return settings_hash("half", self.passes)
+    hashed_as = ("half",)
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         count = jnp.asarray(_halves(self.max_length))[maskable.sum()]
@@ -89,7 +88,7 @@ class HalfProbes:
         counts = jnp.full(self.passes, count)
         masks = masking.fresh_masks(key, maskable, counts, self.max_length)
         weights = (counts > 0).astype(jnp.float32)
-        return ProbePlan(masks, masks, weights, jnp.zeros((self.passes, 0, 1), jnp.int32))
+        return ProbePlan.without_votes(masks, masks, weights)
 
     def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return np.full(self.passes, _halves(length).max())
@@ -147,14 +146,13 @@ def _dfmia_queries(settings: AuditSettings) -> dict[str, Query]:
     source="Chrisqcwx/DLLM-MIA attack/attacks/dfmia.py",
     corpus=calibrated,
 )
-def dfmia(reading: Reading, settings: AuditSettings) -> Float[Array, "3"]:
+def dfmia(reading: Reading) -> Float[Array, "3"]:
     """Minus the target's NLL, scaled by the loss gaps of likely non-members.
 
     Centre and scale are the same for all texts of a run, and the reference enters them alone: AUC
     and every TPR are those of minus the target's NLL, that is, of Loss with half of the tokens
     masked. Ranked without the published code's optional column, by the NLL itself.
     """
-    del settings
 
     def nll(read: Reading, losses: Float[AnyArray, "t l"]) -> Float[Array, ""]:
         return token_mean(losses, read.plan.scored)

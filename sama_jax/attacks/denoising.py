@@ -9,23 +9,22 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import AnyArray, Model, Params, ProbePlan, Reading
-from sama_jax.attacks.registry import Query, register
-from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.attacks.queries import TARGET, Probes, Procedure, Query
+from sama_jax.attacks.registry import register
+from sama_jax.config import AuditSettings
 from sama_jax.core import losses, masking
 
 _DLM_MIA = "clearloveclearlove/DLM_MIA attack/attacks/"
 
 
 @dataclass(frozen=True)
-class NoiseLevelProbes:
+class NoiseLevelProbes(Probes):
     """Pass k masks a share of the text that rises evenly from 10 to 80 %."""
 
     passes: int
     max_length: int
 
-    @property
-    def identity(self) -> str:
-        return settings_hash("noise levels", self.passes)
+    hashed_as = ("noise levels",)
 
     def _counts(self, lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
         """Masked tokens, rounded down, at least 1: int32 [lengths, passes] (host)."""
@@ -38,8 +37,7 @@ class NoiseLevelProbes:
         table = jnp.asarray(self._counts(np.arange(self.max_length + 1)).astype(np.int32))
         masks = masking.fresh_masks(key, maskable, table[maskable.sum()], self.max_length)
         weights = masks.any(axis=1) / jnp.arange(1, self.passes + 1)
-        subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
-        return ProbePlan(masks, masks, weights.astype(jnp.float32), subsets)
+        return ProbePlan.without_votes(masks, masks, weights.astype(jnp.float32))
 
     def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         return self._counts(np.array([length]))[0]
@@ -65,9 +63,8 @@ def _weighted_error(reading: Reading, weights: Float[AnyArray, " t"]) -> Float[A
     access="masked logits",
     source="Duan et al., arXiv 2302.01316; " + _DLM_MIA + "secmi.py",
 )
-def secmi(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def secmi(reading: Reading) -> Float[Array, ""]:
     """Minus the loss at rising shares of masked tokens, the k-th weighted 1/k."""
-    del settings
     return -_weighted_error(reading, reading.plan.weights)
 
 
@@ -78,9 +75,8 @@ def secmi(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     access="masked logits",
     source=_DLM_MIA + "secmi.py, its option",
 )
-def secmi_uniform(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def secmi_uniform(reading: Reading) -> Float[Array, ""]:
     """Minus the loss at rising shares of masked tokens, all alike."""
-    del settings
     return -_weighted_error(reading, (reading.plan.weights > 0).astype(jnp.float32))
 
 
@@ -90,7 +86,7 @@ MASKED_PERCENT = 30
 
 
 @dataclass(frozen=True)
-class LogitDistance:
+class LogitDistance(Procedure):
     """How far masking moves the logits of the masked tokens: two passes, three measures a token.
 
     Rows: mean squared difference over the vocabulary, mean absolute difference, difference of the
@@ -99,17 +95,9 @@ class LogitDistance:
 
     max_length: int
 
-    @property
-    def passes(self) -> int:
-        return 2
-
-    @property
-    def rows(self) -> int:
-        return 3
-
-    @property
-    def identity(self) -> str:
-        return settings_hash("logit distance", MASKED_PERCENT)
+    hashed_as = ("logit distance", MASKED_PERCENT)
+    passes = 2
+    rows = 3
 
     def mask(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> Bool[Array, " l"]:
         """What is masked of one text; nothing of a text of one token."""
@@ -157,7 +145,7 @@ class LogitDistance:
 
 
 def _distance_query(settings: AuditSettings) -> dict[str, Query]:
-    return {"text": Query(procedure=LogitDistance(settings.max_length), models="target")}
+    return {"text": Query(LogitDistance(settings.max_length), roles=TARGET)}
 
 
 _PIA = {
@@ -176,21 +164,18 @@ def _distance(reading: Reading, row: int) -> Float[Array, ""]:
 
 
 @register("pia", **_PIA)
-def pia(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def pia(reading: Reading) -> Float[Array, ""]:
     """Minus the mean squared change of a masked token's logits by masking it."""
-    del settings
     return _distance(reading, 0)
 
 
 @register("pia:l1", **_PIA)
-def pia_l1(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def pia_l1(reading: Reading) -> Float[Array, ""]:
     """Minus the mean absolute change of a masked token's logits by masking it."""
-    del settings
     return _distance(reading, 1)
 
 
 @register("pia:loss", **_PIA)
-def pia_loss(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def pia_loss(reading: Reading) -> Float[Array, ""]:
     """Minus the size of the mean change of a masked token's loss by masking it."""
-    del settings
     return _distance(reading, 2)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax.arrays import Model, Params, Reading
-from sama_jax.attacks.registry import Query, register
-from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.attacks.queries import TARGET, Procedure, Query
+from sama_jax.attacks.registry import register
+from sama_jax.config import AuditSettings
 from sama_jax.core import losses
 
 TIE_BREAK = 1e-3
@@ -31,7 +32,7 @@ def hidden_part(maskable: Bool[Array, " l"], edges: bool) -> Bool[Array, " l"]:
 
 
 @dataclass(frozen=True)
-class GreedyFilling:
+class GreedyFilling(Procedure):
     """Fills the hidden part in `passes` passes.
 
     Rows: 1 where the token came back and 0 where not; the probability of the true token in the
@@ -41,13 +42,9 @@ class GreedyFilling:
     passes: int
     edges: bool
 
-    @property
-    def rows(self) -> int:
-        return 2
-
-    @property
-    def identity(self) -> str:
-        return settings_hash("greedy filling", self.passes, self.edges)
+    hashed_as = ("greedy filling",)
+    not_in_identity = ()
+    rows = 2
 
     def run(
         self,
@@ -117,7 +114,7 @@ def _recited(reading: Reading) -> Float[Array, ""]:
 def _query(edges: bool):
     def queries(settings: AuditSettings) -> dict[str, Query]:
         filling = GreedyFilling(settings.budget, edges)
-        return {"text": Query(procedure=filling, models="target")}
+        return {"text": Query(filling, roles=TARGET)}
 
     return queries
 
@@ -132,9 +129,8 @@ _SOURCE = "arXiv 2605.24173 (extraction); as a score: this project"
     source=_SOURCE,
     undefined="nothing is hidden of it",
 )
-def infill(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def infill(reading: Reading) -> Float[Array, ""]:
     """Share of the text's middle half that the target fills in as it was, edges shown."""
-    del settings
     return _recited(reading)
 
 
@@ -145,7 +141,6 @@ def infill(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     source=_SOURCE,
     undefined="nothing is hidden of it",
 )
-def infill_prefix(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def infill_prefix(reading: Reading) -> Float[Array, ""]:
     """Share of the text's second half that the target fills in as it was, the first shown."""
-    del settings
     return _recited(reading)

@@ -6,6 +6,7 @@ differ in what a group is; both are here (docs/differences.md).
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import Model, Params, ProbePlan, Reading
-from sama_jax.attacks.registry import Query, register
-from sama_jax.config import AuditSettings, ItsSettings, SamaSettings, settings_hash
+from sama_jax.attacks.queries import REFERENCE, Probes, Procedure, Query
+from sama_jax.attacks.registry import register
+from sama_jax.config import AuditSettings, ItsSettings, SamaSettings
 from sama_jax.core import masking, votes
 
 
@@ -69,7 +71,7 @@ def independent_groups(
 
 
 @dataclass(frozen=True)
-class AttentionGroups:
+class AttentionGroups(Procedure):
     """One pass of the reference over the unmasked text; its attention makes the groups.
 
     Values are the number of a token's group in each step.
@@ -80,17 +82,29 @@ class AttentionGroups:
     settings: ItsSettings
     max_length: int
 
+    hashed_as = ("independent groups",)
+    not_in_identity = (
+        "max_length",
+        "schedule.nesting",
+        "schedule.loss_source",
+        "schedule.repeats",
+        "schedule.exclude_special",
+        "schedule.exclude_position0_when_shifted",
+        "schedule.subsets",
+        "schedule.subset_size",
+        "schedule.skip",
+        "schedule.weights",
+        "schedule.ties",
+    )
     passes = 1
 
     @property
     def rows(self) -> int:
         return self.schedule.steps
 
-    @property
-    def identity(self) -> str:
+    def _hashed(self) -> tuple[Any, ...]:
         s = self.schedule
-        masks = (s.steps, s.min_density, s.max_density, s.schedule)
-        return settings_hash("independent groups", masks, self.size, self.settings)
+        return (s.steps, s.min_density, s.max_density, s.schedule), self.size, self.settings
 
     def run(
         self,
@@ -118,20 +132,20 @@ class AttentionGroups:
 
 
 @dataclass(frozen=True)
-class GroupProbes:
+class GroupProbes(Probes):
     """Masks each step's groups. They vote themselves, or random subsets of their union do."""
 
     schedule: SamaSettings
     max_length: int
     groups_vote: bool
 
+    # Masks come from the guide alone, whose identity is added to this one.
+    not_in_identity = ("schedule", "max_length", "groups_vote")
+    identity = "groups"
+
     @property
     def passes(self) -> int:
         return self.schedule.steps
-
-    @property
-    def identity(self) -> str:
-        return "groups"  # masks come from the guide, whose identity is added
 
     def plan(
         self, key: Key[Array, ""], maskable: Bool[Array, " l"], guide: Float[Array, "t l"]
@@ -166,9 +180,9 @@ def _queries(settings: AuditSettings, *, groups_vote: bool) -> dict[str, Query]:
     )
     size = schedule.subset_size if groups_vote else settings.max_length
     groups = AttentionGroups(schedule, size, settings.its, settings.max_length)
-    guide = Query(procedure=groups, models="reference")
+    guide = Query(groups, roles=REFERENCE)
     voters = GroupProbes(schedule, settings.max_length, groups_vote)
-    return {"text": Query(voters, guide=guide)}  # pyright: ignore
+    return {"text": Query(voters, guide=guide)}
 
 
 def _votes(reading: Reading) -> Float[Array, ""]:
@@ -189,13 +203,12 @@ def _votes(reading: Reading) -> Float[Array, ""]:
     access="masked logits + attention of the reference",
     source="Chrisqcwx/DLLM-MIA README.md",
 )
-def its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def its(reading: Reading) -> Float[Array, ""]:
     """Share of groups of tokens of low mutual attention whose loss the target lowers.
 
     As its README has it: in each step, disjoint groups of `sama.subset_size` tokens are drawn, as
     many as the step masks, masked together, and vote. One pass of the reference more than SAMA.
     """
-    del settings
     return _votes(reading)
 
 
@@ -206,10 +219,9 @@ def its(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     source="Chrisqcwx/DLLM-MIA attack/attacks/its.py",
     in_all=False,
 )
-def its_code(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def its_code(reading: Reading) -> Float[Array, ""]:
     """Share of random subsets whose loss the target lowers, of masks of low mutual attention.
 
     As its code has it: one group a step, which is the mask; SAMA's random subsets of it vote.
     """
-    del settings
     return _votes(reading)

@@ -12,7 +12,6 @@ from sama_jax.arrays import AnyArray, ProbePlan, Reading
 from sama_jax.attacks.likelihood import likelihood_probes, nll_per_token
 from sama_jax.attacks.registry import register
 from sama_jax.attacks.sama import progressive_probes
-from sama_jax.config import AuditSettings
 from sama_jax.core import votes
 
 _RUNG = {
@@ -23,9 +22,8 @@ _RUNG = {
 
 
 @register("ladder:calibrated", probes=likelihood_probes, **_RUNG)
-def calibrated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def calibrated(reading: Reading) -> Float[Array, ""]:
     """NLL per token of the reference minus that of the target, same masks."""
-    del settings
     reference = nll_per_token(reading.reference, reading.plan)
     return reference - nll_per_token(reading.target, reading.plan)
 
@@ -38,9 +36,8 @@ def _recorded(plan: ProbePlan) -> Float[AnyArray, " t"]:
 
 
 @register("ladder:progressive", probes=progressive_probes, **_RUNG)
-def progressive(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def progressive(reading: Reading) -> Float[Array, ""]:
     """Mean difference of the masked tokens of a step, mean over SAMA's steps."""
-    del settings
     plan = reading.plan
     difference = jnp.where(plan.scored, reading.reference - reading.target, 0.0).sum(axis=1)
     means = difference / jnp.maximum(plan.scored.sum(axis=1), 1)
@@ -59,15 +56,13 @@ def _subset_means(reading: Reading) -> Float[Array, "t n"]:
 
 
 @register("ladder:subsets", probes=progressive_probes, **_RUNG)
-def subsets(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def subsets(reading: Reading) -> Float[Array, ""]:
     """The same over SAMA's random subsets: mean of their mean differences."""
-    del settings
     return (_recorded(reading.plan) * _subset_means(reading).mean(axis=1)).sum()
 
 
 @register("ladder:signs", probes=progressive_probes, **_RUNG)
-def signs(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def signs(reading: Reading) -> Float[Array, ""]:
     """Share of subsets with a positive sum, every step alike: SAMA without its weights."""
-    del settings
     positive = (_subset_means(reading) > 0).astype(jnp.float32)
     return (_recorded(reading.plan) * positive.mean(axis=1)).sum()

@@ -5,6 +5,7 @@ target and reference. Scores are per token; `loss:sum` and `zlib:sum` are the pu
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import AnyArray, ProbePlan, Reading
+from sama_jax.attacks.queries import Probes
 from sama_jax.attacks.registry import register
-from sama_jax.config import AuditSettings, Estimator, settings_hash
+from sama_jax.config import AuditSettings, Estimator
 from sama_jax.core import masking
 
 
 @dataclass(frozen=True)
-class LikelihoodProbes:
+class LikelihoodProbes(Probes):
     """Masks whose weighted losses average to the likelihood bound; see `LikelihoodSettings`."""
 
     passes: int
@@ -27,10 +29,11 @@ class LikelihoodProbes:
     eps: float
     max_length: int
 
-    @property
-    def identity(self) -> str:
-        eps = self.eps if self.estimator == "bernoulli" else None
-        return settings_hash("likelihood", self.passes, self.estimator, eps)
+    hashed_as = ("likelihood",)
+
+    def _hashed(self) -> tuple[Any, ...]:
+        # Only one of the estimators uses eps.
+        return self.passes, self.estimator, self.eps if self.estimator == "bernoulli" else None
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """Weights make `sum_i w_t loss_ti` an estimate of the NLL per token in each pass."""
@@ -47,8 +50,7 @@ class LikelihoodProbes:
             )
             # Passes that masked nothing are left out, as published.
             weights = jnp.where(masks.any(axis=1), 1.0 / (p * jnp.maximum(length, 1)), 0.0)
-        subsets = jnp.zeros((self.passes, 0, 1), jnp.int32)
-        return ProbePlan(masks=masks, scored=masks, weights=weights, subsets=subsets)
+        return ProbePlan.without_votes(masks, masks, weights)
 
     def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
         """Exact counts of pass j stay at or below `1 + ((j + 1) length - 1) // passes`."""
@@ -82,9 +84,8 @@ def nll_per_token(losses: Float[AnyArray, "t l"], plan: ProbePlan) -> Float[Arra
     access="loss",
     source="Yeom et al., arXiv 1709.01604",
 )
-def loss(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def loss(reading: Reading) -> Float[Array, ""]:
     """Minus the target's NLL per token."""
-    del settings
     return -nll_per_token(reading.target, reading.plan)
 
 
@@ -95,9 +96,8 @@ def loss(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     access="loss",
     source="Stry233/SAMA attack/attacks/loss.py",
 )
-def loss_sum(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def loss_sum(reading: Reading) -> Float[Array, ""]:
     """Minus the target's NLL of the whole text, as published: it grows with length."""
-    del settings
     return -nll_per_token(reading.target, reading.plan) * reading.num_tokens
 
 
@@ -108,9 +108,8 @@ def loss_sum(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     access="loss",
     source="Carlini et al., arXiv 2012.07805",
 )
-def zlib(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def zlib(reading: Reading) -> Float[Array, ""]:
     """Minus the target's NLL per token, divided by the text's zlib-compressed bytes."""
-    del settings
     return -nll_per_token(reading.target, reading.plan) / reading.zlib_bytes
 
 
@@ -121,10 +120,10 @@ def zlib(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     access="loss",
     source="Stry233/SAMA attack/attacks/zlib.py",
 )
-def zlib_sum(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def zlib_sum(reading: Reading) -> Float[Array, ""]:
     """Minus the target's NLL of the whole text over compressed bytes a character, as published."""
     compression = reading.zlib_bytes / jnp.maximum(reading.characters, 1)
-    return loss_sum(reading, settings) / compression
+    return loss_sum(reading) / compression
 
 
 @register(
@@ -134,8 +133,7 @@ def zlib_sum(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     access="loss + reference",
     source="Carlini et al., arXiv 2012.07805; calibration of arXiv 2111.08440",
 )
-def ratio(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def ratio(reading: Reading) -> Float[Array, ""]:
     """Minus the target's NLL over the reference's, from the same masks."""
-    del settings
     reference = nll_per_token(reading.reference, reading.plan)
     return -nll_per_token(reading.target, reading.plan) / jnp.maximum(reference, 1e-8)

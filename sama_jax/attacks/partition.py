@@ -14,13 +14,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import ProbePlan, Reading
-from sama_jax.attacks.registry import Query, register
-from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.attacks.queries import TARGET, Probes, Query
+from sama_jax.attacks.registry import register
+from sama_jax.config import AuditSettings
 from sama_jax.core import masking, token_statistics, votes
 
 
 @dataclass(frozen=True)
-class PartitionProbes:
+class PartitionProbes(Probes):
     """`rounds` times, the tokens are split at random into `parts` masks of nearly equal size."""
 
     parts: int
@@ -29,13 +30,12 @@ class PartitionProbes:
     subsets: int
     subset_size: int
 
+    hashed_as = ("partition",)
+    not_in_identity = ("max_length", "subsets", "subset_size")
+
     @property
     def passes(self) -> int:
         return self.parts * self.rounds
-
-    @property
-    def identity(self) -> str:
-        return settings_hash("partition", self.parts, self.rounds)
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """All passes weigh alike; subsets of each are drawn for the statistic `votes`."""
@@ -95,7 +95,7 @@ _SMALLEST = 1e-6
 @register(
     "mink++",
     queries=lambda settings: {
-        "text": Query(tail_probes(settings), None, ("nll", "mean", "deviation"), "target")
+        "text": Query(tail_probes(settings), None, ("nll", "mean", "deviation"), TARGET)
     },
     access="masked logits, whole vocabulary",
     source="Zhang et al., arXiv 2404.02936",
@@ -115,9 +115,8 @@ _OURS = {**_BOTH, "source": "this project"}
 
 
 @register("wbc", **_BOTH, source="arXiv 2601.02751; Stry233/WBC attacks/")
-def wbc(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def wbc(reading: Reading) -> Float[Array, ""]:
     """Share of contiguous windows, of ten sizes, whose loss the target lowers."""
-    del settings
     return token_statistics.windows(token_statistics.differences(reading))
 
 
@@ -132,23 +131,20 @@ def complement(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
 
 
 @register("complement:mean", **_OURS)
-def complement_mean(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def complement_mean(reading: Reading) -> Float[Array, ""]:
     """Mean of the differences reference minus target, each token read once."""
-    del settings
     return token_statistics.mean(token_statistics.differences(reading))
 
 
 @register("complement:t", **_OURS, undefined="it needs two tokens that differ")
-def complement_t(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def complement_t(reading: Reading) -> Float[Array, ""]:
     """Mean over standard deviation of the differences, each token read once."""
-    del settings
     return token_statistics.t(token_statistics.differences(reading))
 
 
 @register("complement:rank", **_OURS, undefined="it needs a token whose losses differ")
-def complement_rank(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def complement_rank(reading: Reading) -> Float[Array, ""]:
     """Wilcoxon's signed-rank statistic of the differences, each token read once."""
-    del settings
     return token_statistics.signed_rank(token_statistics.differences(reading))
 
 

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sama_jax import rng
 from sama_jax.arrays import Model, Params, Reading
 from sama_jax.attacks.likelihood import LikelihoodProbes, likelihood_probes, nll_per_token
-from sama_jax.attacks.registry import Query, register
+from sama_jax.attacks.queries import REFERENCE, TARGET, Procedure, Query
+from sama_jax.attacks.registry import register
 from sama_jax.attacks.views import Lowercase, Replaced
-from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.config import AuditSettings
 from sama_jax.core import losses, masking
 
 SWAPPED = 0.05
@@ -38,8 +39,8 @@ def quotient(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Floa
 def _lowercase_queries(settings: AuditSettings) -> dict[str, Query]:
     half = shared_probes(settings, 2)
     return {
-        "text": Query(half, models="target"),
-        "lower": Query(half, Lowercase(), models="target"),
+        "text": Query(half, roles=TARGET),
+        "lower": Query(half, Lowercase(), roles=TARGET),
     }
 
 
@@ -50,9 +51,8 @@ def _lowercase_queries(settings: AuditSettings) -> dict[str, Query]:
     source="Carlini et al., arXiv 2012.07805; clearloveclearlove/DLM_MIA lowercase.py",
     undefined="lower case changes none of its tokens, or it has none",
 )
-def lowercase(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def lowercase(reading: Reading) -> Float[Array, ""]:
     """Minus the target's NLL per token over that of the text in lower case."""
-    del settings
     lower = reading.views["lower"]
     own = nll_per_token(reading.target, reading.plan)
     return -quotient(own, nll_per_token(lower.target, lower.plan))
@@ -62,7 +62,7 @@ def lowercase(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
 
 
 @dataclass(frozen=True)
-class NeighborProposals:
+class NeighborProposals(Procedure):
     """The reference's own suggestions: `count` times, mask a few tokens and take its best guess.
 
     A row's values are the token ids to put in place of those that it masked. Neither the token
@@ -72,6 +72,8 @@ class NeighborProposals:
     count: int
     max_length: int
 
+    hashed_as = ("neighbors", SWAPPED)
+
     @property
     def passes(self) -> int:
         return self.count
@@ -79,10 +81,6 @@ class NeighborProposals:
     @property
     def rows(self) -> int:
         return self.count
-
-    @property
-    def identity(self) -> str:
-        return settings_hash("neighbors", SWAPPED, self.count)
 
     def masks(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> Bool[Array, "t l"]:
         """What each neighbour of one text replaces."""
@@ -148,9 +146,9 @@ def _neighbor_queries(settings: AuditSettings) -> dict[str, Query]:
     count = neighbors(settings)
     share = shared_probes(settings, 1 + count)
     proposals = NeighborProposals(count, settings.max_length)
-    guide = Query(procedure=proposals, models="reference")
-    views = {str(i): Query(share, Replaced(i), models="target", guide=guide) for i in range(count)}
-    return {"text": Query(share, models="target"), **views}
+    guide = Query(proposals, roles=REFERENCE)
+    views = {str(i): Query(share, Replaced(i), roles=TARGET, guide=guide) for i in range(count)}
+    return {"text": Query(share, roles=TARGET), **views}
 
 
 @register(
@@ -159,11 +157,10 @@ def _neighbor_queries(settings: AuditSettings) -> dict[str, Query]:
     access="loss + reference",
     source="Mattern et al., arXiv 2305.18462; iamgroot42/mimir mimir/attacks/neighborhood.py",
 )
-def neighbor(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def neighbor(reading: Reading) -> Float[Array, ""]:
     """How much lower the target's NLL is than on texts with a few tokens replaced.
 
     The neighbours are the reference model's, in place of a BERT's: it fills masks by itself.
     """
-    del settings
     others = jnp.stack([nll_per_token(r.target, r.plan) for r in reading.views.values()])
     return others.mean() - nll_per_token(reading.target, reading.plan)

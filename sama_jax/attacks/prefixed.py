@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 from sama_jax.arrays import Reading
 from sama_jax.attacks.likelihood import nll_per_token
 from sama_jax.attacks.perturbed import quotient, shared_probes
-from sama_jax.attacks.registry import Query, register
+from sama_jax.attacks.queries import TARGET, Query
+from sama_jax.attacks.registry import register
 from sama_jax.attacks.views import Context, Joined
 from sama_jax.config import AuditSettings
 
@@ -24,8 +25,8 @@ def _recall_queries(settings: AuditSettings) -> dict[str, Query]:
     half = shared_probes(settings, 2)
     view = Context("nonmember", settings.prefix.tokens)
     return {
-        "text": Query(half, models="target"),
-        "nonmember": Query(half, view, models="target"),
+        "text": Query(half, roles=TARGET),
+        "nonmember": Query(half, view, roles=TARGET),
     }
 
 
@@ -36,20 +37,19 @@ def _recall_queries(settings: AuditSettings) -> dict[str, Query]:
     source="Xie et al., arXiv 2406.15968",
     undefined=_NO_ROOM,
 )
-def recall(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def recall(reading: Reading) -> Float[Array, ""]:
     """NLL of the text behind non-members over its NLL alone, same masks.
 
     The prefix stays visible; only the text's tokens are masked and scored.
     """
-    del settings
     return quotient(_nll(reading.views["nonmember"]), _nll(reading))
 
 
 def _circulated_queries(settings: AuditSettings) -> dict[str, Query]:
     half = shared_probes(settings, 2)
     return {
-        "text": Query(half, models="target"),
-        "joined": Query(half, Joined("nonmember"), models="target"),
+        "text": Query(half, roles=TARGET),
+        "joined": Query(half, Joined("nonmember"), roles=TARGET),
     }
 
 
@@ -59,13 +59,12 @@ def _circulated_queries(settings: AuditSettings) -> dict[str, Query]:
     access="loss + texts known as non-members",
     source="clearloveclearlove/DLM_MIA attack/attacks/recall.py",
 )
-def recall_circulated(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
+def recall_circulated(reading: Reading) -> Float[Array, ""]:
     """NLL of prefix and text together over that of the text, both summed over their tokens.
 
     As circulated: prefix tokens are masked and scored, too, and what exceeds the maximum length is
     cut off the text. Behind a prefix of that length, only the text's own likelihood is left in it.
     """
-    del settings
     joined = reading.views["joined"]
     return quotient(_nll(joined) * joined.num_tokens, _nll(reading) * reading.num_tokens)
 
@@ -73,10 +72,9 @@ def recall_circulated(reading: Reading, settings: AuditSettings) -> Float[Array,
 def _conrecall_queries(settings: AuditSettings) -> dict[str, Query]:
     third, tokens = shared_probes(settings, 3), settings.prefix.tokens
     views = {
-        name: Query(third, Context(name, tokens), models="target")
-        for name in ("nonmember", "member")
+        name: Query(third, Context(name, tokens), roles=TARGET) for name in ("nonmember", "member")
     }
-    return {"text": Query(third, models="target"), **views}
+    return {"text": Query(third, roles=TARGET), **views}
 
 
 @register(

@@ -1,6 +1,7 @@
 """SAMA: progressive masks, random subsets, sign votes (arXiv 2601.20125, ICLR 2026)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +10,38 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import AnyArray, ProbePlan, Reading
+from sama_jax.attacks.queries import Probes
 from sama_jax.attacks.registry import register
-from sama_jax.config import AuditSettings, SamaSettings, settings_hash
+from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import masking, votes
 
 
 @dataclass(frozen=True)
-class ProgressiveProbes:
+class ProgressiveProbes(Probes):
     """SAMA's plan: T densities, N subsets each, repeated R times (t = R T passes)."""
 
     settings: SamaSettings
     max_length: int
 
+    hashed_as = ("progressive",)
+    not_in_identity = (
+        "max_length",
+        "settings.subsets",
+        "settings.subset_size",
+        "settings.skip",
+        "settings.weights",
+        "settings.ties",
+    )
+
     @property
     def passes(self) -> int:
         return self.settings.passes
 
-    @property
-    def identity(self) -> str:
+    def _hashed(self) -> tuple[Any, ...]:
         # The votes' own switches change no mask and no loss.
         s = self.settings
         masks = (s.steps, s.min_density, s.max_density, s.schedule, s.nesting, s.loss_source)
-        rest = (s.repeats, s.exclude_special, s.exclude_position0_when_shifted)
-        return settings_hash("progressive", masks, rest)
+        return masks, (s.repeats, s.exclude_special, s.exclude_position0_when_shifted)
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         """Masks, scored positions, step weights and subsets of one text."""
@@ -42,7 +52,7 @@ class ProgressiveProbes:
 
     def _repeat(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
         s = self.settings
-        # Numbers of masked tokens come from a table: see `probes.count_table`.
+        # Numbers of masked tokens come from a table: see `masking.count_table`.
         table = jnp.asarray(masking.count_table(s, self.max_length))
         counts = table[maskable.sum()]
         draw = masking.nested_masks if s.nesting == "nested" else masking.fresh_masks

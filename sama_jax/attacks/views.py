@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from sama_jax.attacks.registry import ViewText, ViewTools
+from sama_jax.attacks.queries import ViewText, ViewTools
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from sama_jax import rng
 from sama_jax.arrays import ForwardBatch, Model, Params, TextKeyData
-from sama_jax.attacks.registry import Procedure
+from sama_jax.attacks.queries import Procedure
 from sama_jax.core import losses
 from sama_jax.devices.layout import Layout
 from sama_jax.devices.runner import FORWARD_ROWS, Runner

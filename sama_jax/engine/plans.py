@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sama_jax import rng
 from sama_jax.arrays import ProbePlan, TextKeyData
-from sama_jax.attacks.registry import Probes
+from sama_jax.attacks.queries import Probes
 from sama_jax.engine.text_table import TextTable, padded
 
 PLAN_ROWS = 8

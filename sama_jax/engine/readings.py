@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sama_jax.arrays import ProbePlan, Reading
-from sama_jax.attacks.registry import Attack, Query, flatten
+from sama_jax.attacks.queries import Query, flatten
+from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.engine.plans import PLAN_ROWS, PlanCache
 from sama_jax.engine.tasks import ROLES, Task, Tasks
@@ -116,7 +117,7 @@ class Readings:
         found = {
             role: [
                 self.values(task, rows, role, channel)
-                if role in task.channels and query.models in ("both", role)
+                if role in task.channels and role in query.roles
                 else unread
                 for channel in query.channels
             ]

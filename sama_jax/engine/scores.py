@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from sama_jax.attacks.registry import Attack, CorpusReading
+from sama_jax.attacks.queries import CorpusReading
+from sama_jax.attacks.registry import Attack
 from sama_jax.core import votes
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sama_jax.attacks.registry import Attack, Procedure, Query, View, flatten
+from sama_jax.attacks.queries import Probes, Procedure, Query, View, flatten
+from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.engine.plans import DrawnPlans, PlanSource, ReplayedPlans
 from sama_jax.errors import UsageError
@@ -120,8 +121,7 @@ def _task(
 ) -> Task:
     """Makes the task of one query alone."""
     view = query.view_name
-    roles = ROLES if query.models == "both" else (query.models,)
-    channels = {role: tuple(dict.fromkeys(query.channels)) for role in roles}
+    channels = {role: tuple(dict.fromkeys(query.channels)) for role in query.roles}
     if replayed is not None:
         passes = replayed.plan.masks.shape[1]
         identity = replayed.identity
@@ -129,12 +129,11 @@ def _task(
     identity = settings_hash(query.identity, settings.seed)
     if guide is not None and query.guides_probes:
         identity = settings_hash(identity, *(store_keys.get(role) for role in guide.channels))
-    if query.probes is not None:
-        source, procedure = DrawnPlans(query.probes, settings.seed, settings.max_length), None
-        passes = rows = query.probes.passes
+    if isinstance(query.reads, Probes):
+        source, procedure = DrawnPlans(query.reads, settings.seed, settings.max_length), None
+        passes = rows = query.reads.passes
     else:
-        assert query.procedure is not None
-        source, procedure = None, query.procedure
+        source, procedure = None, query.reads
         passes, rows = procedure.passes, procedure.rows
     return Task(view, identity, query, channels, guide, source, procedure, passes, rows)
 
@@ -166,6 +165,6 @@ def passes(attack: Attack, settings: AuditSettings) -> dict[str, int]:
     """Counts the forward passes of each model that an attack needs for one text by itself."""
     count: dict[str, int] = dict.fromkeys(ROLES, 0)
     for query in flatten(attack.queries(settings)):
-        for role in ROLES if query.models == "both" else (query.models,):
+        for role in query.roles:
             count[role] += query.passes
     return count

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, Int32, UInt32
 
 from sama_jax import rng
 from sama_jax.arrays import Encoded, TextKeyData
-from sama_jax.attacks.registry import ViewText, key_name
+from sama_jax.attacks.queries import ViewText
 from sama_jax.config import AuditSettings
 from sama_jax.errors import DataError
 
@@ -39,7 +39,7 @@ def original_view(encoded: Encoded, settings: AuditSettings, *, shift: bool) -> 
     """Makes the view that is the text itself."""
     maskable = _maskable(encoded.ids, encoded.special, settings, shift=shift)
     key = rng.text_key_data(encoded.ids)
-    name = key_name(key) + _mask_suffix(maskable)
+    name = rng.key_name(key) + _mask_suffix(maskable)
     sizes = encoded.zlib_bytes, encoded.characters
     return TextView(key, maskable, *sizes, name, encoded.ids, np.zeros(0, np.int32))
 
@@ -54,9 +54,9 @@ def derived_view(
         maskable = original.maskable
     own = rng.text_key_data(made.ids)
     key = original.key if made.same_masks else own
-    name = key_name(own) + _mask_suffix(maskable)
+    name = rng.key_name(own) + _mask_suffix(maskable)
     if key != own:
-        name += "~" + key_name(key)
+        name += "~" + rng.key_name(key)
     before = np.zeros(0, np.int32) if made.before is None else made.before
     if len(before):
         name += "+" + hashlib.sha256(before.astype("<i4").tobytes()).hexdigest()[:16]
@@ -180,7 +180,7 @@ def described(table: TextTable) -> list[dict[str, Any] | None]:
     return [
         view
         and {
-            "key": key_name(view.key),
+            "key": rng.key_name(view.key),
             "store_key": view.store_key,
             "tokens": len(view.maskable),
             "not_masked": np.flatnonzero(~view.maskable).tolist(),

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sama_jax.arrays import Encoded, TextKeyData
-from sama_jax.attacks.registry import View, ViewTools
+from sama_jax.attacks.queries import View, ViewTools
 from sama_jax.config import AuditSettings
 from sama_jax.engine.tasks import Tasks
 from sama_jax.engine.text_table import TextTable, TextView, derived_view, table_of

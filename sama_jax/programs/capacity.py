@@ -17,13 +17,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from sama_jax import attacks
 from sama_jax.arrays import Params
-from sama_jax.attacks.registry import flatten
+from sama_jax.attacks.queries import Probes, flatten
 from sama_jax.core import losses
 from sama_jax.devices import compile_ahead, memory
 from sama_jax.devices.mesh import AXES, mesh_sizes
 from sama_jax.devices.sharding import parameter_shardings
 from sama_jax.engine.batching import ACCELERATOR_TOKENS
-from sama_jax.engine.tasks import ROLES
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs.jobs import PlanJob
@@ -118,11 +117,11 @@ def read_subject(job: PlanJob) -> Subject:
     seen = set()
     for attack in attacks.select(job.attacks):
         for query in flatten(attack.queries(job.settings)):
-            if query.probes is None or (query.view_name, query.identity) in seen:
+            if not isinstance(query.reads, Probes) or (query.view_name, query.identity) in seen:
                 continue
             seen.add((query.view_name, query.identity))
-            each = losses.slot_sizes(query.probes.slot_bounds(length), length)
-            roles = len(ROLES) if query.models == "both" else 1
+            each = losses.slot_sizes(query.reads.slot_bounds(length), length)
+            roles = len(query.roles)
             sizes |= set(each.tolist())
             passes += roles * len(each)
             flops += roles * sum(model.flops_per_text(length, float(n)) for n in each)

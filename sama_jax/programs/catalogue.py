@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sama_jax import attacks as attack_suite
-from sama_jax.attacks.registry import Query, flatten
+from sama_jax.attacks.queries import Probes, Query, flatten
 from sama_jax.config import AuditSettings
-from sama_jax.engine.tasks import ROLES, passes
+from sama_jax.engine.tasks import passes
 from sama_jax.terminal import Terminal
 
 
@@ -21,7 +21,7 @@ def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
     for attack in chosen:
         count = passes(attack, settings)
         for query in flatten(attack.queries(settings)):
-            for role in ROLES if query.models == "both" else (query.models,):
+            for role in query.roles:
                 shared[role, query.view_name, query.identity] = query.passes
         alone += sum(count.values())
         entries.append(
@@ -46,7 +46,8 @@ def describe(names: Sequence[str], settings: AuditSettings) -> dict[str, Any]:
 def _reads(queries: dict[str, Query]) -> list[str]:
     """Returns views and quantities, such as `text: nll, mean`, or procedures; guides first."""
     return [
-        f"{q.view_name}: {', '.join(q.channels) if q.probes else type(q.procedure).__name__}"
+        f"{q.view_name}: "
+        + (", ".join(q.channels) if isinstance(q.reads, Probes) else type(q.reads).__name__)
         for q in flatten(queries)
     ]
 

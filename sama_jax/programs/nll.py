@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from sama_jax.arrays import Reading
 from sama_jax.attacks.likelihood import likelihood_probes
-from sama_jax.attacks.registry import Attack, Query
+from sama_jax.attacks.queries import TARGET, Query
+from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.devices.layout import local_layout
 from sama_jax.devices.placement import device_bytes
@@ -49,7 +50,7 @@ def bound_and_error(reading: Reading, settings: AuditSettings) -> Float[Array, "
 
 _NLL = Attack(
     "nll",
-    lambda settings: {"text": Query(likelihood_probes(settings), models="target")},
+    lambda settings: {"text": Query(likelihood_probes(settings), roles=TARGET)},
     bound_and_error,
     access="loss",
     source="ML-GSAI/LLaDA get_log_likelihood.py",

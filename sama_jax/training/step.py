@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from sama_jax import rng
 from sama_jax.arrays import Model, Params, TextKeyData
@@ -247,7 +247,7 @@ def batch_rows(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
 @partial(jax.jit, static_argnums=0)
 def text_nll(
     model: Model,
-    seed: int | UInt[Array, ""],
+    seed: int | Integer[Array, ""],
     params: Params,
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
@@ -276,7 +276,7 @@ def text_nll(
 @partial(jax.jit, static_argnums=0)
 def next_token_nll(
     model: Model,
-    seed: int | UInt[Array, ""],
+    seed: int | Integer[Array, ""],
     params: Params,
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
@@ -290,7 +290,7 @@ def next_token_nll(
 @partial(jax.jit, static_argnums=0)
 def masked_nll(
     model: Model,
-    seed: int | UInt[Array, ""],
+    seed: int | Integer[Array, ""],
     params: Params,
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],

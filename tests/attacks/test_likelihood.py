@@ -6,6 +6,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from scored import oracle, score_reading
 
 from sama_jax import rng
 from sama_jax.arrays import ProbePlan, Reading, TextKeyData
@@ -32,9 +33,7 @@ def read(probes, tokens: int, seed: int = 0) -> Reading:
 
 
 def score(name: str, reading: Reading) -> float:
-    (attack,) = select([name])
-    assert attack.statistic is not None
-    return float(attack.statistic(reading, SETTINGS))
+    return score_reading(name, reading, SETTINGS)
 
 
 def slow_nll(losses: np.ndarray, plan: ProbePlan, tokens: int, estimator: str) -> float:
@@ -51,6 +50,7 @@ def slow_nll(losses: np.ndarray, plan: ProbePlan, tokens: int, estimator: str) -
 
 @pytest.mark.parametrize("estimator", ["exact", "bernoulli"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 24])
+@oracle("loss", "loss:sum", "zlib", "zlib:sum", "ratio")
 def test_loss_zlib_and_ratio_against_loops(tokens: int, estimator: str):
     probes = LikelihoodProbes(5, estimator, 1e-3, LENGTH)
     reading = read(probes, tokens)
@@ -104,9 +104,10 @@ def slow_votes(reading: Reading) -> float:
 
 @pytest.mark.parametrize("name", ["sama", "sama:mlm"])
 @pytest.mark.parametrize("tokens", [1, 2, 24])
+@oracle("sama", "sama:mlm")
 def test_sama_and_its_masked_form_against_loops(name: str, tokens: int):
     query = select([name])[0].queries(SETTINGS)["text"]
-    reading = read(query.probes, tokens, seed=3)
+    reading = read(query.reads, tokens, seed=3)
     share = reading.plan.masks.sum(axis=1) / tokens
     limit = 0.5 if name == "sama" else 0.15
     assert share.max() <= max(limit, 1 / tokens) + 0.5 / tokens

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scored import oracle, score_reading
 
 from sama_jax import rng
 from sama_jax.arrays import ProbePlan, Reading
@@ -160,12 +161,13 @@ def test_windows_are_strict_and_contiguous():
 
 
 def scores(name: str, read: Reading) -> float:
-    (attack,) = select([name])
-    assert attack.statistic is not None
-    return float(attack.statistic(read, SETTINGS))
+    return score_reading(name, read, SETTINGS)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 19, 24])
+@oracle(
+    "complement", "complement:mean", "complement:t", "complement:votes", "complement:rank", "wbc"
+)
 def test_partition_attacks_against_loops(tokens: int):
     plan = drawn(partition.complement_probes(SETTINGS), tokens)
     read = reading(plan.masks, seed=tokens)._replace(plan=plan)
@@ -198,6 +200,7 @@ def test_partition_attacks_against_loops(tokens: int):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 22])
+@oracle("mink", "mink++")
 def test_mink_against_loops(tokens: int):
     plan = drawn(partition.tail_probes(AuditSettings(max_length=LENGTH, passes=8)), tokens)
     assert len(plan.masks) == 8
@@ -212,6 +215,7 @@ def test_mink_against_loops(tokens: int):
 
 
 @pytest.mark.parametrize(("tokens", "share"), [(0, 0.4), (1, 1.0), (1, 0.0), (12, 0.3), (24, 0.2)])
+@oracle("mink:circulated", "mink++:circulated")
 def test_circulated_mink_counts_tokens_that_were_never_masked(tokens: int, share: float):
     masks = random_masks(4, tokens, seed=tokens, share=share)
     read = reading(masks, seed=tokens, num_tokens=tokens)
@@ -227,6 +231,7 @@ def test_circulated_mink_counts_tokens_that_were_never_masked(tokens: int, share
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 20])
+@oracle("mink:its", "mink++:its")
 def test_the_its_forms_of_mink_sum_the_largest_losses(tokens: int):
     plan = drawn(circulated.random_share_probes(SETTINGS), tokens)
     read = reading(plan.masks, tokens, flat_mean=(-9000, -10), flat_deviation=(9, 3000))
@@ -252,6 +257,7 @@ def test_random_shares_are_uniform_and_never_empty():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+@oracle("ratio:circulated", "sama:ar")
 def test_unmasked_attacks_read_every_token_but_the_first(tokens: int):
     plan = drawn(beyond.UnmaskedProbes(7, 3), tokens)
     assert not plan.masks.any()
@@ -279,6 +285,7 @@ def test_sama_on_masked_models_stays_within_their_training():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 21])
+@oracle("secmi", "secmi:uniform")
 def test_secmi_against_loops(tokens: int):
     plan = drawn(denoising.noise_level_probes(AuditSettings(max_length=LENGTH, passes=5)), tokens)
     levels = [0.1, 0.275, 0.45, 0.625, 0.8]
@@ -370,6 +377,7 @@ def test_channels_against_the_whole_vocabulary(tiny):
             np.testing.assert_allclose(found[name][row, slot], value, rtol=2e-4, err_msg=name)
 
 
+@oracle("pia", "pia:l1", "pia:loss")
 def test_pia_against_the_whole_vocabulary(tiny, monkeypatch):
     model, params = tiny
     ids, valid = batch()
@@ -406,12 +414,13 @@ def test_pia_masks_neither_nothing_nor_everything():
         assert int(mask.sum()) == count
 
 
-@pytest.mark.parametrize("edges", [True, False])
+@pytest.mark.parametrize("name", ["infill", "infill:prefix"])
 @pytest.mark.parametrize("passes", [3, 30])
-def test_filling_against_a_loop(tiny, edges: bool, passes: int):
+@oracle("infill", "infill:prefix")
+def test_filling_against_a_loop(tiny, name: str, passes: int):
     """Where two choices are nearer than rounding, either is right: such a text is not compared."""
     model, params = tiny
-    compared = 0
+    edges, compared = name == "infill", 0
     ids, valid = batch()
     filling = infill.GreedyFilling(passes, edges)
     run = jax.jit(partial(filling.run, model))
@@ -454,7 +463,7 @@ def test_filling_against_a_loop(tiny, edges: bool, passes: int):
 
 def test_the_circulated_likelihood_is_the_published_bernoulli_one():
     (attack,) = select(["mink:circulated"])
-    made = attack.queries(SETTINGS)["text"].probes
+    made = attack.queries(SETTINGS)["text"].reads
     assert made == LikelihoodProbes(6, "bernoulli", 1e-3, LENGTH)
 
 

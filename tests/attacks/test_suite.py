@@ -1,6 +1,7 @@
 """The attack suite as a whole: one store, one recipe, invariants that hold for every attack."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from scored import ORACLES, oracle, score_reading
 
 from sama_jax import attacks
+from sama_jax.arrays import ProbePlan, Reading
 from sama_jax.attacks.registry import ENTRY_POINTS
 from sama_jax.cli import entry
 from sama_jax.config import (
@@ -241,53 +244,21 @@ def test_permuted_labels_give_one_half(everything: AuditResult):
 
 # --- every attack has an oracle -----------------------------------------------------------------
 
-ORACLES = {
-    "attacks/test_likelihood.py": {
-        "test_loss_zlib_and_ratio_against_loops": "loss loss:sum zlib zlib:sum ratio",
-        "test_sama_and_its_masked_form_against_loops": "sama sama:mlm",
-    },
-    "core/test_votes.py": {"test_scorer_agrees_with_the_slow_reference": "sama"},
-    "attacks/test_partition.py": {
-        "test_partition_attacks_against_loops": (
-            "complement complement:mean complement:t complement:votes complement:rank wbc"
-        ),
-        "test_mink_against_loops": "mink mink++",
-        "test_circulated_mink_counts_tokens_that_were_never_masked": (
-            "mink:circulated mink++:circulated"
-        ),
-        "test_the_its_forms_of_mink_sum_the_largest_losses": "mink:its mink++:its",
-        "test_unmasked_attacks_read_every_token_but_the_first": "ratio:circulated sama:ar",
-        "test_secmi_against_loops": "secmi secmi:uniform",
-        "test_pia_against_the_whole_vocabulary": "pia pia:l1 pia:loss",
-        "test_filling_against_a_loop": "infill infill:prefix",
-    },
-    "attacks/test_views.py": {
-        "test_lowercase_against_plain_passes": "lowercase",
-        "test_neighbours_are_the_references_best_guesses": "neighbor",
-        "test_recall_and_conrecall_against_passes_on_concatenated_tokens": "recall conrecall",
-        "test_circulated_recall_masks_the_prefix_and_cuts_the_text": "recall:circulated",
-        "test_its_against_plain_passes_and_loops": "its its:code",
-        "test_dfmia_against_plain_passes": "dfmia",
-        "test_bag_of_words_against_scikit_learns_own_folds": "bows",
-    },
-    "attacks/test_suite.py": {
-        "test_the_rungs_against_loops": (
-            "ladder:calibrated ladder:progressive ladder:subsets ladder:signs"
-        ),
-    },
-}
-"""File -> test -> the attacks that it compares with a slow reference."""
-
 
 def test_every_attack_has_an_oracle():
-    """A new attack goes into the table, together with its test."""
-    covered = set()
-    for file, tests in ORACLES.items():
-        text = (Path(__file__).parents[1] / file).read_text("utf-8")
-        for test, names in tests.items():
-            assert f"def {test}(" in text
-            covered |= set(names.split())
-    assert covered == set(attacks.names())
+    """A new attack needs a test under `scored.oracle`, which sees to it that it is scored there."""
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        spec = importlib.util.spec_from_file_location(f"oracles_of_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert set(ORACLES) == set(attacks.names())
+
+
+def test_an_oracle_must_score_what_it_names(monkeypatch):
+    monkeypatch.setitem(ORACLES, "loss", set())
+    with pytest.raises(AssertionError, match="never scored"):
+        oracle("loss")(lambda: None)()
 
 
 def test_the_documentation_describes_every_attack():
@@ -301,10 +272,9 @@ def test_the_documentation_describes_every_attack():
 
 
 def recipe() -> tuple[str, str]:
-    """The Python file and the entry point that CONTRIBUTING.md shows."""
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    part = text[text.index("## Add an attack") : text.index("## Test")]
-    code, toml = (re.search(f"```{kind}\n(.*?)```", part, re.S) for kind in ("python", "toml"))
+    """Returns the Python file and the entry point that the page shows."""
+    text = (ROOT / "docs" / "recipes" / "add_an_attack.md").read_text("utf-8")
+    code, toml = (re.search(f"```{kind}\n(.*?)```", text, re.S) for kind in ("python", "toml"))
     assert code
     assert toml
     return code[1], toml[1]
@@ -421,10 +391,8 @@ def test_experiments_are_well_formed_and_run(box: Path, tmp_path: Path, capsys):
 # --- the ladder ----------------------------------------------------------------------------------
 
 
+@oracle("ladder:calibrated", "ladder:progressive", "ladder:subsets", "ladder:signs")
 def test_the_rungs_against_loops():
-    from sama_jax.arrays import ProbePlan, Reading
-    from sama_jax.attacks import ladder
-
     draw = np.random.default_rng(3)
     steps, length, subsets, size = 5, 12, 7, 3
     masks = draw.random((steps, length)) < 0.5
@@ -439,21 +407,21 @@ def test_the_rungs_against_loops():
         np.where(masks, draw.integers(0, 4096, masks.shape) / 1024, np.nan).astype(np.float32)
         for _ in range(2)
     )
-    plan = ProbePlan(masks, masks, weights, chosen)  # pyright: ignore
-    read = Reading(target, reference, plan, length, 40, 60)  # pyright: ignore
+    plan = ProbePlan(masks, masks, weights, chosen)
+    read = Reading(target, reference, plan, length, 40, 60)
     difference = reference - target
     recorded = [t for t in range(steps) if masks[t].any()]
     means = [np.nanmean(difference[t]) for t in recorded]
     groups = [[difference[t, [i for i in s if i >= 0]].mean() for s in chosen[t]] for t in recorded]
     expected = {
-        ladder.progressive: np.mean(means),
-        ladder.subsets: np.mean([np.mean(g) for g in groups]),
-        ladder.signs: np.mean([np.mean(np.array(g) > 0) for g in groups]),
-        ladder.calibrated: sum(w * np.nansum(d) for w, d in zip(weights, difference))
+        "ladder:progressive": np.mean(means),
+        "ladder:subsets": np.mean([np.mean(g) for g in groups]),
+        "ladder:signs": np.mean([np.mean(np.array(g) > 0) for g in groups]),
+        "ladder:calibrated": sum(w * np.nansum(d) for w, d in zip(weights, difference))
         / len(recorded),
     }
     for rung, value in expected.items():
-        np.testing.assert_allclose(rung(read, SETTINGS), value, rtol=2e-6)
+        np.testing.assert_allclose(score_reading(rung, read, SETTINGS), value, rtol=2e-6)
 
 
 def test_the_index_gives_back_the_views(everything: AuditResult):

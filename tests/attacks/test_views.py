@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scored import SCORED, oracle, score_corpus
 
-from sama_jax import rng
-from sama_jax.arrays import Encoded, Model, TextKeyData
-from sama_jax.attacks import corpus, its, perturbed, registry, views
+from sama_jax import attacks, rng
+from sama_jax.arrays import Encoded, TextKeyData
+from sama_jax.attacks import corpus, its, perturbed, queries, views
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
 from sama_jax.core import masking, metrics
 from sama_jax.engine import pipeline, plans, tasks
@@ -181,6 +182,7 @@ def scored_rows(result: AuditResult) -> list[int]:
 
 
 def check(result: AuditResult, name: str, expected: dict[int, float | None]) -> None:
+    SCORED.add(name)
     found = {i: result.rows[i]["scores"][name] for i in expected}
     nulls = [i for i, e in expected.items() if e is None]
     assert [i for i, f in found.items() if f is None] == nulls
@@ -198,7 +200,7 @@ def test_the_budget_is_split_over_the_forms_of_a_text():
     assert (HALF.passes, THIRD.passes) == (3, 2)
     for passes in range(1, 65):
         settings = dataclasses.replace(SETTINGS, passes=passes)
-        for attack in registry.select(NAMES):
+        for attack in attacks.select(NAMES):
             count = tasks.passes(attack, settings)
             forms = {"bows": 0, "its": 1, "its:code": 1, "conrecall": 3}.get(attack.name, 2)
             assert count["target"] <= max(passes, forms), attack.name
@@ -214,6 +216,7 @@ def test_the_budget_is_split_over_the_forms_of_a_text():
 # --- lower case and neighbours -------------------------------------------------------------------
 
 
+@oracle("lowercase")
 def test_lowercase_against_plain_passes(everything: AuditResult, target: Direct):
     expected = {}
     same_length = 0
@@ -233,6 +236,7 @@ def test_lowercase_against_plain_passes(everything: AuditResult, target: Direct)
     assert row["passes"]["lowercase"] == 0
 
 
+@oracle("neighbor")
 def test_neighbours_are_the_references_best_guesses(
     everything: AuditResult, target: Direct, reference: Direct
 ):
@@ -258,7 +262,7 @@ def test_neighbours_are_the_references_best_guesses(
     check(everything, "neighbor", expected)
 
 
-class Table(Model):
+class Table(tiny.PartialModel):
     """A model whose output at a position is a row of a table: that of the token it sees there."""
 
     shift, vocab_size, mask_id = False, 12, 11
@@ -311,6 +315,7 @@ def prefix_texts(result: AuditResult, label: int) -> list[str]:
     return [TEXTS[int(i[1:])] for i in ids]
 
 
+@oracle("recall", "conrecall")
 def test_recall_and_conrecall_against_passes_on_concatenated_tokens(
     everything: AuditResult, target: Direct
 ):
@@ -333,6 +338,7 @@ def test_recall_and_conrecall_against_passes_on_concatenated_tokens(
     assert max(int(k) for e in log if e["event"] == "buckets" for k in e["texts"]) == ROOM
 
 
+@oracle("recall:circulated")
 def test_circulated_recall_masks_the_prefix_and_cuts_the_text(
     everything: AuditResult, target: Direct
 ):
@@ -365,7 +371,7 @@ def one(name: str, text: str, label: int | None) -> data.Text:
 
 def chosen(box: Path, texts: list[data.Text], **changes) -> Prefixes:
     made = job(box, box / "none", "conrecall", texts=data.collect(texts), **changes)
-    return choose_prefixes(made, registry.select(["conrecall"]), texts, [])
+    return choose_prefixes(made, attacks.select(["conrecall"]), texts, [])
 
 
 def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
@@ -397,6 +403,7 @@ def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
 # --- all texts together --------------------------------------------------------------------------
 
 
+@oracle("dfmia")
 def test_dfmia_against_plain_passes(everything: AuditResult, target: Direct, reference: Direct):
     rows = scored_rows(everything)
     half = corpus.HalfProbes(3, 32)
@@ -433,13 +440,13 @@ def test_dfmia_reads_the_pool_of_the_highest_losses():
         sample = [float(parts[i, k]) for i in top for k in (1, 2)]
         middle = float(np.median(sample))
         spread = 1.4826 * float(np.median([abs(s - middle) for s in sample]))
-        found = corpus.calibrated(registry.CorpusReading(parts, None, None), SETTINGS)
+        found = corpus.calibrated(queries.CorpusReading(parts, None, None), SETTINGS)
         np.testing.assert_allclose(found, (-np.float64(parts[:, 0]) - middle) / spread)
     flat = np.tile(np.float32([2, 1, 1]), (5, 1))
-    found = corpus.calibrated(registry.CorpusReading(flat, None, None), SETTINGS)
+    found = corpus.calibrated(queries.CorpusReading(flat, None, None), SETTINGS)
     assert found.tolist() == [-3.0] * 5  # a scale of 0 becomes 1
     flat[2, 1] = np.nan
-    found = corpus.calibrated(registry.CorpusReading(flat, None, None), SETTINGS)
+    found = corpus.calibrated(queries.CorpusReading(flat, None, None), SETTINGS)
     assert np.isnan(found).tolist() == [False, False, True, False, False]
 
 
@@ -459,6 +466,7 @@ def word_list(labels: np.ndarray, seed: int, hint: float) -> list[str]:
     return [" ".join(draw.choice(words, 12, p=odds[k] / odds[k].sum())) for k in labels]
 
 
+@oracle("bows")
 def test_bag_of_words_against_scikit_learns_own_folds():
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.feature_extraction.text import CountVectorizer
@@ -468,7 +476,7 @@ def test_bag_of_words_against_scikit_learns_own_folds():
 
     labels = np.arange(60) % 2
     texts = word_list(labels, 0, 9.0)
-    found = corpus.bows(registry.CorpusReading(np.zeros((60, 0)), texts, labels), SETTINGS)
+    found = score_corpus("bows", queries.CorpusReading(np.zeros((60, 0)), texts, labels), SETTINGS)
     order = np.array(sorted(range(60), key=lambda i: hashlib.sha256(texts[i].encode()).hexdigest()))
     forest = RandomForestClassifier(100, max_depth=2, min_samples_leaf=5, random_state=42)
     expected = cross_val_predict(
@@ -481,7 +489,7 @@ def test_bag_of_words_against_scikit_learns_own_folds():
     np.testing.assert_array_equal(found[order], expected[:, 1])
     assert roc_auc_score(labels, found) > 0.85
     # Another order of the file changes nothing.
-    turned = registry.CorpusReading(np.zeros((60, 0)), texts[::-1], labels[::-1])
+    turned = queries.CorpusReading(np.zeros((60, 0)), texts[::-1], labels[::-1])
     np.testing.assert_array_equal(corpus.bows(turned, SETTINGS)[::-1], found)
 
 
@@ -489,7 +497,7 @@ def test_bag_of_words_cannot_learn_permuted_labels():
     labels = np.arange(60) % 2
     texts = word_list(labels, 0, 9.0)
     mixed = np.random.default_rng(0).permutation(labels)
-    found = corpus.bows(registry.CorpusReading(np.zeros((60, 0)), texts, mixed), SETTINGS)
+    found = corpus.bows(queries.CorpusReading(np.zeros((60, 0)), texts, mixed), SETTINGS)
     low, high = metrics.summarize(found, mixed, seed=0)["auc_ci"]
     assert low <= 0.5 <= high
 
@@ -502,7 +510,7 @@ def test_bag_of_words_cannot_learn_permuted_labels():
     ],
 )
 def test_bag_of_words_is_null_without_vocabulary_or_texts(texts, labels):
-    read = registry.CorpusReading(np.zeros((len(texts), 0)), texts, labels.astype(int))
+    read = queries.CorpusReading(np.zeros((len(texts), 0)), texts, labels.astype(int))
     assert np.isnan(corpus.bows(read, SETTINGS)).all()
 
 
@@ -567,6 +575,7 @@ def slow_votes(target, reference, groups: list[list[list[int]]]) -> float:
 
 
 @pytest.mark.parametrize("name", ["its", "its:code"])
+@oracle("its", "its:code")
 def test_its_against_plain_passes_and_loops(
     everything: AuditResult, target: Direct, reference: Direct, name: str
 ):
@@ -600,7 +609,7 @@ def test_its_against_plain_passes_and_loops(
 # --- views of one text ---------------------------------------------------------------------------
 
 
-def tools(ids: np.ndarray, **changes) -> registry.ViewTools:
+def tools(ids: np.ndarray, **changes) -> queries.ViewTools:
     given = {
         "encode": lambda text: tokenizer().encode([text], 32)[0],
         "contexts": {"member": np.arange(5, 25, dtype=np.int32)},
@@ -609,7 +618,7 @@ def tools(ids: np.ndarray, **changes) -> registry.ViewTools:
         "guide": None,
     }
     generator = generator_of(SETTINGS.seed, key_of(ids))
-    return registry.ViewTools(**(given | changes), generator=generator)
+    return queries.ViewTools(**(given | changes), generator=generator)
 
 
 def test_a_prefix_gives_way_to_the_text():
@@ -669,13 +678,13 @@ def test_views_of_one_length_share_masks_and_maskable_positions():
     ids = np.array([1, 2, 3], np.int32)
     original = original_view(Encoded(ids, special, False, 9, 12), settings, shift=False)
     for before in (None, np.array([4, 5], np.int32)):
-        made = registry.ViewText(ids + 1, None, before, same_masks=True)
+        made = queries.ViewText(ids + 1, None, before, same_masks=True)
         view = derived_view(made, original, settings, shift=False)
         assert view.key == original.key
         assert view.maskable.tolist() == [False, True, True]
         assert table_of([view]).lengths.tolist() == [3 + 2 * (before is not None)]
         assert view.store_key not in (original.store_key, "")
-    apart = derived_view(registry.ViewText(ids + 1), original, settings, shift=False)
+    apart = derived_view(queries.ViewText(ids + 1), original, settings, shift=False)
     assert apart.key != original.key
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
+from tiny import PartialModel
 from tokenizers import Tokenizer, models
 
 from sama_jax import attacks
-from sama_jax.arrays import Model, TextKeyData
+from sama_jax.arrays import TextKeyData
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.programs import demo, experiment
@@ -172,7 +173,7 @@ def test_masks_are_15_percent_at_least_one_and_spare_padding():
         assert not length or np.abs(share[:length] - count / length).max() < 0.125
 
 
-class UniformModel(Model):
+class UniformModel(PartialModel):
     """Predicts every token alike."""
 
     mask_id, shift, vocab_size, kind = 9, False, 10, "masked"

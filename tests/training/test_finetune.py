@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny import PartialModel
 
 from sama_jax.arrays import TextKeyData
 from sama_jax.config import TrainSettings
@@ -58,7 +59,7 @@ ARCH = Architecture(
 )
 
 
-class TableModel:
+class TableModel(PartialModel):
     """Its parameters are the logits themselves, so a gradient shows which positions count."""
 
     mask_id, shift, vocab_size, num_layers = 9, False, 10, 1
@@ -81,7 +82,8 @@ def batch():
     rng = np.random.default_rng(0)
     lengths = np.array([12, 7, 1, 10])
     valid = np.arange(12)[None] < lengths[:, None]
-    return np.where(valid, rng.integers(8, 49, (4, 12)), 7).astype(np.int32), valid
+    tokens = np.where(valid, rng.integers(8, 49, (4, 12)), 7)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(valid)
 
 
 def write_texts(path, texts, **fields):
@@ -123,7 +125,7 @@ def test_loss_equals_a_naive_computation_from_the_same_masks(tiny, batch):
     loss_fn = jax.jit(step.diffusion_loss, static_argnums=0)
     loss, aux = loss_fn(model, params, tokens, valid, key, 1e-3)
     masks, p = map(np.asarray, step.diffusion_masks(key, valid, 1e-3))
-    noised = np.where(masks, model.mask_id, tokens)
+    noised = jnp.where(masks, model.mask_id, tokens)
     forward = jax.jit(lambda p: model.logits(p, model.hidden(p, noised, valid)))
     logits = np.asarray(forward(params), np.float64)
     total = 0.0
@@ -187,7 +189,7 @@ def test_padding_has_exactly_no_gradient_and_no_influence(tiny, batch):
     learning = np.asarray(masks).any(axis=1, keepdims=True)  # a row without a mask has no loss
     seen = np.unique(tokens[valid & ~np.asarray(masks) & learning])
     assert (rows[seen] != 0).any(axis=1).all()
-    other, other_grads = run(np.where(valid, tokens, 3))
+    other, other_grads = run(jnp.where(valid, tokens, 3))
     assert float(loss) == float(other)
     jax.tree.map(np.testing.assert_array_equal, grads, other_grads)
 
@@ -382,7 +384,7 @@ def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
     opened = model_folder.open_folder(folder / "reopened")
     assert opened.model.mask_id == VOCAB - 1
     params = model_folder.load(opened, finetune._device())
-    tokens, valid = np.arange(24).reshape(2, 12), np.ones((2, 12), bool)
+    tokens, valid = jnp.arange(24).reshape(2, 12), jnp.ones((2, 12), bool)
 
     @jax.jit
     def logits(p):
