@@ -141,7 +141,10 @@ class GroupProbes(Probes):
 
     # Masks come from the guide alone, whose identity is added to this one.
     not_in_identity = ("schedule", "max_length", "groups_vote")
-    identity = "groups"
+
+    @property
+    def identity(self) -> str:
+        return "groups"
 
     @property
     def passes(self) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sama_jax.arrays import Encoded
-from sama_jax.attacks.registry import ViewText
+from sama_jax.attacks.queries import ViewText
 from sama_jax.config import AuditSettings
 from sama_jax.engine.text_table import (
     derived_view,
