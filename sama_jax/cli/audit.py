@@ -78,6 +78,9 @@ def run(args: argparse.Namespace) -> int | None:
     if args.target is None and args.adapter is None:
         raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
     settings = flags.settings_of(args, AuditSettings)
+    files = tuple(map(bool, (args.data, args.members, args.nonmembers)))
+    if files not in ((True, False, False), (False, True, True)):
+        raise UsageError("give either --data F, or --members F and --nonmembers F")
     place = processes.given_place(args.coordinator, args.num_processes, args.process_id)
     if place is None and args.distributed:
         place = processes.found_place(os.environ)
@@ -88,27 +91,28 @@ def run(args: argparse.Namespace) -> int | None:
             "finished batches are kept: the same command, with any number of processes, continues"
         )
         return processes.supervise(command, place, args.start_timeout, kept)
+    _run_here(args, settings, peers)
 
+
+def _run_here(
+    args: argparse.Namespace, settings: AuditSettings, peers: processes.Peers | None
+) -> None:
+    """Runs the audit in this process and prints the result."""
     from sama_jax import attacks
     from sama_jax.devices import mesh
     from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.audit import run_audit
-    from sama_jax.texts import data
+    from sama_jax.texts.data import read_split, read_texts
 
     use_compile_cache(args.compile_cache)
     if peers is not None:
         mesh.connect(peers.jax_address, peers.count, peers.rank)
-    attacks.select(args.attacks)
-    if args.data and not (args.members or args.nonmembers):
-        texts = data.read_texts(args.data)
-    elif args.members and args.nonmembers and not args.data:
-        texts = data.read_split(args.members, args.nonmembers)
-    else:
-        raise UsageError("give either --data F, or --members F and --nonmembers F")
+    attacks.select(args.attacks)  # names that are wrong, before long files are read
+    read = read_texts(args.data) if args.data else read_split(args.members, args.nonmembers)
     given = {
         "target": args.target or args.reference,
-        "texts": texts,
-        "prefixes": data.read_texts(args.prefixes) if args.prefixes else None,
+        "texts": read,
+        "prefixes": read_texts(args.prefixes) if args.prefixes else None,
         "settings": settings,
         "peers": peers or processes.Peers(),
     }

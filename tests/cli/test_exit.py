@@ -26,12 +26,13 @@ def test_the_exit_code_of_a_process(changes, code: int, fragments: list[str], bo
     assert not box.out.exists()
 
 
-def test_usage_errors_do_not_import_jax(box: Box):
+@pytest.mark.parametrize("changes", [{"preset": "offical"}, {"data": None}, {"limit": 0}])
+def test_usage_errors_do_not_import_jax(changes, box: Box):
     code = (
         "import sys; from sama_jax.cli import main; code = main(sys.argv[1:]); "
         "assert 'jax' not in sys.modules; sys.exit(code)"
     )
-    command = [sys.executable, "-c", code, *box.command(preset="offical")]
+    command = [sys.executable, "-c", code, *box.command(**changes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
