@@ -1,9 +1,12 @@
 """Experiments: their files, and the settings of their runs."""
 
+import json
 from pathlib import Path
 
 import pytest
+import tiny
 
+from sama_jax.cli import entry
 from sama_jax.config import PRESETS, AuditSettings, PrefixSettings
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs import experiment
@@ -61,3 +64,38 @@ def test_wrong_files_are_one_line(text: str, words: str, tmp_path: Path):
         experiment.read(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_an_experiment_runs_compares_and_continues(tmp_path: Path, monkeypatch, capsys):
+    """Two runs on models and texts of one's own, through the command line."""
+    monkeypatch.chdir(tmp_path)
+    tiny.folder(tmp_path / "target", seed=0)
+    tiny.folder(tmp_path / "reference", seed=1)
+    tiny.write_texts(tmp_path / "texts.jsonl", tiny.texts(20, (8, 28)))
+    common = "max_length: 32, set: [sama.subsets=8]"
+    (tmp_path / "two.yaml").write_text(
+        "summary: two runs\n"
+        "models: {target: target, reference: reference}\n"
+        "data: {data: texts.jsonl}\n"
+        "runs:\n"
+        f"  - {{name: few, attacks: [sama, ratio], passes: 2, {common}}}\n"
+        f"  - {{name: more, attacks: [sama], passes: 4, {common}}}\n"
+        "compare: [[ratio, sama]]\n"
+    )
+    command = ["experiment", "two.yaml", "--out", "runs"]
+    assert entry.main(command) == 0
+    said = capsys.readouterr()
+    assert "AUC gained" in said.out
+    assert "run few" in said.err
+    found = json.loads((tmp_path / "runs" / "two" / "experiment.json").read_text())
+    (compared,) = found["runs"]["few"]["compare"]
+    aucs = {name: found["runs"]["few"]["metrics"][name]["auc"] for name in ("sama", "ratio")}
+    assert compared["difference"] == pytest.approx(aucs["sama"] - aucs["ratio"])
+    assert found["runs"]["more"]["compare"] == []
+    manifest = json.loads((tmp_path / "runs" / "two" / "more" / "manifest.json").read_text())
+    assert manifest["settings"]["sama"]["steps"] == manifest["settings"]["passes"] == 4
+    assert manifest["command"] == "sama-jax experiment two.yaml"
+    assert entry.main([*command, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    again = json.loads((tmp_path / "runs" / "two" / "experiment.json").read_text())
+    assert again == found
