@@ -1,9 +1,10 @@
-"""What travels between the layers: NamedTuples of arrays, and the `Model` protocol.
+"""What travels between the layers: NamedTuples of arrays, and what a `Model` is.
 
 Axes: `b` texts, `t` forward passes (steps) of a plan, `l` positions of a padded text, `k` slots
 for scored positions, `n` subsets, `m` tokens of a subset, `d` width, `v` vocabulary rows.
 """
 
+import re
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -113,9 +114,78 @@ class TextKeyData(NamedTuple):
 
 
 @runtime_checkable
-class Model(Protocol):
-    """A bidirectional masked language model as pure functions over a tree of parameters.
+class Architecture(Protocol):
+    """The sizes of a network, and what decides its arithmetic. Hashable; each network has its own
+    class, with further fields."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the network."""
+        ...
+
+    @property
+    def stacked_layers(self) -> int:
+        """Blocks whose parameters are stacked and scanned; the others stand apart."""
+        ...
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of a block."""
+        ...
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads of a block; it divides `num_heads`."""
+        ...
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        ...
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner channels of the MLP."""
+        ...
+
+    @property
+    def active_width(self) -> int:
+        """Inner channels of the MLP that all tokens of a stacked block go through: with experts
+        that of the shared one, 0 where there is none."""
+        ...
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the network has position embeddings for; None: it has no such table."""
+        ...
+
+    @property
+    def block_length(self) -> int | None:
+        """Position i sees j if j // block_length <= i // block_length; 1: causal; None: every j."""
+        ...
+
+    @property
+    def attention(self) -> str:
+        """What computes attention: `xla` or `cudnn`."""
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A masked or causal language model as pure functions over a tree of parameters.
+
+    The model alone knows where its output for a token stands: `last_hidden` and `hidden` at a
+    position predict the token at that position, whatever the network's own alignment is.
     `hidden` is `last_hidden(trunk(..))` at every position. Scoring calls the two halves, because
     the last block needs queries and MLP only at scored positions.
     """
@@ -131,8 +201,8 @@ class Model(Protocol):
         ...
 
     @property
-    def arch(self) -> Any:
-        """The network's architecture class: hashable, with at least `width` and `mlp_width`."""
+    def arch(self) -> Architecture:
+        """The network's sizes."""
         ...
 
     @property
@@ -152,7 +222,15 @@ class Model(Protocol):
 
     @property
     def shift(self) -> bool:
-        """True if the raw output at position i - 1 predicts the token at i (Dream)."""
+        """True if the raw output at position i - 1 predicts the token at i (Dream, causal models).
+
+        Only for what is told about a model: its methods take care of it.
+        """
+        ...
+
+    @property
+    def lora_paths(self) -> re.Pattern[str]:
+        """Paths of the parameters that may carry a LoRA adapter."""
         ...
 
     def init(self, key: Any) -> Params:
@@ -162,7 +240,7 @@ class Model(Protocol):
     def hidden(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
     ) -> Float[Array, "b l d"]:
-        """Final normalised hidden states."""
+        """Final normalised hidden states that predict each token."""
         ...
 
     def trunk(
@@ -181,7 +259,25 @@ class Model(Protocol):
         key_valid: Bool[Array, "b l"],
         positions: Int[Array, "b k"],
     ) -> Float[Array, "b k d"]:
-        """Final normalised hidden states at `positions` (each in 0..l-1) only."""
+        """Final normalised hidden states that predict the tokens at `positions` (in 0..l-1).
+
+        A shifted model's come from the positions before. Nothing predicts the token at 0 there:
+        it takes the output at 0, which predicts something else (docs/differences.md), as every
+        published reader of Dream does.
+        """
+        ...
+
+    def output_at(
+        self,
+        params: Params,
+        stream: Any,
+        key_valid: Bool[Array, "b l"],
+        positions: Int[Array, "b k"],
+    ) -> Float[Array, "b k d"]:
+        """Final normalised hidden states at `positions` themselves, whichever token they predict.
+
+        For what compares alignments; losses are read from `last_hidden`.
+        """
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
@@ -196,4 +292,12 @@ class Model(Protocol):
 
     def flops_per_text(self, length: int, scored: float) -> float:
         """Floating-point operations of one pass that reads `scored` of `length` positions."""
+        ...
+
+    def with_cudnn(self) -> "Model | None":
+        """The same model with cuDNN's attention; None if that cannot compute it on any device."""
+        ...
+
+    def with_split_heads(self) -> "Model":
+        """The same model for a mesh that splits its attention heads over devices."""
         ...

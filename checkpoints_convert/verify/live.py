@@ -127,7 +127,7 @@ def verify_live(path: Path, options: Options) -> int:
             folder.path,
             folder.config,
             folder.model.num_layers,
-            getattr(folder.model.arch, "block_length", None),
+            folder.model.arch.block_length,
             dtype,
             options.adapter,
         )

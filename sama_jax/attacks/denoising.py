@@ -121,11 +121,10 @@ class LogitDistance(Procedure):
         mask = jnp.pad(mask, ((0, 0), (0, length - width)))
         slots = max(1, width * MASKED_PERCENT // 100)
         at = jnp.argsort(~mask, axis=1, stable=True)[:, :slots]
-        source = jnp.maximum(at - 1, 0) if model.shift else at
 
         def hidden(ids: Int[Array, "b l"]) -> Float[Array, "n d"]:
             stream = model.trunk(params, ids, valid)
-            return model.last_hidden(params, stream, valid, source).reshape(b * slots, -1)
+            return model.last_hidden(params, stream, valid, at).reshape(b * slots, -1)
 
         def distances(plain: Array, masked: Array, token: Array) -> Float[Array, "c 3"]:
             logits = [model.logits(params, h).astype(jnp.float32) for h in (plain, masked)]

@@ -62,7 +62,6 @@ class GreedyFilling(Procedure):
         at = jnp.argsort(~hidden, axis=1, stable=True)[:, :slots]
         used = jnp.take_along_axis(hidden, at, axis=1)
         truth = jnp.take_along_axis(tokens, at, axis=1)
-        source = jnp.maximum(at - 1, 0) if model.shift else at
         rows = jnp.arange(b)[:, None]
         total = used.sum(axis=1).astype(jnp.int32)
 
@@ -81,7 +80,7 @@ class GreedyFilling(Procedure):
         def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             ids, filled, values = state
             stream = model.trunk(params, ids, valid)
-            h = model.last_hidden(params, stream, valid, source).reshape(b * slots, -1)
+            h = model.last_hidden(params, stream, valid, at).reshape(b * slots, -1)
             found = losses.in_chunks(guess, (h, truth.reshape(-1)), model.vocab_size)
             best, confidence, probability = found.reshape(b, slots, 3).transpose(2, 0, 1)
             open_ = used & ~filled

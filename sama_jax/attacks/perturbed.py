@@ -113,8 +113,7 @@ class NeighborProposals(Procedure):
         def one(mask: Bool[Array, "b l"]) -> Float[Array, "b l"]:
             stream = model.trunk(params, jnp.where(mask, model.mask_id, tokens), valid)
             at = jnp.argsort(~mask, axis=1, stable=True)[:, :slots]
-            source = jnp.maximum(at - 1, 0) if model.shift else at
-            hidden = model.last_hidden(params, stream, valid, source).reshape(b * slots, -1)
+            hidden = model.last_hidden(params, stream, valid, at).reshape(b * slots, -1)
             found = jax.lax.map(
                 best,
                 (hidden, tokens[rows, at].reshape(-1)),

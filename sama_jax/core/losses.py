@@ -125,26 +125,22 @@ def scored_values(
     positions: Int[Array, "b k"],
     channels: tuple[str, ...],
 ) -> Float[Array, "c b k"]:
-    """`CHANNELS` at `positions` (-1 unused, gives NaN), from what enters the last block.
-
-    A shifted model predicts the token at i from its output at i - 1; position 0 takes output 0,
-    which predicts something else (docs/differences.md), as every published reader of Dream does.
-    """
+    """Reads `CHANNELS` at `positions` (-1 unused, gives NaN), from what enters the last block."""
     b, k = positions.shape
     at = jnp.maximum(positions, 0)
-    before = jnp.maximum(at - 1, 0)
     targets = jnp.take_along_axis(tokens, at, axis=1).reshape(-1)
 
-    def read(source: Int[Array, "b k"], names: tuple[str, ...]) -> Float[Array, "c b k"]:
-        hidden = model.last_hidden(params, stream, valid, source)
+    def read(hidden: Float[Array, "b k d"], names: tuple[str, ...]) -> Float[Array, "c b k"]:
         values = token_values(model, params, hidden.reshape(b * k, -1), targets, names)
         return values.reshape(-1, b, k)
 
     own = tuple(c for c in channels if c != NEXT)
     parts = {}
     if own:
-        parts |= dict(zip(own, read(before if model.shift else at, own)))
+        hidden = model.last_hidden(params, stream, valid, at)
+        parts |= dict(zip(own, read(hidden, own)))
     if NEXT in channels:
+        before = model.output_at(params, stream, valid, jnp.maximum(at - 1, 0))
         parts[NEXT] = read(before, (NEXT,))[0]
     values = jnp.stack([parts[c] for c in channels])
     return jnp.where(positions[None] >= 0, values, jnp.nan)

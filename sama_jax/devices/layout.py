@@ -8,7 +8,7 @@ shows how to add one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Bool
 
-from sama_jax.arrays import Params
+from sama_jax.arrays import Model, Params
 from sama_jax.devices.mesh import Device, grid
 from sama_jax.devices.sharding import parameter_shardings
 
@@ -57,14 +57,12 @@ class Layout(ABC):
         """Whether all processes work on each batch together, else each on batches of its own."""
         return False
 
-    def adapt(self, model: Any) -> Any:
+    def adapt(self, model: Model) -> Model:
         """Returns the model as this layout runs it.
 
         If the mesh already splits the heads, the CPU must not also loop over them.
         """
-        if self.model_parts == 1 or not hasattr(model.arch, "heads_apart"):
-            return model
-        return replace(model, arch=replace(model.arch, heads_apart=False))
+        return model if self.model_parts == 1 else model.with_split_heads()
 
     def shardings(self, abstract_params: Params, arch: Any) -> Params:
         """Returns a tree of shardings: where each parameter of a tree of shapes goes."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sama_jax.arrays import Params
+from sama_jax.arrays import Architecture, Params
 from sama_jax.core import losses
 from sama_jax.models.transformer import CPU_SCORE_BYTES, query_parts
 
@@ -90,11 +90,11 @@ def input_bytes(load: Load) -> int:
     return load.rows * (5 * load.length + load.passes * a_pass)
 
 
-def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
+def temporaries(arch: Architecture, dtype: Any, load: Load) -> Temporaries:
     """Bytes that a pass needs on the way, by phase, on one device.
 
     Args:
-      arch: the network's architecture class (`Model.arch`).
+      arch: the network's sizes (`Model.arch`).
       dtype: of the activations.
 
     An MLP holds its input (not on GPUs), gate, up, and their product. The head holds float32 logits
@@ -112,8 +112,7 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     programs of an 8B model, within 13 %: docs/plan.md).
     """
     size, (rows, length, slots) = np.dtype(dtype).itemsize, load[:3]
-    heads, kv_heads = arch.num_heads, getattr(arch, "num_kv_heads", arch.num_heads)
-    head_size = getattr(arch, "head_size", None) or arch.width // heads
+    heads, kv_heads, head_size = arch.num_heads, arch.num_kv_heads, arch.head_size
     tokens, tpu = rows * length, load.platform == "tpu"
     scores = tokens * length * _part(heads, load.parts)
     query, key = (size * tokens * head_size * _part(n, load.parts) for n in (heads, kv_heads))
@@ -121,17 +120,15 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     if load.platform == "tpu":
         attention = size * scores + query + 2 * key
     elif load.platform != "cpu":
-        fused = getattr(arch, "attention", "xla") == "cudnn"
+        fused = arch.attention == "cudnn"
         attention = query + 2 * key + (0 if fused else (4 + size) * scores)
     elif in_parts:
         parts = rows * query_parts(heads, length, length)
         attention = 4 * scores // parts + 2 * (query + 2 * key)
     else:
         attention = 4 * scores + 2 * (query + key)
-    experts = getattr(arch, "experts", None)
-    inner = _inner(arch) if experts is None else experts.shared_width
+    inner, stacked = arch.active_width, arch.stacked_layers
     stream, wide = size * tokens * arch.width, size * tokens * _part(inner, load.parts)
-    stacked = arch.num_layers - 1 - getattr(arch, "first_dense", 0)
     columns = head_size * (_part(heads, load.parts) + 2 * _part(kv_heads, load.parts))
     copies, mlp = 0, stream + 3 * wide
     if tpu:
@@ -151,11 +148,6 @@ def temporaries(arch: Any, dtype: Any, load: Load) -> Temporaries:
     )
 
 
-def _inner(arch: Any) -> int:
-    """Width of a block's MLP; diffusion transformers have four times their own."""
-    return getattr(arch, "mlp_width", None) or 4 * arch.width
-
-
 def _part(count: int, parts: int) -> int:
     """What a device has of `count` things that are split if they can be."""
     return count // parts if count % parts == 0 else count
@@ -173,7 +165,7 @@ def full_logits_bytes(vocab_size: int, rows: int, length: int, parts: int = 1) -
 
 
 def footprint(
-    arch: Any,
+    arch: Architecture,
     dtype: Any,
     load: Load,
     shapes: Params,
@@ -192,7 +184,7 @@ def fits(found: Footprint, capacity: int) -> bool:
 
 
 def largest_rows(
-    arch: Any, dtype: Any, load: Load, parameters: int, capacity: int, most: int = 4096
+    arch: Architecture, dtype: Any, load: Load, parameters: int, capacity: int, most: int = 4096
 ) -> int:
     """The most rows (`load.rows` is not looked at) that fit beside `parameters` bytes; 0: none."""
     low, high = 0, most

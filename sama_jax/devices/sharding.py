@@ -99,7 +99,7 @@ def _spec(name: str, shape: tuple[int, ...], size: int, arch: Any) -> tuple[str 
     axis = spec.index("model")
     count, what = shape[axis], f"axis {axis}"
     if rule.heads is not None:
-        count = getattr(arch, rule.heads, None) or arch.num_heads
+        count = getattr(arch, rule.heads)
         what = f"{rule.heads} {count}"
     if count % size == 0 and shape[axis] % size == 0:
         return spec

@@ -7,9 +7,8 @@ guess and no attack can see anything, while nothing fails. One forward pass of a
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ class Evidence(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def both_losses(
-    model: Any,
+    model: Model,
     params: Params,
     tokens: Int[Array, "b l"],
     masks: Bool[Array, "b l"],
@@ -67,7 +66,7 @@ def both_losses(
     valid = jnp.ones_like(masks)
     stream = model.trunk(params, jnp.where(masks, model.mask_id, tokens), valid)
     everywhere = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
-    hidden = model.last_hidden(params, stream, valid, everywhere)
+    hidden = model.output_at(params, stream, valid, everywhere)
     at = jnp.maximum(positions, 1)
     sources = jnp.stack([at, at - 1])
     rows = jnp.take_along_axis(hidden[None], sources[..., None], axis=2)
@@ -89,8 +88,7 @@ def measure(model: Model, params: Params, token_ids: Sequence[int] | np.ndarray)
         return None
     positions = losses.scored_positions(masks, -(-len(ids) // STRIDE))
     tokens = np.broadcast_to(ids, masks.shape)
-    plain: Any = replace(model, shift=False)  # pyright: ignore  # one program for both kinds
-    both = both_losses(plain, params, tokens, masks, positions)
+    both = both_losses(model, params, tokens, masks, positions)
     if not both.is_fully_addressable:  # a model over the devices of several processes
         both = multihost_utils.process_allgather(both, tiled=True)
     found = np.asarray(both, np.float64)

@@ -29,7 +29,7 @@ class ModelRole(NamedTuple):
 
 def attention_of(folder: model_folder.ModelFolder) -> str:
     """Names what computes attention; only Llama-like networks have a choice."""
-    return getattr(folder.model.arch, "attention", "xla")
+    return folder.model.arch.attention
 
 
 def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:

@@ -30,15 +30,14 @@ from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
 from sama_jax.models.layers import (
     LayerNorm,
-    LinenModel,
     Projections,
     add_weights,
     all_positions,
     attend,
-    flops,
     scanned,
     take,
 )
+from sama_jax.models.model import LinenModel, PlainArchitecture, flops
 from sama_jax.models.transformer import Linear, rotate
 
 NORM_EPS = 1e-5
@@ -53,7 +52,7 @@ EXCLUDED = -1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitArchitecture:
+class DitArchitecture(PlainArchitecture):
     """Everything that shapes the network."""
 
     vocab_size: int
@@ -63,6 +62,10 @@ class DitArchitecture:
     condition_width: int
     timed: bool
     """True if the noise level is an input (SEDD); MDLM feeds 0 whatever it is."""
+
+    @property
+    def max_length(self) -> None:
+        return None
 
     @property
     def mlp_width(self) -> int:
@@ -206,13 +209,13 @@ class DitModel(LinenModel):
     arch: DitArchitecture
 
     @property
-    def _network(self) -> Network:
+    def network(self) -> Network:
         return Network(self.arch, self.dtype, self.remat)
 
     def init(self, key) -> Params:
         """Random float32 parameters."""
         tokens, key_valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-        return self._network.init(key, tokens, key_valid, jnp.zeros(1))["params"]
+        return self.network.init(key, tokens, key_valid, jnp.zeros(1))["params"]
 
     def _sigma(self, tokens: Array, key_valid: Array, sigma: Array | None) -> Array:
         if not self.arch.timed:
@@ -237,9 +240,8 @@ class DitModel(LinenModel):
         key_valid: Bool[Array, "b l"],
         sigma: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b l d"]:
-        """Final modulated hidden states of every position."""
-        stream = self.trunk(params, tokens, key_valid, sigma)
-        return self._apply(params, stream, key_valid, method="last_hidden")
+        """Final modulated hidden states that predict each token."""
+        return self._everywhere(params, self.trunk(params, tokens, key_valid, sigma), key_valid)
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
         """Logits whose softmax is p(x0 = v) at a masked position.

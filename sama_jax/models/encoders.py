@@ -25,20 +25,19 @@ from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
 from sama_jax.models.layers import (
     LayerNorm,
-    LinenModel,
     Projections,
     add_weights,
     all_positions,
     attend,
-    flops,
     scanned,
     take,
 )
+from sama_jax.models.model import LinenModel, PlainArchitecture, flops
 from sama_jax.models.transformer import Linear, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
-class BertArchitecture:
+class BertArchitecture(PlainArchitecture):
     """Everything that shapes a BERT."""
 
     vocab_size: int
@@ -54,7 +53,7 @@ class BertArchitecture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModernBertArchitecture:
+class ModernBertArchitecture(PlainArchitecture):
     """Everything that shapes a ModernBERT."""
 
     vocab_size: int
@@ -68,6 +67,14 @@ class ModernBertArchitecture:
     reach: int
     global_theta: float
     local_theta: float
+
+    @property
+    def max_length(self) -> None:
+        return None
+
+    @property
+    def stacked_layers(self) -> int:
+        return self.num_layers - 2
 
 
 class Head(nn.Module):
@@ -292,7 +299,7 @@ class EncoderModel(LinenModel):
     arch: BertArchitecture | ModernBertArchitecture
 
     @property
-    def _network(self) -> nn.Module:
+    def network(self) -> nn.Module:
         return _NETWORKS[type(self.arch)](self.arch, self.dtype, self.remat)  # pyright: ignore
 
     def flops_per_text(self, length: int, scored: float) -> float:

@@ -1,6 +1,5 @@
-"""What the networks beside the Llama-like one share: layer norm, attention, `Model` plumbing."""
+"""What the networks beside the Llama-like one share: layer norm, attention, scanned blocks."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -8,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sama_jax.arrays import Params
 from sama_jax.models import transformer
-from sama_jax.models.families.family import Kind
 from sama_jax.models.transformer import Linear
 
 
@@ -101,81 +98,3 @@ class Projections(nn.Module):
     def merge(self, out):
         """The output projection."""
         return self.o_proj(out)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinenModel:
-    """The `Model` protocol over a Linen network with `trunk`, `last_hidden`, `logits`, `attention`.
-
-    Hashable, so it can be a static argument.
-    """
-
-    arch: Any
-    mask_id: int
-    shift: bool = False
-    kind: Kind = "diffusion"
-    dtype: Any = jnp.float32
-    """Of activations; parameters are cast to it where they are used."""
-    remat: bool = False
-
-    @property
-    def vocab_size(self) -> int:
-        return self.arch.vocab_size
-
-    @property
-    def num_layers(self) -> int:
-        return self.arch.num_layers
-
-    @property
-    def _network(self) -> nn.Module:
-        raise NotImplementedError
-
-    def init(self, key) -> Params:
-        """Random float32 parameters."""
-        tokens, key_valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
-        return self._network.init(key, tokens, key_valid)["params"]
-
-    def trunk(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
-    ) -> Any:
-        """What enters the last block."""
-        return self._apply(params, tokens, key_valid, method="trunk")
-
-    def last_hidden(
-        self,
-        params: Params,
-        stream: Any,
-        key_valid: Bool[Array, "b l"],
-        positions: Int[Array, "b k"],
-    ) -> Float[Array, "b k d"]:
-        """Final hidden states at `positions` only."""
-        return self._apply(params, stream, key_valid, positions, method="last_hidden")
-
-    def hidden(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
-    ) -> Float[Array, "b l d"]:
-        """Final hidden states of every position."""
-        stream = self.trunk(params, tokens, key_valid)
-        return self._apply(params, stream, key_valid, method="last_hidden")
-
-    def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
-        """Vocabulary logits in the activation dtype."""
-        return self._apply(params, hidden, method="logits")
-
-    def attention(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
-    ) -> Float[Array, "b l l"]:
-        """Weights (query, key) averaged over heads and layers; padding queries hold no meaning."""
-        return self._apply(params, tokens, key_valid, method="attention")
-
-    def _apply(self, params: Params, *args: Any, method: str) -> Any:
-        return self._network.apply({"params": params}, *args, method=method)
-
-
-def flops(arch: Any, length: int, scored: float, mlp_matrices: int, head: int) -> float:
-    """Operations of one pass, 2 a multiply-accumulate; the last block and the `head` (operations
-    a position) at `scored` positions only. Norms, softmax and conditioning are left out."""
-    kv = 4 * arch.width**2
-    rest = 4 * arch.width**2 + 2 * mlp_matrices * arch.width * arch.mlp_width
-    rest += 4 * arch.width * length
-    return (arch.num_layers - 1) * (kv + rest) * length + kv * length + (rest + head) * scored

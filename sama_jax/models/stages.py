@@ -63,7 +63,7 @@ def _enter(model: Any, params: Params, tokens: Array, key_valid: Array) -> Any:
     """The stream that enters the first block."""
     arch = model.arch
     if isinstance(arch, ModernBertArchitecture):
-        network = model._network
+        network = model.network
 
         def embed(bound: Any, ids: Array) -> Array:
             return bound.embed_norm(bound.embed(ids))
@@ -88,7 +88,7 @@ def _leave(model: Any, params: Params, stream: Any) -> Array:
         shift, scale = dit.split_modulation(bound.final_modulation(x[1]), 2)
         return bound.final_norm(x[0]) * (1 + scale) + shift
 
-    return model._network.apply({"params": params}, stream, method=norm)
+    return model.network.apply({"params": params}, stream, method=norm)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
-from sama_jax.models.families.family import Kind
+from sama_jax.models.model import LinenModel
 from sama_jax.models.moe import Experts, Moe
 
 CPU_SCORE_BYTES = 8 * 2**20
@@ -102,6 +102,18 @@ class Architecture:
     """What computes it where queries are as many as keys; cuDNN keeps no scores in memory."""
     heads_apart: bool = True
     """Whether a CPU may take some heads after the others; not where a mesh splits them."""
+
+    @property
+    def max_length(self) -> None:
+        return None
+
+    @property
+    def stacked_layers(self) -> int:
+        return self.num_layers - 1 - self.first_dense
+
+    @property
+    def active_width(self) -> int:
+        return self.mlp_width if self.experts is None else self.experts.shared_width
 
 
 class Norm(nn.Module):
@@ -453,7 +465,6 @@ class Network(nn.Module):
     arch: Architecture
     dtype: Any
     remat: bool = False
-    """Recompute each block in the backward pass, trading a third more time for memory."""
 
     def setup(self):
         arch = self.arch
@@ -465,14 +476,13 @@ class Network(nn.Module):
         )
         dense = replace(arch, experts=None)
         self.first_blocks = [Block(dense, self.dtype) for _ in range(arch.first_dense)]
-        stacked = arch.num_layers - 1 - arch.first_dense
-        if stacked:
+        if arch.stacked_layers:
             self.blocks = nn.scan(
                 _ScannedBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast,),  # pyright: ignore
-                length=stacked,
+                length=arch.stacked_layers,
             )(arch, self.dtype, self.remat)
         self.last_block = Block(arch, self.dtype)
         self.final_norm = Norm(arch.norm_eps, arch.norm_bias, self.dtype)
@@ -486,7 +496,7 @@ class Network(nn.Module):
         carry = (x, total)
         for block in self.first_blocks:
             carry = block(carry, key_valid)
-        if self.arch.num_layers - 1 > self.arch.first_dense:
+        if self.arch.stacked_layers:
             carry, _ = self.blocks(carry, key_valid)
         return carry
 
@@ -496,9 +506,6 @@ class Network(nn.Module):
     def last_hidden(self, stream, key_valid, positions=None):
         x, _ = self.last_block((stream, None), key_valid, positions)
         return self.final_norm(x)
-
-    def hidden(self, tokens, key_valid):
-        return self.last_hidden(self.trunk(tokens, key_valid), key_valid)
 
     def logits(self, hidden):
         raw = self.embed.attend(hidden) if self.arch.tied else self.lm_head(hidden)
@@ -514,20 +521,14 @@ class Network(nn.Module):
         return total / self.arch.num_layers
 
     def __call__(self, tokens, key_valid):
-        return self.logits(self.hidden(tokens, key_valid))
+        return self.logits(self.last_hidden(self.trunk(tokens, key_valid), key_valid))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerModel:
-    """The `Model` protocol over `Network`. Hashable, so it can be a static argument."""
+class TransformerModel(LinenModel):
+    """The `Model` protocol over `Network`."""
 
     arch: Architecture
-    mask_id: int
-    shift: bool = False
-    kind: Kind = "diffusion"
-    dtype: Any = jnp.float32
-    """Of activations; parameters are cast to it where they are used."""
-    remat: bool = False
     lora: tuple[tuple[str, int], ...] = ()
     """Parameters that carry a LoRA adapter and its rank there: so that models are equal only if
     they can share compiled programs. The network itself looks for the leaves."""
@@ -538,60 +539,27 @@ class TransformerModel:
     """Parameters that may carry one: those of `Linear` and `Embed`."""
 
     @property
-    def vocab_size(self) -> int:
-        return self.arch.vocab_size
-
-    @property
-    def num_layers(self) -> int:
-        return self.arch.num_layers
-
-    @property
-    def _network(self) -> Network:
+    def network(self) -> Network:
         return Network(self.arch, self.dtype, self.remat)
 
     def init(self, key) -> Params:
         """Random float32 parameters."""
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        variables = self._network.init(key, tokens, jnp.ones((1, 2), bool))
-        return _flatten_scan(variables["params"])
-
-    def hidden(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
-    ) -> Float[Array, "b l d"]:
-        """Final normalised hidden states of every position."""
-        return self._apply(params, tokens, key_valid, method="hidden")
-
-    def trunk(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
-    ) -> Float[Array, "b l d"]:
-        """The residual stream that enters the last block."""
-        return self._apply(params, tokens, key_valid, method="trunk")
-
-    def last_hidden(
-        self,
-        params: Params,
-        stream: Float[Array, "b l d"],
-        key_valid: Bool[Array, "b l"],
-        positions: Int[Array, "b k"],
-    ) -> Float[Array, "b k d"]:
-        """Final normalised hidden states at `positions` only."""
-        return self._apply(params, stream, key_valid, positions, method="last_hidden")
-
-    def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
-        """Vocabulary logits in the activation dtype; full batches of them are never needed."""
-        return self._apply(params, hidden, method="logits")
-
-    def attention(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
-    ) -> Float[Array, "b l l"]:
-        """Weights (query, key) averaged over heads and layers, float32.
-
-        Rows sum to 1; those of padding queries hold no meaning. One layer's [b, h, l, l] at a time.
-        """
-        return self._apply(params, tokens, key_valid, method="attention")
+        return _flatten_scan(super().init(key))
 
     def _apply(self, params: Params, *args: Any, method: str) -> Any:
-        return self._network.apply({"params": _unflatten_scan(params)}, *args, method=method)
+        return super()._apply(_unflatten_scan(params), *args, method=method)
+
+    def with_cudnn(self) -> "TransformerModel | None":
+        """The same model with cuDNN's attention, which takes bfloat16 and heads of up to 128
+        channels, a multiple of 8."""
+        size = self.arch.head_size
+        if self.dtype != jnp.bfloat16 or size > 128 or size % 8:
+            return None
+        return replace(self, arch=replace(self.arch, attention="cudnn"))
+
+    def with_split_heads(self) -> "TransformerModel":
+        """Where a mesh splits heads, a CPU does not take some after the others."""
+        return replace(self, arch=replace(self.arch, heads_apart=False))
 
     def flops_per_text(self, length: int, scored: float) -> float:
         """Floating-point operations of one forward pass: 2 a multiply-accumulate.

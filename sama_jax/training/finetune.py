@@ -277,8 +277,8 @@ def _require_trainable(family: FamilyConfig, settings: TrainSettings, where: str
             f"{where}: train_on_padding is defined for diffusion models, this one is "
             f"{family.kind}; leave it out"
         )
-    limit = getattr(family.arch, "max_length", settings.max_length)
-    if settings.max_length > limit:
+    limit = family.arch.max_length
+    if limit is not None and settings.max_length > limit:
         raise ModelError(
             f"{where}: has position embeddings for {limit} tokens, but max_length is "
             f"{settings.max_length}; lower it"

@@ -37,8 +37,6 @@ def _nll_everywhere(
 ) -> Float[Array, "b l"]:
     """Loss of every token in nats, from an input `seen` that may hide some of them."""
     hidden = model.hidden(params, seen, valid)
-    if model.shift:  # the output at i - 1 predicts token i; position 0 keeps its own
-        hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
     b, length = tokens.shape
     nll = losses.token_nll(model, params, hidden.reshape(b * length, -1), tokens.reshape(-1))
     return nll.reshape(b, length)

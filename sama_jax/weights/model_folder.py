@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, OutputError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
-from sama_jax.models.transformer import TransformerModel
 from sama_jax.texts.data import TextTokenizer
 from sama_jax.weights import orbax, peft, safetensors
 from sama_jax.weights.orbax_source import OrbaxSource
@@ -150,8 +149,8 @@ def open_folder(
     path = resolve(path)
     config = read_json_config(path)
     family = read_config(config, str(path / CONFIG))
-    limit = getattr(family.arch, "max_length", longest)
-    if longest > limit:
+    limit = family.arch.max_length
+    if limit is not None and longest > limit:
         raise ModelError(
             f"{path}: has position embeddings for {limit} tokens, but texts may have {longest}; "
             f"give --max-length {limit} or less"
@@ -174,29 +173,25 @@ def open_folder(
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
 
 
-def with_attention(asked: str, model: Any) -> Any:
-    """The model with `Architecture.attention` set to `xla` or `cudnn`.
+def with_attention(asked: str, model: Model) -> Model:
+    """Returns the model with `arch.attention` set to `xla` or `cudnn`.
 
     cuDNN's takes bfloat16 and heads of up to 128 channels, a multiple of 8, on NVIDIA GPUs of
     compute capability 8.0 or more. `auto` takes it there if there is one device: it was measured on
     one (docs/performance.md). Raises `UsageError` where it is asked for and cannot be.
     """
-    fits = (
-        isinstance(model, TransformerModel)
-        and model.dtype == jnp.bfloat16
-        and model.arch.head_size <= 128
-        and model.arch.head_size % 8 == 0
-    )
-    if asked == "xla" or (asked == "auto" and not (fits and jax.device_count() == 1 and _cuda())):
+    fused = model.with_cudnn()
+    possible = fused is not None and _cuda()
+    if asked == "xla" or (asked == "auto" and not (possible and jax.device_count() == 1)):
         return model
-    if not (fits and _cuda()):
+    if fused is None or not possible:
         raise UsageError(
             "attention cudnn: expected NVIDIA GPUs of compute capability 8.0 or more, and a LLaDA "
             "or another Llama-like model in bfloat16 with heads of up to 128 channels, a multiple "
             f"of 8; found {jax.devices()[0].device_kind} and {jnp.dtype(model.dtype).name}; choose "
             "xla or auto"
         )
-    return replace(model, arch=replace(model.arch, attention="cudnn"))
+    return fused
 
 
 def _cuda() -> bool:
@@ -236,8 +231,7 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     if merge:
         source = peft.merge(folder.source, adapter, *layout)
         return replace(folder, source=source, identity=identity, base_identity=identity)
-    none = re.compile("(?!)")  # a network that does not say can keep no adapter
-    leaves = peft.leaves(adapter, *layout, getattr(folder.model, "lora_paths", none))
+    leaves = peft.leaves(adapter, *layout, folder.model.lora_paths)
     lora = tuple((name, a.shape[-1]) for name, (a, _) in leaves.items())
     return replace(with_options(folder, lora=lora), identity=identity, adapter=leaves)
 

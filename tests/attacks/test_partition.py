@@ -1,6 +1,7 @@
 """Attacks on partitions, circulated forms, SecMI, PIA, infilling: each against loops in NumPy."""
 
 import functools
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -325,9 +326,14 @@ def batch(tokens: int = 20) -> tuple[np.ndarray, ...]:
 
 def full_logits(model, params, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Logits that predict each token, float64."""
-    hidden = model.hidden(params, jnp.asarray(ids), jnp.asarray(valid))
-    raw = np.asarray(model.logits(params, hidden), np.float64)
+    raw = np.asarray(raw_logits(model, params, ids, valid), np.float64)
     return np.concatenate([raw[:, :1], raw[:, :-1]], axis=1) if model.shift else raw
+
+
+def raw_logits(model, params, ids, valid):
+    """What the network gives at each position, whichever token it predicts."""
+    unshifted = replace(model, shift=False)
+    return model.logits(params, unshifted.hidden(params, jnp.asarray(ids), jnp.asarray(valid)))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -425,7 +431,7 @@ def test_filling_against_a_loop(tiny, name: str, passes: int):
     filling = infill.GreedyFilling(passes, edges)
     run = jax.jit(partial(filling.run, model))
     found = np.asarray(run(params, keys(), ids, valid, valid))
-    logits_of = jax.jit(lambda x, v: model.logits(params, model.hidden(params, x, v)))
+    logits_of = jax.jit(partial(raw_logits, model, params))
     for row, n in enumerate(valid.sum(axis=1)):
         hidden = list(range(n // 4, n - n // 4) if edges else range((n + 1) // 2, n))
         now, left = ids[row].copy(), list(hidden)

@@ -7,11 +7,13 @@ import json
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from networks import NETWORKS
 from scored import SCORED, oracle, score_corpus
 
 from sama_jax import attacks, rng
@@ -23,6 +25,7 @@ from sama_jax.engine import pipeline, plans, tasks
 from sama_jax.engine.text_table import derived_view, original_view, table_of
 from sama_jax.engine.views import generator_of
 from sama_jax.errors import Interrupted
+from sama_jax.models.model import LinenModel
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
 from sama_jax.programs.audit import AuditJob, AuditResult, run_audit
@@ -262,23 +265,24 @@ def test_neighbours_are_the_references_best_guesses(
     check(everything, "neighbor", expected)
 
 
-class Table(tiny.PartialModel):
-    """A model whose output at a position is a row of a table: that of the token it sees there."""
+class TableNetwork(nn.Module):
+    """Its output at a position is a row of a table: that of the token it sees there."""
 
-    shift, vocab_size, mask_id = False, 12, 11
+    def setup(self):
+        self.table = self.param("table", nn.initializers.zeros, (12, 12))
 
-    def trunk(self, params, tokens, valid):
-        return params[tokens]
+    def trunk(self, tokens, valid):
+        return self.table[tokens]
 
-    def last_hidden(self, params, stream, valid, positions):
+    def last_hidden(self, stream, valid, positions):
         return jnp.take_along_axis(stream, positions[..., None], axis=1)
 
-    def logits(self, params, hidden):
+    def logits(self, hidden):
         return hidden
 
 
-class ShiftedTable(Table):
-    shift = True
+class TableModel(LinenModel):
+    network, vocab_size = TableNetwork(), 12
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -290,9 +294,9 @@ def test_neighbours_of_a_shifted_model_come_from_the_position_before(shift: bool
     may = np.arange(14) < np.array([[12], [5]])
     proposals = perturbed.NeighborProposals(3, 12)
     keys = jax.random.split(jax.random.key(0), 2)
-    args = [jnp.asarray(a) for a in (table, tokens, may, may)]
-    args.insert(1, keys)
-    found = np.asarray(proposals.run(ShiftedTable() if shift else Table(), *args))
+    model = TableModel(arch=NETWORKS["bert"].arch, mask_id=11, shift=shift)
+    args = (keys, *map(jnp.asarray, (tokens, may, may)))
+    found = np.asarray(proposals.run(model, {"table": jnp.asarray(table)}, *args))
     where = np.asarray(jax.vmap(proposals.masks)(keys, may[:, :12])).swapaxes(0, 1)
     assert where.sum(axis=-1).tolist() == [[1, 1]] * 3
     np.testing.assert_array_equal(~np.isnan(found[..., :12]), where)

@@ -3,6 +3,7 @@
 And what the sharding rules say: every family is covered, what they cannot split is an error.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import PartitionSpec
+from networks import NETWORKS
 
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses
@@ -19,7 +21,7 @@ from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.placement import choose_placement
 from sama_jax.devices.sharding import RULES, parameter_shardings
 from sama_jax.errors import UsageError
-from sama_jax.models import dit, encoders, moe, transformer
+from sama_jax.models import transformer
 from sama_jax.programs import audit
 from sama_jax.storage import replay
 from sama_jax.texts import data
@@ -190,37 +192,6 @@ def test_fully_sharded_parameters_are_split_over_data_too(models, texts, expecte
 # --- rules ---------------------------------------------------------------------------------------
 
 
-BASE = {"vocab_size": 64, "width": 32, "num_layers": 3, "num_heads": 4, "mlp_width": 48}
-LLAMA = {**BASE, "num_kv_heads": 2, "head_size": 8, "tied": False, "norm_eps": 1e-5,
-         "rope_theta": 1e4}  # fmt: skip
-EVERYTHING = {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "head_bias": True,
-              "norm_bias": True}  # fmt: skip
-EXPERTS = moe.Experts(count=8, active=2, width=16, gate="sigmoid", bias=True, shared_width=16)
-NETWORKS = {
-    "llama, all biases": transformer.TransformerModel(
-        arch=transformer.Architecture(**LLAMA, **EVERYTHING, qk_norm="whole"), mask_id=1
-    ),
-    "experts": transformer.TransformerModel(
-        arch=transformer.Architecture(**LLAMA, experts=EXPERTS, first_dense=1, qk_norm="head"),
-        mask_id=1,
-    ),
-    "dit": dit.DitModel(
-        arch=dit.DitArchitecture(vocab_size=64, width=32, num_layers=3, num_heads=4,
-                                 condition_width=16, timed=True),
-        mask_id=1,
-    ),
-    "bert": encoders.EncoderModel(
-        arch=encoders.BertArchitecture(**BASE, norm_eps=1e-5, max_length=16, token_types=2),
-        mask_id=1,
-    ),
-    "modernbert": encoders.EncoderModel(
-        arch=encoders.ModernBertArchitecture(**BASE, norm_eps=1e-5, local=(False, True, True),
-                                             reach=4, global_theta=1e4, local_theta=1e4),
-        mask_id=1,
-    ),
-}  # fmt: skip
-
-
 def shapes_of(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
@@ -237,7 +208,7 @@ def test_rules_cover_every_family(name):
     allowed += r"last_block/attn/[kv]_proj/kernel|last_block/(modulation|moe/router)/kernel|"
     allowed += r"first_blocks_0/attn/[kv]_proj/kernel|(positions|types)/embedding"
     assert all(re.fullmatch(allowed, m) for m in matrices), matrices
-    grouped = getattr(model.arch, "num_kv_heads", 4) == 2
+    grouped = model.arch.num_kv_heads == 2
     assert any("k_proj/kernel" in m for m in matrices) == grouped
 
 
@@ -257,7 +228,7 @@ def test_a_head_is_never_cut(models):
         UsageError, match=r"blocks/attn/q_proj/kernel \(1, 32, 32\): num_heads 4 is"
     ):
         parameter_shardings(grid, shapes_of(model), model.arch)
-    odd = transformer.Architecture(**{**LLAMA, "num_heads": 8, "mlp_width": 60})
+    odd = dataclasses.replace(NETWORKS["llama, all biases"].arch, num_heads=8, mlp_width=60)
     model = transformer.TransformerModel(arch=odd, mask_id=1)
     with pytest.raises(UsageError, match=r"mlp/down_proj/kernel \(60, 32\): axis 0 is not div"):
         parameter_shardings(grid, shapes_of(model), odd)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,7 +206,8 @@ def forward(model: TransformerModel, params, tokens, answers, valid, positions):
     """Logits everywhere, and losses as scoring computes them: from the last block there alone."""
     stream = model.trunk(params, tokens, valid)
     nll = losses.scored_nll(model, params, answers, valid, stream, positions)
-    return model.logits(params, model.hidden(params, tokens, valid)), nll
+    raw = replace(model, shift=False)  # what PyTorch's logits are
+    return model.logits(params, raw.hidden(params, tokens, valid)), nll
 
 
 def ours(pair: Pair, tokens: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +83,9 @@ def opened(path):
 
 @partial(jax.jit, static_argnums=0)
 def forward(model, params, tokens, valid):
-    return model.logits(params, model.hidden(params, tokens, valid))
+    """Logits at every position, whichever token they predict."""
+    unshifted = replace(model, shift=False)
+    return model.logits(params, unshifted.hidden(params, tokens, valid))
 
 
 def reopened_by_transformers(root, name):
@@ -176,7 +179,7 @@ def test_masks_are_15_percent_at_least_one_and_spare_padding():
 class UniformModel(PartialModel):
     """Predicts every token alike."""
 
-    mask_id, shift, vocab_size, kind = 9, False, 10, "masked"
+    mask_id, vocab_size, kind = 9, 10, "masked"
 
     def hidden(self, params, tokens, key_valid):
         return jnp.zeros((*tokens.shape, 1)) + params

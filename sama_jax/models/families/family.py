@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from sama_jax.arrays import Architecture
 from sama_jax.errors import ModelError
 
 Kind = Literal["diffusion", "autoregressive", "masked"]
@@ -15,8 +16,8 @@ class FamilyConfig(NamedTuple):
 
     family: str
     """Key of the family's weight table in `sama_jax.models.families.tables`."""
-    arch: Any
-    """The network's own architecture class; hashable, with `vocab_size`."""
+    arch: Architecture
+    """The network's own architecture class."""
     mask_id: int | None
     """None where the config names none; then the tokenizer or `--mask-id` must."""
     shift: bool

@@ -1,0 +1,156 @@
+"""The `Model` and `Architecture` protocols over Linen networks: what all networks share of them."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sama_jax.arrays import Architecture, Params
+from sama_jax.models.families.family import Kind
+
+
+class PlainArchitecture:
+    """The `Architecture` protocol for networks whose heads all have their own keys and values,
+    with one dense MLP a block, and all blocks but the last stacked."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+
+    @property
+    def attention(self) -> str:
+        return "xla"
+
+    @property
+    def block_length(self) -> None:
+        return None
+
+    @property
+    def stacked_layers(self) -> int:
+        return self.num_layers - 1
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def active_width(self) -> int:
+        return self.mlp_width  # pyright: ignore  # a field or a property of the derived class
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinenModel:
+    """The `Model` protocol over a Linen network with `trunk`, `last_hidden`, `logits`, `attention`.
+
+    Hashable, so it can be a static argument.
+    """
+
+    arch: Architecture
+    mask_id: int
+    shift: bool = False
+    kind: Kind = "diffusion"
+    dtype: Any = jnp.float32
+    """Of activations; parameters are cast to it where they are used."""
+    remat: bool = False
+    """Recompute each block in the backward pass, trading a third more time for memory."""
+
+    lora_paths: ClassVar[re.Pattern[str]] = re.compile("(?!)")
+    """Parameters that may carry a LoRA adapter: none."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.arch.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.arch.num_layers
+
+    @property
+    def network(self) -> nn.Module:
+        """The network itself."""
+        raise NotImplementedError
+
+    def init(self, key) -> Params:
+        """Random float32 parameters."""
+        tokens, key_valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+        return self.network.init(key, tokens, key_valid)["params"]
+
+    def trunk(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Any:
+        """What enters the last block."""
+        return self._apply(params, tokens, key_valid, method="trunk")
+
+    def last_hidden(
+        self,
+        params: Params,
+        stream: Any,
+        key_valid: Bool[Array, "b l"],
+        positions: Int[Array, "b k"],
+    ) -> Float[Array, "b k d"]:
+        """Final hidden states that predict the tokens at `positions`."""
+        source = jnp.maximum(positions - 1, 0) if self.shift else positions
+        return self.output_at(params, stream, key_valid, source)
+
+    def output_at(
+        self,
+        params: Params,
+        stream: Any,
+        key_valid: Bool[Array, "b l"],
+        positions: Int[Array, "b k"],
+    ) -> Float[Array, "b k d"]:
+        """Final hidden states at `positions` themselves."""
+        return self._apply(params, stream, key_valid, positions, method="last_hidden")
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """Final hidden states that predict each token."""
+        return self._everywhere(params, self.trunk(params, tokens, key_valid), key_valid)
+
+    def _everywhere(
+        self, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """`last_hidden` at every position."""
+        out = self._apply(params, stream, key_valid, method="last_hidden")
+        return jnp.concatenate([out[:, :1], out[:, :-1]], axis=1) if self.shift else out
+
+    def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
+        """Vocabulary logits in the activation dtype; full batches of them are never needed."""
+        return self._apply(params, hidden, method="logits")
+
+    def attention(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l l"]:
+        """Weights (query, key) averaged over heads and layers, float32.
+
+        Rows sum to 1; those of padding queries hold no meaning. One layer's [b, h, l, l] at a time.
+        """
+        return self._apply(params, tokens, key_valid, method="attention")
+
+    def with_cudnn(self) -> "LinenModel | None":
+        """The same model with cuDNN's attention: there is none for most networks."""
+        return None
+
+    def with_split_heads(self) -> "LinenModel":
+        """The same model for a mesh that splits its attention heads over devices."""
+        return self
+
+    def _apply(self, params: Params, *args: Any, method: str) -> Any:
+        return self.network.apply({"params": params}, *args, method=method)
+
+
+def flops(arch: Architecture, length: int, scored: float, mlp_matrices: int, head: int) -> float:
+    """Operations of one pass, 2 a multiply-accumulate; the last block and the `head` (operations
+    a position) at `scored` positions only. Norms, softmax and conditioning are left out."""
+    kv = 4 * arch.width**2
+    rest = 4 * arch.width**2 + 2 * mlp_matrices * arch.width * arch.mlp_width
+    rest += 4 * arch.width * length
+    return (arch.num_layers - 1) * (kv + rest) * length + kv * length + (rest + head) * scored
