@@ -28,7 +28,7 @@ from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.families.tables import TABLES
 from sama_jax.storage.files import write_json, writing
 from sama_jax.terminal import ByteBar, duration
-from sama_jax.texts.data import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
 from sama_jax.weights import model_folder, orbax, pickled, safetensors
 from sama_jax.weights.model_folder import CONFIG, PARAMS, RECORD, ModelFolder
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax.errors import ModelError
-from sama_jax.texts.data import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
 from sama_jax.weights import model_folder
 
 

@@ -34,7 +34,7 @@ _HOMES = {
     "SamaSettings": "sama_jax.config",
     "SignStatistics": "sama_jax.arrays",
     "preset": "sama_jax.config",
-    "read_texts": "sama_jax.texts.data",
+    "read_texts": "sama_jax.texts.read",
     "run_audit": "sama_jax.programs.audit",
     "sign_statistics": "sama_jax.core.votes",
 }
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from sama_jax.core.votes import sign_statistics
     from sama_jax.programs.audit import run_audit
     from sama_jax.programs.jobs import AuditJob
-    from sama_jax.texts.data import read_texts
+    from sama_jax.texts.read import read_texts
 
 
 def __getattr__(name: str) -> Any:

@@ -102,7 +102,7 @@ def _run_here(
     from sama_jax.devices import mesh
     from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.audit import run_audit
-    from sama_jax.texts.data import read_split, read_texts
+    from sama_jax.texts.read import read_split, read_texts
 
     use_compile_cache(args.compile_cache)
     if peers is not None:

@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> None:
     from sama_jax.programs.bench.run import run_bench
     from sama_jax.programs.bench.table import print_growth, print_table
     from sama_jax.storage.files import write_json
-    from sama_jax.texts import data
+    from sama_jax.texts.read import read_texts
 
     given = {
-        "texts": data.read_texts(args.data).texts,
+        "texts": read_texts(args.data).texts,
         "settings": settings,
         "torch": args.against == "torch",
     }

@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> None:
     settings = flags.settings_of(args, AuditSettings)
     from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.nll import RESULT, run_nll
-    from sama_jax.texts import data
+    from sama_jax.texts.read import read_texts
 
     use_compile_cache(args.compile_cache)
-    texts = data.read_texts(args.data)
+    texts = read_texts(args.data)
     rows = run_nll(args.model, texts, args.out, settings, mask_id=args.mask_id, quiet=args.quiet)
     known = [row for row in rows if row["nll"] is not None]
     if known and not args.quiet:

@@ -19,7 +19,7 @@ from sama_jax.devices.layout import Layout
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.tasks import Task
 from sama_jax.engine.text_table import TextTable
-from sama_jax.texts import data
+from sama_jax.texts.buckets import bucket_lengths, plan_batches
 
 TOKENS_A_STEP = 1536
 """Tokens a device works on at once on a CPU: 16 rows of 96. Larger batches ran slower there."""
@@ -94,7 +94,7 @@ class BatchShapes:
         limit = settings.max_length
         if longest > limit:  # a view with a prefix, which fits into the models' context
             limit = max(longest, min(limit + settings.prefix.tokens, self.context))
-        return data.bucket_lengths(limit)
+        return bucket_lengths(limit)
 
     def rows(self, length: int) -> int:
         """Returns the rows of a batch of a padded length, on all devices together."""
@@ -139,7 +139,7 @@ class BatchShapes:
         distinct = distinct_rows(table)
         lengths = table.lengths[np.array(distinct, np.int32)]
         buckets = self.buckets(int(lengths.max(initial=1)))
-        whole = data.plan_batches(lengths, buckets, self.rows, self.pays)
+        whole = plan_batches(lengths, buckets, self.rows, self.pays)
         members: dict[int, list[int]] = {}
         for batch in whole:
             members.setdefault(batch.length, []).extend(batch.rows[batch.rows >= 0].tolist())

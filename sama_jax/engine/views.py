@@ -11,7 +11,7 @@ from sama_jax.attacks.queries import View, ViewTools
 from sama_jax.config import AuditSettings
 from sama_jax.engine.tasks import Tasks
 from sama_jax.engine.text_table import TextTable, TextView, derived_view, table_of
-from sama_jax.texts.data import TextTokenizer
+from sama_jax.texts.tokenizer import TextTokenizer
 
 
 class ViewSources(NamedTuple):

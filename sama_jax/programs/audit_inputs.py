@@ -19,7 +19,8 @@ from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
 from sama_jax.terminal import ProgressBar
-from sama_jax.texts import data
+from sama_jax.texts.read import Text, Texts, collect
+from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit, require_same_ids
 from sama_jax.weights import model_folder
 
 MANY_TEXTS = 2000
@@ -31,11 +32,11 @@ MIN_CLASS = 5
 class Inputs(NamedTuple):
     """Texts, models and tokenizer of an audit: checked, nothing loaded."""
 
-    texts: list[data.Text]
+    texts: list[Text]
     notes: list[str]
     """What is noticed about the texts."""
     roles: dict[str, ModelRole]
-    tokenizer: data.TextTokenizer
+    tokenizer: TextTokenizer
 
     @property
     def ids(self) -> list[str]:
@@ -99,7 +100,7 @@ def read_inputs(job: AuditJob) -> Inputs:
       DataError, ModelError, UsageError: what is wrong, where, and what to do.
     """
     settings = job.settings
-    texts = data.collect(job.texts.texts[: job.limit])
+    texts = collect(job.texts.texts[: job.limit])
     options: dict[str, Any] = {
         "mask_id": job.mask_id,
         "dtype": settings.dtype,
@@ -116,7 +117,7 @@ def read_inputs(job: AuditJob) -> Inputs:
     return Inputs(texts.texts, data_notes(texts), roles, tokenizer)
 
 
-def data_notes(texts: data.Texts) -> list[str]:
+def data_notes(texts: Texts) -> list[str]:
     """Says what makes the texts a poor ground for an evaluation."""
     notes = []
     if texts.in_both:
@@ -133,19 +134,19 @@ def data_notes(texts: data.Texts) -> list[str]:
 def common_tokenizer(
     target: model_folder.ModelFolder,
     reference: model_folder.ModelFolder,
-    texts: list[data.Text],
-) -> data.TextTokenizer:
+    texts: list[Text],
+) -> TextTokenizer:
     """Returns the target's tokenizer, after checking that both models read texts alike.
 
     Raises:
       ModelError: the tokenizers give other ids, or ids without an embedding.
       UsageError: the models have different mask tokens.
     """
-    ours = data.TextTokenizer.from_folder(target.path)
-    data.require_ids_fit(ours, target.model.vocab_size, str(target.path))
-    theirs = data.TextTokenizer.from_folder(reference.path)
-    data.require_ids_fit(theirs, reference.model.vocab_size, str(reference.path))
-    data.require_same_ids(ours, theirs, texts)
+    ours = TextTokenizer.from_folder(target.path)
+    require_ids_fit(ours, target.model.vocab_size, str(target.path))
+    theirs = TextTokenizer.from_folder(reference.path)
+    require_ids_fit(theirs, reference.model.vocab_size, str(reference.path))
+    require_same_ids(ours, theirs, texts)
     if target.model.mask_id != reference.model.mask_id:
         raise UsageError(
             f"target and reference have different mask ids ({target.model.mask_id} and "
@@ -181,7 +182,7 @@ def choose_attacks(job: AuditJob, wanted: Sequence[Attack], inputs: Inputs) -> C
 
 
 def choose_prefixes(
-    job: AuditJob, wanted: Sequence[Attack], texts: list[data.Text], taken_before: Sequence[str]
+    job: AuditJob, wanted: Sequence[Attack], texts: list[Text], taken_before: Sequence[str]
 ) -> Prefixes:
     """Takes prefixes from `--prefixes`, else a few texts of each class.
 
@@ -216,7 +217,7 @@ def choose_prefixes(
 
 
 def _obstacle(
-    attack: Attack, settings: AuditSettings, kind: str, texts: list[data.Text], prefixes: Prefixes
+    attack: Attack, settings: AuditSettings, kind: str, texts: list[Text], prefixes: Prefixes
 ) -> str | None:
     """Says why an attack cannot be computed; None if it can."""
     if attack.statistic is not None and kind not in attack.kinds:

@@ -28,7 +28,7 @@ from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
-from sama_jax.texts import data
+from sama_jax.texts.read import Text
 
 
 class OpenRun(NamedTuple):
@@ -143,7 +143,7 @@ def run_identity(job: AuditJob, inputs: Inputs, replayed: str | None) -> dict[st
     }
 
 
-def digest(texts: Sequence[data.Text]) -> str:
+def digest(texts: Sequence[Text]) -> str:
     """Hashes ids, labels and texts: 16 hex digits."""
     found = hashlib.sha256()
     for text in texts:

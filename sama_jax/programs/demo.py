@@ -24,7 +24,7 @@ from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_atomic, write_json
 from sama_jax.storage.run_folder import Row, json_lines
 from sama_jax.terminal import console
-from sama_jax.texts import data
+from sama_jax.texts.read import read_split, read_texts
 from sama_jax.training import finetune
 
 MIN_CHARS, MAX_CHARS = 250, 700
@@ -215,8 +215,8 @@ def run_demo(
     job = audit.AuditJob(
         target=made.target,
         reference=made.base,
-        texts=data.read_split(made.members, made.nonmembers),
-        prefixes=data.read_texts(made.prefixes),
+        texts=read_split(made.members, made.nonmembers),
+        prefixes=read_texts(made.prefixes),
         out=out / "audit",
         attacks=("all",),
         settings=audit_settings(),

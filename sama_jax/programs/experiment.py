@@ -29,7 +29,7 @@ from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import Row
 from sama_jax.terminal import Terminal
-from sama_jax.texts import data
+from sama_jax.texts.read import Texts, read_split, read_texts
 
 _FIELDS = {"summary", "models", "data", "runs", "compare"}
 _SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
@@ -143,8 +143,8 @@ class _Inputs(NamedTuple):
 
     target: Path
     reference: Path
-    texts: data.Texts
-    prefixes: data.Texts | None
+    texts: Texts
+    prefixes: Texts | None
     settings: config.AuditSettings
 
 
@@ -152,16 +152,16 @@ def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inp
     """Makes or finds the models, and reads the texts. Raises `DataError`."""
     if isinstance(models, str):
         made = demo.prepare(runs / "demo", network=_DEMOS[models], quiet=quiet)
-        texts = data.read_split(made.members, made.nonmembers)
-        prefixes = data.read_texts(made.prefixes)
+        texts = read_split(made.members, made.nonmembers)
+        prefixes = read_texts(made.prefixes)
         return _Inputs(made.target, made.base, texts, prefixes, demo.audit_settings())
     if "data" in files:
-        texts = data.read_texts(Path(files["data"]))
+        texts = read_texts(Path(files["data"]))
     elif {"members", "nonmembers"} <= set(files):
-        texts = data.read_split(Path(files["members"]), Path(files["nonmembers"]))
+        texts = read_split(Path(files["members"]), Path(files["nonmembers"]))
     else:
         raise DataError("data: expected a file `data`, or files `members` and `nonmembers`")
-    prefixes = data.read_texts(Path(files["prefixes"])) if "prefixes" in files else None
+    prefixes = read_texts(Path(files["prefixes"])) if "prefixes" in files else None
     folders = Path(models["target"]), Path(models["reference"])
     return _Inputs(*folders, texts, prefixes, config.AuditSettings())
 

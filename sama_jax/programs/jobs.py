@@ -12,7 +12,7 @@ from sama_jax.config import AuditSettings, Flag
 from sama_jax.devices import processes
 
 if TYPE_CHECKING:
-    import sama_jax.texts.data
+    import sama_jax.texts.read
 
 Parallel = Literal["auto", "pmap", "sharded"]
 Residency = Literal["auto", "together", "in-turn"]
@@ -24,7 +24,7 @@ class AuditJob:
 
     target: Annotated[Path, Flag("fine-tuned model", "DIR")]
     reference: Annotated[Path, Flag("its base model", "DIR")]
-    texts: "sama_jax.texts.data.Texts"
+    texts: "sama_jax.texts.read.Texts"
     out: Annotated[Path, Flag("results, or a run to continue", "DIR")]
     attacks: Sequence[str] = ("all",)
     """Names; of `all`, those that cannot be computed here are left out and listed."""
@@ -34,7 +34,7 @@ class AuditJob:
     ] = None
     """LoRA adapter on top of `target`, which is then usually the reference's folder."""
     mask_id: Annotated[int | None, Flag("replaces the mask token id of config.json")] = None
-    prefixes: "sama_jax.texts.data.Texts | None" = None
+    prefixes: "sama_jax.texts.read.Texts | None" = None
     """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
     limit: Annotated[int | None, Flag("only the first N texts", "N")] = None
 
@@ -105,7 +105,7 @@ class BenchJob:
     """What to measure."""
 
     model: Annotated[Path, Flag("model folder", "DIR")]
-    texts: "Sequence[sama_jax.texts.data.Text]"
+    texts: "Sequence[sama_jax.texts.read.Text]"
     settings: AuditSettings
     windows: Annotated[
         bool, Flag("join the texts, cut them into pieces of --max-length tokens")

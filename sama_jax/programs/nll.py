@@ -25,7 +25,8 @@ from sama_jax.engine.text_table import original_view, table_of
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import RunFolder, json_lines
 from sama_jax.terminal import console
-from sama_jax.texts import data
+from sama_jax.texts.read import Text, Texts
+from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
 from sama_jax.weights import model_folder
 
 RESULT = "nll.jsonl"
@@ -61,7 +62,7 @@ _NLL = Attack(
 
 def run_nll(
     model: Path,
-    texts: data.Texts,
+    texts: Texts,
     out: Path,
     settings: AuditSettings,
     *,
@@ -77,8 +78,8 @@ def run_nll(
     longest = settings.pad_to or settings.max_length
     options: dict[str, Any] = {"dtype": settings.dtype, "attention": settings.attention}
     folder = model_folder.open_folder(model, mask_id=mask_id, longest=longest, **options)
-    tokenizer = data.TextTokenizer.from_folder(folder.path)
-    data.require_ids_fit(tokenizer, folder.model.vocab_size, str(model))
+    tokenizer = TextTokenizer.from_folder(folder.path)
+    require_ids_fit(tokenizer, folder.model.vocab_size, str(model))
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
     views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]
     role = ModelRole("target", folder, model_key(folder, settings))
@@ -111,9 +112,7 @@ def run_nll(
     return rows
 
 
-def _row(
-    text: data.Text, truncated: bool, tokens: int, mean: float, error: float
-) -> dict[str, Any]:
+def _row(text: Text, truncated: bool, tokens: int, mean: float, error: float) -> dict[str, Any]:
     """Returns one line of the results."""
 
     def number(value: Any) -> float | None:

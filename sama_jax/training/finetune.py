@@ -36,7 +36,8 @@ from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.storage import files
 from sama_jax.terminal import ProgressBar, console
-from sama_jax.texts.data import Texts, TextTokenizer, read_texts, require_ids_fit
+from sama_jax.texts.read import Texts, read_texts
+from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
 from sama_jax.training.step import (
     HELD_OUT,
     Recipe,

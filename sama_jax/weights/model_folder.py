@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, OutputError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
-from sama_jax.texts.data import TextTokenizer
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import orbax, peft, safetensors
 from sama_jax.weights.orbax_source import OrbaxSource
 

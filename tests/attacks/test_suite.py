@@ -31,7 +31,7 @@ from sama_jax.programs.audit import AuditJob, AuditResult, run_audit
 from sama_jax.programs.catalogue import describe
 from sama_jax.programs.rescore import run_score
 from sama_jax.storage.text_index import INDEX, read_index
-from sama_jax.texts import data
+from sama_jax.texts.read import collect, read_texts
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = AuditSettings(
@@ -61,7 +61,7 @@ def audit(box: Path, out: Path, *names: str, **changes: Any) -> AuditResult:
     given: dict[str, Any] = {
         "target": box / "target",
         "reference": box / "reference",
-        "texts": data.read_texts(box / "texts.jsonl"),
+        "texts": read_texts(box / "texts.jsonl"),
         "out": out,
         "attacks": names,
         "settings": SETTINGS,
@@ -209,13 +209,13 @@ def test_no_score_knows_the_label_of_a_scored_text(
 ):
     """All labels turned round but those of the prefix texts: every score is the same, bit for bit,
     except those of the check that learns labels."""
-    texts = data.read_texts(box / "texts.jsonl").texts
+    texts = read_texts(box / "texts.jsonl").texts
     taken = [r["id"] for r in everything.rows if r["status"] == "prefix"]
     taken.sort(key=lambda i: hashlib.sha256(f"42 {i}".encode()).digest())
     shots = [t for i in taken for t in texts if t.id == i]
     turned = [t if t.id in taken else t._replace(label=1 - (t.label or 0)) for t in texts]
     result = audit(
-        box, tmp_path / "run", "all", texts=data.collect(turned), prefixes=data.collect(shots),
+        box, tmp_path / "run", "all", texts=collect(turned), prefixes=collect(shots),
         store=everything.out / "losses",
     )  # fmt: skip
     assert result.cost["passes_run"] == 0

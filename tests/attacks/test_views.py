@@ -31,7 +31,8 @@ from sama_jax.models.transformer import TransformerModel
 from sama_jax.programs.audit import AuditJob, AuditResult, run_audit
 from sama_jax.programs.audit_inputs import Prefixes, choose_prefixes
 from sama_jax.programs.rescore import run_score
-from sama_jax.texts import data
+from sama_jax.texts.read import Text, collect, read_texts
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import model_folder
 
 SETTINGS = AuditSettings(
@@ -78,7 +79,7 @@ def job(box: Path, out: Path, *names: str, **changes) -> AuditJob:
     given = {
         "target": box / "target",
         "reference": box / "reference",
-        "texts": data.read_texts(box / "texts.jsonl"),
+        "texts": read_texts(box / "texts.jsonl"),
         "out": out,
         "attacks": names,
         "settings": SETTINGS,
@@ -153,9 +154,9 @@ def reference(box: Path) -> Direct:
 
 
 @functools.cache
-def tokenizer() -> data.TextTokenizer:
+def tokenizer() -> TextTokenizer:
     made = tiny.tokenizer()
-    return data.TextTokenizer(made, "tiny")
+    return TextTokenizer(made, "tiny")
 
 
 def encode(text: str, length: int = 32) -> np.ndarray:
@@ -369,12 +370,12 @@ def test_prefix_texts_leave_the_evaluation(everything: AuditResult):
         assert summary["n_nonmembers"] == sum(1 - r["label"] for r in ok)
 
 
-def one(name: str, text: str, label: int | None) -> data.Text:
-    return data.Text(name, text, label, "here")
+def one(name: str, text: str, label: int | None) -> Text:
+    return Text(name, text, label, "here")
 
 
-def chosen(box: Path, texts: list[data.Text], **changes) -> Prefixes:
-    made = job(box, box / "none", "conrecall", texts=data.collect(texts), **changes)
+def chosen(box: Path, texts: list[Text], **changes) -> Prefixes:
+    made = job(box, box / "none", "conrecall", texts=collect(texts), **changes)
     return choose_prefixes(made, attacks.select(["conrecall"]), texts, [])
 
 
@@ -399,7 +400,7 @@ def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
     few = [t for t in texts if t.label == 1] + [t for t in texts if t.label == 0][:5]
     assert set(chosen(box, few).texts) == {"member"}
     # A file of prefixes takes nothing but texts that stand in it.
-    file = data.collect([one("a", "ka ro", 0), one("b", TEXTS[4], None)])
+    file = collect([one("a", "ka ro", 0), one("b", TEXTS[4], None)])
     given = chosen(box, texts, prefixes=file)
     assert given == Prefixes({"nonmember": ["ka ro", TEXTS[4]]}, {"t4"})
 
@@ -770,7 +771,7 @@ def test_recall_added_to_a_finished_run_gives_the_run_with_recall(
 def test_neither_the_order_of_texts_nor_the_batch_changes_a_score(
     box: Path, everything: AuditResult, tmp_path: Path
 ):
-    turned = data.collect(data.read_texts(box / "texts.jsonl").texts[::-1])
+    turned = collect(read_texts(box / "texts.jsonl").texts[::-1])
     again = run(box, tmp_path / "run", *NAMES, texts=turned)
     for row, expected in zip(again.rows[::-1], everything.rows, strict=True):
         assert row == expected
@@ -790,7 +791,7 @@ def test_a_corpus_in_lower_case_has_no_lowercase_scores(box: Path, tmp_path: Pat
     file = tiny.write_texts(tmp_path / "texts.jsonl", [t.lower() for t in TEXTS[:4]])
     # With others, so that programs are those of the run with everything.
     names = ("lowercase", "neighbor", "dfmia", "its")
-    result = run(box, tmp_path / "run", *names, texts=data.read_texts(file))
+    result = run(box, tmp_path / "run", *names, texts=read_texts(file))
     for row in result.rows:
         assert [n for n, s in row["scores"].items() if s is None] == ["lowercase"]
         assert "lower case" in row["undefined"]["lowercase"]
@@ -803,7 +804,7 @@ def test_a_text_as_long_as_the_context_has_no_room_for_a_prefix(box: Path, tmp_p
         config = tmp_path / name / "config.json"
         short = json.loads(config.read_text()) | {"max_sequence_length": 32}
         config.write_text(json.dumps(short))
-    given = data.collect([one("p", TEXTS[1], 0)])
+    given = collect([one("p", TEXTS[1], 0)])
     paths = {"target": tmp_path / "target", "reference": tmp_path / "reference"}
     result = run(box, tmp_path / "run", "recall", prefixes=given, **paths)
     row = result.rows[LONG]

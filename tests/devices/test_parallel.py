@@ -24,7 +24,7 @@ from sama_jax.errors import UsageError
 from sama_jax.models import transformer
 from sama_jax.programs import audit
 from sama_jax.storage import replay
-from sama_jax.texts import data
+from sama_jax.texts.read import Text, Texts
 from sama_jax.weights import model_folder, safetensors
 
 LOSS_TOLERANCE = 1e-5
@@ -54,7 +54,7 @@ def _unchecked():
 @pytest.fixture(scope="module")
 def texts():
     found = tiny.texts(20, words=(3, 30))
-    return [data.Text(f"t{i}", text, i % 2, f"memory:{i}") for i, text in enumerate(found)]
+    return [Text(f"t{i}", text, i % 2, f"memory:{i}") for i, text in enumerate(found)]
 
 
 def run(folders, texts, out, **changes):
@@ -62,7 +62,7 @@ def run(folders, texts, out, **changes):
     job = audit.AuditJob(
         target=folders[0],
         reference=folders[1],
-        texts=data.Texts(texts, 0, []),
+        texts=Texts(texts, 0, []),
         out=out,
         attacks=["sama"],
         settings=SETTINGS,

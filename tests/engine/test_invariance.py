@@ -29,7 +29,8 @@ from sama_jax.engine import batching
 from sama_jax.engine.roles import ModelRole, resident_bytes
 from sama_jax.programs import audit
 from sama_jax.storage import replay
-from sama_jax.texts import data
+from sama_jax.texts.buckets import bucket_lengths
+from sama_jax.texts.read import Text, Texts, read_texts
 from sama_jax.weights import model_folder
 
 LOSS_TOLERANCE = 1e-5
@@ -51,7 +52,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts():
     return [
-        data.Text(f"t{i}", text, i % 2, f"memory:{i}")
+        Text(f"t{i}", text, i % 2, f"memory:{i}")
         for i, text in enumerate(tiny.texts(24, words=(2, 40)))
     ]
 
@@ -61,7 +62,7 @@ def run(models, texts, out, **changes):
     job = audit.AuditJob(
         target=models[0],
         reference=models[1],
-        texts=data.Texts(texts, 0, []),
+        texts=Texts(texts, 0, []),
         out=out / "run",
         attacks=STANDARD.split(","),
         settings=SETTINGS,
@@ -133,7 +134,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_scores_do_not_depend_on_batch_size(rows, models, texts, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "bucket_lengths", lambda max_length: (max_length,))
+    monkeypatch.setattr(batching, "bucket_lengths", lambda max_length: (max_length,))
     assert_same(run(models, texts, tmp_path, batch_size=rows), expected)
 
 
@@ -145,7 +146,7 @@ def test_scores_do_not_depend_on_order(models, texts, expected, tmp_path):
 
 
 def test_scores_do_not_depend_on_batch_mates(models, texts, expected, tmp_path):
-    others = [data.Text(f"o{i}", t, None, "") for i, t in enumerate(tiny.texts(9, seed=5))]
+    others = [Text(f"o{i}", t, None, "") for i, t in enumerate(tiny.texts(9, seed=5))]
     mixed = others[:4] + texts[5:11] + others[4:]
     actual = run(models, mixed, tmp_path)
     assert_same({t.id: actual[t.id] for t in texts[5:11]}, expected)
@@ -155,7 +156,7 @@ def test_scores_do_not_depend_on_the_file(models, texts, expected, tmp_path):
     """A file with fewer texts, under other ids."""
     file, some = tmp_path / "texts.jsonl", texts[3:9]
     file.write_text("".join(json.dumps({"text": t.text, "id": f"x-{t.id}"}) + "\n" for t in some))
-    actual = run(models, data.read_texts(file).texts, tmp_path)
+    actual = run(models, read_texts(file).texts, tmp_path)
     assert_same({t.id: actual[f"x-{t.id}"] for t in some}, expected)
 
 
@@ -279,7 +280,7 @@ def test_at_most_two_programs_a_bucket(tmp_path, record_property):
     """1,000 texts of mixed length, all plans: one program a bucket serves plans and models."""
     # A network of its own, so that no other test has compiled its programs already.
     models = [tiny.folder(tmp_path / f"{i}", seed=i, d_model=24) for i in range(2)]
-    texts = [data.Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(1000, words=(1, 60)))]
+    texts = [Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(1000, words=(1, 60)))]
     settings = dataclasses.replace(SETTINGS, sama=SamaSettings(steps=3, subsets=4, subset_size=2))
     traces = []
     traced = losses.score_batch
@@ -294,7 +295,7 @@ def test_at_most_two_programs_a_bucket(tmp_path, record_property):
         run(models, texts, tmp_path, settings=settings, batch_size=8)
     log = read_lines(tmp_path / "run" / "log.jsonl")
     used = next(e["texts"] for e in log if e["event"] == "buckets")
-    assert {int(length) for length in used} == set(data.bucket_lengths(64))
+    assert {int(length) for length in used} == set(bucket_lengths(64))
     assert sum(used.values()) == 1000
     record_property("programs", f"{len(traces)} programs for {len(used)} buckets: {used}")
     assert 0 < len(traces) <= 2 * len(used)

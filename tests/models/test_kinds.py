@@ -22,7 +22,7 @@ from sama_jax.arrays import TextKeyData
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.programs import demo, experiment
-from sama_jax.texts import data
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import finetune, step
 from sama_jax.weights import model_folder
 
@@ -95,7 +95,7 @@ def reopened_by_transformers(root, name):
 
 def batch(root, name):
     """(tokens, valid) of the texts, padded with the end of text."""
-    found = data.TextTokenizer.from_folder(root / name).encode(TEXTS, 40)
+    found = TextTokenizer.from_folder(root / name).encode(TEXTS, 40)
     tokens, lengths = finetune._pad([e.ids for e in found], 40, VOCAB - 2)
     return tokens, np.arange(40)[None] < lengths[:, None]
 

@@ -20,7 +20,8 @@ from sama_jax.programs.bench.summary import ratio
 from sama_jax.programs.bench.table import print_table
 from sama_jax.programs.bench.tokens import encode
 from sama_jax.programs.jobs import BenchJob
-from sama_jax.texts import data
+from sama_jax.texts.read import read_texts
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights.model_folder import open_folder
 
 ROOT = Path(__file__).parents[2]
@@ -144,14 +145,14 @@ def test_windows_join_the_texts_and_have_one_length(inputs):
     folder = open_folder(model)
     job = BenchJob(
         model=model,
-        texts=data.read_texts(texts).texts,
+        texts=read_texts(texts).texts,
         settings=AuditSettings(max_length=50),
         windows=True,
         limit=3,
     )
     found = encode(job, folder)
     assert [len(ids) for ids in found] == [50, 50, 50]
-    tokenizer = data.TextTokenizer.from_folder(model)
+    tokenizer = TextTokenizer.from_folder(model)
     first = [i for t in job.texts for i in tokenizer.encode([t.text], 10**6)[0].ids]
     assert np.concatenate(found).tolist() == first[:150]
 
@@ -164,7 +165,7 @@ from sama_jax.config import AuditSettings
 from sama_jax.programs.bench import run
 from sama_jax.programs.jobs import BenchJob
 from sama_jax.programs.bench.side import End, Loaded, Round
-from sama_jax.texts.data import read_texts
+from sama_jax.texts.read import read_texts
 
 class Side:
     def __init__(self, name, *_):

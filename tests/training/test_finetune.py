@@ -18,7 +18,7 @@ from sama_jax.config import TrainSettings
 from sama_jax.core import losses
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.models.transformer import Architecture, TransformerModel
-from sama_jax.texts import data
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import finetune, step
 from sama_jax.weights import model_folder
 from sama_jax.weights.orbax import Checkpoints
@@ -236,7 +236,7 @@ def test_each_epoch_is_a_permutation_and_batches_run_across_epochs():
 
 @pytest.fixture
 def tokenizer(folder):
-    return data.TextTokenizer.from_folder(folder / "base")
+    return TextTokenizer.from_folder(folder / "base")
 
 
 def test_windows_cover_a_text_and_short_remainders_go(tokenizer):
@@ -380,8 +380,8 @@ def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
         return opened.model.logits(p, opened.model.hidden(p, tokens, valid))
 
     np.testing.assert_array_equal(logits(params), logits(kept["params"]))
-    ours = data.TextTokenizer.from_folder(folder / "reopened")
-    assert ours.fingerprint == data.TextTokenizer.from_folder(folder / "base").fingerprint
+    ours = TextTokenizer.from_folder(folder / "reopened")
+    assert ours.fingerprint == TextTokenizer.from_folder(folder / "base").fingerprint
 
 
 def test_only_companions_of_the_weights_are_copied(folder, tmp_path):
@@ -486,7 +486,7 @@ def test_heldout_texts_are_named_and_progress_is_printed(folder, capsys):
 
 
 def test_the_trained_tokenizer_has_exactly_the_ids_of_the_config(folder):
-    tokenizer = data.TextTokenizer.from_folder(folder / "base")
+    tokenizer = TextTokenizer.from_folder(folder / "base")
     assert tokenizer.max_id == tokenizer.token_id("<|mdm_mask|>") == VOCAB - 1
     assert tokenizer.token_id("<|endoftext|>") == VOCAB - 2
     config = json.loads((folder / "base" / "config.json").read_text())

@@ -12,7 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from sama_jax.errors import DataError, ModelError, UsageError
-from sama_jax.texts import data
+from sama_jax.texts.buckets import bucket_lengths, plan_batches
+from sama_jax.texts.read import Text, read_split, read_texts
+from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit, require_same_ids
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 4
 
@@ -38,7 +40,7 @@ def make_tokenizer(vocab_size=300, corpus=CORPUS, add_ends=False):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.TextTokenizer(make_tokenizer(), "memory")
+    return TextTokenizer(make_tokenizer(), "memory")
 
 
 def write(path, content):
@@ -50,7 +52,7 @@ def lines(*records):
     return "".join(json.dumps(r) + "\n" for r in records)
 
 
-def error_of(path, kind=DataError, read=data.read_texts):
+def error_of(path, kind=DataError, read=read_texts):
     with pytest.raises(kind) as caught:
         read(path)
     assert caught.value.exit_code == kind.exit_code
@@ -131,7 +133,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("make", FORMATS)
 def test_every_format_gives_the_same_texts(make, tmp_path):
-    found = data.read_texts(make(tmp_path)).texts
+    found = read_texts(make(tmp_path)).texts
     assert [(t.id, t.text, t.label) for t in found] == [
         (r["id"], r["text"], r["label"]) for r in RECORDS
     ]
@@ -147,36 +149,36 @@ def test_every_format_gives_the_same_texts(make, tmp_path):
     ],
 )
 def test_a_text_knows_where_it_stands(make, where, tmp_path):
-    assert data.read_texts(make(tmp_path)).texts[2].where == where
+    assert read_texts(make(tmp_path)).texts[2].where == where
 
 
 def test_published_columns_without_ids(tmp_path):
     path = write(tmp_path / "train_subset.json", json.dumps({"data": {"text": ["x", "y"]}}))
-    found = data.read_texts(path).texts
+    found = read_texts(path).texts
     assert [(t.text, t.label) for t in found] == [("x", None), ("y", None)]
     assert found[0].id == hashlib.sha256(b"x").hexdigest()[:16]
 
 
 def test_mimir_rows_give_a_member_and_a_nonmember(tmp_path):
     path = write(tmp_path / "m.jsonl", lines({"member": "m", "nonmember": "n", "neighbors": ["q"]}))
-    assert [(t.text, t.label) for t in data.read_texts(path).texts] == [("m", 1), ("n", 0)]
+    assert [(t.text, t.label) for t in read_texts(path).texts] == [("m", 1), ("n", 0)]
 
 
 def test_mimir_columns_in_csv(tmp_path):
     path = write(tmp_path / "m.csv", "member,nonmember\nm,n\n")
-    assert [(t.text, t.label) for t in data.read_texts(path).texts] == [("m", 1), ("n", 0)]
+    assert [(t.text, t.label) for t in read_texts(path).texts] == [("m", 1), ("n", 0)]
 
 
 def test_other_line_separators_stay_inside_a_text(tmp_path):
     texts = ["a\u2028b", "c\x85d"]
     content = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
-    found = data.read_texts(write(tmp_path / "t.jsonl", content)).texts
+    found = read_texts(write(tmp_path / "t.jsonl", content)).texts
     assert [(t.text, t.where) for t in found] == list(zip(texts, ("t.jsonl:1", "t.jsonl:2")))
 
 
 def test_a_long_csv_field_is_read_and_the_global_limit_restored(tmp_path):
     before = csv.field_size_limit()
-    found = data.read_texts(write(tmp_path / "t.csv", "text\n" + "x" * 200_000 + "\n"))
+    found = read_texts(write(tmp_path / "t.csv", "text\n" + "x" * 200_000 + "\n"))
     assert len(found.texts[0].text) == 200_000
     assert csv.field_size_limit() == before
 
@@ -184,7 +186,7 @@ def test_a_long_csv_field_is_read_and_the_global_limit_restored(tmp_path):
 def test_split_labels_come_from_the_files(tmp_path):
     members = write(tmp_path / "m.jsonl", lines({"text": "x", "label": 1}, {"text": "y"}))
     nonmembers = write(tmp_path / "n.jsonl", lines({"text": "z", "label": 0}, {"text": "y"}))
-    found = data.read_split(members, nonmembers)
+    found = read_split(members, nonmembers)
     assert [(t.text, t.label) for t in found.texts] == [("x", 1), ("z", 0), ("y", 1), ("y", 0)]
     assert found.in_both == [found.texts[2].id]
 
@@ -192,14 +194,14 @@ def test_split_labels_come_from_the_files(tmp_path):
 def test_split_refuses_a_label_that_disagrees(tmp_path):
     members = write(tmp_path / "m.jsonl", lines({"text": "x"}, {"text": "y", "label": 0}))
     with pytest.raises(DataError, match=r"m\.jsonl:2: label is 0, but this is the file of members"):
-        data.read_split(members, members)
+        read_split(members, members)
 
 
 # --- ids -----------------------------------------------------------------------------------------
 
 
 def ids_of(tmp_path, *records):
-    found = data.read_texts(write(tmp_path / "t.jsonl", lines(*records)))
+    found = read_texts(write(tmp_path / "t.jsonl", lines(*records)))
     return [t.id for t in found.texts], found
 
 
@@ -362,8 +364,8 @@ def test_encoding_cuts_and_reports(tokenizer):
 
 
 def test_cutting_keeps_the_tokens_that_the_tokenizer_adds():
-    ends = data.TextTokenizer(make_tokenizer(add_ends=True), "memory")
-    plain = data.TextTokenizer(make_tokenizer(), "memory")
+    ends = TextTokenizer(make_tokenizer(add_ends=True), "memory")
+    plain = TextTokenizer(make_tokenizer(), "memory")
     text = "the quick brown </s> fox"
     expected = plain.encode([text], 100)[0].ids
     whole, cut = ends.encode([text], 100)[0], ends.encode([text], 5)[0]
@@ -380,7 +382,7 @@ def test_truncation_and_padding_stored_in_the_file_change_nothing(tmp_path, toke
     stored.enable_truncation(2)
     stored.enable_padding(length=64, pad_id=0)
     stored.save(str(tmp_path / "tokenizer.json"))
-    loaded = data.TextTokenizer.from_folder(tmp_path)
+    loaded = TextTokenizer.from_folder(tmp_path)
     for a, b in zip(loaded.encode(CORPUS[:2], 100), tokenizer.encode(CORPUS[:2], 100)):
         np.testing.assert_array_equal(a.ids, b.ids)
         assert a[2:] == b[2:]
@@ -388,7 +390,7 @@ def test_truncation_and_padding_stored_in_the_file_change_nothing(tmp_path, toke
 
 def test_lone_surrogates_and_empty_texts_do_not_crash(tokenizer, tmp_path):
     path = write(tmp_path / "t.jsonl", '{"text": "a\\ud800b"}\n{"text": ""}\n')
-    texts = [t.text for t in data.read_texts(path).texts]
+    texts = [t.text for t in read_texts(path).texts]
     odd, empty = tokenizer.encode(texts, 100)
     np.testing.assert_array_equal(odd.ids, tokenizer.encode(["a\ufffdb"], 100)[0].ids)
     assert len(empty.ids) == 0
@@ -404,19 +406,19 @@ def test_encode_reports_every_text_to_progress(tokenizer):
 def test_token_names_and_largest_id():
     raw = make_tokenizer()
     raw.add_special_tokens(["<|mdm_mask|>"])
-    tokenizer = data.TextTokenizer(raw, "memory")
+    tokenizer = TextTokenizer(raw, "memory")
     assert tokenizer.token_id("<|mdm_mask|>") == tokenizer.max_id == raw.get_vocab_size() - 1
     assert tokenizer.token_id("<|none|>") is None
-    data.require_ids_fit(tokenizer, tokenizer.max_id + 1, "model")
+    require_ids_fit(tokenizer, tokenizer.max_id + 1, "model")
     with pytest.raises(ModelError, match=r"largest id is \d+, but the embedding has \d+ rows"):
-        data.require_ids_fit(tokenizer, tokenizer.max_id, "model")
+        require_ids_fit(tokenizer, tokenizer.max_id, "model")
 
 
 def test_a_folder_without_a_usable_tokenizer_is_a_model_error(tmp_path):
-    message = error_of(tmp_path, ModelError, data.TextTokenizer.from_folder)
+    message = error_of(tmp_path, ModelError, TextTokenizer.from_folder)
     assert "no usable tokenizer; expected tokenizer.json" in message
     write(tmp_path / "tokenizer.json", "{}")
-    message = error_of(tmp_path, ModelError, data.TextTokenizer.from_folder)
+    message = error_of(tmp_path, ModelError, TextTokenizer.from_folder)
     assert "tokenizer.json: not a usable tokenizer file" in message
 
 
@@ -427,13 +429,13 @@ def test_files_without_tokenizer_json_go_through_transformers(tmp_path, tokenize
     merges = [" ".join(m) for m in raw["model"]["merges"]]
     write(tmp_path / "merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
     write(tmp_path / "tokenizer_config.json", json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    loaded = data.TextTokenizer.from_folder(tmp_path)
+    loaded = TextTokenizer.from_folder(tmp_path)
     for a, b in zip(loaded.encode(CORPUS, 100), tokenizer.encode(CORPUS, 100)):
         np.testing.assert_array_equal(a.ids, b.ids)
 
 
 def some_texts(*texts):
-    return [data.Text(f"id{i}", t, None, f"t.jsonl:{i + 1}") for i, t in enumerate(texts)]
+    return [Text(f"id{i}", t, None, f"t.jsonl:{i + 1}") for i, t in enumerate(texts)]
 
 
 def test_other_bytes_with_the_same_ids_are_the_same_tokenizer(tmp_path):
@@ -441,17 +443,17 @@ def test_other_bytes_with_the_same_ids_are_the_same_tokenizer(tmp_path):
     write(tmp_path / "a.json", json.dumps(raw))
     raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<|never|>"})
     write(tmp_path / "b.json", json.dumps(raw, indent=1))
-    a, b = (data.TextTokenizer.from_file(tmp_path / n) for n in ("a.json", "b.json"))
+    a, b = (TextTokenizer.from_file(tmp_path / n) for n in ("a.json", "b.json"))
     assert a.fingerprint != b.fingerprint
-    data.require_same_ids(a, b, some_texts(*CORPUS))
+    require_same_ids(a, b, some_texts(*CORPUS))
 
 
 def test_other_ids_are_refused_with_the_first_text_that_differs(tokenizer):
-    other = data.TextTokenizer(make_tokenizer(vocab_size=280), "other")
+    other = TextTokenizer(make_tokenizer(vocab_size=280), "other")
     texts = some_texts("q", "the quick brown fox")
     assert len(other.encode(["q"], 9)[0].ids) == 1
     with pytest.raises(ModelError, match=r"at token \d+ of text 'id1' \(t\.jsonl:2\)") as caught:
-        data.require_same_ids(tokenizer, other, texts)
+        require_same_ids(tokenizer, other, texts)
     assert str(tokenizer.encode([texts[1].text], 6)[0].ids.tolist()) in str(caught.value)
 
 
@@ -470,13 +472,13 @@ def test_other_ids_are_refused_with_the_first_text_that_differs(tokenizer):
     ],
 )
 def test_bucket_lengths(max_length, expected):
-    assert data.bucket_lengths(max_length) == expected
+    assert bucket_lengths(max_length) == expected
 
 
 def test_plan_puts_every_text_once_into_the_smallest_bucket_longest_first():
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 129, 200)
-    plans = data.plan_batches(lengths, (32, 64, 128), lambda length: 256 // length)
+    plans = plan_batches(lengths, (32, 64, 128), lambda length: 256 // length)
     assert [p.length for p in plans] == sorted((p.length for p in plans), reverse=True)
     assert all(p.rows.dtype == np.int32 and len(p.rows) == 256 // p.length for p in plans)
     rows = np.concatenate([p.rows for p in plans])
@@ -492,14 +494,14 @@ def test_plan_puts_every_text_once_into_the_smallest_bucket_longest_first():
 
 def test_a_small_bucket_joins_the_next_larger_used_one():
     lengths = np.array([100, 5, 90, 60, 100, 100, 100])
-    plans = data.plan_batches(lengths, (32, 64, 128), lambda length: 5)
+    plans = plan_batches(lengths, (32, 64, 128), lambda length: 5)
     assert [p.length for p in plans] == [128, 128]
     rows = np.concatenate([p.rows for p in plans])
     np.testing.assert_array_equal(rows, [0, 1, 2, 3, 4, 5, 6, -1, -1, -1])
 
 
 def test_a_half_full_bucket_stays_and_the_largest_used_one_always_does():
-    plans = data.plan_batches(np.array([5, 6, 60]), (32, 64, 128), lambda length: 4)
+    plans = plan_batches(np.array([5, 6, 60]), (32, 64, 128), lambda length: 4)
     assert [(p.length, p.rows.tolist()) for p in plans] == [
         (64, [2, -1, -1, -1]),
         (32, [0, 1, -1, -1]),
@@ -515,18 +517,18 @@ def test_a_bucket_that_does_not_pay_joins_the_next_larger_used_one():
         asked.append((count, length, larger))
         return count * (larger - length) >= 200
 
-    plans = data.plan_batches(lengths, (32, 64, 96, 128), lambda length: 4, pays)
+    plans = plan_batches(lengths, (32, 64, 96, 128), lambda length: 4, pays)
     assert [(p.length, p.rows.tolist()) for p in plans] == [
         (128, [8, -1, -1, -1]),
         (96, [0, 1, 2, 3]),
         (96, [4, 5, 6, 7]),
     ]
     assert asked == [(2, 32, 96), (8, 96, 128)]
-    plans = data.plan_batches(lengths, (32, 64, 96, 128), lambda length: 4, lambda *_: False)
+    plans = plan_batches(lengths, (32, 64, 96, 128), lambda length: 4, lambda *_: False)
     assert {p.length for p in plans} == {128}
 
 
 def test_no_texts_no_batches_and_too_long_texts_are_refused():
-    assert data.plan_batches(np.array([0, 0]), (32,), lambda length: 4) == []
+    assert plan_batches(np.array([0, 0]), (32,), lambda length: 4) == []
     with pytest.raises(ValueError, match="33 tokens exceeds the bucket of 32"):
-        data.plan_batches(np.array([33]), (32,), lambda length: 4)
+        plan_batches(np.array([33]), (32,), lambda length: 4)

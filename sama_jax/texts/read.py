@@ -1,0 +1,169 @@
+"""Reads texts with their ids and labels, and reports what is odd about them.
+
+Nothing here changes a text. An error names up to ten unusable records in one message.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sama_jax.errors import DataError
+from sama_jax.texts.records import Row, rows_of
+
+MAX_PROBLEMS = 10
+"""Problems of single lines that one message lists; the rest are counted."""
+
+
+class Text(NamedTuple):
+    """One text of a file."""
+
+    id: str
+    text: str
+    label: int | None
+    """1 member, 0 non-member, None unknown."""
+    where: str
+    """File and place for messages, such as `file.jsonl:7`."""
+
+
+class Texts(NamedTuple):
+    """The texts of a run in file order, with what is odd about them."""
+
+    texts: list[Text]
+    repeated: int
+    """Texts that equal an earlier one."""
+    in_both: list[str]
+    """First id of each text that occurs with label 1 and with label 0."""
+
+
+def read_texts(path: Path) -> Texts:
+    """Reads the texts of one file.
+
+    Formats: JSONL (also gzipped), JSON (a list of objects, or columns as in `{"data": {"text":
+    [..]}}`), CSV, parquet. Fields: `text`, optionally `id` and `label` (1, 0, null); or MIMIR's
+    `member` and `nonmember` columns, which give a text of label 1 and one of label 0.
+
+    Raises:
+      DataError: the file cannot be read, holds no text, or lines of it cannot be used.
+      UsageError: parquet without pyarrow.
+    """
+    return _finish(list(_checked(path, None)), str(path))
+
+
+def read_split(members: Path, nonmembers: Path) -> Texts:
+    """Reads members (label 1) and non-members (label 0) from a file each, in turn.
+
+    In turn, so that the first N texts are of both classes.
+
+    Raises what `read_texts` raises; a label inside that disagrees with its file is a `DataError`.
+    """
+    pairs = itertools.zip_longest(_checked(members, 1), _checked(nonmembers, 0))
+    found = [text for pair in pairs for text in pair if text is not None]
+    return _finish(found, f"{members} and {nonmembers}")
+
+
+def _checked(path: Path, label: int | None) -> Iterator[tuple[str | None, Text]]:
+    """(given id, text) of every record of a file; raises once for all unusable records."""
+    problems: list[str] = []
+    texts: list[tuple[str | None, Text]] = []
+    for row in rows_of(path, problems):
+        try:
+            texts += _parse_row(row, label)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        count, shown = len(problems), problems[:MAX_PROBLEMS]
+        head = shown[0] if count == 1 else f"{path.name}: {count} problems, the first is {shown[0]}"
+        rest = shown[1:] + ([f"... and {count - len(shown)} more"] if count > len(shown) else [])
+        raise DataError("\n  ".join([head, *rest]))
+    if not texts:
+        raise DataError(f"{path}: holds no texts; expected at least one record with a field 'text'")
+    yield from texts
+
+
+def _parse_row(row: Row, forced: int | None) -> Iterator[tuple[str | None, Text]]:
+    fields, where = row
+    if "text" not in fields and "member" in fields and "nonmember" in fields:
+        for column, label in (("member", 1), ("nonmember", 0)):
+            if fields[column] is not None:
+                text = _text(fields[column], column, where)
+                yield None, Text("", text, _agree(label, forced, where), where)
+        return
+    if "text" not in fields:
+        names = ", ".join(map(str, fields)) or "none"
+        raise DataError(f"{where}: has no field 'text' (its fields: {names})")
+    text = _text(fields["text"], "text", where)
+    label, given = fields.get("label"), fields.get("id")
+    if label is not None and (type(label) is not int or label not in (0, 1)):
+        raise DataError(
+            f"{where}: label is {json.dumps(label, default=str)}, expected 1 (member), "
+            "0 (non-member) or null"
+        )
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
+        raise DataError(f"{where}: id is {json.dumps(given, default=str)}, expected a string")
+    if given == "":
+        raise DataError(f"{where}: id is empty; give one or leave the field out")
+    yield None if given is None else str(given), Text("", text, _agree(label, forced, where), where)
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise DataError(f"{where}: '{column}' must be a string, found {kind}")
+    return value
+
+
+def _agree(label: int | None, forced: int | None, where: str) -> int | None:
+    if forced is None or label is None or label == forced:
+        return label if forced is None else forced
+    file = "members" if forced else "nonmembers"
+    raise DataError(f"{where}: label is {label}, but this is the file of {file} (label {forced})")
+
+
+def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
+    """Gives every text an id of its own and reports repetitions."""
+    givens: dict[str, Text] = {}
+    for given, text in found:
+        if given is None:
+            continue
+        first = givens.setdefault(given, text)
+        if first.text != text.text:
+            raise DataError(
+                f"{where}: id '{given}' stands for two different texts, at {first.where} and at "
+                f"{text.where}; give each its own id"
+            )
+    taken: set[str] = set()
+    texts: list[Text] = []
+    for given, text in found:
+        identity = _free(given or content_id(text.text), given is not None, taken, givens)
+        taken.add(identity)
+        texts.append(text._replace(id=identity))
+    return collect(texts)
+
+
+def collect(texts: list[Text]) -> Texts:
+    """Texts with distinct ids, and which of them repeat others."""
+    first_id: dict[str, str] = {}
+    labels: dict[str, set[int | None]] = {}
+    for text in texts:
+        first_id.setdefault(text.text, text.id)
+        labels.setdefault(text.text, set()).add(text.label)
+    both = [first_id[text] for text, seen in labels.items() if {0, 1} <= seen]
+    return Texts(texts, len(texts) - len(first_id), both)
+
+
+def content_id(text: str) -> str:
+    """First 16 hex digits of the SHA-256 of the UTF-8 text: the id of a text that has none."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _free(base: str, is_given: bool, taken: set[str], givens: dict[str, Text]) -> str:
+    """`base`, or `base#2`, `base#3`, ...: never an id that another record was given."""
+    if base not in taken and (is_given or base not in givens):
+        return base
+    number = 2
+    while f"{base}#{number}" in taken or f"{base}#{number}" in givens:
+        number += 1
+    return f"{base}#{number}"
