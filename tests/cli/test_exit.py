@@ -65,7 +65,7 @@ def test_memory_that_runs_out(monkeypatch, capsys, on_device: bool):
     """Of a device, as JAX reports it, and of the host: one line that says what needs less."""
 
     def too_much(_):
-        (jnp if on_device else np).zeros(2**55, np.float32).block_until_ready()  # pyright: ignore
+        (jnp if on_device else np).zeros(2**55, np.float32).block_until_ready()
 
     monkeypatch.setattr(bench, "run", too_much)
     assert entry.main(["bench", "--model", "m", "--data", "d"]) == 71

@@ -60,10 +60,33 @@ def test_a_job_without_flags_has_the_defaults_of_its_fields():
 
 
 def test_flags_change_the_fields_of_their_names():
-    more = ["--max-length", "64", "--dtype", "bfloat16", "--padding", "visible", "--pad-to", "80",
-            "--seed", "7", "--preset", "official", "--passes", "8", "--set", "tail.parts=3",
-            "--no-figures", "--batch-size", "3", "--mask-id", "9", "--models", "in-turn",
-            "--attacks", "sama, loss"]  # fmt: skip
+    more = [
+        "--max-length",
+        "64",
+        "--dtype",
+        "bfloat16",
+        "--padding",
+        "visible",
+        "--pad-to",
+        "80",
+        "--seed",
+        "7",
+        "--preset",
+        "official",
+        "--passes",
+        "8",
+        "--set",
+        "tail.parts=3",
+        "--no-figures",
+        "--batch-size",
+        "3",
+        "--mask-id",
+        "9",
+        "--models",
+        "in-turn",
+        "--attacks",
+        "sama, loss",
+    ]
     args = parse("audit", *more)
     settings = flags.settings_of(args, AuditSettings)
     expected = AuditSettings.of(
