@@ -26,7 +26,7 @@ LAYERS = {
         "training": "core models texts storage weights",
         "reporting": "core storage",
         "programs": "core attacks models texts storage weights devices engine training reporting",
-        "cli": "attacks texts storage devices training reporting programs",
+        "cli": "attacks texts storage devices reporting programs",
     }.items()
 }
 """Folder -> the folders that it may import, besides the words. Lower layers stand first."""

@@ -47,7 +47,7 @@ def _add_training(p: flags.Flags) -> None:
 def finetune(args: argparse.Namespace) -> None:
     """Trains a model folder further."""
     settings = flags.settings_of(args, TrainSettings)
-    from sama_jax.training.finetune import finetune
+    from sama_jax.programs.finetune import finetune
 
     finetune(args.base, args.data, args.out, settings, heldout=args.held_out, quiet=args.quiet)
 
@@ -55,7 +55,7 @@ def finetune(args: argparse.Namespace) -> None:
 def pretrain(args: argparse.Namespace) -> None:
     """Trains a new model."""
     settings = flags.settings_of(args, TrainSettings, windows=True)
-    from sama_jax.training.finetune import pretrain
+    from sama_jax.programs.finetune import pretrain
 
     pretrain(
         args.config,

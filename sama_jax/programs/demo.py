@@ -1,4 +1,4 @@
-"""The demo: a whole audit with a known answer, on a model made here, in minutes on two cores.
+"""Runs a whole audit with a known answer, on a model made here, in minutes on two cores.
 
 Its corpus is the source of the standard library that runs it. A small LLaDA is pre-trained on one
 part; a random half of the rest is fine-tuned on (the members); then every attack says which half.
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from sama_jax.config import AuditSettings, PrefixSettings, TrainSettings
 from sama_jax.errors import UsageError
-from sama_jax.programs import audit
+from sama_jax.programs import audit, finetune
+from sama_jax.programs.jobs import AuditJob
 from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_atomic, write_json
 from sama_jax.storage.run_folder import Row, json_lines
-from sama_jax.terminal import console
+from sama_jax.terminal import Terminal
 from sama_jax.texts.read import read_split, read_texts
-from sama_jax.training import finetune
 
 MIN_CHARS, MAX_CHARS = 250, 700
 """Shorter documents are left out, longer ones cut: `MAX_TOKENS` tokens are about 300 characters."""
@@ -40,8 +40,20 @@ SEED_TEXTS = 100
 passes, almost as many as the 80,000 of all attacks together."""
 
 # Parts of the library that are tests, generated tables or not always installed.
-_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "ensurepip",
-            "encodings", "pydoc_data", "__pycache__", "tkinter", "dist-packages"}  # fmt: skip
+_SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "ensurepip",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+    "tkinter",
+    "dist-packages",
+}
 
 CONFIG: dict[str, Any] = {
     "model_type": "llada",
@@ -98,17 +110,17 @@ BERT: dict[str, Any] = {
 }
 """A masked language model of the demo's size."""
 NETWORKS = {"llada": CONFIG, "llama": LLAMA, "bert": BERT}
-"""What the demo can be made of: see `prepare`."""
+"""Name of a network, as `prepare` takes it -> its config.json."""
 PRETRAIN = TrainSettings(epochs=2, learning_rate=2e-3, max_length=MAX_TOKENS)
 FINETUNE = TrainSettings(epochs=40, learning_rate=1e-3, max_length=MAX_TOKENS)
-"""Forty epochs: memorised, as a small set that is fine-tuned on for long is."""
+"""Forty epochs, so that the members are memorised."""
 
 
 def stdlib_documents(folder: Path | None = None) -> list[str]:
-    """Top-level functions and classes of the standard library, none inside another.
+    """Lists top-level functions and classes of the standard library, none inside another.
 
-    At least `MIN_CHARS` characters each; in a fixed order; without exact duplicates and without
-    documents of which half the lines stand in earlier ones.
+    Each has at least `MIN_CHARS` characters. They come in a fixed order, without documents of
+    which half the lines or more stand in earlier ones.
     """
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     seen: set[bytes] = set()
@@ -125,6 +137,7 @@ def stdlib_documents(folder: Path | None = None) -> list[str]:
 
 
 def _top_level(path: Path) -> Iterator[str]:
+    """Yields the source of each function and class of a file; nothing if it cannot be parsed."""
     try:
         source = path.read_text("utf-8")
         tree = ast.parse(source)
@@ -141,7 +154,7 @@ def _line_key(line: str) -> bytes:
 
 
 def audit_settings() -> AuditSettings:
-    """Settings of the main audit."""
+    """Returns the settings of the main audit."""
     prefix = PrefixSettings(tokens=MAX_TOKENS)
     return AuditSettings(max_length=MAX_TOKENS, seed=MASK_SEEDS[0], prefix=prefix)
 
@@ -154,9 +167,9 @@ class Prepared(NamedTuple):
     members: Path
     nonmembers: Path
     finetune: Path
-    """The members and the few that serve as prefixes."""
+    """The members, and the few members that serve as prefixes."""
     prefixes: Path
-    """A few members that the auditor knows (label 1) and texts that are none (label 0)."""
+    """A few members that the auditor knows (label 1) and as many non-members (label 0)."""
     length: int
 
 
@@ -168,23 +181,26 @@ def prepare(
     fresh: bool = False,
     quiet: bool = False,
 ) -> Prepared:
-    """Makes, or finds made, the corpus, the base and the target in `out`.
+    """Makes the corpus, the base and the target in `out`, or finds them made.
 
-    Those of another `network` of `NETWORKS` lie in a folder of its name; the corpus and the lengths
-    of training are the same.
+    Models of another `network` of `NETWORKS` lie in a folder of its name; the corpus and the
+    settings of training are the same.
+
+    Raises:
+      UsageError: `out` is not a demo's folder, or that of another seed.
     """
-    say = console(quiet)
+    terminal = Terminal(quiet=quiet)
     pretraining, finetuning = (dataclasses.replace(s, seed=seed) for s in (PRETRAIN, FINETUNE))
     if fresh and out.is_dir():
         _remove(out)
     _claim(out, seed)
-    made, config = _corpus(out, seed, say), out / "corpus" / "config.json"
+    made, config = _corpus(out, seed, terminal), out / "corpus" / "config.json"
     if network != "llada":
         config = out / network / "config.json"
         write_json(config, NETWORKS[network])
         made = made._replace(base=out / network / "base", target=out / network / "target")
     name = NETWORKS[network]["architectures"][0]
-    say.print(f"1/4 pre-training a small {name} on the standard library's source")
+    terminal.say(f"1/4 pre-training a small {name} on the standard library's source")
     finetune.pretrain(
         config,
         out / "corpus" / "pretrain.jsonl",
@@ -194,7 +210,7 @@ def prepare(
         heldout=made.nonmembers,
         quiet=quiet,
     )
-    say.print(f"2/4 fine-tuning on {NUM_MEMBERS + NUM_PREFIXES} members")
+    terminal.say(f"2/4 fine-tuning on {NUM_MEMBERS + NUM_PREFIXES} members")
     finetune.finetune(
         made.base, made.finetune, made.target, finetuning, heldout=made.nonmembers, quiet=quiet
     )
@@ -204,15 +220,18 @@ def prepare(
 def run_demo(
     out: Path, *, seed: int = 42, fresh: bool = False, quiet: bool = False, command: str = ""
 ) -> results.Metrics:
-    """Makes the models, audits them and prints the result; returns the audit's metrics.
+    """Makes the models, audits them and prints the result.
 
     `out` gets corpus/, base/ (kept and reused), target/, audit/ (the results) and seeds/. A demo
     that was interrupted continues; one with another `seed` needs `fresh` or another folder.
+
+    Returns:
+      the metrics of the audit.
     """
-    start, say = time.monotonic(), console(quiet)
+    start, terminal = time.monotonic(), Terminal(quiet=quiet)
     made = prepare(out, seed=seed, fresh=fresh, quiet=quiet)
-    say.print(f"3/4 auditing {2 * NUM_MEMBERS} texts with every attack")
-    job = audit.AuditJob(
+    terminal.say(f"3/4 auditing {2 * NUM_MEMBERS} texts with every attack")
+    job = AuditJob(
         target=made.target,
         reference=made.base,
         texts=read_split(made.members, made.nonmembers),
@@ -225,7 +244,7 @@ def run_demo(
     )
     result = audit.run_audit(job)
     assert result is not None
-    say.print(f"4/4 SAMA and Ratio with other mask seeds, {SEED_TEXTS} texts")
+    terminal.say(f"4/4 SAMA and Ratio with other mask seeds, {SEED_TEXTS} texts")
     differences = _seed_study(job, result.rows, quiet)
     if not quiet:
         _print(result, differences, time.monotonic() - start)
@@ -241,7 +260,7 @@ def _remove(out: Path) -> None:
 
 
 def _claim(out: Path, seed: int) -> None:
-    """Another seed makes other models: they must not be mixed."""
+    """Marks a folder as that of a demo with this seed. Raises `UsageError` if it is another's."""
     if out.is_dir() and any(out.iterdir()):
         try:
             made = json.loads((out / "demo.json").read_text())["seed"]
@@ -257,8 +276,8 @@ def _claim(out: Path, seed: int) -> None:
     write_json(out / "demo.json", {"seed": seed})
 
 
-def _corpus(out: Path, seed: int, say: Any) -> Prepared:
-    """Writes the three parts once: a random half of the documents that are kept out is members."""
+def _corpus(out: Path, seed: int, terminal: Terminal) -> Prepared:
+    """Writes the texts once, and returns where everything of a LLaDA demo lies."""
     folder = out / "corpus"
     made = Prepared(
         base=out / "base",
@@ -277,30 +296,34 @@ def _corpus(out: Path, seed: int, say: Any) -> Prepared:
                 f"form, the demo needs {4 * NUM_MEMBERS}; use a Python that ships its .py files"
             )
         random.Random(seed).shuffle(documents)
-        members, known = documents[:NUM_MEMBERS], documents[NUM_MEMBERS:][:NUM_PREFIXES]
-        rest = documents[NUM_MEMBERS + NUM_PREFIXES :]
-        nonmembers, pretrain = rest[:NUM_MEMBERS], rest[NUM_MEMBERS:]
-        shots = [(t, 1) for t in known] + [(t, 0) for t in pretrain[-NUM_PREFIXES:]]
-        parts = {
-            made.members: [{"text": t} for t in members],
-            made.nonmembers: [{"text": t} for t in nonmembers],
-            made.finetune: [{"text": t} for t in members + known],
-            made.prefixes: [{"text": t, "label": label} for t, label in shots],
-            folder / "pretrain.jsonl": [{"text": t} for t in pretrain],
-        }
-        for path, texts in parts.items():
-            write_atomic(path, json_lines(texts))
-        write_json(folder / "config.json", CONFIG)  # last: its presence means complete
-        say.print(f"corpus: {len(documents)} top-level functions and classes of this Python")
+        _write_corpus(documents, made)
+        terminal.say(f"corpus: {len(documents)} top-level functions and classes of this Python")
     return made
 
 
-def _seed_study(
-    job: audit.AuditJob, rows: Sequence[Row], quiet: bool
-) -> dict[int, tuple[float, float]]:
-    """AUC of SAMA and of Ratio for each mask seed on the first texts of both classes.
+def _write_corpus(documents: list[str], made: Prepared) -> None:
+    """Splits shuffled documents: members, their prefixes, non-members; the base learns the rest."""
+    members, known = documents[:NUM_MEMBERS], documents[NUM_MEMBERS:][:NUM_PREFIXES]
+    rest = documents[NUM_MEMBERS + NUM_PREFIXES :]
+    nonmembers, pretrain = rest[:NUM_MEMBERS], rest[NUM_MEMBERS:]
+    shots = [(t, 1) for t in known] + [(t, 0) for t in pretrain[-NUM_PREFIXES:]]
+    folder = made.members.parent
+    parts = {
+        made.members: [{"text": t} for t in members],
+        made.nonmembers: [{"text": t} for t in nonmembers],
+        made.finetune: [{"text": t} for t in members + known],
+        made.prefixes: [{"text": t, "label": label} for t, label in shots],
+        folder / "pretrain.jsonl": [{"text": t} for t in pretrain],
+    }
+    for path, texts in parts.items():
+        write_atomic(path, json_lines(texts))
+    write_json(folder / "config.json", CONFIG)  # last: its presence means complete
 
-    The main audit is the first seed.
+
+def _seed_study(job: AuditJob, rows: Sequence[Row], quiet: bool) -> dict[int, tuple[float, float]]:
+    """Returns the AUC of SAMA and of Ratio for each mask seed, on the first texts of both classes.
+
+    The main audit is the first seed. Writes `seeds.json`.
     """
     aucs = {MASK_SEEDS[0]: _aucs(rows[:SEED_TEXTS])}
     for seed in MASK_SEEDS[1:]:
@@ -317,7 +340,7 @@ def _seed_study(
         result = audit.run_audit(again)
         assert result is not None
         aucs[seed] = _aucs(result.rows)
-        console(quiet).print(f"    mask seed {seed}: SAMA {aucs[seed][0]:.3f}")
+        Terminal(quiet=quiet).say(f"    mask seed {seed}: SAMA {aucs[seed][0]:.3f}")
     write_json(
         job.out.parent / "seeds.json",
         {str(s): {"sama": a, "ratio": b} for s, (a, b) in aucs.items()},
@@ -330,9 +353,7 @@ def _aucs(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def _print(result: audit.AuditResult, aucs: dict[int, tuple[float, float]], seconds: float) -> None:
-    from rich.console import Console
-
-    Console().print(tables.metrics_table(result.metrics, result.rows, result.cost))
+    Terminal().show(tables.metrics_table(result.metrics, result.rows, result.cost))
     gaps = [sama - ratio for sama, ratio in aucs.values()]
     values = ", ".join(f"{gap:+.3f}" for gap in gaps)
     print(

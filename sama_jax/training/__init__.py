@@ -1,4 +1,4 @@
-"""Trains models: one step as a pure function, the loop around it, and new tokenizers.
+"""Trains models: a step as a pure function, the loop, the run folder, and new tokenizers.
 
 May import the words, `core`, `models`, `texts`, `storage` and `weights`; Optax is used here alone.
 """

@@ -21,9 +21,10 @@ from sama_jax import attacks
 from sama_jax.arrays import TextKeyData
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
-from sama_jax.programs import demo, experiment
+from sama_jax.programs import demo, experiment, finetune
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.training import finetune, step
+from sama_jax.training import loop, step
+from sama_jax.training.sequences import pad
 from sama_jax.weights import model_folder
 
 VOCAB = 300
@@ -78,7 +79,7 @@ def tune(root, name, out, settings=SHORT):
 
 def opened(path):
     folder = model_folder.open_folder(path)
-    return folder.model, model_folder.load(folder, finetune._device())
+    return folder.model, model_folder.load(folder, loop.device())
 
 
 @partial(jax.jit, static_argnums=0)
@@ -96,7 +97,7 @@ def reopened_by_transformers(root, name):
 def batch(root, name):
     """(tokens, valid) of the texts, padded with the end of text."""
     found = TextTokenizer.from_folder(root / name).encode(TEXTS, 40)
-    tokens, lengths = finetune._pad([e.ids for e in found], 40, VOCAB - 2)
+    tokens, lengths = pad([e.ids for e in found], 40, VOCAB - 2)
     return tokens, np.arange(40)[None] < lengths[:, None]
 
 
@@ -215,7 +216,7 @@ def test_a_fine_tuned_folder_resumes_bit_for_bit(box, name, monkeypatch):
     expected = tune(box, name, f"{name}-whole")
     before = json.loads((box / name / "train.json").read_text())["result"]
     assert expected["nll_before"] == pytest.approx(before["nll_after"], abs=1e-6)
-    original = finetune.batch_rows
+    original = loop.batch_rows
 
     def rows(seed, at, *args):
         if at == 6:
@@ -223,7 +224,7 @@ def test_a_fine_tuned_folder_resumes_bit_for_bit(box, name, monkeypatch):
         return original(seed, at, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "batch_rows", rows)
+        patch.setattr(loop, "batch_rows", rows)
         with pytest.raises(Interrupted, match="saved after step 7 of 14"):
             tune(box, name, f"{name}-resumed")
     assert tune(box, name, f"{name}-resumed")["nll_after"] == expected["nll_after"]
@@ -261,7 +262,7 @@ def test_a_given_tokenizer_must_have_a_mask_only_where_masks_are_learned(box, mo
         # One unknown word each, and nothing before it: only the next token is missing.
         pretrain(box, "llama", box / "given-llama", tokenizer=box / "words.json")
     started = []
-    monkeypatch.setattr(finetune, "_train", lambda start, *_: started.append(start) or {})
+    monkeypatch.setattr(loop, "train", lambda start, *_: started.append(start) or {})
     pretrain(box, "bert", box / "given-bert", tokenizer=box / "masking.json")
     assert started[0].model.mask_id == started[0].config["mask_token_id"] == 2
     written = json.loads((box / "given-bert" / "tokenizer_config.json").read_text())

@@ -18,8 +18,10 @@ from sama_jax.config import TrainSettings
 from sama_jax.core import losses
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.models.transformer import Architecture, TransformerModel
+from sama_jax.programs import finetune
+from sama_jax.terminal import Terminal
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.training import finetune, step
+from sama_jax.training import loop, new_tokenizer, runs, sequences, step
 from sama_jax.weights import model_folder
 from sama_jax.weights.orbax import Checkpoints
 
@@ -226,12 +228,12 @@ def test_weight_decay_spares_norms(tiny):
 
 
 def test_each_epoch_is_a_permutation_and_batches_run_across_epochs():
-    flat = np.concatenate([finetune.batch_rows(7, step, 4, 6) for step in range(6)])
+    flat = np.concatenate([loop.batch_rows(7, step, 4, 6) for step in range(6)])
     epochs = flat.reshape(4, 6)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(6), (4, 1)))
     assert len({tuple(e) for e in epochs}) > 1
-    assert (finetune.batch_rows(8, 0, 6, 6) != flat[:6]).any()
-    np.testing.assert_array_equal(np.bincount(finetune.batch_rows(7, 3, 30, 6)), [5] * 6)
+    assert (loop.batch_rows(8, 0, 6, 6) != flat[:6]).any()
+    np.testing.assert_array_equal(np.bincount(loop.batch_rows(7, 3, 30, 6)), [5] * 6)
 
 
 @pytest.fixture
@@ -243,13 +245,15 @@ def test_windows_cover_a_text_and_short_remainders_go(tokenizer):
     texts = [" ".join(TEXTS), "fox", ""]
     settings = dataclasses.replace(SETTINGS, windows=True, max_length=20)
     whole = tokenizer.encode(texts, 10**6)[0].ids
-    found = finetune.token_sequences(tokenizer, texts, settings)
+    found = sequences.token_sequences(tokenizer, texts, settings, Terminal(quiet=True))
     rest = len(whole) % 20
-    kept = whole if rest == 0 or rest >= finetune.MIN_WINDOW else whole[: len(whole) - rest]
+    kept = whole if rest == 0 or rest >= sequences.MIN_WINDOW else whole[: len(whole) - rest]
     np.testing.assert_array_equal(np.concatenate(found[:-1]), kept)
     assert all(len(f) == 20 for f in found[:-2])
     np.testing.assert_array_equal(found[-1], tokenizer.encode(["fox"], 20)[0].ids)
-    cut = finetune.token_sequences(tokenizer, texts, dataclasses.replace(settings, windows=False))
+    cut = sequences.token_sequences(
+        tokenizer, texts, dataclasses.replace(settings, windows=False), Terminal(quiet=True)
+    )
     assert [len(c) for c in cut] == [20, len(found[-1])]
 
 
@@ -276,14 +280,14 @@ def assert_same_weights(a, b):
 
 def interrupt_at(monkeypatch, step):
     """SIGTERM arrives while the host prepares this step's batch."""
-    original = finetune.batch_rows
+    original = loop.batch_rows
 
     def rows(seed, at, *args):
         if at == step:
             signal.raise_signal(signal.SIGTERM)
         return original(seed, at, *args)
 
-    monkeypatch.setattr(finetune, "batch_rows", rows)
+    monkeypatch.setattr(loop, "batch_rows", rows)
 
 
 def test_training_lowers_the_loss_and_reports(folder, finished):
@@ -332,7 +336,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder, finish
 
 def test_a_crash_resumes_from_the_last_checkpoint_bit_for_bit(folder, finished, monkeypatch):
     settings = dataclasses.replace(SETTINGS, checkpoint_every=4)
-    original = finetune.batch_rows
+    original = loop.batch_rows
     steps = []
 
     def rows(seed, step, *args):
@@ -341,7 +345,7 @@ def test_a_crash_resumes_from_the_last_checkpoint_bit_for_bit(folder, finished, 
             raise RuntimeError("power cut")
         return original(seed, step, *args)
 
-    monkeypatch.setattr(finetune, "batch_rows", rows)
+    monkeypatch.setattr(loop, "batch_rows", rows)
     with pytest.raises(RuntimeError, match="power cut"):
         tune(folder, "crashed", settings)
     before = len(steps)
@@ -355,7 +359,7 @@ def test_signal_handlers_are_restored(folder, finished):
 
 
 def test_a_finished_run_returns_at_once(folder, finished, monkeypatch):
-    monkeypatch.setattr(finetune, "_train", None)  # would fail if it were called
+    monkeypatch.setattr(loop, "train", None)  # would fail if it were called
     assert tune(folder, "whole") == finished[1]
 
 
@@ -372,7 +376,7 @@ def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
     tune(folder, "reopened", settings)
     opened = model_folder.open_folder(folder / "reopened")
     assert opened.model.mask_id == VOCAB - 1
-    params = model_folder.load(opened, finetune._device())
+    params = model_folder.load(opened, loop.device())
     tokens, valid = jnp.arange(24).reshape(2, 12), jnp.ones((2, 12), bool)
 
     @jax.jit
@@ -385,7 +389,7 @@ def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
 
 
 def test_only_companions_of_the_weights_are_copied(folder, tmp_path):
-    finetune._copy_companions(folder / "base", tmp_path)
+    runs.copy_companions(folder / "base", tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
 
 
@@ -492,7 +496,7 @@ def test_the_trained_tokenizer_has_exactly_the_ids_of_the_config(folder):
     config = json.loads((folder / "base" / "config.json").read_text())
     assert config["mask_token_id"] == VOCAB - 1
     assert config["eos_token_id"] == config["pad_token_id"] == VOCAB - 2
-    raw = finetune.train_tokenizer(["ab"], 400)  # far fewer merges than ids
+    raw = new_tokenizer.train_tokenizer(["ab"], 400)  # far fewer merges than ids
     assert raw.get_vocab_size() == 400
     assert raw.decode(raw.encode("Grüße, 世界").ids) == "Grüße, 世界"
 
@@ -529,7 +533,7 @@ def test_a_given_tokenizer_is_used(folder):
 
 def abstract_of(state):
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=finetune._device()), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=loop.device()), state
     )
 
 

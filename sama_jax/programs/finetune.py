@@ -1,0 +1,138 @@
+"""Fine-tunes a model folder, or pre-trains a small model from scratch.
+
+Checks what was asked for, opens the output folder, and hands both to `training.loop`.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sama_jax import rng
+from sama_jax.config import TrainSettings
+from sama_jax.errors import ModelError, UsageError
+from sama_jax.models.registry import FamilyConfig, build_model, read_config
+from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.training import loop, new_tokenizer, runs
+from sama_jax.training.interruption import interruptible
+from sama_jax.weights import model_folder
+
+
+def finetune(
+    base: Path,
+    data: Path,
+    out: Path,
+    settings: TrainSettings,
+    heldout: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains all parameters of the model folder `base` on the texts of `data`, into folder `out`.
+
+    The objective is that of the model's kind (`step.loss_of_kind`). The same call continues an
+    interrupted run and returns at once from a finished one. Weights are kept and written in
+    float32, whatever `base` stores.
+
+    Returns:
+      `steps`, `tokens`, `texts`, `loss` (mean of the last ten steps), `nll_before`, `nll_after`
+      (nats a token, by `step.HELD_OUT`), `nll_on`, `seconds`, `tokens_per_second`.
+
+    Raises:
+      UsageError: `out` belongs to another run.
+      DataError, ModelError: inputs.
+      Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    with interruptible(out) as stop:
+        base = model_folder.resolve(base)
+        folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
+        _require_trainable(folder.family, settings, str(base))
+        tokenizer = TextTokenizer.from_folder(base)
+        require_ids_fit(tokenizer, folder.model.vocab_size, str(base))
+        identity = {"command": "finetune", "base": folder.identity}
+        run = runs.open_run(out, identity, settings, data, heldout, quiet)
+        if run.finished:
+            return run.manifest["result"]
+        runs.copy_companions(base, out)
+        start = loop.Start(
+            folder.model,
+            folder.family.family,
+            folder.config,
+            tokenizer,
+            lambda: model_folder.load(folder, loop.device()),
+        )
+        return loop.train(start, run, settings, stop)
+
+
+def pretrain(
+    config: Path,
+    data: Path,
+    out: Path,
+    settings: TrainSettings,
+    tokenizer: Path | None = None,
+    heldout: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains a model from random weights, into folder `out`.
+
+    Args:
+      config: the `config.json` of a supported family; with no tokenizer given, its two last ids
+        below `vocab_size` are the end of text and the mask token, and may be left out.
+      tokenizer: `tokenizer.json`, or None to train a byte-level BPE on the texts.
+
+    Returns and raises what `finetune` does.
+    """
+    with interruptible(out) as stop:
+        full, tokenizer_name = _new_config(config, tokenizer)
+        family = read_config(full, str(config))
+        _require_trainable(family, settings, str(config))
+        identity = {
+            "command": "pretrain",
+            "base": hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(),
+            "tokenizer": tokenizer_name,
+        }
+        run = runs.open_run(out, identity, settings, data, heldout, quiet)
+        if run.finished:
+            return run.manifest["result"]
+        placed = new_tokenizer.place_tokenizer(tokenizer, run, full["vocab_size"])
+        model = build_model(family, family.mask_id or 0, jnp.dtype("float32"))
+        require_ids_fit(placed, model.vocab_size, str(config))
+        key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
+        # Outside jit, initialisers run one by one: 20 s instead of 2.
+        init = jax.jit(model.init)
+        start = loop.Start(model, family.family, full, placed, lambda: init(key))
+        return loop.train(start, run, settings, stop)
+
+
+def _new_config(path: Path, tokenizer: Path | None) -> tuple[dict[str, Any], str]:
+    """Reads the config of a new model: with its special ids, and the tokenizer's fingerprint."""
+    config = new_tokenizer.read_new_config(path)
+    kind = read_config(config, str(path)).kind
+    if tokenizer is None:
+        name, ids = "trained here", new_tokenizer.trained_ids(kind, config["vocab_size"])
+    else:
+        given = TextTokenizer.from_file(tokenizer)
+        name, ids = given.fingerprint, new_tokenizer.given_ids(kind, given)
+    full = new_tokenizer.with_token_ids(config, ids, str(path))
+    if kind != "autoregressive" and full.get("mask_token_id") is None:
+        raise ModelError(
+            f"{path}: has no mask_token_id, and the tokenizer has none of the tokens "
+            f"{', '.join(new_tokenizer.MASK_TOKENS)}; add one of them"
+        )
+    return full, name
+
+
+def _require_trainable(family: FamilyConfig, settings: TrainSettings, where: str) -> None:
+    """Raises where settings ask for what this kind of model cannot do."""
+    if settings.train_on_padding and family.kind != "diffusion":
+        raise UsageError(
+            f"{where}: train_on_padding is defined for diffusion models, this one is "
+            f"{family.kind}; leave it out"
+        )
+    limit = family.arch.max_length
+    if limit is not None and settings.max_length > limit:
+        raise ModelError(
+            f"{where}: has position embeddings for {limit} tokens, but max_length is "
+            f"{settings.max_length}; lower it"
+        )

@@ -1,0 +1,53 @@
+"""Turns Ctrl-C and SIGTERM into a stop in good order."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from sama_jax.errors import Interrupted
+
+
+class Stop:
+    """A handler of signals. Inside `deferred` the first signal only sets `requested`."""
+
+    def __init__(self, out: Path):
+        self.out, self.requested, self._defer = out, False, False
+
+    def __call__(self, *_: object) -> None:
+        if not self._defer or self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Lets the code inside finish its step; a second signal does not wait."""
+        self._defer = True
+        try:
+            yield
+        finally:
+            self._defer = False
+
+    def error(self, detail: str) -> Interrupted:
+        """Returns the error to raise, which says what was kept."""
+        return Interrupted(f"{self.out}: interrupted, {detail}; the same command continues")
+
+
+@contextlib.contextmanager
+def interruptible(out: Path) -> Iterator[Stop]:
+    """Catches Ctrl-C and SIGTERM for the code inside, which then raises `Interrupted`.
+
+    Python lets only the main thread catch signals; elsewhere nothing is caught.
+    """
+    stop, before = Stop(out), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, stop)
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        raise stop.error("work since the last checkpoint is lost") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,268 @@
+"""Trains from a checked start to a finished model folder.
+
+A run is a function of settings, texts and starting weights alone. Masks derive from (seed, step)
+and the order of texts from (seed, epoch), so an interrupted run that continues ends with the same
+bits as one that was not (on a backend whose kernels are deterministic, as the CPU's are).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, Float, Int
+
+from sama_jax import rng
+from sama_jax.arrays import Model, Params
+from sama_jax.config import TrainSettings
+from sama_jax.errors import DataError, UsageError
+from sama_jax.storage import files
+from sama_jax.texts.tokenizer import TextTokenizer
+from sama_jax.training.held_out import MAX_TEXTS, HeldOut, held_out, mean_nll
+from sama_jax.training.interruption import Stop
+from sama_jax.training.runs import CHECKPOINTS, LOG, Run
+from sama_jax.training.sequences import Ids, predictable, token_sequences, training_arrays
+from sama_jax.training.step import (
+    HELD_OUT,
+    Recipe,
+    TrainState,
+    batch_rows,
+    init_state,
+    learning_rate,
+    make_recipe,
+    train_step,
+)
+from sama_jax.weights import model_folder
+from sama_jax.weights.orbax import Checkpoints
+
+LOG_EVERY = 10
+"""Steps from one line of the log to the next."""
+SLOW_STEP = 0.5
+"""Seconds a step from which the host waits for every step."""
+REMAT_PARAMS = 300_000_000
+"""From this size on, blocks are recomputed in the backward pass: activations would not fit."""
+
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    model: Model
+    family: str
+    config: dict[str, Any]
+    tokenizer: TextTokenizer
+    params: Callable[[], Params]
+    """Loads or draws the first weights."""
+
+
+def device() -> SingleDeviceSharding:
+    """Returns where training computes: on the first device."""
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[str, Any]:
+    """Trains, measures the held-out loss before and after, and writes the model into `run.out`.
+
+    Returns the result that the manifest keeps.
+    """
+    sequences = _learnable(start, run, run.texts, settings, "training")
+    tokens, lengths = training_arrays(sequences, settings, start.config)
+    held = _held_texts(start, run, settings, sequences)
+    steps = math.ceil(settings.epochs * len(sequences) / settings.batch_size)
+    abstract = jax.eval_shape(start.model.init, jax.random.key(0))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    run.terminal.say(_estimate(sequences, tokens.shape[1], steps, settings, num_params))
+
+    options = {"dtype": jnp.dtype(settings.dtype), "remat": num_params > REMAT_PARAMS}
+    # Models are dataclasses, which their protocol cannot say.
+    model = dataclasses.replace(start.model, **options)  # pyright: ignore
+    recipe = make_recipe(settings, steps)
+    evaluate = partial(HELD_OUT[model.kind], model, np.uint32(settings.seed))
+    with Checkpoints(run.out / CHECKPOINTS) as checkpoints:
+        state = _restore(checkpoints, abstract, recipe)
+        if state is None:
+            params = jax.device_put(start.params(), device())
+            run.remember(nll_before=mean_nll(evaluate, params, held, "before", run.terminal))
+            state = init_state(params, recipe)
+        elif int(state.step) < steps:
+            run.terminal.say(f"continuing after step {int(state.step):,} of {steps:,}")
+        loop = Loop(run, settings, recipe, steps, checkpoints, stop)
+        state = loop.train(model, state, tokens, lengths)
+    after = mean_nll(evaluate, state.params, held, "after", run.terminal)
+    result = _result(loop, run, held, after)
+    run.remember(result=result)
+    model_folder.save_folder(
+        run.out, state.params, start.model, start.config, run.out, start.family
+    )
+    shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
+    run.terminal.say(
+        f"{result['nll_before']:.3f} -> {after:.3f} nats a token on {held.name}; {run.out} is a "
+        "model folder now"
+    )
+    return result
+
+
+def _result(loop: "Loop", run: Run, held: HeldOut, after: float) -> dict[str, Any]:
+    return {
+        "steps": loop.steps,
+        "tokens": loop.tokens,
+        "texts": len(run.texts),
+        "loss": loop.loss,
+        "nll_before": run.manifest["nll_before"],
+        "nll_after": after,
+        "nll_on": held.name,
+        "seconds": round(loop.seconds, 3),
+        "tokens_per_second": round(loop.tokens / max(loop.seconds, 1e-9), 1),
+    }
+
+
+def _estimate(
+    sequences: Sequence[Ids], length: int, steps: int, settings: TrainSettings, num_params: int
+) -> str:
+    tokens = sum(map(len, sequences))
+    total = tokens * steps * settings.batch_size // len(sequences)
+    return (
+        f"{len(sequences):,} sequences, {tokens:,} tokens, padded to {length}; {steps:,} steps of "
+        f"{settings.batch_size}, about {total:,} tokens; {num_params / 1e6:.2f} M parameters, "
+        f"activations in {settings.dtype}"
+    )
+
+
+def _learnable(
+    start: Start, run: Run, texts: Sequence[str], settings: TrainSettings, name: str
+) -> list[Ids]:
+    """Encodes the texts; raises `DataError` if none has a token to predict."""
+    found = token_sequences(start.tokenizer, texts, settings, run.terminal)
+    sequences = predictable(found, start.model.kind)
+    if not sequences:
+        raise DataError(f"none of the {len(texts):,} {name} texts has a token to predict")
+    return sequences
+
+
+def _held_texts(
+    start: Start, run: Run, settings: TrainSettings, sequences: Sequence[Ids]
+) -> HeldOut:
+    """Prepares the held-out texts, or the first training texts if there are none."""
+    kind = start.model.kind
+    if run.heldout is None:
+        name = f"the first {min(len(sequences), MAX_TEXTS)} training texts"
+        return held_out(name, kind, sequences)
+    found = _learnable(start, run, run.heldout[:MAX_TEXTS], settings, "held-out")
+    return held_out(f"{min(len(found), MAX_TEXTS)} held-out texts", kind, found)
+
+
+def _restore(checkpoints: Checkpoints, params: Params, recipe: Recipe) -> TrainState | None:
+    """Reads the newest state of this run, if there is one; `params` are shapes."""
+    abstract = jax.eval_shape(lambda p: init_state(p, recipe), params)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device()), abstract
+    )
+    found = checkpoints.restore(abstract)
+    return None if found is None else found[1]
+
+
+class Loop:
+    """Runs the steps. It keeps the device busy by waiting for losses only every ten steps."""
+
+    def __init__(
+        self,
+        run: Run,
+        settings: TrainSettings,
+        recipe: Recipe,
+        steps: int,
+        checkpoints: Checkpoints,
+        stop: Stop,
+    ):
+        self.run, self.settings, self.recipe, self.steps = run, settings, recipe, steps
+        self.checkpoints, self.stop = checkpoints, stop
+        self.tokens, self.seconds, self.loss = 0, 0.0, float("nan")
+        self._pending: list[Float[Array, ""]] = []
+        self._mark = 0.0
+
+    def train(
+        self,
+        model: Model,
+        state: TrainState,
+        tokens: Int[np.ndarray, "n l"],
+        lengths: Int[np.ndarray, " n"],
+    ) -> TrainState:
+        """Runs all remaining steps.
+
+        The state is on disk when this returns or raises `Interrupted`.
+        """
+        first = int(state.step)
+        log = self._open_log(first)
+        key = rng.run_key(self.settings.seed, rng.Purpose.TRAINING_MASKS)
+        columns = np.arange(tokens.shape[1])[None, :]
+        bar = self.run.terminal.bar("train", self.steps, "steps", done=first)
+        with self.stop.deferred(), contextlib.closing(log), bar:
+            bar.note("compiling the training step (once)" if first < self.steps else "")
+            slow = True  # until the first ten steps are timed
+            for done in range(first + 1, self.steps + 1):
+                rows = batch_rows(
+                    self.settings.seed, done - 1, self.settings.batch_size, len(lengths)
+                )
+                valid = columns < lengths[rows][:, None]
+                state, loss = train_step(model, self.recipe, state, tokens[rows], valid, key)
+                if done == first + 1:
+                    self._mark = time.monotonic()  # compiled; its time is not training's
+                    bar.note("")
+                self._pending.append(loss)
+                self.tokens += int(lengths[rows].sum())
+                save = done % self.settings.checkpoint_every == 0 or done == self.steps
+                save |= self.stop.requested
+                if save or done % LOG_EVERY == 0:
+                    slow = self._flush(done, log) > SLOW_STEP
+                    bar.note(f"loss {self.loss:.3f}, {self.tokens / self.seconds:,.0f} tokens/s")
+                elif slow:
+                    loss.block_until_ready()  # so that progress and Ctrl-C keep up
+                bar.advance(1)
+                if save:
+                    self.checkpoints.save(done, state)
+                if self.stop.requested:
+                    self.checkpoints.wait()
+                    raise self.stop.error(f"saved after step {done:,} of {self.steps:,}")
+        self.checkpoints.wait()
+        return state
+
+    def _flush(self, done: int, log: files.AppendOnly) -> float:
+        """Waits for the losses since the last call and logs their mean; returns seconds a step."""
+        values = np.asarray(jax.device_get(self._pending))
+        now = time.monotonic()
+        elapsed, self._mark = now - self._mark, now
+        self.seconds += elapsed
+        self.loss, self._pending = float(values.mean()), []
+        if not np.isfinite(values).all():
+            raise UsageError(
+                f"the loss is {self.loss} within the {len(values)} steps before step {done}; lower "
+                f"learning_rate (now {self.settings.learning_rate:g}) or use float32"
+            )
+        log.append_json(
+            {
+                "step": done,
+                "loss": round(self.loss, 6),
+                "lr": float(f"{float(learning_rate(self.recipe, done - 1)):.6g}"),
+                "seconds": round(self.seconds, 3),
+                "tokens": self.tokens,
+            }
+        )
+        return elapsed / len(values)
+
+    def _open_log(self, first: int) -> files.AppendOnly:
+        """Opens the log without the lines of steps that are repeated; counters go on from it."""
+        path = self.run.out / LOG
+        kept = [line for line in files.read_json_lines(path)[0] if line["step"] <= first]
+        files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        if kept:
+            self.loss, self.seconds, self.tokens = (
+                kept[-1][k] for k in ("loss", "seconds", "tokens")
+            )
+        return files.AppendOnly(path)

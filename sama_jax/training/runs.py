@@ -1,0 +1,123 @@
+"""Keeps the output folder of a training: what it was started with, and who may continue it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sama_jax.config import TrainSettings
+from sama_jax.errors import UsageError
+from sama_jax.storage import files
+from sama_jax.terminal import Terminal
+from sama_jax.texts.read import read_texts
+from sama_jax.training.sequences import digest, training_texts
+from sama_jax.weights import model_folder
+
+MANIFEST, LOG, CHECKPOINTS = "train.json", "log.jsonl", "checkpoints"
+
+
+class Run(NamedTuple):
+    """An opened output folder and the texts that belong to it."""
+
+    out: Path
+    manifest: dict[str, Any]
+    texts: list[str]
+    heldout: list[str] | None
+    terminal: Terminal
+
+    @property
+    def finished(self) -> bool:
+        """Tells whether the folder holds the trained model."""
+        return (self.out / model_folder.CONFIG).is_file()
+
+    def remember(self, **values: Any) -> None:
+        """Adds to the manifest and writes it."""
+        self.manifest.update(values)
+        files.write_json(self.out / MANIFEST, self.manifest)
+
+
+def open_run(
+    out: Path,
+    identity: dict[str, Any],
+    settings: TrainSettings,
+    data: Path,
+    heldout: Path | None,
+    quiet: bool,
+) -> Run:
+    """Reads the texts and opens `out`, new or left by the same run.
+
+    Raises:
+      UsageError: `out` holds something else.
+      DataError: the texts.
+    """
+    terminal = Terminal(quiet=quiet)
+    texts = training_texts(data, terminal)
+    held = None if heldout is None else [t.text for t in read_texts(heldout).texts]
+    given = dataclasses.asdict(settings)
+    del given["checkpoint_every"]  # when states are saved changes no number
+    identity = {
+        **identity,
+        "data": digest(texts),
+        "heldout": None if held is None else digest(held),
+        "settings": given,
+    }
+    manifest = _manifest(out, identity)
+    run = Run(out, manifest or {}, texts, held, terminal)
+    if manifest is None:
+        run.remember(identity=identity)
+    elif run.finished:
+        terminal.say(f"{out}: this training is finished already; nothing to do")
+    return run
+
+
+def _manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Reads what the same run left in `out`; None if `out` is free. Raises `UsageError`."""
+    path = out / MANIFEST
+    if path.is_file():
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+            before = manifest["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path}: not readable ({error}); choose another output folder"
+            ) from None
+        _require_same_run(out, before, identity)
+        return manifest
+    if (out / model_folder.CONFIG).is_file():
+        raise UsageError(
+            f"{out}: holds a model that was not trained here; choose another output folder"
+        )
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError(
+            f"{out}: not empty, and has no {MANIFEST} of a training to go on with; choose a "
+            "new folder"
+        )
+    return None
+
+
+def _require_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def flat(identity: dict[str, Any]) -> dict[str, Any]:
+        rest = {k: v for k, v in identity.items() if k != "settings"}
+        return {**rest, **identity.get("settings", {})}
+
+    old, new = flat(before), flat(now)
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    if changed:
+        shown = "; ".join(f"{k} was {_short(old.get(k))}, is {_short(new.get(k))}" for k in changed)
+        raise UsageError(
+            f"{out}: belongs to another training run ({shown}); choose another output folder, or "
+            "delete this one to start over"
+        )
+
+
+def _short(value: Any) -> Any:
+    return value[:16] if isinstance(value, str) else value
+
+
+def copy_companions(base: Path, out: Path) -> None:
+    """Copies the tokenizer and other files that lie with the weights, but not those of a run."""
+    with files.writing(out):
+        for file in model_folder.companions(base):
+            if file.name not in (MANIFEST, LOG, "README.md"):
+                shutil.copyfile(file, out / file.name)
