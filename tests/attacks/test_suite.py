@@ -24,7 +24,7 @@ from sama_jax.config import (
     PrefixSettings,
     SamaSettings,
 )
-from sama_jax.core import losses, metrics
+from sama_jax.core import losses
 from sama_jax.engine.tasks import passes
 from sama_jax.engine.text_table import table_from_description
 from sama_jax.programs.audit import AuditJob, AuditResult, run_audit
@@ -189,19 +189,16 @@ def test_shared_passes_are_at_most_sixty_percent(capsys, monkeypatch):
     assert "not part of 'all': its:code, ladder:calibrated" in printed
 
 
-def test_identical_models_leave_every_calibrated_attack_constant_or_at_one_half(
-    box: Path, tmp_path: Path
-):
+def test_identical_models_leave_every_calibrated_attack_constant(box: Path, tmp_path: Path):
+    """What the target says of a text and the reference says as well speaks for no text."""
     result = audit(box, tmp_path / "run", "all", reference=box / "target")
-    for attack in attacks.select(["all"]):
-        if not passes(attack, SETTINGS)["reference"] or attack.name not in result.rows[0]["scores"]:
-            continue
-        if attack.name in ("neighbor", "dfmia"):
-            continue  # the reference only proposes; its loss is not subtracted
-        values = column(result.rows, attack.name)
-        summary = result.metrics["attacks"][attack.name]
-        low, high = summary["auc_ci"] or (0.5, 0.5)  # no score at all
-        assert len(set(values)) == 1 or low <= 0.5 <= high, attack.name
+    scored = set(result.rows[0]["scores"])
+    calibrated = [a for a in attacks.select(["all"]) if passes(a, SETTINGS)["reference"]]
+    # The reference only proposes words there; its loss is not subtracted.
+    names = {a.name for a in calibrated} & scored - {"neighbor", "dfmia"}
+    spread = {n: len(set(column(result.rows, n))) for n in names}
+    assert len(names) >= 12
+    assert spread == dict.fromkeys(names, 1)
 
 
 def test_no_score_knows_the_label_of_a_scored_text(
@@ -225,21 +222,6 @@ def test_no_score_knows_the_label_of_a_scored_text(
         assert row["status"] == before["status"]
     aucs = [r.metrics["attacks"]["loss"]["auc"] for r in (result, everything)]
     assert sum(aucs) == pytest.approx(1.0)
-
-
-def test_permuted_labels_give_one_half(everything: AuditResult):
-    """Drawn at random, they are guessed at chance."""
-    rows = [r for r in everything.rows if r["status"] == "ok"]
-    draw = np.random.default_rng(0)
-    for name in everything.metrics["attacks"]:
-        if name == "bows":
-            continue  # learns the labels; permuted in its own test
-        values = np.array([np.nan if (v := r["scores"][name]) is None else v for r in rows])
-        values = values[np.isfinite(values)]
-        labels = np.arange(len(values)) % 2
-        aucs = [metrics.auc(values, draw.permutation(labels)) for _ in range(30)]
-        error = np.std(aucs) / np.sqrt(len(aucs))
-        assert abs(np.mean(aucs) - 0.5) < 5 * error, name
 
 
 # --- every attack has an oracle -----------------------------------------------------------------
