@@ -7,6 +7,7 @@ after putting this folder on `sys.path`.
 import functools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class PartialModel(Model):
 
     vocab_size = mask_id = num_layers = 0
     shift, kind, arch, dtype = False, "diffusion", None, "float32"
+    lora_paths = re.compile("")
 
 
 def config(**changes: Any) -> dict[str, Any]:
