@@ -99,9 +99,21 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def undocumented(package: Path) -> Iterator[str]:
-    """Yields the public modules, functions and classes that have no docstring."""
-    for path in sorted(package.rglob("*.py")):
-        tree = ast.parse(path.read_text("utf-8"))
+    """Yields the public modules, functions, classes and methods that have no docstring.
+
+    A method may leave its docstring to the protocol or to the base class that describes it.
+    """
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(package.rglob("*.py"))}
+    classes = [n for tree in trees.values() for n in tree.body if isinstance(n, ast.ClassDef)]
+    bases = {ast.unparse(base).split(".")[-1] for node in classes for base in node.bases}
+    described = {"setup"} | {  # setup: Flax calls and describes it
+        method.name
+        for node in classes
+        if node.name in bases or any("Protocol" in ast.unparse(base) for base in node.bases)
+        for method in _methods(node)
+        if ast.get_docstring(method)
+    }
+    for path, tree in trees.items():
         if not ast.get_docstring(tree):
             yield f"{path}: the module"
         for node in tree.body:
@@ -109,3 +121,10 @@ def undocumented(package: Path) -> Iterator[str]:
                 continue
             if not ast.get_docstring(node):
                 yield f"{path}:{node.lineno}: {node.name}"
+            for method in _methods(node) if isinstance(node, ast.ClassDef) else ():
+                if not ast.get_docstring(method) and method.name not in described:
+                    yield f"{path}:{method.lineno}: {node.name}.{method.name}"
+
+
+def _methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
+    return [m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]

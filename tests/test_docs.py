@@ -117,10 +117,30 @@ def test_public_names_have_docstrings():
     assert list(SITE.undocumented(ROOT / "sama_jax")) == []
 
 
+UNTOLD = '''
+"""A module."""
+
+class Base:
+    """A base."""
+
+    def run(self):
+        """Runs."""
+
+class Own(Base):
+    """Its own."""
+
+    def run(self): ...
+
+    def walk(self): ...
+
+def untold(): ...
+'''
+
+
 def test_an_undocumented_public_name_is_found(tmp_path):
-    source = '"""A module."""\n\n\ndef told():\n    """Tells."""\n\n\ndef untold(): ...\n'
-    (tmp_path / "module.py").write_text(source, "utf-8")
-    assert list(SITE.undocumented(tmp_path)) == [f"{tmp_path}/module.py:8: untold"]
+    path = tmp_path / "module.py"
+    path.write_text(UNTOLD, "utf-8")
+    assert list(SITE.undocumented(tmp_path)) == [f"{path}:15: Own.walk", f"{path}:17: untold"]
 
 
 def test_links_between_files_become_links_between_pages():

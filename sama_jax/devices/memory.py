@@ -67,6 +67,7 @@ class Footprint(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Returns the bytes that a device needs at the peak."""
         return self.parameters + self.inputs + self.temporaries.peak
 
 

@@ -142,11 +142,13 @@ class Case(NamedTuple):
     """Bytes of one model's parameters on a device."""
 
     def load(self, rows: int) -> memory.Load:
+        """Returns the shape of a batch with so many texts in a part."""
         length, slots = self.job.settings.max_length, self.subject.slots[-1]
         platform = self.topology.platform
         return memory.Load(rows, length, slots, parts=self.mesh[1], platform=platform)
 
     def closed_form(self, rows: int) -> memory.Footprint:
+        """Returns what a device needs for so many texts, by the formula."""
         load, model = self.load(rows), self.subject.model
         return memory.Footprint(
             self.job.models * self.one,
@@ -161,6 +163,7 @@ class Case(NamedTuple):
         return memory.largest_rows(arch, dtype, self.load(0), parameters, capacity)
 
     def request(self, rows: int) -> compile_ahead.Request:
+        """Returns what the compiler is asked for."""
         return compile_ahead.Request(
             self.subject.config,
             self.subject.where,

@@ -96,6 +96,7 @@ class AppendOnly:
         self.append(lines.encode())
 
     def close(self) -> None:
+        """Closes the file, and lets other processes append to it."""
         self._file.close()
 
 

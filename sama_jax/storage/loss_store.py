@@ -176,6 +176,7 @@ class LossStore:
             )
 
     def close(self) -> None:
+        """Closes the shard that this process appends to."""
         self._shard.close()
 
 

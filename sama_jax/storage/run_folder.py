@@ -174,6 +174,7 @@ class RunFolder:
             write_json(self.path / MANIFEST, self.manifest)
 
     def close(self) -> None:
+        """Closes the log, the parts and the loss store."""
         self._files.close()
 
 

@@ -410,6 +410,7 @@ class Pending(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Returns the size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
