@@ -106,13 +106,12 @@ def undocumented(package: Path) -> Iterator[str]:
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(package.rglob("*.py"))}
     classes = [n for tree in trees.values() for n in tree.body if isinstance(n, ast.ClassDef)]
     bases = {ast.unparse(base).split(".")[-1] for node in classes for base in node.bases}
-    described = {"setup"} | {  # setup: Flax calls and describes it
-        method.name
-        for node in classes
-        if node.name in bases or any("Protocol" in ast.unparse(base) for base in node.bases)
-        for method in _methods(node)
-        if ast.get_docstring(method)
-    }
+    described = {"setup"}  # Flax calls and describes it
+    for node in classes:
+        if node.name in bases or any("Protocol" in ast.unparse(base) for base in node.bases):
+            described |= {m.name for m in _methods(node) if ast.get_docstring(m)}
+            fields = (n.target for n in node.body if isinstance(n, ast.AnnAssign))
+            described |= {ast.unparse(field) for field in fields}
     for path, tree in trees.items():
         if not ast.get_docstring(tree):
             yield f"{path}: the module"
