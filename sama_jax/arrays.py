@@ -82,7 +82,7 @@ class Reading(NamedTuple):
     zlib_bytes: Int[AnyArray, "*b"]
     """Bytes of the zlib-compressed UTF-8 text (the part that was scored), default level.
 
-    Of the text itself in its other views, too; so are `characters`.
+    In a view of the text this is still the original text's size. The same holds for `characters`.
     """
     characters: Int[AnyArray, "*b"]
     """Characters of the same part."""

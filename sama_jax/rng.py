@@ -33,8 +33,8 @@ class Purpose(IntEnum):
     DISTANCE_MASKS = 13
 
 
-def text_key_data(tokens: np.ndarray) -> TextKeyData:
-    """First 64 bits of the SHA-256 of the ids as little-endian int32 (host)."""
+def text_key_data(tokens: Int[np.ndarray, " n"]) -> TextKeyData:
+    """Returns the first 64 bits of the SHA-256 of the ids as little-endian int32 (host)."""
     digest = hashlib.sha256(np.ascontiguousarray(tokens, dtype="<i4").tobytes()).digest()
     high, low = (int.from_bytes(digest[i : i + 4], "big") for i in (0, 4))
     return TextKeyData(np.uint32(high), np.uint32(low))
@@ -46,33 +46,36 @@ def key_name(data: TextKeyData) -> str:
 
 
 def text_key(seed: int | Integer[Array, ""], data: TextKeyData) -> Key[Array, ""]:
-    """Root key of one text. `fold_in` takes 32 bits, hence the two halves of the hash."""
+    """Builds a text's root key. `fold_in` takes 32 bits, hence the two halves of the hash."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), data.high), data.low)
 
 
 def run_key(seed: int, purpose: Purpose) -> Key[Array, ""]:
-    """Key of a whole run, for what belongs to no text, such as initial weights."""
+    """Builds a key of the whole run, for what belongs to no text, such as initial weights."""
     return jax.random.fold_in(jax.random.key(seed), int(purpose))
 
 
 def for_purpose(key: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:
-    """An independent stream of a text's randomness."""
+    """Derives an independent stream of a text's randomness."""
     return jax.random.fold_in(key, int(purpose))
 
 
 def step_keys(key: Key[Array, ""], num: int) -> Key[Array, " t"]:
-    """One key a step; the first keys do not depend on `num`."""
+    """Derives one key for each step; the first keys do not depend on `num`."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num, dtype=jnp.uint32))
 
 
 def random_order_bits(key: Key[Array, ""], max_length: int, length: int) -> UInt[Array, " l"]:
-    """Noise whose order ranks the positions of a text.
+    """Draws noise whose order ranks the positions of a text.
 
-    Drawn at the fixed `max_length` and cut, so that every padded length sees the same bits.
+    It is drawn at the fixed `max_length` and cut, so that every padded length sees the same bits.
     """
     return jax.random.bits(key, (max_length,), jnp.uint32)[:length]
 
 
 def bounded(bits: UInt[Array, "*n"], bound: Int[Array, "*n"]) -> Int[Array, "*n"]:
-    """Uniform integers in 0..bound-1. The modulo's bias is below bound / 2^32: 1.5e-5 at 65,535."""
+    """Maps bits to uniform integers in 0..bound-1.
+
+    The modulo's bias is below bound / 2^32: 1.5e-5 at 65,535.
+    """
     return (bits % jnp.maximum(bound, 1).astype(jnp.uint32)).astype(jnp.int32)

@@ -127,7 +127,7 @@ def plan_losses(ours: Ours, probes: replay.Replay) -> Float[np.ndarray, "n t l"]
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(model: Any, slots: int, params: Params, batch: ForwardBatch) -> jax.Array:
-    return losses.score_batch(model, (slots,), params, batch)
+    return losses.loss_batch(model, (slots,), params, batch)
 
 
 def count_flips(

@@ -51,7 +51,7 @@ class UnmaskedProbes(Probes):
 
 
 def next_token_probes(settings: AuditSettings) -> UnmaskedProbes:
-    """One pass, with as many subsets as SAMA draws over all its steps."""
+    """Makes probes of one pass, with as many subsets as SAMA draws over all its steps."""
     s = settings.sama
     return UnmaskedProbes(s.subsets * s.steps, s.subset_size)
 
@@ -66,14 +66,12 @@ def next_token_probes(settings: AuditSettings) -> UnmaskedProbes:
 )
 def sama_ar(reading: Reading, settings: AuditSettings) -> Float[AnyArray, ""]:
     """Share of random token subsets whose next-token loss the target lowers."""
-    found = votes.text_sign_statistics(
-        reading.target, reading.reference, reading.plan, settings.sama.ties
-    )
+    found = votes.of_reading(reading, settings.sama.ties)
     return jnp.where(reading.plan.weights.sum() > 0, found.score, jnp.nan)
 
 
 def masked_model_probes(settings: AuditSettings) -> ProgressiveProbes:
-    """SAMA's probes with densities up to `TRAINED_SHARE`."""
+    """Makes SAMA's probes with densities up to `TRAINED_SHARE`."""
     s = settings.sama
     low, high = (min(d, TRAINED_SHARE) for d in (s.min_density, s.max_density))
     return ProgressiveProbes(replace(s, min_density=low, max_density=high), settings.max_length)
@@ -88,6 +86,4 @@ def masked_model_probes(settings: AuditSettings) -> ProgressiveProbes:
 )
 def sama_mlm(reading: Reading, settings: AuditSettings) -> Float[AnyArray, ""]:
     """SAMA's score on a masked language model, at most 15 % of the text masked."""
-    return votes.text_sign_statistics(
-        reading.target, reading.reference, reading.plan, settings.sama.ties
-    ).score
+    return votes.of_reading(reading, settings.sama.ties).score

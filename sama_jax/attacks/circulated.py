@@ -25,7 +25,7 @@ COUNTED = 20
 
 
 def _bernoulli(settings: AuditSettings) -> LikelihoodProbes:
-    """Masks of the published likelihood estimate."""
+    """Makes the probes of the published likelihood estimate."""
     eps = settings.likelihood.eps
     return LikelihoodProbes(settings.budget, "bernoulli", eps, settings.max_length)
 
@@ -33,8 +33,10 @@ def _bernoulli(settings: AuditSettings) -> LikelihoodProbes:
 def sum_of_smallest(
     values: Float[AnyArray, " l"], missing: Int[AnyArray, ""], stand_in: float
 ) -> Float[Array, ""]:
-    """Sum of the `COUNTED` smallest of `values` (NaN: unread), where `missing` tokens more have the
-    value `stand_in`, which is below all others."""
+    """Sums the `COUNTED` smallest of `values` (NaN: unread) and of `missing` more.
+
+    Each of these has the value `stand_in`, which is below all others.
+    """
     ordered = jnp.sort(values)
     absent = jnp.minimum(missing, COUNTED)
     read = (~jnp.isnan(values)).sum()
@@ -100,14 +102,14 @@ class RandomShareProbes(Probes):
 
 
 def random_share_probes(settings: AuditSettings) -> RandomShareProbes:
-    """The budget's number of passes."""
+    """Makes probes with the budget's number of passes."""
     return RandomShareProbes(settings.budget, settings.max_length)
 
 
 def _largest_sums(
     values: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]
 ) -> Float[Array, ""]:
-    """Mean over passes of the sum of the int(0.8 n) largest of n values; all of them if n = 1."""
+    """Averages over passes the sum of the int(0.8 n) largest of n values; of the one if n = 1."""
 
     def one(v: Float[AnyArray, " l"], s: Bool[AnyArray, " l"]) -> Float[Array, ""]:
         n = s.sum()

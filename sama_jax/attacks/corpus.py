@@ -95,13 +95,13 @@ class HalfProbes(Probes):
 
 
 def _halves(max_length: int) -> Int[np.ndarray, " n"]:
-    """Masked tokens by text length."""
+    """Counts the masked tokens by text length."""
     length = np.arange(max_length + 1)
     return np.minimum(np.maximum(np.rint(0.5 * length), 1), length).astype(np.int32)
 
 
 def token_mean(losses: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]) -> Float[Array, ""]:
-    """Each token's mean over the passes that masked it, mean over the tokens that any did."""
+    """Averages each token over the passes that masked it, then the tokens that any did."""
     times = scored.sum(axis=0)
     sums = jnp.where(scored, losses, 0.0).sum(axis=0)
     covered = (times > 0).sum()
@@ -116,8 +116,11 @@ CALIBRATION = 256
 
 
 def calibrated(corpus: CorpusReading, settings: AuditSettings) -> Float[np.ndarray, " n"]:
-    """Target NLL, centred and scaled by what the likely non-members show. `parts` [n, 3]: the
-    target's NLL, the gap of reference minus target NLL, and that of the perturbed copy."""
+    """Centres and scales the target's NLL by what the likely non-members show.
+
+    `parts` [n, 3] are the target's NLL, the gap of reference minus target NLL, and that of the
+    perturbed copy.
+    """
     del settings
     known = np.asarray(np.isfinite(corpus.parts).all(axis=1))
     scores = np.full(len(known), np.nan)

@@ -27,7 +27,7 @@ class NoiseLevelProbes(Probes):
     hashed_as = ("noise levels",)
 
     def _counts(self, lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n t"]:
-        """Masked tokens, rounded down, at least 1: int32 [lengths, passes] (host)."""
+        """Counts masked tokens by length and pass, rounded down, at least 1 (host)."""
         # The share in 1/1000 as an integer: 0.1 x 10 must give 1 on every device.
         share = np.rint(np.linspace(100, 800, self.passes)).astype(np.int64)
         return np.minimum(np.maximum(lengths[:, None] * share // 1000, 1), lengths[:, None])
@@ -44,12 +44,12 @@ class NoiseLevelProbes(Probes):
 
 
 def noise_level_probes(settings: AuditSettings) -> NoiseLevelProbes:
-    """One level a pass of the budget."""
+    """Makes probes with one level for each pass of the budget."""
     return NoiseLevelProbes(settings.budget, settings.max_length)
 
 
 def _weighted_error(reading: Reading, weights: Float[AnyArray, " t"]) -> Float[Array, ""]:
-    """Weighted mean over passes of the mean loss of the masked tokens."""
+    """Averages, with weights over passes, the mean loss of the masked tokens."""
     plan = reading.plan
     total = jnp.where(plan.scored, reading.target, 0.0).sum(axis=1)
     means = total / jnp.maximum(plan.scored.sum(axis=1), 1)
@@ -100,7 +100,7 @@ class LogitDistance(Procedure):
     rows = 3
 
     def mask(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> Bool[Array, " l"]:
-        """What is masked of one text; nothing of a text of one token."""
+        """Draws what is masked of one text; nothing of a text of one token."""
         total = maskable.sum().astype(jnp.int32)
         count = jnp.minimum(jnp.maximum(total * MASKED_PERCENT // 100, 1), total - 1)
         key = rng.for_purpose(key, rng.Purpose.DISTANCE_MASKS)

@@ -24,7 +24,7 @@ TIE_BREAK = 1e-3
 
 
 def hidden_part(maskable: Bool[Array, " l"], edges: bool) -> Bool[Array, " l"]:
-    """Of n tokens: the middle half, n//4..n - n//4, or the second half, (n+1)//2..n."""
+    """Hides of n tokens the middle half, n//4..n - n//4, or the second half, (n+1)//2..n."""
     n = maskable.sum().astype(jnp.int32)
     number = jnp.cumsum(maskable) - 1
     start, stop = (n // 4, n - n // 4) if edges else ((n + 1) // 2, n)

@@ -30,7 +30,9 @@ def independent_groups(
     settings: ItsSettings,
     max_length: int,
 ) -> Int[Array, "t l"]:
-    """The group of every token in each step, -1: none. Step t takes `counts[t]` tokens.
+    """Puts tokens into groups: the group of every token in each step, -1 for none.
+
+    Step t takes `counts[t]` tokens.
 
     A group starts at the token that was taken least often so far (ties at random). Then, one by
     one, it takes a random one of the `least` tokens with the lowest weight a g + lambda c, where g
@@ -164,7 +166,7 @@ class GroupProbes(Probes):
         return ProbePlan(masks, masks, masks.any(axis=1).astype(jnp.float32), subsets)
 
     def _members(self, mask: Bool[Array, " l"], group: Float[Array, " l"]) -> Int[Array, "n m"]:
-        """Positions of each group: all but a step's last group are full."""
+        """Lists the positions of each group; all but a step's last group are full."""
         size = self.schedule.subset_size
         num = -(-int(self.slot_bounds(self.max_length).max()) // size)
         order = jnp.argsort(jnp.where(mask, group, jnp.inf), stable=True).astype(jnp.int32)
@@ -189,13 +191,11 @@ def _queries(settings: AuditSettings, *, groups_vote: bool) -> dict[str, Query]:
 
 
 def _votes(reading: Reading) -> Float[Array, ""]:
-    """Share of a step's subsets whose loss the target lowers, mean over the steps."""
+    """Averages over the steps the share of subsets whose loss the target lowers."""
     plan = reading.plan
-    used = plan.subsets >= 0
-    steps = jnp.arange(plan.subsets.shape[0])[:, None, None]
-    difference = (reading.reference - reading.target)[steps, jnp.maximum(plan.subsets, 0)]
-    sums = jnp.where(used, difference, 0.0).sum(axis=-1)
-    shares = (sums > 0).sum(axis=1) / jnp.maximum(used.any(axis=-1).sum(axis=1), 1)
+    sums = votes.subset_sums(reading.reference - reading.target, plan.subsets)
+    voters = (plan.subsets >= 0).any(axis=-1).sum(axis=1)
+    shares = (sums > 0).sum(axis=1) / jnp.maximum(voters, 1)
     recorded = plan.weights.sum()
     return (plan.weights * shares).sum() / jnp.where(recorded > 0, recorded, jnp.nan)
 

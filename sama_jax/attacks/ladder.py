@@ -29,7 +29,7 @@ def calibrated(reading: Reading) -> Float[Array, ""]:
 
 
 def _recorded(plan: ProbePlan) -> Float[AnyArray, " t"]:
-    """Equal weights of the recorded steps, summing to 1; NaN without any."""
+    """Weighs the recorded steps alike, to a sum of 1; NaN without any."""
     used = (plan.weights > 0).astype(jnp.float32)
     total = used.sum()
     return used / jnp.where(total > 0, total, jnp.nan)
@@ -49,10 +49,8 @@ def _subset_means(reading: Reading) -> Float[Array, "t n"]:
     difference = votes.latest_losses(reading.reference, plan.scored) - votes.latest_losses(
         reading.target, plan.scored
     )
-    steps = jnp.arange(difference.shape[0])[:, None, None]
-    taken = difference[steps, jnp.maximum(plan.subsets, 0)]
-    used = plan.subsets >= 0
-    return jnp.where(used, taken, 0.0).sum(axis=-1) / jnp.maximum(used.sum(axis=-1), 1)
+    size = (plan.subsets >= 0).sum(axis=-1)
+    return votes.subset_sums(difference, plan.subsets) / jnp.maximum(size, 1)
 
 
 @register("ladder:subsets", probes=progressive_probes, **_RUNG)

@@ -61,7 +61,7 @@ class LikelihoodProbes(Probes):
 
 
 def likelihood_probes(settings: AuditSettings) -> LikelihoodProbes:
-    """The plan that an audit's settings ask for: SAMA's number of passes unless set otherwise."""
+    """Makes the probes of an audit: SAMA's number of passes unless set otherwise."""
     return LikelihoodProbes(
         passes=settings.likelihood_passes,
         estimator=settings.likelihood.estimator,
@@ -71,7 +71,7 @@ def likelihood_probes(settings: AuditSettings) -> LikelihoodProbes:
 
 
 def nll_per_token(losses: Float[AnyArray, "t l"], plan: ProbePlan) -> Float[Array, ""]:
-    """Likelihood bound in nats a token: the mean over passes that masked something; NaN if none."""
+    """Averages the bound, in nats a token, over passes that masked something; NaN if none did."""
     passes = (plan.weights > 0).sum()
     total = (plan.weights[:, None] * jnp.where(plan.scored, losses, 0.0)).sum()
     return total / jnp.where(passes > 0, passes, jnp.nan)

@@ -38,7 +38,7 @@ class PartitionProbes(Probes):
         return self.parts * self.rounds
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
-        """All passes weigh alike; subsets of each are drawn for the statistic `votes`."""
+        """Draws masks that weigh alike, and subsets of each for the statistic `votes`."""
         mask_key = rng.for_purpose(key, rng.Purpose.PARTITION_MASKS)
         masks = masking.partition_masks(
             mask_key, maskable, self.parts, self.rounds, self.max_length
@@ -62,13 +62,13 @@ def _probes(settings: AuditSettings, parts: int, rounds: int) -> PartitionProbes
 
 
 def tail_probes(settings: AuditSettings) -> PartitionProbes:
-    """As many rounds of `tail.parts` masks as the budget has room for, at least one round."""
+    """Makes as many rounds of `tail.parts` masks as the budget has room for, at least one."""
     parts = min(settings.tail.parts, settings.budget)
     return _probes(settings, parts, settings.budget // parts)
 
 
 def complement_probes(settings: AuditSettings) -> PartitionProbes:
-    """One round; as many masks as the budget has passes, or `complement.parts`."""
+    """Makes one round of as many masks as the budget has passes, or `complement.parts`."""
     return _probes(settings, settings.complement.parts or settings.budget, 1)
 
 
@@ -151,7 +151,5 @@ def complement_rank(reading: Reading) -> Float[Array, ""]:
 @register("complement:votes", **_OURS)
 def complement_votes(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """SAMA's sign votes on disjoint masks, all passes alike."""
-    found = votes.text_sign_statistics(
-        reading.target, reading.reference, reading.plan, settings.sama.ties
-    )
+    found = votes.of_reading(reading, settings.sama.ties)
     return jnp.where(reading.plan.weights.sum() > 0, found.score, jnp.nan)

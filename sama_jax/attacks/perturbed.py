@@ -25,14 +25,14 @@ SWAPPED = 0.05
 
 
 def shared_probes(settings: AuditSettings, forms: int) -> LikelihoodProbes:
-    """Likelihood probes for one of `forms` forms of a text: an equal share, at least one pass."""
+    """Makes likelihood probes for one of `forms` forms of a text: an equal share, at least one."""
     whole = likelihood_probes(settings)
     passes = max(1, whole.passes // forms)
     return LikelihoodProbes(passes, whole.estimator, whole.eps, whole.max_length)
 
 
 def quotient(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
-    """NaN instead of a division by zero."""
+    """Divides; NaN instead of a division by zero."""
     return numerator / jnp.where(denominator > 0, denominator, jnp.nan)
 
 
@@ -83,7 +83,7 @@ class NeighborProposals(Procedure):
         return self.count
 
     def masks(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> Bool[Array, "t l"]:
-        """What each neighbour of one text replaces."""
+        """Draws what each neighbour of one text replaces."""
         counts = jnp.full(self.count, _swaps(self.max_length)[maskable.sum()])
         key = rng.for_purpose(key, rng.Purpose.NEIGHBOR_MASKS)
         return masking.fresh_masks(key, maskable, counts, self.max_length)
@@ -126,13 +126,13 @@ class NeighborProposals(Procedure):
 
 
 def _swaps(max_length: int) -> Int[Array, " n"]:
-    """Tokens that a neighbour replaces, by text length."""
+    """Counts the tokens that a neighbour replaces, by text length."""
     length = np.arange(max_length + 1)
     return jnp.asarray(np.minimum(np.maximum(np.rint(SWAPPED * length), 1), length), jnp.int32)
 
 
 def neighbors(settings: AuditSettings) -> int:
-    """K: with Q passes, about √Q masks are read in each of the 1 + K = Q / √Q texts.
+    """Returns K: with Q passes, about √Q masks are read in each of the 1 + K = Q / √Q texts.
 
     Masks and neighbours are both samples of the mean that is scored, so they share the budget
     evenly: 4 masks and 3 neighbours of 16 passes. At least one of each.

@@ -141,13 +141,13 @@ def _load_entry_points() -> None:
 
 
 def names() -> list[str]:
-    """Names of all registered attacks, in order of registration."""
+    """Lists the names of all registered attacks, in order of registration."""
     _load_entry_points()
     return list(_ATTACKS)
 
 
 def get(name: str) -> Attack:
-    """The attack of a name. Raises `UsageError` with the nearest known one."""
+    """Returns the attack of a name. Raises `UsageError` with the nearest known one."""
     _load_entry_points()
     if name not in _ATTACKS:
         raise UsageError(f"unknown attack '{name}'{nearest(name, _ATTACKS)}")
@@ -155,7 +155,7 @@ def get(name: str) -> Attack:
 
 
 def select(wanted: Sequence[str]) -> list[Attack]:
-    """The attacks of a list of names, each once; `all` stands for every one."""
+    """Returns the attacks of a list of names, each once; `all` stands for those of `in_all`."""
     found: dict[str, Attack] = {}
     for name in wanted:
         if name == "all":

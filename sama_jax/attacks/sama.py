@@ -44,7 +44,7 @@ class ProgressiveProbes(Probes):
         return masks, (s.repeats, s.exclude_special, s.exclude_position0_when_shifted)
 
     def plan(self, key: Key[Array, ""], maskable: Bool[Array, " l"]) -> ProbePlan:
-        """Masks, scored positions, step weights and subsets of one text."""
+        """Draws masks, scored positions, step weights and subsets of one text."""
         repeat_keys = rng.step_keys(key, self.settings.repeats)
         # A loop, not `vmap`: four repeats would take four times as long to compile.
         repeats = jax.lax.map(lambda k: self._repeat(k, maskable), repeat_keys)
@@ -70,7 +70,7 @@ class ProgressiveProbes(Probes):
         )
 
     def slot_bounds(self, length: int) -> Int[np.ndarray, " t"]:
-        """Largest number of scored positions of each pass over all texts up to `length`."""
+        """Bounds the scored positions of each pass over all texts up to `length`."""
         s = self.settings
         counts = masking.count_table(s, length)
         if s.loss_source == "stored_first" and s.nesting == "nested":
@@ -79,7 +79,7 @@ class ProgressiveProbes(Probes):
 
 
 def progressive_probes(settings: AuditSettings) -> ProgressiveProbes:
-    """The plan that an audit's settings ask for."""
+    """Makes the probes of an audit."""
     return ProgressiveProbes(settings.sama, settings.max_length)
 
 
@@ -92,6 +92,4 @@ def progressive_probes(settings: AuditSettings) -> ProgressiveProbes:
 )
 def sama(reading: Reading, settings: AuditSettings) -> Float[AnyArray, ""]:
     """Weighted share of random token subsets whose loss the target lowers."""
-    return votes.text_sign_statistics(
-        reading.target, reading.reference, reading.plan, settings.sama.ties
-    ).score
+    return votes.of_reading(reading, settings.sama.ties).score

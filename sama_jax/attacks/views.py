@@ -57,8 +57,8 @@ class Deleted:
 class Context:
     """The text behind visible texts of a class, under the text's own masks.
 
-    The prefix is cut at its beginning to `tokens`, and to what the models' context leaves beside
-    the text; None where that is not one token.
+    The prefix is cut at its beginning to `tokens`, and to what the text leaves of the models'
+    context; None where that is not one token.
     """
 
     context: str

@@ -1,6 +1,6 @@
-"""Token losses at given positions: the forward side of every attack.
+"""Computes token losses at given positions: the forward side of every attack.
 
-`score_batch` is the one function that devices run. Vocabulary logits exist only at scored
+`loss_batch` is the one function that devices run. Vocabulary logits exist only at scored
 positions, and only for a chunk of them at a time.
 """
 
@@ -36,13 +36,13 @@ def _nll(logits: Float[Array, "c v"], targets: Int[Array, " c"]) -> Float[Array,
 
 
 def _mean(logits: Float[Array, "c v"], _: Int[Array, " c"]) -> Float[Array, " c"]:
-    """E_p[log p]: minus the entropy."""
+    """Returns E_p[log p], minus the entropy."""
     log_p = _log_probabilities(logits)
     return jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0.0).sum(axis=-1)
 
 
 def _deviation(logits: Float[Array, "c v"], targets: Int[Array, " c"]) -> Float[Array, " c"]:
-    """Standard deviation of log p under p. Centred first: E[x^2] - E[x]^2 loses all digits."""
+    """Returns the deviation of log p under p. Centred first: E[x^2] - E[x]^2 loses all digits."""
     log_p = _log_probabilities(logits)
     centred = log_p - _mean(logits, targets)[:, None]
     return jnp.sqrt(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * centred**2, 0.0).sum(axis=-1))
@@ -74,9 +74,9 @@ CHANNELS = {
 def in_chunks(
     values_of: Callable[..., Float[Array, "c p"]], rows: tuple[Array, ...], vocab_size: int
 ) -> Float[Array, "n p"]:
-    """`values_of(*rows)` [n, p] where it makes [n, vocab_size] float32 arrays on the way.
+    """Computes `values_of(*rows)`, which makes [n, vocab_size] float32 arrays on the way.
 
-    Computed in chunks of positions, so that they hold `HEAD_BYTES`; recomputed in a backward pass.
+    It is computed in chunks of positions that hold `HEAD_BYTES`, and again in a backward pass.
     """
     n = rows[0].shape[0]
     chunk = max(1, HEAD_BYTES // (4 * vocab_size))
@@ -100,7 +100,7 @@ def token_values(
     targets: Int[Array, " n"],
     channels: tuple[str, ...],
 ) -> Float[Array, "c n"]:
-    """`CHANNELS` at some positions, float32."""
+    """Computes `CHANNELS` from final hidden states and the tokens they predict, float32."""
 
     def values(h: Float[Array, "c d"], t: Int[Array, " c"]) -> Float[Array, "c p"]:
         logits = model.logits(params, h).astype(jnp.float32)
@@ -112,7 +112,7 @@ def token_values(
 def token_nll(
     model: Model, params: Params, hidden: Float[Array, "n d"], targets: Int[Array, " n"]
 ) -> Float[Array, " n"]:
-    """Negative log-likelihood of `targets` in nats, float32."""
+    """Computes the negative log-likelihood of `targets` in nats, float32."""
     return token_values(model, params, hidden, targets, ("nll",))[0]
 
 
@@ -154,18 +154,18 @@ def scored_nll(
     stream: Any,
     positions: Int[Array, "b k"],
 ) -> Float[Array, "b k"]:
-    """The losses alone."""
+    """Reads the losses alone."""
     return scored_values(model, params, tokens, valid, stream, positions, ("nll",))[0]
 
 
-def score_batch(
+def loss_batch(
     model: Model,
     slots: tuple[int, ...],
     params: Params,
     batch: ForwardBatch,
     channels: tuple[str, ...] = ("nll",),
 ) -> Float[Array, "r b k"]:
-    """Values of `b` texts under `t` masks at each pass's scored positions, NaN in unused slots.
+    """Computes the values of `b` texts under `t` masks where each pass is scored, NaN elsewhere.
 
     Rows `r`: pass by pass, in each one row a channel; losses alone are [t, b, k].
 
@@ -200,7 +200,7 @@ def score_batch(
 
 
 def slot_sizes(bounds: Int[np.ndarray, " t"], length: int) -> Int32[np.ndarray, " t"]:
-    """Static slots for passes that score at most `bounds` [t] positions of a text (host).
+    """Chooses static slots for passes that score at most `bounds` positions of a text (host).
 
     Rounded up to l/32, l/16, .., l/2 or l: each size costs about a second to compile on a CPU,
     which eight instead of four sizes do not earn back before some thousand texts.
@@ -210,7 +210,7 @@ def slot_sizes(bounds: Int[np.ndarray, " t"], length: int) -> Int32[np.ndarray, 
 
 
 def scored_positions(scored: Bool[np.ndarray, "*b l"], slots: int) -> Int32[np.ndarray, "*b k"]:
-    """Indices of True in the last axis, ascending, -1 if unused: int32 [..., slots] (host)."""
+    """Lists the indices of True in the last axis, ascending, -1 if unused (host)."""
     order = np.argsort(~scored, axis=-1, kind="stable")[..., :slots].astype(np.int32)
     used = np.take_along_axis(scored, order, axis=-1)
     return np.where(used, order, np.int32(-1))

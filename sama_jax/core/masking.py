@@ -1,4 +1,4 @@
-"""Probe plans: which positions of one text each forward pass masks.
+"""Draws masks: which positions of one text each forward pass hides.
 
 Pure functions of one text; `jax.vmap` makes the batch. Masks depend on the text's key and on which
 positions may be masked, never on the padded length. A mask is True where something *is* masked.
@@ -14,7 +14,7 @@ from sama_jax.config import SamaSettings
 
 
 def densities(settings: SamaSettings) -> Float64[np.ndarray, " t"]:
-    """Share of a text masked in each step, float64 [t] (host).
+    """Returns the share of a text masked in each step (host).
 
     `paper` includes both ends, `code_linear` neither, `geometric` both. With one step: the lowest
     density for `paper` and `geometric`, the middle for `code_linear`.
@@ -30,7 +30,7 @@ def densities(settings: SamaSettings) -> Float64[np.ndarray, " t"]:
 
 
 def count_table(settings: SamaSettings, max_length: int) -> Int32[np.ndarray, "n t"]:
-    """Masked tokens by text length and step: int32 [max_length + 1, t] (host).
+    """Tabulates the masked tokens by text length, 0..max_length, and step (host).
 
     At least 1, at most the length, halves to even as Python's `round`. A table in float64, because
     float32 on a device rounds some halves the other way.
@@ -43,7 +43,7 @@ def count_table(settings: SamaSettings, max_length: int) -> Int32[np.ndarray, "n
 def random_ranks(
     key: Key[Array, ""], maskable: Bool[Array, " l"], max_length: int
 ) -> Int[Array, " l"]:
-    """A uniformly random rank for every maskable position; the others come after all of them."""
+    """Draws a uniformly random rank for every maskable position; the others come last."""
     bits = rng.random_order_bits(key, max_length, maskable.shape[0])
     # 31 random bits below the bit that puts unmaskable positions last: one sort instead of two.
     keys = (bits >> 1) | jnp.where(maskable, jnp.uint32(0), jnp.uint32(1 << 31))
@@ -56,7 +56,7 @@ def nested_masks(
     counts: Int[Array, " t"],
     max_length: int,
 ) -> Bool[Array, "t l"]:
-    """Step `t` masks `counts[t]` random positions and contains every step with a smaller count.
+    """Masks `counts[t]` random positions in step `t`; it contains each step with a smaller count.
 
     One rank a text instead of a loop over steps: position masked iff `rank < counts[t]`. Counts
     must not exceed the number of maskable positions.
@@ -70,14 +70,14 @@ def fresh_masks(
     counts: Int[Array, " t"],
     max_length: int,
 ) -> Bool[Array, "t l"]:
-    """Step `t` masks `counts[t]` random positions, drawn independently of the other steps."""
+    """Masks `counts[t]` random positions in step `t`, drawn independently of the other steps."""
     keys = rng.step_keys(key, counts.shape[0])
     ranks = jax.vmap(lambda k: random_ranks(k, maskable, max_length))(keys)
     return ranks < counts[:, None]
 
 
 def newly_masked(masks: Bool[Array, "t l"]) -> Bool[Array, "t l"]:
-    """Positions of each step that no earlier step masked."""
+    """Finds the positions of each step that no earlier step masked."""
     seen = jax.lax.cummax(masks.astype(jnp.int32), axis=0)
     before = jnp.concatenate([jnp.zeros_like(seen[:1]), seen[:-1]])
     return masks & (before == 0)
@@ -86,7 +86,7 @@ def newly_masked(masks: Bool[Array, "t l"]) -> Bool[Array, "t l"]:
 def exact_counts(
     key: Key[Array, ""], num_maskable: Int[Array, ""], passes: int
 ) -> Int[Array, " t"]:
-    """Numbers of masked tokens for the exact-count likelihood, ascending, spread over 1..L.
+    """Draws numbers of masked tokens for the exact-count likelihood, ascending, over 1..L.
 
     `1 + (j L + o) // passes` with one random offset `o` in 0..L-1 takes every value of 1..L equally
     often over `o` and `j`: LLaDA's stratified draw (`get_log_likelihood.py` in `ML-GSAI/LLaDA`) in
@@ -100,7 +100,7 @@ def exact_counts(
 def bernoulli_masks(
     key: Key[Array, ""], maskable: Bool[Array, " l"], passes: int, eps: float, max_length: int
 ) -> tuple[Bool[Array, "t l"], Float[Array, " t"]]:
-    """Masks of the published likelihood estimate and the probability of each pass.
+    """Draws the masks of the published likelihood estimate; also returns each pass's probability.
 
     `p = (1 - eps) u + eps` with u uniform in [0, 1); every maskable position with probability p.
     Source: `attack/attacks/utils.py` in `Stry233/SAMA`.
@@ -119,7 +119,7 @@ def bernoulli_masks(
 def partition_masks(
     key: Key[Array, ""], maskable: Bool[Array, " l"], parts: int, rounds: int, max_length: int
 ) -> Bool[Array, "t l"]:
-    """`rounds` times `parts` disjoint masks that together cover the maskable positions, once.
+    """Splits the maskable positions into `parts` disjoint masks, `rounds` times.
 
     Sizes within a round differ by at most one. With fewer positions than parts some are empty.
     """

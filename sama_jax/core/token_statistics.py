@@ -17,26 +17,26 @@ WINDOWS = (2, 3, 4, 6, 9, 13, 18, 25, 32, 40)
 def token_means(
     values: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]
 ) -> Float[Array, " l"]:
-    """Mean over the passes that read a token; NaN where none did."""
+    """Averages each token over the passes that read it; NaN where none did."""
     count = scored.sum(axis=0)
     total = jnp.where(scored, values, 0.0).sum(axis=0)
     return total / jnp.where(count > 0, count, jnp.nan)
 
 
 def differences(reading: Reading) -> Float[Array, " l"]:
-    """Reference minus target loss of every token, in nats."""
+    """Subtracts the target's from the reference's loss of every token, in nats."""
     return token_means(reading.reference - reading.target, reading.plan.scored)
 
 
 def mean(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
-    """Mean of the tokens."""
+    """Averages the tokens."""
     read = ~jnp.isnan(values)
     count = read.sum()
     return jnp.where(read, values, 0.0).sum() / jnp.where(count > 0, count, jnp.nan)
 
 
 def t(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
-    """Mean over standard deviation (unbiased): a t statistic without its factor sqrt(n)."""
+    """Divides the mean by the unbiased deviation: a t statistic without its factor sqrt(n)."""
     read = ~jnp.isnan(values)
     count = read.sum()
     centred = jnp.where(read, values - mean(values), 0.0)
@@ -45,7 +45,7 @@ def t(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
 
 
 def lower_tail(values: Float[AnyArray, " l"], fraction: float) -> Float[Array, ""]:
-    """Mean of the lowest `fraction` of the tokens, rounded down, at least one."""
+    """Averages the lowest `fraction` of the tokens, rounded down, at least one."""
     count = (~jnp.isnan(values)).sum()
     # A hair more than the product: 0.2 x 15 in float32 may fall below 3.
     taken = jnp.maximum((count * fraction + 1e-4).astype(jnp.int32), 1)
@@ -55,7 +55,7 @@ def lower_tail(values: Float[AnyArray, " l"], fraction: float) -> Float[Array, "
 
 
 def signed_rank(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
-    """Wilcoxon's signed-rank sum over its largest value, in [-1, 1]; zeros are left out."""
+    """Divides Wilcoxon's signed-rank sum by its largest value: [-1, 1]; zeros are left out."""
     used = ~jnp.isnan(values) & (values != 0)
     size = jnp.where(used, jnp.abs(values), jnp.inf)
     ordered = jnp.sort(size)
@@ -68,7 +68,7 @@ def signed_rank(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
 
 
 def windows(values: Float[AnyArray, " l"], sizes: tuple[int, ...] = WINDOWS) -> Float[Array, ""]:
-    """Share of contiguous windows with a sum above 0, averaged over window sizes.
+    """Returns the share of contiguous windows with a sum above 0, averaged over window sizes.
 
     Windows run over the tokens that were read, in text order. A text shorter than a window is one
     window.

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import AnyArray, ProbePlan, SignStatistics
+from sama_jax.arrays import AnyArray, ProbePlan, Reading, SignStatistics
 from sama_jax.config import Ties, Weights
 
 
 def sample_subsets(
     key: Key[Array, ""], mask: Bool[Array, " l"], num: int, size: int
 ) -> Int[Array, "n m"]:
-    """`num` uniformly random subsets of the masked positions, without replacement inside each.
+    """Draws `num` uniformly random subsets of the masked positions, none with a repetition.
 
     Returns positions, -1 unused. With M masked positions a subset has min(size, M) of them.
     Robert Floyd's algorithm: `size` draws a subset instead of one a position, 20,480 against
@@ -44,7 +44,7 @@ def sample_subsets(
 
 
 def step_weights(recorded: Bool[Array, " t"], weights: Weights) -> Float[Array, " t"]:
-    """Unnormalised weight of each step, 0 where it is not recorded.
+    """Returns the unnormalised weight of each step, 0 where it is not recorded.
 
     `inverse_step`: 1/t for step t = 1..T (paper); `inverse_rank`: 1/rank among the recorded steps
     (published code); `uniform`: 1.
@@ -60,7 +60,7 @@ def step_weights(recorded: Bool[Array, " t"], weights: Weights) -> Float[Array, 
 def latest_losses(
     losses: Float[AnyArray, "t l"], scored: Bool[AnyArray, "t l"]
 ) -> Float[Array, "t l"]:
-    """For each step, every position's loss from the latest step up to it that scored it.
+    """Finds, for each step, every position's loss from the latest step up to it that scored it.
 
     `scored = masks` gives the losses of the step itself, `scored` = newly masked the published
     form. 0 where a position was not scored yet.
@@ -71,27 +71,39 @@ def latest_losses(
     return jnp.where(latest >= 0, taken, 0.0)
 
 
+def subset_sums(
+    values: Float[AnyArray, "t l"], subsets: Int[AnyArray, "t n m"]
+) -> Float[Array, "t n"]:
+    """Sums the values of each step over each of its subsets; positions of -1 count nothing."""
+    steps = jnp.arange(values.shape[0])[:, None, None]
+    taken = jnp.asarray(values)[steps, jnp.maximum(subsets, 0)]
+    return jnp.where(subsets >= 0, taken, 0.0).sum(axis=-1)
+
+
+def of_reading(reading: Reading, ties: Ties = "zero") -> SignStatistics:
+    """Computes the sign statistic of one text from all that was read about it."""
+    return text_sign_statistics(reading.target, reading.reference, reading.plan, ties)
+
+
 def text_sign_statistics(
     target: Float[AnyArray, "t l"],
     reference: Float[AnyArray, "t l"],
     plan: ProbePlan,
     ties: Ties = "zero",
 ) -> SignStatistics:
-    """The weighted sign statistic of one text.
+    """Computes the weighted sign statistic of one text.
 
     A subset votes 1 if its sum of reference minus target losses is strictly above 0. A step's vote
     is the mean over its subsets, the score the weighted mean over steps; 0 without any step.
 
     Args:
-      target: float32 token losses in nats at `plan.scored`, anything elsewhere.
-      reference: the same of the reference model.
+      target: the target's token losses in nats, float32, at `plan.scored`; anything elsewhere.
+      reference: the reference's.
       plan: probes of this text, with its subsets.
       ties: what a sum of exactly 0 counts, 0 or one half.
     """
     difference = latest_losses(reference, plan.scored) - latest_losses(target, plan.scored)
-    steps = jnp.arange(difference.shape[0])[:, None, None]
-    taken = difference[steps, jnp.maximum(plan.subsets, 0)]
-    sums = jnp.where(plan.subsets >= 0, taken, 0.0).sum(axis=-1)
+    sums = subset_sums(difference, plan.subsets)
     tied = jnp.mean((sums == 0).astype(jnp.float32), axis=1)
     votes = jnp.mean((sums > 0).astype(jnp.float32), axis=1)
     if ties == "half":

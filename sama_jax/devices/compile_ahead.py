@@ -106,7 +106,7 @@ def versions() -> dict[str, str]:
 
 
 def compile_scorer(request: Request) -> Compiled:
-    """Compiles `losses.score_batch` as an audit would run it, from shapes alone.
+    """Compiles `losses.loss_batch` as an audit would run it, from shapes alone.
 
     Raises:
       SamaError: see `run`.
@@ -124,7 +124,7 @@ def compile_scorer(request: Request) -> Compiled:
     )
 
     def score(params: Params, batch: ForwardBatch) -> jax.Array:
-        return losses.score_batch(model, request.slots, params, batch, request.channels)
+        return losses.loss_batch(model, request.slots, params, batch, request.channels)
 
     start = time.monotonic()
     lowered = Runner(score, layout, (FORWARD_ROWS,)).lower(params, _batch(request, layout))

@@ -64,8 +64,8 @@ class LossScorer:
     channels: tuple[str, ...]
 
     def __call__(self, params: Params, batch: ForwardBatch) -> Float[Array, "r b k"]:
-        """Runs the passes; see `losses.score_batch`."""
-        return losses.score_batch(self.model, self.slots, params, batch, self.channels)
+        """Runs the passes; see `losses.loss_batch`."""
+        return losses.loss_batch(self.model, self.slots, params, batch, self.channels)
 
 
 @dataclass(frozen=True)

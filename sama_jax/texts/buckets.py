@@ -16,7 +16,7 @@ class BatchPlan(NamedTuple):
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """Padded lengths that may be used: four an octave, at least 32 apart, and `max_length`.
+    """Lists the padded lengths that may be used: four an octave, at least 32 apart, `max_length`.
 
     >>> bucket_lengths(400)
     (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 400)

@@ -65,7 +65,7 @@ def read_split(members: Path, nonmembers: Path) -> Texts:
 
 
 def _checked(path: Path, label: int | None) -> Iterator[tuple[str | None, Text]]:
-    """(given id, text) of every record of a file; raises once for all unusable records."""
+    """Yields (given id, text) of every record; raises once for all unusable records."""
     problems: list[str] = []
     texts: list[tuple[str | None, Text]] = []
     for row in rows_of(path, problems):
@@ -144,7 +144,7 @@ def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
 
 
 def collect(texts: list[Text]) -> Texts:
-    """Texts with distinct ids, and which of them repeat others."""
+    """Gathers texts with distinct ids, and says which of them repeat others."""
     first_id: dict[str, str] = {}
     labels: dict[str, set[int | None]] = {}
     for text in texts:

@@ -45,7 +45,7 @@ def rows_of(path: Path, problems: list[str]) -> Iterator[Row]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The whole file, unzipped if it is a gzip file whatever its name."""
+    """Reads the whole file, unzipped if it is a gzip file whatever its name."""
     if os.path.isdir(path):
         raise DataError(f"{path}: is a folder; expected a file of texts ({_KINDS[9:]})")
     try:
@@ -121,7 +121,7 @@ def _json_rows(path: Path, text: str, problems: list[str]) -> Iterator[Row]:
 
 
 def _transpose(path: Path, columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Columns -> records. A single record (no list in it) is passed on as it is."""
+    """Turns columns into records. A single record (no list in it) is passed on as it is."""
     names = [n for n in ("text", "id", "label", "member", "nonmember") if n in columns]
     if not any(isinstance(columns[n], list) for n in names):
         return [columns]
@@ -154,7 +154,7 @@ def _csv_rows(path: Path, text: str, problems: list[str]) -> Iterator[Row]:
 
 
 def _csv_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """CSV knows strings only: an empty id or label is absent, "1" and "0" are labels."""
+    """Types the fields, as CSV knows strings only: an empty id or label is absent."""
     fields = dict(record)
     fields["id"] = record.get("id") or None
     label = (record.get("label") or "").strip()

@@ -33,7 +33,7 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, path: Path) -> "TextTokenizer":
-        """From `tokenizer.json`, else from what `transformers` makes of the folder's files.
+        """Reads `tokenizer.json`, else what `transformers` makes of the folder's files.
 
         Raises `ModelError`. Code in the folder is never run.
         """
@@ -60,7 +60,7 @@ class TextTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> "TextTokenizer":
-        """From one `tokenizer.json`. Raises `ModelError`."""
+        """Reads one `tokenizer.json`. Raises `ModelError`."""
         try:
             return cls(Tokenizer.from_file(str(path)), str(path))
         except Exception as error:  # `tokenizers` raises bare Exception
@@ -68,16 +68,16 @@ class TextTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's settings; equal ones give equal ids."""
+        """Returns the SHA-256 of the tokenizer's settings; equal ones give equal ids."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     @property
     def max_id(self) -> int:
-        """The largest id, added tokens included."""
+        """Returns the largest id, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def token_id(self, name: str) -> int | None:
-        """The id of a token by its exact name, None if there is none."""
+        """Returns the id of a token by its exact name, None if there is none."""
         return self._tokenizer.token_to_id(name)
 
     def encode(
@@ -86,7 +86,7 @@ class TextTokenizer:
         max_length: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[Encoded]:
-        """Tokens of each text, special tokens included, at most `max_length` of them.
+        """Tokenizes each text, special tokens included, to at most `max_length` tokens.
 
         Lone surrogates, which no UTF-8 text holds but JSON can spell, become U+FFFD. `progress` is
         told the number of texts done, now and then.
@@ -117,7 +117,7 @@ def _cut(text: str, raw: Any, max_length: int) -> Encoded:
 
 
 def _added_end(special: Bool[np.ndarray, " n"]) -> int:
-    """Number of added tokens at the end of a text."""
+    """Counts the added tokens at the end of a text."""
     return len(special) if special.all() else int(np.argmin(special[::-1]))
 
 

@@ -129,7 +129,7 @@ def test_scores_from_the_store_are_those_of_a_full_run_and_cost_no_pass(
     def never(*_, **__):
         raise AssertionError("a forward pass")
 
-    monkeypatch.setattr(losses, "score_batch", never)
+    monkeypatch.setattr(losses, "loss_batch", never)
     result = run_score(tmp_path / "run", ["zlib", "ladder:signs"], quiet=True)
     assert (tmp_path / "run" / "losses" / "losses-00000.bin").stat().st_size == size
     monkeypatch.undo()

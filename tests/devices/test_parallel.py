@@ -127,13 +127,13 @@ def test_heads_are_taken_apart_only_where_no_mesh_splits_them(
     mesh, apart, models, texts, tmp_path, monkeypatch
 ):
     """Taken apart on a mesh that splits them, every device would compute all heads."""
-    score_batch, seen = losses.score_batch, []
+    loss_batch, seen = losses.loss_batch, []
 
     def watched(model, *args):
         seen.append(model.arch.heads_apart)
-        return score_batch(model, *args)
+        return loss_batch(model, *args)
 
-    monkeypatch.setattr(losses, "score_batch", watched)
+    monkeypatch.setattr(losses, "loss_batch", watched)
     run(models, texts, tmp_path / "run", mesh=mesh)
     assert seen
     assert set(seen) == {apart}

@@ -283,14 +283,14 @@ def test_at_most_two_programs_a_bucket(tmp_path, record_property):
     texts = [Text(f"t{i}", t, None, "") for i, t in enumerate(tiny.texts(1000, words=(1, 60)))]
     settings = dataclasses.replace(SETTINGS, sama=SamaSettings(steps=3, subsets=4, subset_size=2))
     traces = []
-    traced = losses.score_batch
+    traced = losses.loss_batch
 
     def counted(*args):
         traces.append(args[3].tokens.shape)
         return traced(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "score_batch", counted)
+        patch.setattr(losses, "loss_batch", counted)
         patch.setattr(batching, "PROGRAM_FLOPS", {"cpu": 0.0})
         run(models, texts, tmp_path, settings=settings, batch_size=8)
     log = read_lines(tmp_path / "run" / "log.jsonl")
@@ -317,7 +317,7 @@ def test_only_scored_slots_reach_the_vocabulary(models):
         group=np.zeros(t, np.int32),
         passes=np.int32(t),  # pyright: ignore
     )
-    text = jax.jit(partial(losses.score_batch, model, (slots,))).lower(params, batch).as_text()
+    text = jax.jit(partial(losses.loss_batch, model, (slots,))).lower(params, batch).as_text()
     assert f"{b * slots}x{model.vocab_size}xf32" in text
     assert f"{b}x{length}x{model.vocab_size}" not in text
     assert f"{b * length}x{model.vocab_size}" not in text

@@ -345,7 +345,7 @@ def test_the_mask_token_has_no_probability(pair, variant):
 
 
 def test_scoring_gives_every_pass_the_noise_level_of_its_own_mask(pair):
-    """`score_batch` hands the condition from trunk to last block within a pass."""
+    """`loss_batch` hands the condition from trunk to last block within a pass."""
     both, rng = pair("sedd"), np.random.default_rng(2)
     masks = TEXTS.valid & (rng.random((2, *TEXTS.valid.shape)) < [[[0.2]], [[0.7]]])
     batch = ForwardBatch(
@@ -356,7 +356,7 @@ def test_scoring_gives_every_pass_the_noise_level_of_its_own_mask(pair):
         group=np.zeros(2, np.int32),
         passes=np.int32(2),
     )
-    score = jax.jit(losses.score_batch, static_argnums=(0, 1))
+    score = jax.jit(losses.loss_batch, static_argnums=(0, 1))
     values = np.asarray(score(both.folder.model, (LENGTH,), both.params, batch))
     for mask, positions, value in zip(masks, batch.positions, values):
         tokens = np.where(mask, MASK_ID, TEXTS.answers).astype(np.int32)
