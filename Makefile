@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUICK := tests/core/test_masking.py tests/core/test_metrics.py tests/test_docs.py
+QUICK := tests/core/test_masking.py tests/core/test_metrics.py tests/words tests/test_docs.py
 
 .PHONY: demo test quick lint docs install clean
 
