@@ -438,8 +438,9 @@ def settings_hash(*parts: Any) -> str:
     """Returns 16 hex digits of dataclasses, dicts and plain values, equal in every process."""
 
     def plain(value: Any) -> Any:
-        is_settings = dataclasses.is_dataclass(value) and not isinstance(value, type)
-        return dataclasses.asdict(value) if is_settings else value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.asdict(value)
+        return value
 
     text = json.dumps([plain(p) for p in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

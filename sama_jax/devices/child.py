@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
-from sama_jax import errors
 from sama_jax.errors import OutOfMemory, SamaError
 
 TICK_SECONDS = 10.0
@@ -87,7 +86,8 @@ class Child:
             raise self._end()
         answer = json.loads(line)
         if "error" in answer:
-            raise getattr(errors, answer["error"], Crashed)(answer["message"])
+            kinds = {kind.__name__: kind for kind in SamaError.__subclasses__()}
+            raise kinds[answer["error"]](answer["message"])
         return answer["answer"]
 
     def _end(self) -> SamaError:

@@ -1,27 +1,28 @@
-"""What scoring keeps in a device's memory, in closed form: from sizes alone, nothing is compiled.
+"""Tells what scoring keeps in a device's memory, from sizes alone: a closed form.
 
-Parameters are what they are. Temporaries are the largest of three phases of a pass, beside the
-residual stream: attention of one layer, the MLP of one layer, the vocabulary head at the scored
-positions. `sama-jax plan` prints them beside what XLA allots (docs/plan.md compares the two).
+The parameters take what their shapes say. Temporaries are the residual stream and the largest of
+three phases of a pass: attention of one layer, the MLP of one layer, the vocabulary head at the
+scored positions. `sama-jax plan` prints them next to what XLA allots (docs/plan.md).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from sama_jax.arrays import Architecture, Params
 from sama_jax.core import losses
 from sama_jax.models.transformer import CPU_SCORE_BYTES, query_parts
 
 MARGIN = 0.15
-"""Of the temporaries: the closed form is within that of what XLA allots (tests/test_plan.py)."""
+"""Share of the temporaries by which the closed form may differ from what XLA allots."""
 RESERVED = 0.04
-"""Of a device's memory, which XLA, the program itself and the system keep."""
+"""Share of a device's memory that XLA, the program itself and the system keep."""
 
 
-class Load(NamedTuple):
+class BatchShape(NamedTuple):
     """What one device works on at once."""
 
     rows: int
@@ -35,25 +36,25 @@ class Load(NamedTuple):
     parts: int = 1
     """Devices that the parameters are split over (`model` of a mesh)."""
     platform: str = "cpu"
-    """JAX's name of it; what XLA fuses differs."""
+    """The device's, by JAX's name. XLA fuses other operations on each."""
 
 
 class Temporaries(NamedTuple):
-    """Bytes on one device beside parameters and inputs."""
+    """Bytes on one device for everything but parameters and inputs."""
 
     copies: int
-    """Of parameters in another layout, made before the first pass."""
+    """Parameters in another memory layout, made before the first pass."""
     stream: int
-    """The residual stream: alive in every phase, on TPUs twice."""
+    """The residual stream, which is alive in every phase, on TPUs twice."""
     result: int
-    """The losses: so, too."""
+    """The losses, which are alive in every phase."""
     attention: int
     mlp: int
     head: int
 
     @property
     def peak(self) -> int:
-        """What is alive in every phase, and the largest phase: one uses the others' memory."""
+        """What is alive in every phase, and the largest phase; the phases share their memory."""
         return self.copies + self.stream + self.result + max(self.attention, self.mlp, self.head)
 
 
@@ -61,7 +62,7 @@ class Footprint(NamedTuple):
     """Bytes on one device while it scores."""
 
     parameters: int
-    """Of all models that are resident."""
+    """Those of all models that are resident."""
     inputs: int
     temporaries: Temporaries
 
@@ -71,8 +72,8 @@ class Footprint(NamedTuple):
         return self.parameters + self.inputs + self.temporaries.peak
 
 
-def parameter_bytes(shapes: Params, dtype: Any, shardings: Params | None = None) -> int:
-    """Bytes of one model's parameters on one device; without shardings, all of them.
+def parameter_bytes(shapes: Params, dtype: DTypeLike, shardings: Params | None = None) -> int:
+    """Returns the bytes of one model's parameters on one device; without shardings, all of them.
 
     Args:
       shapes: tree of arrays or `ShapeDtypeStruct`.
@@ -85,113 +86,167 @@ def parameter_bytes(shapes: Params, dtype: Any, shardings: Params | None = None)
     return sum(map(math.prod, leaves)) * np.dtype(dtype).itemsize
 
 
-def input_bytes(load: Load) -> int:
-    """Bytes of a `ForwardBatch` on one device."""
-    a_pass = load.length + 4 * load.slots  # mask and positions
-    return load.rows * (5 * load.length + load.passes * a_pass)
+def input_bytes(batch: BatchShape) -> int:
+    """Returns the bytes of a `ForwardBatch` on one device."""
+    a_pass = batch.length + 4 * batch.slots  # mask and positions
+    return batch.rows * (5 * batch.length + batch.passes * a_pass)
 
 
-def temporaries(arch: Architecture, dtype: Any, load: Load) -> Temporaries:
-    """Bytes that a pass needs on the way, by phase, on one device.
+def temporaries(arch: Architecture, dtype: DTypeLike, batch: BatchShape) -> Temporaries:
+    """Returns the bytes that a pass needs on the way, by phase, on one device.
+
+    The head holds float32 logits of `losses.HEAD_BYTES`, or of all scored positions if they are
+    fewer. The rest depends on what XLA fuses: see `_on_cpu`, `_on_gpu` and `_on_tpu`.
 
     Args:
       arch: the network's sizes (`Model.arch`).
       dtype: of the activations.
-
-    An MLP holds its input (not on GPUs), gate, up, and their product. The head holds float32 logits
-    of `losses.HEAD_BYTES`, or of all scored positions if they are fewer. Attention depends on what
-    XLA fuses. On a CPU float32 scores exist once, beside queries, keys, values and the result;
-    those of some heads or queries if they are many (`transformer.CPU_SCORE_BYTES`), beside all of
-    these twice. On GPUs float32 scores and the activations' exponentials of them, beside queries,
-    keys and values, or none of that with cuDNN's attention; and a copy of one layer's MLP
-    parameters, which the scan cuts out (within 8 % for an 8B model and 8 to 128 texts on an H200).
-
-    On TPUs the softmax is fused: its weights exist once, in the activations' dtype, with queries,
-    keys and values; so is the MLP's product, but for the last block, which holds its stream and
-    input at scored positions, too. The scanned blocks' stream exists twice, and XLA turns their
-    projections of queries, keys and values around for all layers at once (fitted to six compiled
-    programs of an 8B model, within 13 %: docs/plan.md).
     """
-    size, (rows, length, slots) = np.dtype(dtype).itemsize, load[:3]
-    heads, kv_heads, head_size = arch.num_heads, arch.num_kv_heads, arch.head_size
-    tokens, tpu = rows * length, load.platform == "tpu"
-    scores = tokens * length * _part(heads, load.parts)
-    query, key = (size * tokens * head_size * _part(n, load.parts) for n in (heads, kv_heads))
-    in_parts = rows > 1 and 4 * rows * heads * length**2 > CPU_SCORE_BYTES
-    if load.platform == "tpu":
-        attention = size * scores + query + 2 * key
-    elif load.platform != "cpu":
-        fused = arch.attention == "cudnn"
-        attention = query + 2 * key + (0 if fused else (4 + size) * scores)
-    elif in_parts:
-        parts = rows * query_parts(heads, length, length)
-        attention = 4 * scores // parts + 2 * (query + 2 * key)
-    else:
-        attention = 4 * scores + 2 * (query + key)
-    inner, stacked = arch.active_width, arch.stacked_layers
-    stream, wide = size * tokens * arch.width, size * tokens * _part(inner, load.parts)
-    columns = head_size * (_part(heads, load.parts) + 2 * _part(kv_heads, load.parts))
-    copies, mlp = 0, stream + 3 * wide
-    if tpu:
-        mlp = max(stream + 2 * wide, (2 * stream + 3 * wide) * slots // length)
-        stream *= 2
-        copies = size * stacked * arch.width * columns
-    elif load.platform != "cpu":
-        mlp = 3 * wide
-        copies = 3 * size * arch.width * _part(inner, load.parts) if stacked else 0
+    phases = {"cpu": _on_cpu, "tpu": _on_tpu}.get(batch.platform, _on_gpu)
+    found = phases(arch, batch, _arrays(arch, np.dtype(dtype).itemsize, batch))
     return Temporaries(
-        copies=copies,
-        stream=stream,
-        result=4 * load.passes * rows * slots,
-        attention=attention,
-        mlp=mlp,
-        head=logit_bytes(arch.vocab_size, rows * slots, load.parts),
+        copies=found.copies,
+        stream=found.stream,
+        result=4 * batch.passes * batch.rows * batch.slots,
+        attention=found.attention,
+        mlp=found.mlp,
+        head=logit_bytes(arch.vocab_size, batch.rows * batch.slots, batch.parts),
+    )
+
+
+class _Arrays(NamedTuple):
+    """Sizes of what a block computes on one device, bytes in the activations' dtype."""
+
+    itemsize: int
+    """Bytes of one number."""
+    stream: int
+    """The residual stream."""
+    wide: int
+    """One array of the MLP's width."""
+    inner: int
+    """Width of the MLP, numbers in the device's part of a column."""
+    query: int
+    key: int
+    """The keys; the values are as large."""
+    columns: int
+    """Columns of the projections to queries, keys and values together."""
+    scores: int
+    """Attention scores, numbers and not bytes."""
+
+
+def _arrays(arch: Architecture, itemsize: int, batch: BatchShape) -> _Arrays:
+    tokens, head_size = batch.rows * batch.length, arch.head_size
+    heads, kv_heads, inner = (
+        _part(n, batch.parts) for n in (arch.num_heads, arch.num_kv_heads, arch.active_width)
+    )
+    return _Arrays(
+        itemsize,
+        stream=itemsize * tokens * arch.width,
+        wide=itemsize * tokens * inner,
+        inner=inner,
+        query=itemsize * tokens * head_size * heads,
+        key=itemsize * tokens * head_size * kv_heads,
+        columns=head_size * (heads + 2 * kv_heads),
+        scores=tokens * batch.length * heads,
+    )
+
+
+class _Phases(NamedTuple):
+    attention: int
+    mlp: int
+    stream: int
+    copies: int = 0
+
+
+def _on_cpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
+    """One copy of the float32 scores is alive, along with q, k, v and the output.
+
+    If the scores exceed `CPU_SCORE_BYTES`, only one part of them is alive, but q, k, v and the
+    output exist twice. An MLP holds its input, gate, up, and their product.
+    """
+    rows, length, heads = batch.rows, batch.length, arch.num_heads
+    if rows > 1 and 4 * rows * heads * length**2 > CPU_SCORE_BYTES:
+        parts = rows * query_parts(heads, length, length)
+        attention = 4 * of.scores // parts + 2 * (of.query + 2 * of.key)
+    else:
+        attention = 4 * of.scores + 2 * (of.query + of.key)
+    return _Phases(attention, of.stream + 3 * of.wide, of.stream)
+
+
+def _on_gpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
+    """Float32 scores and their exponentials are alive, along with q, k and v.
+
+    cuDNN's attention has neither scores nor exponentials. An MLP holds gate, up, and their product.
+    The scan over layers copies one layer's MLP parameters. Within 8 % for an 8B model and 8 to 128
+    texts on an H200.
+    """
+    fused = arch.attention == "cudnn"
+    scores = 0 if fused else (4 + of.itemsize) * of.scores
+    copies = 3 * of.itemsize * arch.width * of.inner if arch.stacked_layers else 0
+    return _Phases(of.query + 2 * of.key + scores, 3 * of.wide, of.stream, copies)
+
+
+def _on_tpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
+    """The softmax is fused: its weights exist once, along with q, k and v.
+
+    The MLP's product is fused as well, except in the last block, which holds its stream and input
+    at the scored positions. The scanned blocks' stream exists twice, and XLA transposes the
+    projections to q, k and v for all layers at once. Fitted to six compiled programs of an 8B
+    model, within 13 % (docs/plan.md).
+    """
+    last = (2 * of.stream + 3 * of.wide) * batch.slots // batch.length
+    return _Phases(
+        attention=of.itemsize * of.scores + of.query + 2 * of.key,
+        mlp=max(of.stream + 2 * of.wide, last),
+        stream=2 * of.stream,
+        copies=of.itemsize * arch.stacked_layers * arch.width * of.columns,
     )
 
 
 def _part(count: int, parts: int) -> int:
-    """What a device has of `count` things that are split if they can be."""
+    """Returns how many of `count` things a device has, which are split if they can be."""
     return count // parts if count % parts == 0 else count
 
 
 def logit_bytes(vocab_size: int, positions: int, parts: int = 1) -> int:
-    """Float32 logits that are held at once when losses of `positions` are read."""
+    """Returns the bytes of float32 logits held at once when losses of `positions` are read."""
     chunk = max(1, losses.HEAD_BYTES // (4 * vocab_size))
     return 4 * min(positions, chunk) * _part(vocab_size, parts)
 
 
 def full_logits_bytes(vocab_size: int, rows: int, length: int, parts: int = 1) -> int:
-    """Float32 logits of every position at once, which scoring never makes."""
+    """Returns the bytes of float32 logits of every position, which scoring never makes at once."""
     return 4 * rows * length * _part(vocab_size, parts)
 
 
 def footprint(
-    arch: Architecture,
-    dtype: Any,
-    load: Load,
-    shapes: Params,
-    shardings: Params | None = None,
-    models: int = 1,
+    arch: Architecture, dtype: DTypeLike, batch: BatchShape, parameters: int
 ) -> Footprint:
-    """All of it, with the parameters of `models` models of one architecture."""
-    parameters = models * parameter_bytes(shapes, dtype, shardings)
-    return Footprint(parameters, input_bytes(load), temporaries(arch, dtype, load))
+    """Returns all that a device keeps, with `parameters` bytes of the models that are resident."""
+    return Footprint(parameters, input_bytes(batch), temporaries(arch, dtype, batch))
 
 
 def fits(found: Footprint, capacity: int) -> bool:
-    """Whether it goes into a device's `capacity` bytes, `RESERVED` and `MARGIN` to spare."""
+    """Tells whether it goes into `capacity` bytes, with `RESERVED` and `MARGIN` to spare."""
     temporaries = (1 + MARGIN) * found.temporaries.peak
     return found.parameters + found.inputs + temporaries <= (1 - RESERVED) * capacity
 
 
 def largest_rows(
-    arch: Architecture, dtype: Any, load: Load, parameters: int, capacity: int, most: int = 4096
+    arch: Architecture,
+    dtype: DTypeLike,
+    batch: BatchShape,
+    parameters: int,
+    capacity: int,
+    most: int = 4096,
 ) -> int:
-    """The most rows (`load.rows` is not looked at) that fit beside `parameters` bytes; 0: none."""
+    """Returns the most rows that fit next to `parameters` bytes, 0 if none do.
+
+    The rows of `batch` are ignored.
+    """
     low, high = 0, most
     while low < high:
         rows = (low + high + 1) // 2
-        some = load._replace(rows=rows)
-        found = Footprint(parameters, input_bytes(some), temporaries(arch, dtype, some))
+        found = footprint(arch, dtype, batch._replace(rows=rows), parameters)
         low, high = (rows, high) if fits(found, capacity) else (low, rows - 1)
     return low

@@ -13,6 +13,8 @@ from sama_jax.errors import UsageError
 
 PARAMETERS_SHARE = 0.8
 """Share of a device's memory that parameters may take."""
+LOCAL: dict[str, Callable[[], Layout]] = {"pmap": local_layout}
+"""Strategies in which every device holds the models, by their names for `--parallel`."""
 _TURNS = {"auto": (True, False), "together": (True,), "in-turn": (False,)}
 
 
@@ -41,7 +43,7 @@ def choose_placement(
     takes, together, else in turn.
 
     Args:
-      kind: `auto`, `pmap` or `sharded`.
+      kind: `auto`, `sharded`, or one of `LOCAL`; `auto` tries `pmap`, then meshes.
       mesh: `data=N,model=M`, which implies `sharded`; None: chosen.
       models: `auto`, `together` or `in-turn`.
       bytes_together: of all parameters.
@@ -53,11 +55,12 @@ def choose_placement(
     Raises:
       UsageError: nothing fits, or the flags contradict each other.
     """
-    if mesh is not None and kind == "pmap":
+    if mesh is not None and kind in LOCAL:
         raise UsageError("--mesh belongs to --parallel sharded; leave one of the two out")
     room = int(PARAMETERS_SHARE * (device_bytes() if room is None else room))
-    local = [local_layout()] if mesh is None and kind != "sharded" else []
-    split = [] if kind == "pmap" else _meshes(mesh, splits, only_split=bool(local))
+    whole = mesh is None and kind != "sharded"
+    local = [LOCAL["pmap" if kind == "auto" else kind]()] if whole else []
+    split = [] if kind in LOCAL else _meshes(mesh, splits, only_split=whole)
     meshes = [mesh_layout(grid, fully_sharded=fully_sharded) for grid in split]
     turns = _TURNS[models]
     options = [Placement(layout, together) for layout in local for together in turns]

@@ -54,6 +54,15 @@ def usual_rows(length: int, tokens: int) -> int:
     return rows // PLAN_ROWS * PLAN_ROWS or 4
 
 
+def rows_a_device(length: int, tokens: int, fit: int) -> int:
+    """Returns the rows that a device works on at once: the usual ones, if `fit` rows fit.
+
+    At least one, which may yet fit. More than `PLAN_ROWS` are a multiple of it.
+    """
+    rows = min(usual_rows(length, tokens), max(1, fit))
+    return rows - rows % PLAN_ROWS if rows > PLAN_ROWS else rows
+
+
 @dataclass(frozen=True)
 class BatchShapes:
     """Everything that decides the shapes of a run's batches."""
@@ -101,23 +110,21 @@ class BatchShapes:
         parts = self.layout.row_parts
         if self.batch_size is not None:
             return self.batch_size * parts
-        rows = min(usual_rows(length, self.tokens_a_step), self._rows_that_fit(length))
-        rows -= rows % PLAN_ROWS if rows > PLAN_ROWS else 0
-        return rows * parts
+        return rows_a_device(length, self.tokens_a_step, self._rows_that_fit(length)) * parts
 
     def _rows_that_fit(self, length: int) -> int:
-        """Returns, by the closed form, the rows that fit beside the models; at least one.
+        """Returns, by the closed form, the rows that fit beside the models.
 
         As if every position were scored, so that it is the same whichever attacks are asked for.
         """
-        load = self.load(0, length, length)
+        shape = self.shape(0, length, length)
         model, sizes = self.model, (self.parameter_bytes, self.device_bytes)
-        return max(1, memory.largest_rows(model.arch, model.dtype, load, *sizes))
+        return memory.largest_rows(model.arch, model.dtype, shape, *sizes)
 
-    def load(self, rows: int, length: int, slots: int) -> memory.Load:
+    def shape(self, rows: int, length: int, slots: int) -> memory.BatchShape:
         """Describes what a device works on that has `rows` rows of its own."""
         parts, platform = self.layout.model_parts, self.layout.devices[0].platform
-        return memory.Load(rows, length, slots, parts=parts, platform=platform)
+        return memory.BatchShape(rows, length, slots, parts=parts, platform=platform)
 
     def pays(self, count: int, length: int, larger: int) -> bool:
         """Tells whether padding `count` texts to `length`, not to `larger`, is worth a program.

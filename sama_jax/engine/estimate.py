@@ -59,14 +59,13 @@ def memory_of(
 ) -> memory.Footprint:
     """Returns the bytes on one device in the largest batch (rows, length), by the closed form."""
     model, limit = shapes.model, shapes.settings.max_length
-    found = memory.Footprint(0, 0, memory.Temporaries(0, 0, 0, 0, 0, 0))
+    found = memory.Footprint(shapes.parameter_bytes, 0, memory.Temporaries(0, 0, 0, 0, 0, 0))
     for rows, length in batches:
         slots = max(slots_of_programs(tasks.all, length, limit), default=length)
-        load = shapes.load(rows // shapes.layout.row_parts, length, slots)
-        used = memory.temporaries(model.arch, model.dtype, load)
-        some = memory.Footprint(0, memory.input_bytes(load), used)
+        shape = shapes.shape(rows // shapes.layout.row_parts, length, slots)
+        some = memory.footprint(model.arch, model.dtype, shape, shapes.parameter_bytes)
         found = max(found, some, key=lambda f: f.total)
-    return found._replace(parameters=shapes.parameter_bytes)
+    return found
 
 
 def _flops(task: Task, model: Model, length: int, max_length: int) -> float:

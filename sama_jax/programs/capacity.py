@@ -7,86 +7,29 @@ the rest is arithmetic. No weights are read.
 import contextlib
 import math
 import os
-import re
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
+from rich.console import Console
 
 from sama_jax import attacks
 from sama_jax.arrays import Params
 from sama_jax.attacks.queries import Probes, flatten
 from sama_jax.core import losses
 from sama_jax.devices import compile_ahead, memory
+from sama_jax.devices.compile_ahead import Compiled
 from sama_jax.devices.mesh import AXES, mesh_sizes
 from sama_jax.devices.sharding import parameter_shardings
-from sama_jax.engine.batching import ACCELERATOR_TOKENS
+from sama_jax.devices.topology import Topology, read_topology
+from sama_jax.engine.batching import ACCELERATOR_TOKENS, rows_a_device, usual_rows
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs.jobs import PlanJob
 from sama_jax.terminal import binary_size, console, duration
 from sama_jax.weights import model_folder
-
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """What a kind of chip has, by Google's pages on each (cloud.google.com/tpu/docs/v4, .../v5e,
-    .../v5p, .../v6e)."""
-
-    memory: int
-    """Bytes of HBM."""
-    flops: float
-    """Peak in bfloat16, operations a second."""
-    axes: int
-    """Of the interconnect: a 2D or 3D torus."""
-    options: dict[str, Any] = {}  # noqa: RUF012
-
-
-CHIPS = {
-    # A v4 chip's two cores are one device; libtpu's description has two unless it is told.
-    "v4": Chip(32 * GIB, 275e12, 3, {"chip_config_name": "megacore"}),
-    "v5e": Chip(16 * GIB, 197e12, 2),
-    "v5p": Chip(95 * GIB, 459e12, 3),
-    "v6e": Chip(32 * GIB, 918e12, 2),
-}
-
-
-class Topology(NamedTuple):
-    """Devices to plan for."""
-
-    name: str
-    platform: str
-    chips: int
-    memory: int
-    """Bytes of one device."""
-    flops: float | None
-    options: dict[str, Any]
-
-
-def read_topology(name: str) -> Topology:
-    """A topology by its name. Raises `UsageError`."""
-    kind, _, shape = name.partition(":")
-    if kind == "cpu":
-        if not shape.isdigit() or not 1 <= int(shape) <= 64:
-            raise UsageError(f"topology {name!r}: expected cpu:N with N from 1 to 64")
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return Topology(name, "cpu", int(shape), memory // int(shape), None, {})
-    if kind not in CHIPS:
-        raise UsageError(f"topology {name!r}: unknown chip; known: {', '.join(CHIPS)}, cpu")
-    chip = CHIPS[kind]
-    if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), shape):
-        example = "x".join(["4"] * chip.axes)
-        raise UsageError(
-            f"topology {name!r}: expected {chip.axes} sizes after the colon, as in {kind}:{example}"
-        )
-    sizes = [int(n) for n in shape.split("x")]
-    # Hosts have 2 x 2 chips; libtpu wants to be told of smaller ones.
-    host = [min(2, sizes[0]), min(2, sizes[1]), 1]
-    options = {**chip.options, "chips_per_host_bounds": host}
-    return Topology(name, "tpu", math.prod(sizes), chip.memory, chip.flops, options)
 
 
 class Subject(NamedTuple):
@@ -99,13 +42,18 @@ class Subject(NamedTuple):
     slots: tuple[int, ...]
     """Sizes that the scorer is compiled for, ascending."""
     passes: int
-    """Of one text, both models together."""
+    """Forward passes of one text, both models together."""
     flops: float
-    """Of those passes."""
+    """Floating-point operations of those passes."""
 
 
 def read_subject(job: PlanJob) -> Subject:
-    """Reads the config alone. Raises `ModelError`."""
+    """Reads the config alone.
+
+    Raises:
+      ModelError: it is not that of a supported model.
+      UsageError: none of the attacks has passes.
+    """
     path = job.model / model_folder.CONFIG if job.model.is_dir() else job.model
     config = model_folder.read_config_file(path)
     family = read_config(config, str(path))
@@ -141,29 +89,25 @@ class Case(NamedTuple):
     one: int
     """Bytes of one model's parameters on a device."""
 
-    def load(self, rows: int) -> memory.Load:
-        """Returns the shape of a batch with so many texts in a part."""
+    def shape(self, rows: int) -> memory.BatchShape:
+        """Describes what a device works on that has `rows` rows of its own."""
         length, slots = self.job.settings.max_length, self.subject.slots[-1]
         platform = self.topology.platform
-        return memory.Load(rows, length, slots, parts=self.mesh[1], platform=platform)
+        return memory.BatchShape(rows, length, slots, parts=self.mesh[1], platform=platform)
 
     def closed_form(self, rows: int) -> memory.Footprint:
-        """Returns what a device needs for so many texts, by the formula."""
-        load, model = self.load(rows), self.subject.model
-        return memory.Footprint(
-            self.job.models * self.one,
-            memory.input_bytes(load),
-            memory.temporaries(model.arch, model.dtype, load),
-        )
+        """Returns what a device keeps, by the closed form."""
+        model, parameters = self.subject.model, self.job.models * self.one
+        return memory.footprint(model.arch, model.dtype, self.shape(rows), parameters)
 
     def largest_rows(self) -> int:
-        """By the closed form."""
-        arch, dtype = self.subject.model.arch, self.subject.model.dtype
-        parameters, capacity = self.job.models * self.one, self.topology.memory
-        return memory.largest_rows(arch, dtype, self.load(0), parameters, capacity)
+        """Returns the most rows that fit, by the closed form."""
+        model, parameters = self.subject.model, self.job.models * self.one
+        capacity = self.topology.memory
+        return memory.largest_rows(model.arch, model.dtype, self.shape(0), parameters, capacity)
 
     def request(self, rows: int) -> compile_ahead.Request:
-        """Returns what the compiler is asked for."""
+        """Returns what the compiler is asked."""
         return compile_ahead.Request(
             self.subject.config,
             self.subject.where,
@@ -179,7 +123,11 @@ class Case(NamedTuple):
 
 
 def run_plan(job: PlanJob) -> dict[str, Any]:
-    """Plans a job; the result is what `--json` writes. Raises `SamaError`."""
+    """Plans a job; the result is what `--json` writes.
+
+    Raises:
+      SamaError: wrong flags, a config that cannot be read, or a model that does not fit.
+    """
     topology, subject = read_topology(job.topology), read_subject(job)
     if job.rows is not None and job.rows < 1:
         raise UsageError("--rows must be at least 1")
@@ -192,29 +140,33 @@ def run_plan(job: PlanJob) -> dict[str, Any]:
             f"--topology {topology.name} needs the TPU compiler: pip install 'sama-jax[tpu]' "
             "(a CPU-only machine will do, no TPU is used); --topology cpu:8 goes without"
         )
-    rows = job.rows or max(1, min(_usual_rows(job), case.largest_rows()))
-    say = console(job.quiet)
+    length = job.settings.max_length
+    rows = job.rows or rows_a_device(length, ACCELERATOR_TOKENS, case.largest_rows())
+    return _result(case, *compile_what_fits(case, rows, console(job.quiet)))
+
+
+def compile_what_fits(case: Case, rows: int, say: Console) -> tuple[int, Compiled]:
+    """Compiles, with half as many rows until they fit, unless the job has fixed their number.
+
+    Returns:
+      the rows, and what the compiler says of them.
+    """
     while True:
         say.print(
-            f"compiling for {topology.name}, {_mesh_name(case.mesh)}, {rows} texts of "
-            f"{job.settings.max_length} tokens; this may take a minute"
+            f"compiling for {case.topology.name}, {_mesh_name(case.mesh)}, {rows} texts of "
+            f"{case.job.settings.max_length} tokens; this may take a minute"
         )
         compiled = compile_ahead.run(
             case.request(rows), lambda seconds: say.print(f"compiling: {seconds:.0f} s")
         )
-        if compiled.fits or job.rows is not None or rows == 1:
-            return _result(case, rows, compiled)
+        if compiled.fits or case.job.rows is not None or rows == 1:
+            return rows, compiled
         say.print(f"{rows} texts do not fit; trying {rows // 2}")
         rows //= 2
 
 
-def _usual_rows(job: PlanJob) -> int:
-    """What a device of an audit works on at once."""
-    return max(4, min(64, ACCELERATOR_TOKENS // job.settings.max_length))
-
-
 def make_case(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[int, int]) -> Case:
-    """Raises `UsageError` if the parameters cannot be split over the mesh."""
+    """Returns the job on a mesh. Raises `UsageError` if it cannot split the parameters."""
     abstract = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * 2)
     arch, dtype = subject.model.arch, subject.model.dtype
     shardings = parameter_shardings(abstract, subject.shapes, arch)
@@ -223,7 +175,7 @@ def make_case(job: PlanJob, topology: Topology, subject: Subject, mesh: tuple[in
 
 
 def propose_case(job: PlanJob, topology: Topology, subject: Subject) -> Case:
-    """The mesh with the fewest parts of the model that fits by the closed form.
+    """Proposes the mesh with the fewest parts of the model that fits by the closed form.
 
     Fewer parts mean fewer collectives. With as many texts as an audit takes, if there is such a
     mesh, else with one. Raises `UsageError` where none fits.
@@ -233,7 +185,8 @@ def propose_case(job: PlanJob, topology: Topology, subject: Subject) -> Case:
         # Heads or widths that this does not divide:
         with contextlib.suppress(UsageError):
             cases.append(make_case(job, topology, subject, (chips // parts, parts)))
-    for rows in (job.rows or _usual_rows(job), 1):
+    usual = usual_rows(job.settings.max_length, ACCELERATOR_TOKENS)
+    for rows in (job.rows or usual, 1):
         for case in cases:
             if memory.fits(case.closed_form(rows), topology.memory):
                 return case
@@ -247,7 +200,7 @@ def propose_case(job: PlanJob, topology: Topology, subject: Subject) -> Case:
 
 
 def read_mesh(text: str, chips: int) -> tuple[int, int]:
-    """Sizes of `data` and `model`. Raises `UsageError`, also unless they use every chip."""
+    """Reads the sizes of `data` and `model`. Raises `UsageError`, also if a chip is left over."""
     sizes = mesh_sizes(text)
     if math.prod(sizes) != chips:
         raise UsageError(
@@ -264,19 +217,12 @@ def _mesh_name(mesh: tuple[int, int]) -> str:
 # --- what it says --------------------------------------------------------------------------------
 
 
-def _result(case: Case, rows: int, compiled: compile_ahead.Compiled) -> dict[str, Any]:
-    """The JSON object; bytes are those of one device."""
+def _result(case: Case, rows: int, compiled: Compiled) -> dict[str, Any]:
+    """Returns the JSON object; bytes are those of one device."""
     job, topology, subject, mesh = case[:4]
-    arch, closed = subject.model.arch, case.closed_form(rows)
-    expected = closed.temporaries
-    arguments, temporaries = closed.parameters + closed.inputs, None
-    if compiled.fits:
-        # Target and reference share the program: the second one's parameters wait beside it.
-        arguments = (job.models - 1) * case.one + compiled.arguments_bytes
-        temporaries = compiled.temporaries_bytes + compiled.output_bytes
-    total = arguments + (expected.peak if temporaries is None else temporaries)
     flops = job.texts * subject.flops
     peak = topology.flops and topology.flops * topology.chips * job.utilisation
+    length = job.settings.max_length
     return {
         "model": subject.where,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(subject.shapes)),
@@ -287,23 +233,14 @@ def _result(case: Case, rows: int, compiled: compile_ahead.Compiled) -> dict[str
         "chip_bytes": topology.memory,
         "mesh": dict(zip(AXES, mesh)),
         "rows": rows,
-        "max_length": job.settings.max_length,
+        "max_length": length,
         "slots": list(subject.slots),
-        "arguments_bytes": arguments,
-        "temporaries_bytes": temporaries,
-        "total_bytes": total,
-        "fits": compiled.fits and total <= topology.memory,
+        **_memory(case, rows, compiled),
         "largest_rows": case.largest_rows(),
-        "closed_form": {
-            "arguments_bytes": closed.parameters + closed.inputs,
-            "temporaries_bytes": expected.peak,
-            "total_bytes": closed.total,
-            **{f"{name}_bytes": value for name, value in expected._asdict().items()},
-        },
         "full_logits_bytes": memory.full_logits_bytes(
-            arch.vocab_size, rows, job.settings.max_length, mesh[1]
+            subject.model.vocab_size, rows, length, mesh[1]
         ),
-        "collectives": {kind: traffic._asdict() for kind, traffic in compiled.collectives.items()},
+        "collectives": {kind: found._asdict() for kind, found in compiled.collectives.items()},
         "texts": job.texts,
         "passes": job.texts * subject.passes,
         "flops": flops,
@@ -314,8 +251,32 @@ def _result(case: Case, rows: int, compiled: compile_ahead.Compiled) -> dict[str
     }
 
 
+def _memory(case: Case, rows: int, compiled: Compiled) -> dict[str, Any]:
+    """Returns bytes by the compiler, or by the closed form if nothing was compiled, and whether
+    they fit."""
+    closed = case.closed_form(rows)
+    arguments, temporaries = closed.parameters + closed.inputs, None
+    if compiled.fits:
+        # Target and reference share the program, which takes the parameters of one of them.
+        arguments = (case.job.models - 1) * case.one + compiled.arguments_bytes
+        temporaries = compiled.temporaries_bytes + compiled.output_bytes
+    total = arguments + (closed.temporaries.peak if temporaries is None else temporaries)
+    return {
+        "arguments_bytes": arguments,
+        "temporaries_bytes": temporaries,
+        "total_bytes": total,
+        "fits": compiled.fits and total <= case.topology.memory,
+        "closed_form": {
+            "arguments_bytes": closed.parameters + closed.inputs,
+            "temporaries_bytes": closed.temporaries.peak,
+            "total_bytes": closed.total,
+            **{f"{name}_bytes": n for name, n in closed.temporaries._asdict().items()},
+        },
+    }
+
+
 def lines(found: dict[str, Any]) -> list[str]:
-    """A result for people."""
+    """Writes a result for people."""
     closed, mesh = found["closed_form"], found["mesh"]
     chip, parts = found["chip_bytes"], mesh["model"]
     both = "target and reference" if found["models_resident"] == 2 else "one model at a time"

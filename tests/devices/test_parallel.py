@@ -83,7 +83,7 @@ def run(folders, texts, out, **changes):
 def expected(models, texts, tmp_path_factory):
     """On one device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "local_layout", one_device)
+        patch.setitem(placement.LOCAL, "pmap", one_device)
         return run(models, texts, tmp_path_factory.mktemp("one") / "run")
 
 

@@ -264,11 +264,9 @@ def test_rows_shrink_to_what_fits_beside_the_models(models):
     assert parameters == 2 * 4 * folders[0].num_params
     # Up to 8, whose plans are drawn at once, any number; above, its multiples.
     for rows, fewer in ((1, 1), (2, 1), (3, 2), (8, 7), (16, 8), (24, 16)):
-        load = memory.Load(rows, 64, 64)
-        inputs, arch = memory.input_bytes(load), folders[0].model.arch
-        used = memory.temporaries(arch, folders[0].model.dtype, load)
-        found = memory.Footprint(parameters, inputs, used)
-        room = int((parameters + inputs + 1.15 * used.peak) / 0.96) + 2
+        shape, model = memory.BatchShape(rows, 64, 64), folders[0].model
+        found = memory.footprint(model.arch, model.dtype, shape, parameters)
+        room = int((parameters + found.inputs + 1.15 * found.temporaries.peak) / 0.96) + 2
         assert memory.fits(found, room)
         assert not memory.fits(found, room - 8)
         assert rows_of_a_batch(room) == rows

@@ -15,7 +15,7 @@ import tiny
 from jax.sharding import AbstractMesh, AxisType
 
 from sama_jax.cli import entry
-from sama_jax.devices import child, compile_ahead, memory, traffic
+from sama_jax.devices import child, compile_ahead, memory, topology, traffic
 from sama_jax.devices.compile_ahead import Compiled
 from sama_jax.devices.mesh import AXES
 from sama_jax.devices.sharding import parameter_shardings
@@ -44,13 +44,14 @@ def model_of(values: dict[str, Any], dtype: str = "float32") -> Any:
     return build_model(read_config(values, "config.json"), 0, jnp.dtype(dtype))
 
 
-def closed_form(values: dict[str, Any], load: memory.Load, data: int) -> memory.Footprint:
+def closed_form(values: dict[str, Any], shape: memory.BatchShape, data: int) -> memory.Footprint:
     model = model_of(values)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     axis_types = (AxisType.Auto,) * 2
-    mesh = AbstractMesh((data, load.parts), AXES, axis_types=axis_types)
+    mesh = AbstractMesh((data, shape.parts), AXES, axis_types=axis_types)
     shardings = parameter_shardings(mesh, shapes, model.arch)
-    return memory.footprint(model.arch, model.dtype, load, shapes, shardings)
+    parameters = memory.parameter_bytes(shapes, model.dtype, shardings)
+    return memory.footprint(model.arch, model.dtype, shape, parameters)
 
 
 # --- the closed form -----------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def test_closed_form_agrees_with_the_compiled_program(name, mesh):
         values, "config.json", "float32", "cpu", "cpu:8", {}, mesh, rows, length, (slots,)
     )
     compiled = compile_ahead.compile_scorer(request)
-    found = closed_form(values, memory.Load(rows, length, slots, parts=mesh[1]), mesh[0])
+    found = closed_form(values, memory.BatchShape(rows, length, slots, parts=mesh[1]), mesh[0])
 
     assert found.parameters + found.inputs == pytest.approx(compiled.arguments_bytes, rel=0.01)
     allotted = compiled.temporaries_bytes + compiled.output_bytes
@@ -92,8 +93,8 @@ def test_parameters_of_llada_8b_are_those_of_the_checkpoint():
 def test_closed_form_of_a_tpu_program(parts, rows, scored, gibibytes):
     # What libtpu 0.0.42 (jax 0.10.2) allots: v5e:4x4 (4 parts), v5p:2x2x2; texts of 512 tokens.
     values = json.loads(LLADA_8B.read_text("utf-8"))
-    load = memory.Load(rows, 512, scored, parts=parts, platform="tpu")
-    found = memory.temporaries(model_of(values).arch, "bfloat16", load)
+    shape = memory.BatchShape(rows, 512, scored, parts=parts, platform="tpu")
+    found = memory.temporaries(model_of(values).arch, "bfloat16", shape)
     assert found.peak == pytest.approx(gibibytes * 2**30, rel=0.13)
 
 
@@ -106,30 +107,25 @@ def test_closed_form_of_a_gpu_program(attention, rows, mebibytes):
     # What XLA (jaxlib 0.11.2) allots on an H200: texts of 512 tokens, 16 of them scored, 4 passes.
     values = json.loads(LLADA_8B.read_text("utf-8"))
     arch = dataclasses.replace(model_of(values).arch, attention=attention)
-    load = memory.Load(rows, 512, 16, passes=4, platform="gpu")
-    found = memory.temporaries(arch, "bfloat16", load)
+    shape = memory.BatchShape(rows, 512, 16, passes=4, platform="gpu")
+    found = memory.temporaries(arch, "bfloat16", shape)
     assert found.peak == pytest.approx(mebibytes * 2**20, rel=0.1)
 
 
 def test_largest_rows_are_the_last_that_fit():
     values, _, length, slots = SIZES["attention"]
     model = model_of(values)
-    parameters, load = 10**6, memory.Load(0, length, slots)
+    parameters, shape = 10**6, memory.BatchShape(0, length, slots)
 
     def total(rows: int) -> memory.Footprint:
-        some = load._replace(rows=rows)
-        return memory.Footprint(
-            parameters,
-            memory.input_bytes(some),
-            memory.temporaries(model.arch, model.dtype, some),
-        )
+        return memory.footprint(model.arch, model.dtype, shape._replace(rows=rows), parameters)
 
     capacity = 50 * 10**6
-    rows = memory.largest_rows(model.arch, model.dtype, load, parameters, capacity)
+    rows = memory.largest_rows(model.arch, model.dtype, shape, parameters, capacity)
     assert 0 < rows < 100
     assert memory.fits(total(rows), capacity)
     assert not memory.fits(total(rows + 1), capacity)
-    assert memory.largest_rows(model.arch, model.dtype, load, parameters, parameters) == 0
+    assert memory.largest_rows(model.arch, model.dtype, shape, parameters, parameters) == 0
 
 
 def test_full_logits_of_eight_texts_take_two_gibibytes():
@@ -222,7 +218,7 @@ def test_the_command_compiles_in_a_process_of_its_own(model, tmp_path, capsys, m
     assert found["compile_seconds"] > 0
     # Both models: their parameters, which the mesh splits, and one input.
     values = json.loads(model.read_text())
-    both = closed_form(values, memory.Load(3, 32, found["slots"][-1], parts=2), 1)
+    both = closed_form(values, memory.BatchShape(3, 32, found["slots"][-1], parts=2), 1)
     expected = 2 * both.parameters + both.inputs
     assert found["arguments_bytes"] == pytest.approx(expected, rel=0.02)
     assert found["passes"] == 2 * 1000
@@ -254,7 +250,7 @@ def test_wrong_flags_are_one_line(model, capsys, monkeypatch, flags, part):
 
 
 def test_a_model_that_is_too_large_says_by_how_much(model, capsys, monkeypatch):
-    monkeypatch.setitem(capacity.CHIPS, "v5e", capacity.CHIPS["v5e"]._replace(memory=20_000))
+    monkeypatch.setitem(topology.CHIPS, "v5e", topology.CHIPS["v5e"]._replace(memory=20_000))
     code, _, err = run(capsys, "--model", model, "--topology", "v5e:2x2")
     assert code == 2
     assert "do not fit v5e:2x2" in err
@@ -281,7 +277,7 @@ def test_a_config_that_cannot_be_planned_is_a_model_error(tmp_path, capsys, cont
 
 
 @pytest.mark.parametrize(
-    ("topology", "models", "mesh"),
+    ("name", "models", "mesh"),
     [
         ("v5e:4x4", 2, (4, 4)),  # 29.9 GiB of parameters, 16 GiB a chip
         ("v5e:4x4", 1, (8, 2)),
@@ -290,9 +286,9 @@ def test_a_config_that_cannot_be_planned_is_a_model_error(tmp_path, capsys, cont
         ("v5p:2x2x2", 2, (8, 1)),
     ],
 )
-def test_the_proposed_mesh_has_the_fewest_parts_that_fit_llada_8b(topology, models, mesh):
-    job = capacity.PlanJob(model=LLADA_8B, topology=topology, models=models)
-    case = capacity.propose_case(job, capacity.read_topology(topology), capacity.read_subject(job))
+def test_the_proposed_mesh_has_the_fewest_parts_that_fit_llada_8b(name, models, mesh):
+    job = capacity.PlanJob(model=LLADA_8B, topology=name, models=models)
+    case = capacity.propose_case(job, topology.read_topology(name), capacity.read_subject(job))
     assert case.mesh == mesh
     assert case.largest_rows() >= 32  # 16,384 tokens
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sama_jax.config import AuditSettings, SamaSettings
+from sama_jax.config import AuditSettings, from_dict
 from sama_jax.devices.child import Child, serve
 from sama_jax.programs.jobs import BenchJob
 
@@ -36,10 +36,8 @@ class Task(NamedTuple):
 
     @classmethod
     def of_json(cls, told: dict[str, Any]) -> "Task":
-        """Returns the task that `to_json` wrote, with the settings of SAMA alone."""
-        given, cache = told["settings"], told["compile_cache"]
-        plain = {k: v for k, v in given.items() if not isinstance(v, dict)}
-        settings = AuditSettings(**plain, sama=SamaSettings(**given["sama"]))
+        """Returns the task that `to_json` wrote."""
+        settings, cache = from_dict(AuditSettings, told["settings"]), told["compile_cache"]
         model, scratch = Path(told["model"]), Path(told["scratch"])
         return cls(model, scratch, settings, told["batch_size"], cache and Path(cache))
 
