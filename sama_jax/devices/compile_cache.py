@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, on request: a second process compiles nothing."""
+"""Turns JAX's persistent compilation cache on: a second process then compiles nothing."""
 
 import os
 from pathlib import Path
@@ -11,8 +11,11 @@ from sama_jax.storage.files import writing
 def use_compile_cache(folder: Path | None) -> None:
     """Keeps compiled programs in `folder`, by default in `JAX_COMPILATION_CACHE_DIR` if set.
 
-    Short compilations, too: JAX alone would keep those of a second and more. Whoever can write to
-    the folder can run code in this process. Raises `OutputError`.
+    Keeps short compilations as well, where JAX would keep only those of a second and more. Whoever
+    can write to the folder can run code in this process.
+
+    Raises:
+      OutputError: the folder cannot be written.
     """
     folder = folder or Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
     if folder == Path():

@@ -1,4 +1,4 @@
-"""Several processes of one run: they meet, watch each other, and tell each other small things.
+"""Lets several processes of one run meet, watch each other, and tell each other small things.
 
 `jax.distributed` aborts a process, with a stack dump, where a peer never starts or dies. So the
 command that the user starts (the supervisor) does none of the work: it meets the other processes
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 def given_place(coordinator: str | None, count: int | None, rank: int | None) -> Place | None:
-    """From the flags; None if there are none. Raises `UsageError`."""
+    """Returns the place that the flags give; None if there are none. Raises `UsageError`."""
     if coordinator is None and count is None and rank is None:
         return None
     if coordinator is None or count is None or rank is None:
@@ -60,10 +60,13 @@ def given_place(coordinator: str | None, count: int | None, rank: int | None) ->
 
 
 def found_place(env: Mapping[str, str], metadata: Callable[[str], str] | None = None) -> Place:
-    """From the environment: Slurm (one task a node), or a Cloud TPU slice. Raises `UsageError`.
+    """Finds the place in the environment: Slurm (one task a node), or a Cloud TPU slice.
 
     A TPU slice is known by the variables that GKE sets, else by the metadata of the virtual machine
     (the two attributes that JAX's own detection reads).
+
+    Raises:
+      UsageError: it is neither.
     """
     if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
@@ -98,14 +101,14 @@ def _metadata(attribute: str) -> str:
 
 
 class Peers:
-    """All processes of a run, seen from one. Alone, unless a supervisor says otherwise."""
+    """Speaks to all processes of a run from one of them, which is alone without a supervisor."""
 
     def __init__(self, rank: int = 0, count: int = 1, jax_address: str = "", link: Any = None):
         self.rank, self.count, self.jax_address = rank, count, jax_address
         self._link, self._answers = link, queue.Queue()
 
     def gather(self, what: str, value: Any) -> list[Any]:
-        """Every process' `value` (JSON), by rank; waits until all have called it with `what`.
+        """Returns every process' `value` (JSON), by rank, when all have called it with `what`.
 
         All call it in the same order. If one of them ends, the supervisor ends this process.
         """
@@ -121,7 +124,7 @@ class Peers:
 
 
 def join() -> Peers | None:
-    """This process' peers, if it is the child of a supervisor; waits for nothing."""
+    """Returns the peers of a supervisor's child, None in any other process; waits for nothing."""
     text = os.environ.pop(CHILD, None)
     if text is None:
         return None
@@ -188,7 +191,7 @@ def _names(place: Place, ranks: Sequence[int]) -> str:
 
 
 class _Link:
-    """A connection to another supervisor; what it says goes to a queue with its rank."""
+    """Connects to another supervisor; what it says goes to a queue with its rank."""
 
     def __init__(self, sock: socket.socket, rank: int, events: queue.Queue):
         self.sock, self.rank, self.ended = sock, rank, False
@@ -214,7 +217,7 @@ class _Link:
 
 
 class _Hub:
-    """Process 0: the others connect to it, and it passes on what they say."""
+    """Speaks for process 0: the others connect to it, and it passes on what they say."""
 
     def __init__(self, place: Place):
         self.place, self.events = place, queue.Queue()
@@ -229,7 +232,7 @@ class _Hub:
             ) from None
 
     def meet(self, until: float, seconds: float) -> str:
-        """Waits for all; the address for `jax.distributed`."""
+        """Waits for all; returns the address for `jax.distributed`."""
         place = self.place
         while len(self.links) < place.count - 1:
             self._server.settimeout(max(until - time.monotonic(), 0.01))
@@ -267,7 +270,7 @@ class _Hub:
 
 
 class _Spoke:
-    """Another process: connected to process 0."""
+    """Speaks for another process: it is connected to process 0."""
 
     def __init__(self, place: Place):
         self.place, self.events = place, queue.Queue()
@@ -327,7 +330,7 @@ def _close(links: dict[int, _Link]) -> None:
 
 
 class _Watch:
-    """The child, the peers, and what they say to each other."""
+    """Watches the child and the peers, and passes on what they say to each other."""
 
     def __init__(self, hub: _Hub | _Spoke, place: Place, kept: str):
         self.hub, self.place, self.kept = hub, place, kept
@@ -339,8 +342,13 @@ class _Watch:
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as crash, ours:
             fds = (theirs.fileno(), crash.fileno())
-            told = {"rank": place.rank, "count": place.count, "jax": jax_address,
-                    "link": fds[0], "crash": fds[1]}  # fmt: skip
+            told = {
+                "rank": place.rank,
+                "count": place.count,
+                "jax": jax_address,
+                "link": fds[0],
+                "crash": fds[1],
+            }
             # A session of its own: Ctrl-C reaches the supervisor, which ends the child.
             child = subprocess.Popen(
                 command,
@@ -389,7 +397,7 @@ class _Watch:
             _send(self.child, answer)
 
     def _ended(self, code: int, crash: Any) -> int:
-        """What the end of the child means."""
+        """Decides what the end of the child means."""
         if code == 0:
             self.hub.send({"done": self.place.rank})
             return 0
@@ -428,7 +436,7 @@ def _send(sock: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _messages(sock: socket.socket):
-    """JSON lines of a connection, until it closes, fails or is silent for its time-out."""
+    """Yields the JSON lines of a connection until it closes, fails or is silent too long."""
     rest = b""
     with contextlib.suppress(OSError, ValueError):
         while data := sock.recv(1 << 16):

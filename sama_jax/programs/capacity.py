@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
-from rich.console import Console
 
 from sama_jax import attacks
 from sama_jax.arrays import Params
@@ -28,7 +27,7 @@ from sama_jax.engine.batching import ACCELERATOR_TOKENS, rows_a_device, usual_ro
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs.jobs import PlanJob
-from sama_jax.terminal import binary_size, console, duration
+from sama_jax.terminal import Terminal, binary_size, duration
 from sama_jax.weights import model_folder
 
 
@@ -142,26 +141,26 @@ def run_plan(job: PlanJob) -> dict[str, Any]:
         )
     length = job.settings.max_length
     rows = job.rows or rows_a_device(length, ACCELERATOR_TOKENS, case.largest_rows())
-    return _result(case, *compile_what_fits(case, rows, console(job.quiet)))
+    return _result(case, *compile_what_fits(case, rows, Terminal(quiet=job.quiet)))
 
 
-def compile_what_fits(case: Case, rows: int, say: Console) -> tuple[int, Compiled]:
+def compile_what_fits(case: Case, rows: int, terminal: Terminal) -> tuple[int, Compiled]:
     """Compiles, with half as many rows until they fit, unless the job has fixed their number.
 
     Returns:
       the rows, and what the compiler says of them.
     """
     while True:
-        say.print(
+        terminal.say(
             f"compiling for {case.topology.name}, {_mesh_name(case.mesh)}, {rows} texts of "
             f"{case.job.settings.max_length} tokens; this may take a minute"
         )
         compiled = compile_ahead.run(
-            case.request(rows), lambda seconds: say.print(f"compiling: {seconds:.0f} s")
+            case.request(rows), lambda seconds: terminal.say(f"compiling: {seconds:.0f} s")
         )
         if compiled.fits or case.job.rows is not None or rows == 1:
             return rows, compiled
-        say.print(f"{rows} texts do not fit; trying {rows // 2}")
+        terminal.say(f"{rows} texts do not fit; trying {rows // 2}")
         rows //= 2
 
 

@@ -11,7 +11,7 @@ from sama_jax.programs.bench.run import OURS
 from sama_jax.programs.bench.side import Side
 from sama_jax.programs.bench.tokens import encode
 from sama_jax.programs.jobs import BenchJob
-from sama_jax.terminal import console
+from sama_jax.terminal import Terminal
 from sama_jax.weights.model_folder import ModelFolder, open_folder
 
 AXES = {"texts": (100, 200, 400), "length": (64, 128, 256, 512), "passes": (4, 8, 16)}
@@ -25,7 +25,7 @@ def run_growth(job: BenchJob) -> list[dict[str, Any]]:
     Raises:
       DataError: the texts make too few windows.
     """
-    say = console(job.quiet)
+    terminal = Terminal(quiet=job.quiet)
     folder = open_folder(job.model, dtype="float32")
     points = []
     for axis, values in AXES.items():
@@ -33,7 +33,7 @@ def run_growth(job: BenchJob) -> list[dict[str, Any]]:
             point = {"axis": axis, **_measure(job, folder, FIXED | {axis: value})}
             points.append(point)
             memory = point["peak_memory_bytes"]
-            say.print(
+            terminal.say(
                 f"{point['texts']} texts of {point['length']} tokens, {point['passes']} passes: "
                 f"{point['seconds']:.2f} s, {point['flops'] / point['seconds'] / 1e9:.0f} GFLOP/s"
                 + ("" if memory is None else f", {memory / 2**20:.0f} MiB")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.programs.bench import summary
@@ -25,7 +24,7 @@ from sama_jax.programs.bench.side import Agreement, Loaded, Round, Side
 from sama_jax.programs.bench.summary import Measured
 from sama_jax.programs.bench.tokens import encode
 from sama_jax.programs.jobs import BenchJob
-from sama_jax.terminal import console, duration
+from sama_jax.terminal import Terminal, duration
 from sama_jax.weights.model_folder import ModelFolder, open_folder
 
 OURS, TORCH = (f"sama_jax.programs.bench.{name}" for name in ("ours", "torch_side"))
@@ -41,7 +40,7 @@ def run_bench(job: BenchJob) -> dict[str, Any]:
       ModelError: the two frameworks do not compute the same.
       OutOfMemory, Crashed: the process of a framework ended.
     """
-    say, start = console(job.quiet), time.monotonic()
+    terminal, start = Terminal(quiet=job.quiet), time.monotonic()
     folder = open_folder(job.model, dtype="float32", longest=job.settings.max_length)
     if job.torch and folder.config.get("model_type") != "llada":
         raise UsageError(f"{job.model}: the PyTorch form is written for dense LLaDA only")
@@ -54,7 +53,7 @@ def run_bench(job: BenchJob) -> dict[str, Any]:
             require_comparable(loaded)
             theirs = stack.enter_context(Side("torch", TORCH, job, ids, scratch))
             theirs.load()
-        found = measure(job, ours, theirs, say)
+        found = measure(job, ours, theirs, terminal)
     result = _describe(job, folder, ids, loaded) | summary.to_json(found, len(ids))
     if job.torch:
         result["torch"]["version"] = importlib.metadata.version("torch")
@@ -71,14 +70,14 @@ def require_comparable(loaded: Loaded) -> None:
         )
 
 
-def measure(job: BenchJob, ours: Side, theirs: Side | None, say: Console) -> Measured:
+def measure(job: BenchJob, ours: Side, theirs: Side | None, terminal: Terminal) -> Measured:
     """Runs the rounds of both sides in turn, products after each."""
     cold, agreement = ours.round(), None
-    say.print(f"first round, with compiling: {cold.seconds:.1f} s")
+    terminal.say(f"first round, with compiling: {cold.seconds:.1f} s")
     if theirs is not None:
         ours.write_plan()
         agreement = _require_agreement(theirs.check())
-        say.print(
+        terminal.say(
             "PyTorch computes the same: largest difference of a loss "
             f"{agreement.largest_loss_difference:.1e} nats"
         )
@@ -89,12 +88,12 @@ def measure(job: BenchJob, ours: Side, theirs: Side | None, say: Console) -> Mea
         title = f"round {number + 1} of {job.rounds}"
         for side in [ours] if theirs is None else [ours, theirs]:
             rounds[side.name].append(side.round())
-            say.print(f"{title}, {side.name}: {rounds[side.name][-1].seconds:.1f} s")
+            terminal.say(f"{title}, {side.name}: {rounds[side.name][-1].seconds:.1f} s")
         begun = time.monotonic()
         products.append(ours.products())
-        say.print(f"{title}, products: {time.monotonic() - begun:.1f} s")
+        terminal.say(f"{title}, products: {time.monotonic() - begun:.1f} s")
         if number == 0:
-            say.print(f"about {duration((time.monotonic() - begin) * (job.rounds - 1))} left")
+            terminal.say(f"about {duration((time.monotonic() - begin) * (job.rounds - 1))} left")
     end, torch_end = ours.end(), theirs and theirs.end()
     return Measured(cold, rounds["jax"], products, end, agreement, rounds["torch"], torch_end)
 
