@@ -22,35 +22,39 @@ SETTINGS = AuditSettings(
 
 
 @pytest.fixture
-def strategies(monkeypatch):
-    """Runs the page's block, and adds a strategy on one device to compare with."""
-    added = {**placement.LOCAL, "one": lambda: local_layout(jax.devices()[:1])}
-    monkeypatch.setattr(placement, "LOCAL", added)
+def strategy(monkeypatch):
+    """Runs the page's block on a copy of the strategies; returns the one that it adds."""
+    monkeypatch.setattr(placement, "LOCAL", dict(placement.LOCAL))
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
     exec(code, {})
-    return added
+    return placement.LOCAL["pmap"]
 
 
-def test_the_strategy_of_the_recipe_gives_the_scores_of_one_device(strategies, tmp_path):
+def one_device():
+    return local_layout(jax.devices()[:1])
+
+
+def test_the_strategy_of_the_recipe_gives_the_scores_of_one_device(strategy, tmp_path):
     models = [tiny.folder(tmp_path / name, seed=seed) for seed, name in enumerate("tr")]
     texts = [data.Text(str(i), t, i % 2, "memory") for i, t in enumerate(tiny.texts(20))]
-    scores = {}
-    for name in ("one", "shard_map"):
+    found = []
+    for number, local in enumerate((one_device, strategy)):
+        placement.LOCAL["pmap"] = local
         job = AuditJob(
             target=models[0],
             reference=models[1],
             texts=data.Texts(texts, 0, []),
-            out=tmp_path / name,
+            out=tmp_path / str(number),
             attacks=["sama", "loss", "pia"],
             settings=SETTINGS,
-            parallel=name,
+            parallel="pmap",
             figures=False,
             quiet=True,
         )
         result = audit.run_audit(job)
         assert result is not None
-        scores[name] = [list(row["scores"].values()) for row in result.rows]
-    assert strategies["shard_map"]().describe().startswith("shard_map")
-    assert len(strategies["shard_map"]().devices) == 8
-    np.testing.assert_allclose(scores["shard_map"], scores["one"], rtol=1e-5)
-    assert np.ptp(scores["one"], axis=0).min() > 0
+        found.append([list(row["scores"].values()) for row in result.rows])
+    assert strategy().describe().startswith("shard_map")
+    assert len(strategy().devices) == 8
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    assert np.ptp(found[0], axis=0).min() > 0
