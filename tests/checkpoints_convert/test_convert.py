@@ -817,7 +817,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 import jax.numpy as jnp
-from checkpoints_convert import convert, stream
+from checkpoints_convert import convert
+from sama_jax.weights import safetensors
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.weights import model_folder
@@ -832,7 +833,7 @@ for name, path in (("plain", Path(source)), ("orbax", Path(out))):
     result[name] = folder.source.bytes_read
     result["sums"] = {
         f"{p} {s.index}": int(np.asarray(s.data).view(np.uint16).astype(np.uint32).sum())
-        for p, x in stream.leaf_paths(params).items() for s in x.addressable_shards}
+        for p, x in safetensors.leaf_paths(params).items() for s in x.addressable_shards}
     expected.setdefault("sums", result["sums"])
     assert result["sums"] == expected["sums"]
     result["local"] = sum(
