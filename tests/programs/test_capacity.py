@@ -321,6 +321,19 @@ def test_rows_are_halved_until_they_fit(model, capsys, monkeypatch, tmp_path):
     assert "does not fit" in out
 
 
+def test_rows_are_those_of_an_audit(model, capsys, monkeypatch):
+    asked = []
+
+    def answer(request: compile_ahead.Request, tick: Any) -> Compiled:
+        asked.append(request.rows)
+        return Compiled(1.0, True, 10, 10, 1)
+
+    monkeypatch.setattr(compile_ahead, "run", answer)
+    flags = ["--model", model, "--topology", "cpu:1", "--quiet", "--max-length", 300]
+    assert run(capsys, *flags)[0] == 0
+    assert asked == [48]  # 54 texts have 16,384 tokens; plans are drawn for 8 texts at once
+
+
 def test_two_models_in_turn_take_the_memory_of_one(model, capsys, tmp_path, monkeypatch):
     answer = Compiled(1.0, True, 1000, 10, 1)
     monkeypatch.setattr(compile_ahead, "run", lambda request, tick: answer)
