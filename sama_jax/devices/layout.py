@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Bool
 
-from sama_jax.arrays import Model, Params
+from sama_jax.arrays import Architecture, Model, Params
 from sama_jax.devices.mesh import Device, grid
 from sama_jax.devices.sharding import parameter_shardings
 
@@ -64,7 +64,7 @@ class Layout(ABC):
         """
         return model if self.model_parts == 1 else model.with_split_heads()
 
-    def shardings(self, abstract_params: Params, arch: Any) -> Params:
+    def shardings(self, abstract_params: Params, arch: Architecture) -> Params:
         """Returns a tree of shardings: where each parameter of a tree of shapes goes."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(lambda _: everywhere, abstract_params)
@@ -169,7 +169,7 @@ class OnMesh(Layout):
     def works_on_all_batches(self) -> bool:
         return True
 
-    def shardings(self, abstract_params: Params, arch: Any) -> Params:
+    def shardings(self, abstract_params: Params, arch: Architecture) -> Params:
         return parameter_shardings(
             self.mesh, abstract_params, arch, fully_sharded=self.fully_sharded
         )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from sama_jax.arrays import Params
+from sama_jax.arrays import Architecture, Params
 from sama_jax.errors import UsageError
 
 
@@ -53,7 +53,11 @@ RULES = (
 
 
 def parameter_shardings(
-    mesh: Mesh | AbstractMesh, abstract_params: Params, arch: Any, *, fully_sharded: bool = False
+    mesh: Mesh | AbstractMesh,
+    abstract_params: Params,
+    arch: Architecture,
+    *,
+    fully_sharded: bool = False,
 ) -> Params:
     """Returns a tree of `NamedSharding`, by `RULES`, for a tree of arrays or `ShapeDtypeStruct`.
 
@@ -88,7 +92,9 @@ def parameter_shardings(
     return shardings
 
 
-def _spec(name: str, shape: tuple[int, ...], size: int, arch: Any) -> tuple[str | None, ...]:
+def _spec(
+    name: str, shape: tuple[int, ...], size: int, arch: Architecture
+) -> tuple[str | None, ...]:
     """Returns the partition of one parameter; ValueError if there is none."""
     rule = next((r for r in RULES if re.fullmatch(r.pattern, name)), None)
     if rule is None:
