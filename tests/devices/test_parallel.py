@@ -37,8 +37,15 @@ MESHES = ["data=8", "data=4,model=2", "data=2,model=4", "model=8"]
 @pytest.fixture(scope="module", params=[8, 2], ids=["8 kv heads", "2 kv heads"])
 def models(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("parallel")
-    wide = {"n_layers": 3, "d_model": 64, "n_heads": 8, "n_kv_heads": request.param,
-            "mlp_hidden_size": 64, "vocab_size": 304, "embedding_size": 304}  # fmt: skip
+    wide = {
+        "n_layers": 3,
+        "d_model": 64,
+        "n_heads": 8,
+        "n_kv_heads": request.param,
+        "mlp_hidden_size": 64,
+        "vocab_size": 304,
+        "embedding_size": 304,
+    }
     return [tiny.folder(root / n, seed=s, **wide) for n, s in (("target", 1), ("reference", 2))]
 
 
@@ -106,7 +113,9 @@ def near_ties(plan, losses) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mesh", [None, *MESHES])
-def test_masks_losses_and_scores_do_not_depend_on_the_mesh(mesh, models, texts, expected, tmp_path):
+def test_masks_losses_and_scores_do_not_depend_on_the_mesh(
+    mesh, models, texts, expected, tmp_path, record_property
+):
     assert jax.device_count() == 8
     how = {"parallel": "pmap"} if mesh is None else {"mesh": mesh}
     plan, losses, scores = run(models, texts, tmp_path / "run", **how)
@@ -115,8 +124,8 @@ def test_masks_losses_and_scores_do_not_depend_on_the_mesh(mesh, models, texts, 
     for role in ("target", "reference"):
         np.testing.assert_allclose(losses[role], expected[1][role], rtol=LOSS_TOLERANCE, atol=0)
     close = near_ties(*expected[:2])
-    print(f"{mesh or 'pmap'}: {(close > 0).sum()} of {len(texts)} texts have a vote near zero, "
-          f"{(scores != expected[2]).sum()} scores differ")  # fmt: skip
+    record_property("texts with a vote near zero", int((close > 0).sum()))
+    record_property("scores that differ", int((scores != expected[2]).sum()))
     assert (close == 0).sum() >= len(texts) // 2
     np.testing.assert_allclose(scores[close == 0], expected[2][close == 0], atol=1e-6)
     assert (np.abs(scores - expected[2]) <= close + 1e-6).all()
