@@ -112,7 +112,9 @@ def run_nll(
     return rows
 
 
-def _row(text: Text, truncated: bool, tokens: int, mean: float, error: float) -> dict[str, Any]:
+def _row(
+    text: Text, truncated: bool, tokens: int, mean: np.floating, error: np.floating
+) -> dict[str, Any]:
     """Returns one line of the results."""
 
     def number(value: Any) -> float | None:
