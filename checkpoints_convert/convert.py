@@ -25,7 +25,7 @@ from sama_jax import __version__
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.models.families.tables import TABLES
+from sama_jax.models.families.weight_table import Table
 from sama_jax.storage.files import write_json, writing
 from sama_jax.terminal import ByteBar, duration
 from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
@@ -168,9 +168,8 @@ def to_hf(
         start = time.monotonic()
         with ByteBar("writing", total, quiet=quiet) as told, writing(out):
             safetensors.save_weights(out, tensors, max_shard_bytes, told)
-        config = folder.config
-        if config.get("block_group_size", 1) != 1 and folder.family.family == "llada":
-            config = {**config, "block_group_size": 1}  # names of plain blocks
+        saved = folder.family.weights.saved_config
+        config = {k: saved.get(k, value) for k, value in folder.config.items()}
         _finish(folder, out, config, "keep" if kept else dtype)
         return Converted(
             out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start
@@ -234,8 +233,8 @@ def _check_tokenizer(folder: ModelFolder) -> None:
         require_ids_fit(tokenizer, folder.model.vocab_size, str(folder.path))
 
 
-def _layout(folder: ModelFolder) -> tuple[str, int]:
-    return folder.family.family, folder.model.num_layers
+def _layout(folder: ModelFolder) -> tuple[Table, int]:
+    return folder.family.weights, folder.model.num_layers
 
 
 def _stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:
@@ -264,7 +263,7 @@ def _hub_tensors(folder: ModelFolder, dtype: str) -> dict[str, safetensors.Pendi
         if safetensors.rule_of(path, leaves, *_layout(folder)).buffer
         for _, name, _ in safetensors.sources(path, leaves, *_layout(folder))
     }
-    prefix = TABLES[folder.family.family].hub_prefix
+    prefix = folder.family.weights.hub_prefix
 
     def pending(name: str) -> safetensors.Pending:
         tensor = source.tensors[name]

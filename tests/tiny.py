@@ -100,7 +100,9 @@ def folder(path: Path, *, seed: int = 0, **changes: Any) -> Path:
     assert family.mask_id is not None
     model = TransformerModel(arch=family.arch, mask_id=family.mask_id)
     path.mkdir(parents=True, exist_ok=True)
-    model_folder.save_folder(path, _init(model)(jax.random.key(seed)), model, full, path)
+    model_folder.save_folder(
+        path, _init(model)(jax.random.key(seed)), model, full, path, family.weights
+    )
     tokenizer().save(str(path / "tokenizer.json"))
     return path
 

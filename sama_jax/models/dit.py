@@ -26,8 +26,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
-from sama_jax.errors import ModelError
-from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
 from sama_jax.models.layers import (
     LayerNorm,
     Projections,
@@ -269,81 +267,3 @@ class DitModel(LinenModel):
     def flops_per_text(self, length: int, scored: float) -> float:
         """Operations of one forward pass; modulation, one product a text, is left out."""
         return flops(self.arch, length, scored, 2, 2 * self.arch.width * self.vocab_size)
-
-
-# --- readers -------------------------------------------------------------------------------------
-
-MDLM_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50258,
-    "hidden_dim": 768,
-    "cond_dim": 129,
-    "n_blocks": 12,
-    "n_heads": 12,
-    "time_conditioning": False,
-}
-"""Of the Hub's config class, as third parties report it; the published file overrides `cond_dim`
-with 128."""
-
-
-def read_mdlm(config: dict[str, Any], where: str) -> FamilyConfig:
-    """kuleshov-group/mdlm-owt's `config.json`. The mask is the last row, which MDLM appends to a
-    tokenizer without one; `mask_token_id` replaces it."""
-    full = {**MDLM_DEFAULTS, **config}
-    if type(full["time_conditioning"]) is not bool:
-        raise ModelError(f"{where}: time_conditioning is {full['time_conditioning']!r}, not a bool")
-    arch = _architecture(
-        full, where, full["vocab_size"], "hidden_dim", timed=full["time_conditioning"]
-    )
-    mask_id = full.get("mask_token_id")
-    mask_id = arch.vocab_size - 1 if mask_id is None else mask_id
-    return FamilyConfig("mdlm", arch, mask_id, shift=False)
-
-
-def is_sedd(config: dict[str, Any]) -> bool:
-    """SEDD publishes its training configuration: it says `graph` and `tokens`, and no type."""
-    return "model_type" not in config and {"model", "graph", "noise", "tokens"} <= config.keys()
-
-
-def read_sedd(config: dict[str, Any], where: str) -> FamilyConfig:
-    """louaaron/sedd-small's `config.json`: `tokens`, `model.*`, `graph.type`, `noise.type`.
-
-    There are no defaults. The mask token is the row after the tokenizer's. `scale_by_sigma` only
-    adds a constant to all scores, so both values are accepted.
-    """
-    for section in ("model", "graph", "noise"):
-        if not isinstance(config.get(section), dict):
-            raise ModelError(f"{where}: expected SEDD's sections model, graph and noise")
-    for section, have in (("graph", "absorb"), ("noise", "loglinear")):
-        if config[section].get("type") != have:
-            raise ModelError(
-                f"{where}: {section}.type is {config[section].get('type')!r}, only '{have}' is "
-                "supported"
-            )
-    check_sizes(config, ("tokens",), where)
-    rows = config["tokens"] + 1
-    arch = _architecture(config["model"], f"{where}, model", rows, "hidden_size", timed=True)
-    return FamilyConfig("sedd", arch, config["tokens"], shift=False)
-
-
-def _architecture(
-    config: dict[str, Any], where: str, rows: int, width: str, *, timed: bool
-) -> DitArchitecture:
-    sizes = {**config, "vocab_size": rows}
-    check_sizes(sizes, ("vocab_size", width, "cond_dim", "n_blocks", "n_heads"), where)
-    if config[width] % (2 * config["n_heads"]):
-        raise ModelError(
-            f"{where}: n_heads {config['n_heads']} must divide {width} {config[width]} into even "
-            "sizes"
-        )
-    return DitArchitecture(
-        vocab_size=rows,
-        width=config[width],
-        num_layers=config["n_blocks"],
-        num_heads=config["n_heads"],
-        condition_width=config["cond_dim"],
-        timed=timed,
-    )
-
-
-MDLM = Family(read_mdlm, ("MDLM",))
-SEDD = Family(read_sedd, ("SEDD",))

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -61,8 +61,10 @@ class LinenModel:
     remat: bool = False
     """Recompute each block in the backward pass, trading a third more time for memory."""
 
-    lora_paths: ClassVar[re.Pattern[str]] = re.compile("(?!)")
-    """Parameters that may carry a LoRA adapter: none."""
+    @property
+    def lora_paths(self) -> re.Pattern[str]:
+        """Parameters that may carry a LoRA adapter: none."""
+        return re.compile("(?!)")
 
     @property
     def vocab_size(self) -> int:
@@ -134,6 +136,10 @@ class LinenModel:
         Rows sum to 1; those of padding queries hold no meaning. One layer's [b, h, l, l] at a time.
         """
         return self._apply(params, tokens, key_valid, method="attention")
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        """Floating-point operations of one pass that reads `scored` of `length` positions."""
+        raise NotImplementedError
 
     def with_cudnn(self) -> "LinenModel | None":
         """The same model with cuDNN's attention: there is none for most networks."""

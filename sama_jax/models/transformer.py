@@ -27,7 +27,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -533,10 +533,12 @@ class TransformerModel(LinenModel):
     """Parameters that carry a LoRA adapter and its rank there: so that models are equal only if
     they can share compiled programs. The network itself looks for the leaves."""
 
-    lora_paths: ClassVar[re.Pattern[str]] = re.compile(
-        r"embed/embedding|lm_head/kernel|\w*blocks?(_\d+)?/(attn|mlp|shared)/\w+_proj/kernel"
-    )
-    """Parameters that may carry one: those of `Linear` and `Embed`."""
+    @property
+    def lora_paths(self) -> re.Pattern[str]:
+        """Parameters that may carry one: those of `Linear` and `Embed`."""
+        return re.compile(
+            r"embed/embedding|lm_head/kernel|\w*blocks?(_\d+)?/(attn|mlp|shared)/\w+_proj/kernel"
+        )
 
     @property
     def network(self) -> Network:

@@ -57,7 +57,7 @@ def finetune(
         runs.copy_companions(base, out)
         start = loop.Start(
             folder.model,
-            folder.family.family,
+            folder.family.weights,
             folder.config,
             tokenizer,
             lambda: model_folder.load(folder, loop.device()),
@@ -101,7 +101,7 @@ def pretrain(
         key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
         # Outside jit, initialisers run one by one: 20 s instead of 2.
         init = jax.jit(model.init)
-        start = loop.Start(model, family.family, full, placed, lambda: init(key))
+        start = loop.Start(model, family.weights, full, placed, lambda: init(key))
         return loop.train(start, run, settings, stop)
 
 

@@ -25,6 +25,7 @@ from sama_jax import rng
 from sama_jax.arrays import Model, Params
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, UsageError
+from sama_jax.models.families.weight_table import Table
 from sama_jax.storage import files
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training.held_out import MAX_TEXTS, HeldOut, held_out, mean_nll
@@ -56,7 +57,7 @@ class Start(NamedTuple):
     """What a run starts from."""
 
     model: Model
-    family: str
+    weights: Table
     config: dict[str, Any]
     tokenizer: TextTokenizer
     params: Callable[[], Params]
@@ -100,7 +101,7 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
     result = _result(loop, run, held, after)
     run.remember(result=result)
     model_folder.save_folder(
-        run.out, state.params, start.model, start.config, run.out, start.family
+        run.out, state.params, start.model, start.config, run.out, start.weights
     )
     shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
     run.terminal.say(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, OutputError, UsageError
+from sama_jax.models.families.weight_table import Table
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import orbax, peft, safetensors
@@ -167,7 +168,7 @@ def open_folder(
         dtype = stored if stored == "bfloat16" else "float32"
     model = with_attention(attention, build_model(family, mask, jnp.dtype(dtype)))
     abstract = _abstract_params(model)
-    safetensors.check(source, family.family, model.num_layers, abstract, str(path))
+    safetensors.check(source, family.weights, model.num_layers, abstract, str(path))
     identity = _identity(path, repr(family.arch))
     folder = ModelFolder(path, config, family, model, source, identity, identity)
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
@@ -203,7 +204,7 @@ def _cuda() -> bool:
 def _open_source(path: Path, family: FamilyConfig) -> safetensors.Source:
     """The tensors of a folder, in safetensors or kept by Orbax."""
     if not (path / PARAMS).is_dir():
-        return safetensors.open_source(path, family.family, family.block_group_size)
+        return safetensors.open_source(path, family.weights, family.block_group_size)
     sizes = json_object(path / RECORD).get("sizes", {})
     files = {name: path / PARAMS / name for name in sizes}
     found = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
@@ -218,13 +219,13 @@ def _open_source(path: Path, family: FamilyConfig) -> safetensors.Source:
             "incomplete; copy or convert the model again\n" + "\n".join(wrong)
         )
     model = build_model(family, 0, jnp.dtype("float32"))
-    return OrbaxSource(path / PARAMS, family.family, model.num_layers, _abstract_params(model))
+    return OrbaxSource(path / PARAMS, family.weights, model.num_layers, _abstract_params(model))
 
 
 def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     """A folder with a LoRA adapter, merged or beside its weights."""
     family, abstract = folder.family, folder.abstract_params
-    layout = (family.family, folder.model.num_layers, abstract)
+    layout = (family.weights, folder.model.num_layers, abstract)
     adapter = peft.open_adapter(resolve(path), folder.source, *layout, family.block_group_size)
     digest = hashlib.sha256(f"{folder.identity} {adapter.identity} {merge}".encode())
     identity = digest.hexdigest()[:16]
@@ -384,7 +385,7 @@ def read_params(
 
     Buffers keep their stored dtype. Of an Orbax folder, `progress` is told all bytes at the end.
     """
-    shapes, layout = folder.abstract_params, (folder.family.family, folder.model.num_layers)
+    shapes, layout = folder.abstract_params, (folder.family.weights, folder.model.num_layers)
     leaves = safetensors.leaf_paths(shapes)
     ours = folder.source if isinstance(folder.source, OrbaxSource) else None
     stored = safetensors.leaf_paths(ours.params) if ours else {}
@@ -410,7 +411,7 @@ def save_folder(
     model: Model,
     config: dict[str, Any],
     tokenizer_from: Path,
-    family: str = "llada",
+    weights: Table,
 ) -> None:
     """Writes a model folder that `open_folder` and the PyTorch code read.
 
@@ -423,12 +424,11 @@ def save_folder(
         if tokenizer_from != out:
             for file in companions(tokenizer_from):
                 shutil.copyfile(file, out / file.name)
-        tensors = safetensors.export_tensors(params, family, model.num_layers)
+        tensors = safetensors.export_tensors(params, weights, model.num_layers)
         safetensors.save_weights(out, tensors, MAX_SHARD_BYTES)
         dtypes = [str(a.dtype) for a in tensors.values()]
-        config = {**config, "torch_dtype": max(sorted(set(dtypes)), key=dtypes.count)}
-        if family == "llada":
-            config["block_group_size"] = 1
+        commonest = max(sorted(set(dtypes)), key=dtypes.count)
+        config = {**config, "torch_dtype": commonest, **weights.saved_config}
         part = out / (CONFIG + ".part")
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         os.replace(part, out / CONFIG)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sama_jax.errors import ModelError
-from sama_jax.models.families.tables import TABLES
+from sama_jax.models.families.weight_table import Table
 from sama_jax.weights import orbax, safetensors
 
 TOGETHER_BYTES = 32 * 2**20
@@ -20,7 +20,7 @@ TOGETHER_BYTES = 32 * 2**20
 class OrbaxSource(safetensors.Source):
     """Holds the parameters of the tensor that was read last, and small ones behind them."""
 
-    def __init__(self, folder: Path, family: str, num_layers: int, abstract: Any):
+    def __init__(self, folder: Path, table: Table, num_layers: int, abstract: Any):
         """Raises `ModelError` unless the parameters have the shapes of `abstract`."""
         self.folder = folder
         self.params = orbax.stored_params(folder)
@@ -29,8 +29,8 @@ class OrbaxSource(safetensors.Source):
         self._held: dict[str, np.ndarray] = {}
         self._wanted: set[str] = set()
         self._require_fit(safetensors.leaf_paths(abstract))
-        prefix = TABLES[family].hub_prefix
-        exported = safetensors.export_tensors(self.params, family, num_layers, self._leaf)
+        prefix = table.hub_prefix
+        exported = safetensors.export_tensors(self.params, table, num_layers, self._leaf)
         self._pending = {name.removeprefix(prefix): made for name, made in exported.items()}
         super().__init__(
             {

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from sama_jax.errors import ModelError
-from sama_jax.models.families.tables import TABLES, canonical_name
+from sama_jax.models.families.weight_table import Table
 from sama_jax.weights import safetensors
 
 CONFIG = "adapter_config.json"
@@ -118,7 +118,7 @@ def _is_off(name: str, value: Any) -> bool:
 def open_adapter(
     path: Path,
     source: safetensors.Source,
-    family: str,
+    table: Table,
     num_layers: int,
     abstract: Any,
     block_group_size: int = 1,
@@ -138,16 +138,16 @@ def open_adapter(
     """
     config = read_config(path)
     tensors, digest = _read_tensors(path)
-    expected = _matrices(family, num_layers, abstract)
+    expected = _matrices(table, num_layers, abstract)
     pairs: dict[str, dict[str, str]] = {}
     problems = []
     for name, tensor in tensors.items():
         shape = list(tensor.shape)
         match = _TENSOR.match(name)
         if match is None or bool(match["weight"]) == bool(match["kind"]):
-            problems += _other_tensor(name, tensor, source, family, block_group_size)
+            problems += _other_tensor(name, tensor, source, table, block_group_size)
             continue
-        weight = canonical_name(family, _module(match["module"]) + ".weight", block_group_size)
+        weight = table.name_of(_module(match["module"]) + ".weight", block_group_size)
         if weight not in expected or expected[weight][1] != bool(match["kind"]):
             kind = "embedding" if match["kind"] else "linear"
             problems.append(f"  unexpected {name} {shape}: the base has no such {kind} layer")
@@ -200,13 +200,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
 
 
 def _matrices(
-    family: str, num_layers: int, abstract: Any
+    table: Table, num_layers: int, abstract: Any
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
     """The base's matrices: canonical name -> (shape, whether it is an embedding table)."""
     found = {}
     leaves = safetensors.leaf_paths(abstract)
     for path in leaves:
-        for _, name, shape in safetensors.sources(path, leaves, family, num_layers):
+        for _, name, shape in safetensors.sources(path, leaves, table, num_layers):
             if len(shape) == 2:
                 found[name] = (shape, path.endswith("/embedding"))
     return found
@@ -218,13 +218,13 @@ def _module(name: str) -> str:
 
 
 def _other_tensor(
-    name: str, tensor: np.ndarray, source: safetensors.Source, family: str, block_group_size: int
+    name: str, tensor: np.ndarray, source: safetensors.Source, table: Table, block_group_size: int
 ) -> list[str]:
     """What is wrong with a tensor that is not LoRA's.
 
     PEFT saves a whole embedding or head beside its adapter; a copy of the base's own is accepted.
     """
-    plain = canonical_name(family, _module(name.replace(".base_layer.", ".")), block_group_size)
+    plain = table.name_of(_module(name.replace(".base_layer.", ".")), block_group_size)
     if plain not in source.tensors or source.tensors[plain].shape != tensor.shape:
         return [f"  unexpected {name} {list(tensor.shape)}"]
     whole = source.window(plain, (slice(None),) * tensor.ndim)
@@ -301,15 +301,15 @@ class _MergedSource(safetensors.Source):
 
 
 def merge(
-    source: safetensors.Source, adapter: Adapter, family: str, num_layers: int, abstract: Any
+    source: safetensors.Source, adapter: Adapter, table: Table, num_layers: int, abstract: Any
 ) -> safetensors.Source:
     """The tensors of the merged model; each window is merged when it is read.
 
     Raises `ModelError` for an embedding adapter under a tied head: its forward pass adapts what is
     looked up and not the head, so no single table is equal to it.
     """
-    head, embedding = TABLES[family].tied_head or ("", "")
-    if embedding in adapter.modules and head not in _matrices(family, num_layers, abstract):
+    head, embedding = table.tied_head or ("", "")
+    if embedding in adapter.modules and head not in _matrices(table, num_layers, abstract):
         raise ModelError(
             f"{adapter.path}: adapts the embedding of a model whose head is tied to it; merged, "
             "the head would change, too. Keep it beside the base instead (audit --adapter)"
@@ -318,7 +318,7 @@ def merge(
 
 
 def leaves(
-    adapter: Adapter, family: str, num_layers: int, abstract: Any, allowed: re.Pattern[str]
+    adapter: Adapter, table: Table, num_layers: int, abstract: Any, allowed: re.Pattern[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The adapter beside our parameters: path -> `lora_a` [*n, in, r] and `lora_b` [*n, r, out].
 
@@ -331,14 +331,14 @@ def leaves(
     found, refused = {}, []
     shapes = safetensors.leaf_paths(abstract)
     for path, leaf in shapes.items():
-        named = [(p, n) for p, n, _ in safetensors.sources(path, shapes, family, num_layers)]
+        named = [(p, n) for p, n, _ in safetensors.sources(path, shapes, table, num_layers)]
         places = {p: adapter.modules[n] for p, n in named if n in adapter.modules}
         if not places:
             continue
         if not allowed.fullmatch(path):
             refused += [m.module for m in places.values()]
             continue
-        fused = safetensors.rule_of(path, shapes, family, num_layers).fused
+        fused = safetensors.rule_of(path, shapes, table, num_layers).fused
         rank = max(len(m.a) for m in places.values())
         lead = leaf.shape[:-2]
         a = np.zeros((*lead, leaf.shape[-2], rank), np.float32)

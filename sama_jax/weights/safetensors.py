@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sama_jax.errors import ModelError
-from sama_jax.models.families.tables import TABLES, Fused, Rule, canonical_name
+from sama_jax.models.families.weight_table import Fused, Rule, Table
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -108,9 +108,9 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
 
 
-def open_source(folder: Path, family: str, block_group_size: int = 1) -> Source:
+def open_source(folder: Path, table: Table, block_group_size: int = 1) -> Source:
     """Reads all headers of a folder; a tensor that appears twice is an error."""
-    ignored, refused = TABLES[family].ignored, TABLES[family].refused
+    ignored, refused = table.ignored, table.refused
     tensors: dict[str, SourceTensor] = {}
     handles: dict[Path, Any] = {}
     twice = []
@@ -119,7 +119,7 @@ def open_source(folder: Path, family: str, block_group_size: int = 1) -> Source:
             handle = handles[file] = safe_open(file, framework="numpy")
             for name in handle.keys():  # noqa: SIM118  safe_open is not iterable
                 piece = handle.get_slice(name)
-                key = canonical_name(family, name, block_group_size)
+                key = table.name_of(name, block_group_size)
                 if ignored and ignored.search(key):
                     continue
                 for pattern, advice in refused:
@@ -145,16 +145,16 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
     return {"/".join(str(k.key) for k in path): leaf for path, leaf in flat}
 
 
-def check(source: Source, family: str, num_layers: int, abstract: Any, where: str) -> None:
+def check(source: Source, table: Table, num_layers: int, abstract: Any, where: str) -> None:
     """Every tensor consumed, every parameter filled, every shape right: else one error for all."""
     expected: dict[str, tuple[int, ...]] = {}
     leaves = leaf_paths(abstract)
     for path in leaves:
-        for _, name, shape in sources(path, leaves, family, num_layers):
+        for _, name, shape in sources(path, leaves, table, num_layers):
             expected[name] = shape
     allowed = set(expected)
     problems = []
-    tied, copies = TABLES[family].tied_head, TABLES[family].copies
+    tied, copies = table.tied_head, table.copies
     for copy, original in (*((tied,) if tied else ()), *copies):
         if copy in expected or copy not in source.tensors:
             continue
@@ -197,9 +197,9 @@ def _equal(source: Source, a: str, b: str) -> bool:
     return all(np.array_equal(source.window(a, s.index), source.window(b, s.index)) for s in slabs)
 
 
-def rule_of(path: str, leaves: Mapping[str, Any], family: str, num_layers: int) -> Rule:
+def rule_of(path: str, leaves: Mapping[str, Any], table: Table, num_layers: int) -> Rule:
     """The rule of one of `leaves` (as `leaf_paths` gives them); `joined` is turned into `fused`."""
-    rule = TABLES[family].rule(path, num_layers)
+    rule = table.rule(path, num_layers)
     if not rule.joined:
         return rule
     parent, module, leaf = path.rsplit("/", 2)
@@ -210,10 +210,10 @@ def rule_of(path: str, leaves: Mapping[str, Any], family: str, num_layers: int) 
 
 
 def sources(
-    path: str, leaves: Mapping[str, Any], family: str, num_layers: int
+    path: str, leaves: Mapping[str, Any], table: Table, num_layers: int
 ) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
     """(place on the leading axes, source name, source shape) of every layer and expert."""
-    rule, shape = rule_of(path, leaves, family, num_layers), leaves[path].shape
+    rule, shape = rule_of(path, leaves, table, num_layers), leaves[path].shape
     lead = _lead_axes(rule)
     inner = _swap(shape[lead:]) if rule.transpose else shape[lead:]
     if rule.fused:
@@ -246,7 +246,7 @@ def _source_name(
 
 def load_params(
     source: Source,
-    family: str,
+    table: Table,
     num_layers: int,
     abstract: Any,
     progress: Callable[[int], None] | None = None,
@@ -262,8 +262,8 @@ def load_params(
 
     def leaf(path, target: jax.ShapeDtypeStruct) -> jax.Array:
         name = "/".join(str(k.key) for k in path)
-        rule, shape = rule_of(name, leaves, family, num_layers), target.shape
-        named = list(sources(name, leaves, family, num_layers))
+        rule, shape = rule_of(name, leaves, table, num_layers), target.shape
+        named = list(sources(name, leaves, table, num_layers))
         dtype = target.dtype
         if rule.buffer:
             dtype = np.result_type(*(np.dtype(source.tensors[n].dtype) for _, n, _ in named))
@@ -416,7 +416,7 @@ class Pending(NamedTuple):
 
 def export_tensors(
     params: Any,
-    family: str,
+    table: Table,
     num_layers: int,
     get: Callable[[str], np.ndarray] | None = None,
 ) -> dict[str, Pending]:
@@ -431,8 +431,8 @@ def export_tensors(
     parts: dict[str, list[tuple[str, Rule, tuple[int, ...]]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in leaves:
-        rule = rule_of(path, leaves, family, num_layers)
-        for place, name, shape in sources(path, leaves, family, num_layers):
+        rule = rule_of(path, leaves, table, num_layers)
+        for place, name, shape in sources(path, leaves, table, num_layers):
             parts.setdefault(name, []).append((path, rule, place))
             shapes[name] = shape
 
@@ -450,7 +450,7 @@ def export_tensors(
         assert whole is not None
         return whole
 
-    prefix = TABLES[family].hub_prefix
+    prefix = table.hub_prefix
     return {
         prefix + name: Pending(
             shapes[name], np.dtype(leaves[of[0][0]].dtype), functools.partial(make, name)

@@ -57,7 +57,7 @@ def folder(path: Path, seed: int) -> Path:
     family = read_config(full, str(path))
     model = TransformerModel(arch=family.arch, mask_id=tiny.MASK_ID)
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(seed)))
-    model_folder.save_folder(path, params, model, full, path)
+    model_folder.save_folder(path, params, model, full, path, family.weights)
     return path
 
 

@@ -260,7 +260,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_folder_holds_every_tensor_bit_for_bit(pair, name, tmp_path):
     params, folder = pair(name).params, pair(name).folder
-    layout = (folder.model, folder.config, folder.path, folder.family.family)
+    layout = (folder.model, folder.config, folder.path, folder.family.weights)
     model_folder.save_folder(tmp_path, params, *layout)
     stored, saved = tensors(folder.path), tensors(tmp_path)
     assert saved.keys() == stored.keys()

@@ -170,7 +170,7 @@ def test_saved_folder_has_the_bytes_of_its_source(pair, variant, dtype, tmp_path
     kept = {path for path, found in dtypes.items() if found != dtype}
     assert kept == {path for path in dtypes if "expert_bias" in path and dtype != "float32"}
     config = json.loads((both.path / "config.json").read_text())
-    family = read_config(config, "").family
+    family = read_config(config, "").weights
     model_folder.save_folder(tmp_path, both.params, both.model, config, both.path, family)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
     assert tensor_bytes(tmp_path) == tensor_bytes(both.path)
@@ -326,7 +326,7 @@ def test_published_sizes(config, parameters, tensors, gflop):
     named = {
         name
         for path in leaves
-        for _, name, _ in safetensors.sources(path, leaves, family.family, model.num_layers)
+        for _, name, _ in safetensors.sources(path, leaves, family.weights, model.num_layers)
     }
     assert len(named) == tensors
     per_token = model.flops_per_text(512, 512.0) / 512

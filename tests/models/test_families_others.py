@@ -381,7 +381,7 @@ def test_last_block_at_scored_positions_equals_hidden_there(pair, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_export_gives_back_every_learned_tensor_bit_for_bit(pair, variant, tmp_path):
     both = pair(variant)
-    family, config = both.folder.family.family, both.folder.config
+    family, config = both.folder.family.weights, both.folder.config
     model_folder.save_folder(tmp_path, both.params, both.folder.model, config, both.path, family)
     source = {n: t for f in both.path.glob("*.safetensors") for n, t in load_file(f).items()}
     source = {n: t for n, t in source.items() if not n.endswith("inv_freq")}

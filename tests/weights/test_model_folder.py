@@ -466,7 +466,9 @@ def test_saved_folder_has_the_bytes_of_its_source(tmp_path, variant, dtype):
     (source / "tokenizer.json").write_text("{}")
     opened = model_folder.open_folder(source, dtype=dtype)
     params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(out, params, opened.model, opened.config, source)
+    model_folder.save_folder(
+        out, params, opened.model, opened.config, source, opened.family.weights
+    )
 
     assert_same_tensors(read_tensors(out), read_tensors(source))
     assert_same_parameters(load(out, dtype), params)
@@ -481,7 +483,9 @@ def test_saved_shards_have_the_bytes_of_their_source(tmp_path, folder, monkeypat
     opened = model_folder.open_folder(folder)
     out = tmp_path / "out"
     params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(out, params, opened.model, opened.config, folder)
+    model_folder.save_folder(
+        out, params, opened.model, opened.config, folder, opened.family.weights
+    )
     shards = list(out.glob("*.safetensors"))
     assert len(shards) > 2
     assert max(sum(t.nbytes for t in load_file(s).values()) for s in shards) <= 4000
@@ -501,7 +505,9 @@ def test_saving_over_a_folder_replaces_its_weights(tmp_path, monkeypatch, first_
     opened = model_folder.open_folder(source)
     params = model_folder.load(opened, ONE_DEVICE)
     monkeypatch.setattr(model_folder, "MAX_SHARD_BYTES", limit)
-    model_folder.save_folder(out, params, opened.model, opened.config, source)
+    model_folder.save_folder(
+        out, params, opened.model, opened.config, source, opened.family.weights
+    )
     assert_same_parameters(load(out), params)
     single, index = out / "model.safetensors", out / "model.safetensors.index.json"
     assert single.is_file() != index.is_file()
@@ -514,9 +520,11 @@ def test_interrupted_save_over_a_folder_leaves_no_finished_one(folder, monkeypat
     def stop(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(model_folder.stream, "save_weights", stop)
+    monkeypatch.setattr(model_folder.safetensors, "save_weights", stop)
     with pytest.raises(OutputError, match="disk full"):
-        model_folder.save_folder(folder, params, opened.model, opened.config, folder)
+        model_folder.save_folder(
+            folder, params, opened.model, opened.config, folder, opened.family.weights
+        )
     assert "has no config.json" in refusal(folder)
 
 
@@ -526,7 +534,9 @@ def test_block_groups_are_saved_as_plain_blocks(tmp_path):
     oracle.random_folder(source, config, seed=0)
     opened = model_folder.open_folder(source)
     params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(out, params, opened.model, opened.config, source)
+    model_folder.save_folder(
+        out, params, opened.model, opened.config, source, opened.family.weights
+    )
     assert_same_parameters(load(out), params)
     assert read_tensors(out).keys() == random_tensors(small(n_layers=4)).keys()
 

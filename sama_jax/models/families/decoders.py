@@ -4,15 +4,20 @@ All of them are one network: RMS norms, grouped queries, half rotation with roun
 MLP. A `Dialect` says what a family's classes fix and what its config class assumes.
 Sources: `models/{qwen2,qwen3,llama}` of transformers 5.24; `trainer/model/dream` of `Stry233/SAMA`
 (5ac7aa4); `dllm/pipelines/a2d` of `ZHZisZZ/dllm` (ca17675).
+
+Source of the names: `models/{qwen2,qwen3,llama}` of transformers 5.24, `trainer/model/dream` of
+`Stry233/SAMA`; iLLaDA's below `model.layers` are expected, not read anywhere.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig, Kind, check_sizes
-from sama_jax.models.transformer import Architecture, Llama3Scaling
+from sama_jax.models.families.weight_table import Rule, Table
+from sama_jax.models.transformer import Architecture, Llama3Scaling, TransformerModel
 
 _SIZES = (
     "vocab_size",
@@ -160,11 +165,70 @@ def read_decoder(dialect: Dialect, config: dict[str, Any], where: str) -> Family
     mask_id = known.get("mask_token_id")
     if mask_id is None and dialect.kind == "autoregressive":
         mask_id = 0  # never used: attacks on next-token models mask nothing
-    return FamilyConfig("decoder", arch, mask_id, shift=dialect.shift, kind=dialect.kind)
+    return FamilyConfig(
+        "decoder",
+        arch,
+        DECODER_WEIGHTS,
+        TransformerModel,
+        mask_id,
+        shift=dialect.shift,
+        kind=dialect.kind,
+    )
 
 
-def _family(dialect: Dialect, *architectures: str) -> Family:
-    return Family(partial(read_decoder, dialect), architectures)
+# --- weights --------------------------------------------------------------------------------------
+
+# Our path inside a block -> name inside `model.layers.{i}`; kernels are transposed.
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    **{f"attn/{p}": f"self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    "attn/q_norm": "self_attn.q_norm",
+    "attn/k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    **{f"mlp/{p}": f"mlp.{p}" for p in ("gate_proj", "up_proj", "down_proj")},
+}
+_TOP = {
+    "embed/embedding": Rule("model.embed_tokens.weight"),
+    "final_norm/scale": Rule("model.norm.weight"),
+    "lm_head/kernel": Rule("lm_head.weight", transpose=True),
+}
+
+
+def decoder_rule(path: str, num_layers: int) -> Rule:
+    """The rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
+    if path in _TOP:
+        return _TOP[path]
+    stack, _, rest = path.partition("/")
+    inside, _, leaf = rest.rpartition("/")
+    layer = "{i}" if stack == "blocks" else str(num_layers - 1)
+    suffix = "bias" if leaf == "bias" else "weight"
+    return Rule(f"model.layers.{layer}.{_BLOCK[inside]}.{suffix}", leaf == "kernel")
+
+
+def _with_model(name: str, block_group_size: int) -> str:
+    """Puts back the `model.` that `clean_name` takes away: the head stands beside the model."""
+    del block_group_size
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+DECODER_WEIGHTS = Table(
+    rule=decoder_rule,
+    hub_prefix="",
+    tied_head=("lm_head.weight", "model.embed_tokens.weight"),
+    canonical=_with_model,
+    ignored=re.compile(r"\.rotary_emb\.inv_freq$"),
+)
+
+
+def is_illada(config: Mapping[str, Any]) -> bool:
+    """By its class: what its config says for `model_type` has not been seen."""
+    listed = config.get("architectures")
+    return isinstance(listed, list) and "ILLaDAForCausalLM" in listed
+
+
+def _family(model_type: str, dialect: Dialect, *architectures: str) -> Family:
+    matches = is_illada if model_type == "illada" else None
+    return Family(model_type, partial(read_decoder, dialect), architectures, matches)
 
 
 _QWEN2_DIALECT = Dialect(_QWEN2, biases="qkv")
@@ -172,21 +236,14 @@ _QWEN3_DIALECT = Dialect(_QWEN3, biases="config", norm_heads=True)
 _LLAMA_DIALECT = Dialect(_LLAMA, biases="config")
 _CAUSAL: dict[str, Any] = {"kind": "autoregressive", "shift": True}
 
-DECODERS: dict[str, Family] = {
+FAMILIES = (
     # DiffuCoder loads Dream's classes.
-    "Dream": _family(Dialect(_DREAM, shift=True, biases="qkv"), "DreamModel"),
-    "illada": _family(Dialect(_ILLADA), "ILLaDAForCausalLM"),
-    "a2d-qwen2": _family(_QWEN2_DIALECT, "A2DQwen2LMHeadModel"),
-    "a2d-qwen3": _family(_QWEN3_DIALECT, "A2DQwen3LMHeadModel"),
-    "a2d-llama": _family(_LLAMA_DIALECT, "A2DLlamaLMHeadModel"),
-    "qwen2": _family(_QWEN2_DIALECT._replace(**_CAUSAL), "Qwen2ForCausalLM"),
-    "qwen3": _family(_QWEN3_DIALECT._replace(**_CAUSAL), "Qwen3ForCausalLM"),
-    "llama": _family(_LLAMA_DIALECT._replace(**_CAUSAL), "LlamaForCausalLM"),
-}
-"""`model_type` -> family."""
-
-
-def is_illada(config: Mapping[str, Any]) -> bool:
-    """By its class: what its config says for `model_type` has not been seen."""
-    listed = config.get("architectures")
-    return isinstance(listed, list) and "ILLaDAForCausalLM" in listed
+    _family("Dream", Dialect(_DREAM, shift=True, biases="qkv"), "DreamModel"),
+    _family("illada", Dialect(_ILLADA), "ILLaDAForCausalLM"),
+    _family("a2d-qwen2", _QWEN2_DIALECT, "A2DQwen2LMHeadModel"),
+    _family("a2d-qwen3", _QWEN3_DIALECT, "A2DQwen3LMHeadModel"),
+    _family("a2d-llama", _LLAMA_DIALECT, "A2DLlamaLMHeadModel"),
+    _family("qwen2", _QWEN2_DIALECT._replace(**_CAUSAL), "Qwen2ForCausalLM"),
+    _family("qwen3", _QWEN3_DIALECT._replace(**_CAUSAL), "Qwen3ForCausalLM"),
+    _family("llama", _LLAMA_DIALECT._replace(**_CAUSAL), "LlamaForCausalLM"),
+)

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from sama_jax.arrays import Architecture
+from sama_jax.arrays import Architecture, Model
 from sama_jax.errors import ModelError
+from sama_jax.models.families.weight_table import Table
 
 Kind = Literal["diffusion", "autoregressive", "masked"]
 """How a model was trained to predict: noise levels from both sides, next token, or a fixed share of
@@ -15,9 +16,13 @@ class FamilyConfig(NamedTuple):
     """What a `config.json` says, in our words."""
 
     family: str
-    """Key of the family's weight table in `sama_jax.models.families.tables`."""
+    """Its name, for messages."""
     arch: Architecture
     """The network's own architecture class."""
+    weights: Table
+    """Where each parameter comes from."""
+    network: Callable[..., Model]
+    """The class of models over that architecture, such as `TransformerModel`."""
     mask_id: int | None
     """None where the config names none; then the tokenizer or `--mask-id` must."""
     shift: bool
@@ -29,10 +34,14 @@ class FamilyConfig(NamedTuple):
 class Family(NamedTuple):
     """One entry of the registry."""
 
+    model_type: str
+    """What a `config.json` says it is."""
     read: Callable[[dict[str, Any], str], FamilyConfig]
     """(parsed config.json, its path for messages) -> architecture. Raises `ModelError`."""
     architectures: tuple[str, ...]
     """Class names that a config's `architectures` may hold."""
+    matches: Callable[[dict[str, Any]], bool] | None = None
+    """Knows a config that names another `model_type`, or none; it goes before `model_type`."""
 
 
 def check_sizes(config: dict[str, Any], names: tuple[str, ...], where: str) -> None:

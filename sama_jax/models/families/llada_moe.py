@@ -1,11 +1,19 @@
-"""`config.json` of the LLaDA models with experts in our words: LLaDA-MoE, LLaDA2.0 and LLaDA2.1."""
+"""`config.json` of the LLaDA models with experts in our words: LLaDA-MoE, LLaDA2.0 and LLaDA2.1.
 
+Source of the names: `ZHZisZZ/dllm` `dllm/pipelines/llada/models/modeling_lladamoe.py` and
+`dllm/pipelines/llada2/models/modeling_llada2_moe.py`; stacked experts, `inclusionAI/dFactory`
+`scripts/moe_convertor.py`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.weight_table import Rule, Table
 from sama_jax.models.moe import Experts
-from sama_jax.models.transformer import Architecture
+from sama_jax.models.transformer import Architecture, TransformerModel
 
 MASK_ID = 156895
 """`<|mask|>` of both; the default of LLaDA2's `generate` and of `inclusionAI/dInfer`'s benchmark
@@ -70,7 +78,7 @@ def is_lladamoe(config: dict[str, Any]) -> bool:
     """The Hub's config says `llada`, as the dense models' does; dllm asks to write `lladamoe`."""
     named = config.get("architectures")
     listed = named if isinstance(named, list) else [named]
-    is_named = any(name in listed for name in LLADA_MOE.architectures)
+    is_named = any(name in listed for name in _LLADAMOE_CLASSES)
     return config.get("model_type") == "llada" and ("num_experts" in config or is_named)
 
 
@@ -120,7 +128,9 @@ def read_lladamoe(config: dict[str, Any], where: str) -> FamilyConfig:
         first_dense=first_dense,
     )
     _check_fit(arch, experts, where)
-    return FamilyConfig("lladamoe", arch, _mask_id(config), shift=False)
+    return FamilyConfig(
+        "lladamoe", arch, LLADA_MOE_WEIGHTS, TransformerModel, _mask_id(config), shift=False
+    )
 
 
 def _first_dense(frequency: Any, layers: int, where: str) -> int:
@@ -216,10 +226,129 @@ def read_llada2(config: dict[str, Any], where: str) -> FamilyConfig:
     return FamilyConfig(
         "llada2_merged" if merged else "llada2",
         arch,
+        LLADA2_MERGED_WEIGHTS if merged else LLADA2_WEIGHTS,
+        TransformerModel,
         _mask_id(config),
         shift=False,
     )
 
 
-LLADA_MOE = Family(read_lladamoe, ("LLaDAMoEModelLM", "LLaDAMoEModel"))
-LLADA2 = Family(read_llada2, ("LLaDA2MoeModelLM", "LLaDA2MoeModel"))
+# --- weights --------------------------------------------------------------------------------------
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_QKV = ("q_proj", "k_proj", "v_proj")
+_EXPERT = re.compile(r"^moe/experts/(\w+_proj)/kernel$")
+
+# Our path inside a block -> (name inside `model.layers.{i}`, transposed).
+_SHARED_NAMES = {
+    "attn_norm/scale": ("input_layernorm.weight", False),
+    "mlp_norm/scale": ("post_attention_layernorm.weight", False),
+    "moe/router/kernel": ("mlp.gate.weight", True),
+    **{f"mlp/{p}/kernel": (f"mlp.{p}.weight", True) for p in _MLP},
+}
+_LLADAMOE_BLOCK = {
+    **_SHARED_NAMES,
+    **{f"attn/{p}/kernel": (f"self_attn.{p}.weight", True) for p in (*_QKV, "o_proj")},
+    **{f"attn/{p}/bias": (f"self_attn.{p}.bias", False) for p in (*_QKV, "o_proj")},
+    "attn/q_norm/scale": ("self_attn.q_norm.weight", False),
+    "attn/k_norm/scale": ("self_attn.k_norm.weight", False),
+    "moe/router/expert_bias": ("mlp.expert_bias", False),
+    **{f"shared/{p}/kernel": (f"shared_expert.{p}.weight", True) for p in _MLP},
+}
+_LLADA2_BLOCK = {
+    **_SHARED_NAMES,
+    **{f"attn/{p}/kernel": ("attention.query_key_value.weight", True) for p in _QKV},
+    **{f"attn/{p}/bias": ("attention.query_key_value.bias", False) for p in _QKV},
+    "attn/o_proj/kernel": ("attention.dense.weight", True),
+    "attn/o_proj/bias": ("attention.dense.bias", False),
+    "attn/q_norm/scale": ("attention.query_layernorm.weight", False),
+    "attn/k_norm/scale": ("attention.key_layernorm.weight", False),
+    "moe/router/expert_bias": ("mlp.gate.expert_bias", False),
+    **{f"shared/{p}/kernel": (f"mlp.shared_experts.{p}.weight", True) for p in _MLP},
+}
+
+
+def _top(embedding: str) -> dict[str, Rule]:
+    return {
+        "embed/embedding": Rule(embedding),
+        "final_norm/scale": Rule("model.norm.weight"),
+        "lm_head/kernel": Rule("lm_head.weight", transpose=True),
+    }
+
+
+def _layer(stack: str, num_layers: int) -> str:
+    """`blocks`, `last_block` or `first_blocks_0` -> the layer's number in a source name."""
+    if stack.startswith("first_blocks_"):
+        return stack.removeprefix("first_blocks_")
+    return "{i}" if stack == "blocks" else str(num_layers - 1)
+
+
+def _rules(
+    top: dict[str, Rule], block: Mapping[str, tuple[str, bool]], expert: str
+) -> Callable[[str, int], Rule]:
+    """`expert`: name of an expert's projection `{p}` inside a layer."""
+
+    def rule(path: str, num_layers: int) -> Rule:
+        if path in top:
+            return top[path]
+        stack, _, inside = path.partition("/")
+        layer = f"model.layers.{_layer(stack, num_layers)}"
+        if match := _EXPERT.match(inside):
+            return Rule(f"{layer}.{expert.replace('{p}', match[1])}", transpose=True)
+        name, transpose = block[inside]
+        return Rule(
+            f"{layer}.{name}",
+            transpose,
+            joined=_QKV if ".query_key_value." in name else (),
+            buffer=name.endswith("expert_bias"),
+        )
+
+    return rule
+
+
+def _with_model(name: str, block_group_size: int) -> str:
+    """Puts `model.` back, which `clean_name` takes away: the head stands beside the model."""
+    del block_group_size
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+_ADVICE = "save it with separate experts (mlp.experts.0.gate_proj.weight, ...)"
+
+LLADA_MOE_WEIGHTS = Table(
+    rule=_rules(_top("model.embed_tokens.weight"), _LLADAMOE_BLOCK, "mlp.experts.{e}.{p}.weight"),
+    hub_prefix="",
+    tied_head=("lm_head.weight", "model.embed_tokens.weight"),
+    canonical=_with_model,
+    ignored=_IGNORED,
+    refused=((r"\.mlp\.w[12]$", f"fused experts of dInfer are not read; {_ADVICE}"),),
+)
+LLADA2_WEIGHTS = Table(
+    rule=_rules(_top("model.word_embeddings.weight"), _LLADA2_BLOCK, "mlp.experts.{e}.{p}.weight"),
+    hub_prefix="",
+    tied_head=("lm_head.weight", "model.word_embeddings.weight"),
+    canonical=_with_model,
+    ignored=_IGNORED,
+    refused=(
+        (
+            r"\.mlp\.experts\.\w+_proj$",
+            "stacked experts, as dFactory merges them, need model_type 'llada2_moe_veomni'; "
+            f"or {_ADVICE}",
+        ),
+    ),
+)
+# dFactory's merged format: all experts of a layer in one tensor [e, out, in].
+LLADA2_MERGED_WEIGHTS = LLADA2_WEIGHTS._replace(
+    rule=_rules(_top("model.word_embeddings.weight"), _LLADA2_BLOCK, "mlp.experts.{p}"),
+    refused=(),
+)
+
+
+_LLADAMOE_CLASSES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
+_LLADA2_CLASSES = ("LLaDA2MoeModelLM", "LLaDA2MoeModel")
+FAMILIES = (
+    Family("lladamoe", read_lladamoe, _LLADAMOE_CLASSES, is_lladamoe),
+    Family("llada2_moe", read_llada2, _LLADA2_CLASSES),
+    Family("llada2_moe_veomni", read_llada2, _LLADA2_CLASSES),
+    Family("llada21_moe", read_llada2, _LLADA2_CLASSES),
+)

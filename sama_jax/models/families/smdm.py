@@ -3,13 +3,16 @@
 The published files are bare weights without a config. `config.json` has to be written: lit-gpt's
 field names (`lit_gpt/config.py` of ML-GSAI/SMDM, 583aa47), as in `trainer/configs/models/
 Diff_LLaMA_*.json` of `Stry233/SAMA`, and `model_type` `smdm`.
+
+Source of the names: `lit_gpt/diffmodel.py` of `ML-GSAI/SMDM`, from its modules; no file was opened.
 """
 
 from typing import Any
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
-from sama_jax.models.transformer import Architecture
+from sama_jax.models.families.weight_table import Fused, Rule, Table
+from sama_jax.models.transformer import Architecture, TransformerModel
 
 _SIZES = ("n_layer", "n_head", "n_embd", "intermediate_size", "vocab_size")
 _OPTIONAL_SIZES = ("n_query_groups", "padded_vocab_size")
@@ -57,7 +60,52 @@ def read_smdm(config: dict[str, Any], where: str) -> FamilyConfig:
         rope_table="bfloat16",
     )
     mask_id = config.get("mask_token_id", rows)
-    return FamilyConfig(f"smdm/{groups}x{heads // groups}x{width // heads}", arch, mask_id, False)
+    weights = smdm_table(groups, heads // groups, width // heads)
+    return FamilyConfig("smdm", arch, weights, TransformerModel, mask_id, shift=False)
 
 
-SMDM = Family(read_smdm, ("TransEncoder",))
+# --- weights --------------------------------------------------------------------------------------
+
+# Our path inside a block -> name inside `transformer.h.{i}`; kernels are transposed.
+_BLOCK = {
+    "attn_norm": "norm_1",
+    "attn/o_proj": "attn.proj",
+    "mlp_norm": "norm_2",
+    "mlp/gate_proj": "mlp.swiglu.w1",
+    "mlp/up_proj": "mlp.swiglu.w2",
+    "mlp/down_proj": "mlp.swiglu.w3",
+}
+_TOP = {
+    "embed/embedding": Rule("transformer.wte.weight"),
+    "final_norm/scale": Rule("transformer.ln_f.weight"),
+    "lm_head/kernel": Rule("lm_head.weight", transpose=True),
+}
+
+
+def smdm_table(groups: int, queries: int, head_size: int) -> Table:
+    """The fused matrix has `groups` key/value heads, each behind its `queries` query heads.
+
+    The one family whose tensors cannot be split without these numbers.
+    """
+    view = (groups, queries + 2, head_size)
+    everything = slice(None)
+    fused = {
+        "attn/q_proj": Fused(view, (everything, slice(0, queries))),
+        "attn/k_proj": Fused(view, (everything, queries)),
+        "attn/v_proj": Fused(view, (everything, queries + 1)),
+    }
+
+    def rule(path: str, num_layers: int) -> Rule:
+        if path in _TOP:
+            return _TOP[path]
+        stack, _, rest = path.partition("/")
+        inside, _, leaf = rest.rpartition("/")
+        block = f"transformer.h.{'{i}' if stack == 'blocks' else num_layers - 1}"
+        if inside in fused:
+            return Rule(f"{block}.attn.attn.weight", transpose=True, fused=fused[inside])
+        return Rule(f"{block}.{_BLOCK[inside]}.weight", leaf == "kernel")
+
+    return Table(rule=rule, hub_prefix="")
+
+
+FAMILIES = (Family("smdm", read_smdm, ("TransEncoder",)),)

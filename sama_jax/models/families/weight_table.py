@@ -1,8 +1,9 @@
 """The words that every weight table is written in."""
 
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 
 class Fused(NamedTuple):
@@ -51,6 +52,12 @@ class Table(NamedTuple):
     """Stored buffers that hold nothing learned, such as rotary frequencies."""
     refused: tuple[tuple[str, str], ...] = ()
     """(regular expression of a canonical name, advice): other layouts, known but not read."""
+    saved_config: Mapping[str, Any] = MappingProxyType({})
+    """Fields of `config.json` that describe how we write the tensors."""
+
+    def name_of(self, stored: str, block_group_size: int = 1) -> str:
+        """Returns a stored name without wrappers and prefixes: what the rules name."""
+        return self.canonical(clean_name(stored), block_group_size)
 
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|model\.)+")

@@ -1,0 +1,137 @@
+"""Reads the configs and names the tensors of MDLM and SEDD, which are one network.
+
+Source of the names: `models/dit.py` of kuleshov-group/mdlm and `model/transformer.py` of
+louaaron/Score-Entropy-Discrete-Diffusion.
+"""
+
+import re
+from typing import Any
+
+from sama_jax.errors import ModelError
+from sama_jax.models.dit import DitArchitecture, DitModel
+from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.weight_table import Rule, Table
+
+MDLM_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50258,
+    "hidden_dim": 768,
+    "cond_dim": 129,
+    "n_blocks": 12,
+    "n_heads": 12,
+    "time_conditioning": False,
+}
+"""Of the Hub's config class, as third parties report it; the published file overrides `cond_dim`
+with 128."""
+
+
+def read_mdlm(config: dict[str, Any], where: str) -> FamilyConfig:
+    """kuleshov-group/mdlm-owt's `config.json`. The mask is the last row, which MDLM appends to a
+    tokenizer without one; `mask_token_id` replaces it."""
+    full = {**MDLM_DEFAULTS, **config}
+    if type(full["time_conditioning"]) is not bool:
+        raise ModelError(f"{where}: time_conditioning is {full['time_conditioning']!r}, not a bool")
+    arch = _architecture(
+        full, where, full["vocab_size"], "hidden_dim", timed=full["time_conditioning"]
+    )
+    mask_id = full.get("mask_token_id")
+    mask_id = arch.vocab_size - 1 if mask_id is None else mask_id
+    return FamilyConfig("mdlm", arch, MDLM_WEIGHTS, DitModel, mask_id, shift=False)
+
+
+def is_sedd(config: dict[str, Any]) -> bool:
+    """SEDD publishes its training configuration: it says `graph` and `tokens`, and no type."""
+    return "model_type" not in config and {"model", "graph", "noise", "tokens"} <= config.keys()
+
+
+def read_sedd(config: dict[str, Any], where: str) -> FamilyConfig:
+    """louaaron/sedd-small's `config.json`: `tokens`, `model.*`, `graph.type`, `noise.type`.
+
+    There are no defaults. The mask token is the row after the tokenizer's. `scale_by_sigma` only
+    adds a constant to all scores, so both values are accepted.
+    """
+    for section in ("model", "graph", "noise"):
+        if not isinstance(config.get(section), dict):
+            raise ModelError(f"{where}: expected SEDD's sections model, graph and noise")
+    for section, have in (("graph", "absorb"), ("noise", "loglinear")):
+        if config[section].get("type") != have:
+            raise ModelError(
+                f"{where}: {section}.type is {config[section].get('type')!r}, only '{have}' is "
+                "supported"
+            )
+    check_sizes(config, ("tokens",), where)
+    rows = config["tokens"] + 1
+    arch = _architecture(config["model"], f"{where}, model", rows, "hidden_size", timed=True)
+    return FamilyConfig("sedd", arch, SEDD_WEIGHTS, DitModel, config["tokens"], shift=False)
+
+
+def _architecture(
+    config: dict[str, Any], where: str, rows: int, width: str, *, timed: bool
+) -> DitArchitecture:
+    sizes = {**config, "vocab_size": rows}
+    check_sizes(sizes, ("vocab_size", width, "cond_dim", "n_blocks", "n_heads"), where)
+    if config[width] % (2 * config["n_heads"]):
+        raise ModelError(
+            f"{where}: n_heads {config['n_heads']} must divide {width} {config[width]} into even "
+            "sizes"
+        )
+    return DitArchitecture(
+        vocab_size=rows,
+        width=config[width],
+        num_layers=config["n_blocks"],
+        num_heads=config["n_heads"],
+        condition_width=config["cond_dim"],
+        timed=timed,
+    )
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+# Our path inside a block -> name inside `blocks.{i}`.
+_BLOCK = {
+    "attn_norm": "norm1",
+    "attn/o_proj": "attn_out",
+    "mlp_norm": "norm2",
+    "mlp/up_proj": "mlp.0",
+    "mlp/down_proj": "mlp.2",
+    "modulation": "adaLN_modulation",
+}
+_TOP = {
+    "time/dense_0": "sigma_map.mlp.0",
+    "time/dense_1": "sigma_map.mlp.2",
+    "final_norm": "output_layer.norm_final",
+    "final_modulation": "output_layer.adaLN_modulation",
+    "lm_head": "output_layer.linear",
+}
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def dit_rule(path: str, num_layers: int) -> Rule:
+    """The rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
+    if path == "embed/embedding":
+        return Rule("vocab_embed.embedding")
+    module, _, leaf = path.rpartition("/")
+    kernel, suffix = leaf == "kernel", "bias" if leaf == "bias" else "weight"
+    if module in _TOP:
+        return Rule(f"{_TOP[module]}.{suffix}", kernel)
+    stack, _, inside = module.partition("/")
+    layer = "{i}" if stack == "blocks" else str(num_layers - 1)
+    if inside.removeprefix("attn/") in _QKV:
+        return Rule(f"blocks.{layer}.attn_qkv.weight", kernel, joined=_QKV)
+    return Rule(f"blocks.{layer}.{_BLOCK[inside]}.{suffix}", kernel)
+
+
+_BUFFERS = re.compile(r"^rotary_emb\.inv_freq$")
+
+SEDD_WEIGHTS = Table(rule=dit_rule, hub_prefix="", ignored=_BUFFERS)
+MDLM_WEIGHTS = Table(
+    rule=dit_rule,
+    hub_prefix="backbone.",
+    canonical=lambda name, block_group_size: name.removeprefix("backbone."),
+    ignored=_BUFFERS,
+)
+
+
+FAMILIES = (
+    Family("mdlm", read_mdlm, ("MDLM",)),
+    Family("sedd", read_sedd, ("SEDD",), is_sedd),
+)
