@@ -128,7 +128,7 @@ def open_adapter(
     Args:
       path: the adapter's folder.
       source: the base's tensors.
-      family: the base's family, as for `safetensors.open_source`.
+      table: the base's weight table, as for `safetensors.open_source`.
       num_layers: how many blocks the base has.
       abstract: the base's parameter tree, as for `safetensors.check`.
       block_group_size: how many blocks a group of the base holds.
