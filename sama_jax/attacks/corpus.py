@@ -45,13 +45,14 @@ def bows(corpus: CorpusReading, settings: AuditSettings) -> Float[np.ndarray, " 
     if min((corpus.labels == label).sum() for label in (0, 1)) < FOLDS:
         return scores
     # Folds are dealt in an order that the file's order does not change.
-    order = sorted(range(len(scores)), key=lambda i: _digest(corpus.texts[i]))  # pyright: ignore
-    texts = [corpus.texts[i] for i in order]
+    given = corpus.texts
+    order = sorted(range(len(scores)), key=lambda i: _digest(given[i]))
+    texts = [given[i] for i in order]
     labels = corpus.labels[order]
     found = np.full(len(order), np.nan)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=settings.seed)
     for train, test in folds.split(texts, labels):
-        words = CountVectorizer(min_df=MIN_SHARE)  # pyright: ignore
+        words = CountVectorizer(min_df=MIN_SHARE)  # pyright: ignore  # scikit-learn's stub says int
         try:
             counts = words.fit_transform([texts[i] for i in train])
         except ValueError:  # no vocabulary is left
