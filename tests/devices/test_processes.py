@@ -59,25 +59,58 @@ def free_port() -> int:
 
 def audit(inputs: Inputs, out: Path, *flags: object) -> subprocess.Popen[str]:
     command = [
-        sys.executable, "-m", "sama_jax", "audit", "--target", inputs.target, "--reference",
-        inputs.reference, "--data", inputs.texts, "--out", out, "--attacks", "sama,loss",
-        "--set", "sama.steps=3", "--set", "sama.subsets=16", "--max-length", 32,
-        "--batch-size", 1, "--no-figures", *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sama_jax",
+        "audit",
+        "--target",
+        inputs.target,
+        "--reference",
+        inputs.reference,
+        "--data",
+        inputs.texts,
+        "--out",
+        out,
+        "--attacks",
+        "sama,loss",
+        "--set",
+        "sama.steps=3",
+        "--set",
+        "sama.subsets=16",
+        "--max-length",
+        32,
+        "--batch-size",
+        1,
+        "--no-figures",
+        *flags,
+    ]
     return subprocess.Popen(
-        [str(c) for c in command], env=environment(inputs), text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [str(c) for c in command],
+        env=environment(inputs),
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def start(inputs: Inputs, outs: list[Path], *flags: object, ranks=(0, 1)) -> list[subprocess.Popen]:
     """Processes of one run of two, each with its own --out."""
     port = free_port()
     return [
-        audit(inputs, outs[rank], "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2,
-              "--process-id", rank, *flags)
+        audit(
+            inputs,
+            outs[rank],
+            "--coordinator",
+            f"127.0.0.1:{port}",
+            "--num-processes",
+            2,
+            "--process-id",
+            rank,
+            *flags,
+        )
         for rank in ranks
-    ]  # fmt: skip
+    ]
 
 
 def finish(running: list[subprocess.Popen], seconds: float = PATIENCE) -> list[tuple[int, str]]:
@@ -193,9 +226,12 @@ def test_a_mesh_over_two_processes_gives_the_same_scores(inputs, expected, tmp_p
 def merge(inputs: Inputs, out: Path, *parts: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "sama_jax", "merge", out, *parts]
     running = subprocess.Popen(
-        [str(c) for c in command], env=environment(inputs), text=True, stdout=subprocess.DEVNULL,
+        [str(c) for c in command],
+        env=environment(inputs),
+        text=True,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
     return finish([running])[0]
 
 
@@ -226,9 +262,11 @@ def test_a_process_that_never_starts_is_named(rank, inputs, tmp_path):
     ((code, told),) = finish(start(inputs, [out, out], "--start-timeout", 2, ranks=[rank]), 60)
     assert time.monotonic() - begin < 40
     assert code == 75, told
-    wanted = "process 1 of 2 did not start within 2 s" if rank == 0 else (
-        "process 0 of 2 did not answer at 127.0.0.1:"
-    )  # fmt: skip
+    wanted = (
+        "process 1 of 2 did not start within 2 s"
+        if rank == 0
+        else ("process 0 of 2 did not answer at 127.0.0.1:")
+    )
     assert told.startswith(f"sama-jax: {wanted}")
     assert len(told.strip().splitlines()) == 1
     assert not out.exists()
@@ -355,8 +393,12 @@ def test_place_from_flags():
 
 
 def test_place_from_the_environment():
-    slurm = {"SLURM_PROCID": "3", "SLURM_JOB_ID": "123456", "SLURM_NTASKS": "4",
-             "SLURM_STEP_NODELIST": "gpu[007-009,012]"}  # fmt: skip
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NTASKS": "4",
+        "SLURM_STEP_NODELIST": "gpu[007-009,012]",
+    }
     assert processes.found_place(slurm) == ("gpu007:23456", 4, 3)
     assert processes.found_place({**slurm, "SLURM_STEP_NODELIST": "a1,b2"}).coordinator[:3] == "a1:"
     gke = {"TPU_WORKER_HOSTNAMES": "t-0.x,t-1.x", "TPU_WORKER_ID": "1"}

@@ -217,8 +217,12 @@ def test_a_second_process_compiles_nothing_with_the_cache(inputs, tmp_path):
         command += ["--attacks", "sama,loss", "--no-figures", "--quiet", *tiny.SETTINGS]
         done = subprocess.run(
             [sys.executable, "-c", COUNT, *command],
-            cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         counts.append([int(n) for n in done.stdout.split()[-2:]])
         assert (tmp_path / run / "report.md").is_file()
         assert not (tmp_path / run / "figures").exists()

@@ -87,9 +87,15 @@ def test_parameters_of_llada_8b_are_those_of_the_checkpoint():
 
 @pytest.mark.parametrize(
     ("parts", "rows", "scored", "gibibytes"),
-    [(4, 16, 256, 0.900), (4, 32, 256, 1.300), (4, 16, 512, 1.082), (4, 32, 512, 1.505),
-     (1, 32, 256, 4.13), (1, 32, 512, 4.75)],
-)  # fmt: skip
+    [
+        (4, 16, 256, 0.900),
+        (4, 32, 256, 1.300),
+        (4, 16, 512, 1.082),
+        (4, 32, 512, 1.505),
+        (1, 32, 256, 4.13),
+        (1, 32, 512, 4.75),
+    ],
+)
 def test_closed_form_of_a_tpu_program(parts, rows, scored, gibibytes):
     # What libtpu 0.0.42 (jax 0.10.2) allots: v5e:4x4 (4 parts), v5p:2x2x2; texts of 512 tokens.
     values = json.loads(LLADA_8B.read_text("utf-8"))
@@ -100,9 +106,16 @@ def test_closed_form_of_a_tpu_program(parts, rows, scored, gibibytes):
 
 @pytest.mark.parametrize(
     ("attention", "rows", "mebibytes"),
-    [("xla", 8, 864), ("xla", 16, 1376), ("xla", 32, 2304), ("xla", 64, 4256), ("xla", 128, 8352),
-     ("cudnn", 8, 582), ("cudnn", 32, 1472)],
-)  # fmt: skip
+    [
+        ("xla", 8, 864),
+        ("xla", 16, 1376),
+        ("xla", 32, 2304),
+        ("xla", 64, 4256),
+        ("xla", 128, 8352),
+        ("cudnn", 8, 582),
+        ("cudnn", 32, 1472),
+    ],
+)
 def test_closed_form_of_a_gpu_program(attention, rows, mebibytes):
     # What XLA (jaxlib 0.11.2) allots on an H200: texts of 512 tokens, 16 of them scored, 4 passes.
     values = json.loads(LLADA_8B.read_text("utf-8"))
@@ -202,10 +215,26 @@ def test_the_command_compiles_in_a_process_of_its_own(model, tmp_path, capsys, m
     monkeypatch.setattr(child, "TICK_SECONDS", 0.5)
     result = tmp_path / "plan.json"
     code, out, err = run(
-        capsys, "--model", model, "--topology", "cpu:2", "--mesh", "data=1,model=2",
-        "--rows", 3, "--max-length", 32, "--attacks", "sama", "--set", "sama.steps=1",
-        "--dtype", "float32", "--json", result,
-    )  # fmt: skip
+        capsys,
+        "--model",
+        model,
+        "--topology",
+        "cpu:2",
+        "--mesh",
+        "data=1,model=2",
+        "--rows",
+        3,
+        "--max-length",
+        32,
+        "--attacks",
+        "sama",
+        "--set",
+        "sama.steps=1",
+        "--dtype",
+        "float32",
+        "--json",
+        result,
+    )
     assert code == 0, err
     assert "fits" in out
     assert "compiling: 1 s" in err

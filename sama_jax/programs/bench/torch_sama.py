@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from sama_jax.config import SamaSettings
 from sama_jax.errors import UsageError
@@ -25,16 +26,17 @@ BATCH = 8
 class Probes(NamedTuple):
     """Masks and subsets that are given instead of drawn."""
 
-    masks: np.ndarray  # bool [n, t, l]
-    subsets: np.ndarray  # int [n, t, subsets, m], -1 unused
+    masks: Bool[np.ndarray, "n t l"]
+    subsets: Int[np.ndarray, "n t subsets m"]
+    """Positions that vote together, -1 unused."""
 
 
 class Result(NamedTuple):
-    """Of a list of texts."""
+    """What a list of texts gave."""
 
-    scores: np.ndarray  # float64 [n]
-    losses: dict[str, np.ndarray]
-    """target, reference -> float32 [n, t, l], NaN where nothing was read; only of given probes."""
+    scores: Float[np.ndarray, " n"]
+    losses: dict[str, Float[np.ndarray, "n t l"]]
+    """Losses of target and reference, NaN where nothing was read; empty without given probes."""
     vote_seconds: float
 
 
@@ -63,7 +65,7 @@ class TorchSama:
         self.reference = self.target | {"ln_f.weight": self.target["ln_f.weight"] * scale}
 
     def run(self, texts: Sequence[np.ndarray], probes: Probes | None = None) -> Result:
-        """Scores of texts given as token ids."""
+        """Scores texts that are given as token ids."""
         scores, votes, length = [], 0.0, max(len(t) for t in texts)
         shape = (len(texts), self.settings.steps, length)
         losses = {n: np.full(shape, np.nan, np.float32) for n in ("target", "reference")}
@@ -113,14 +115,15 @@ class TorchSama:
             for i in range(len(texts)):
                 if s.skip == "keep" or bool(new[i].any()):
                     subsets = None if probes is None else probes.subsets[i, step]
-                    vote = self._vote(masked[i], buffers["target"][i], buffers["reference"][i],
-                                      subsets)  # fmt: skip
+                    vote = self._vote(
+                        masked[i], buffers["target"][i], buffers["reference"][i], subsets
+                    )
                     votes[i].append(vote)
             spent += time.perf_counter() - start
         return [self._score(v) for v in votes], spent
 
     def _new_positions(self, step: int, masked: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Random positions that bring each text to the step's density."""
+        """Draws random positions that bring each text to the step's density."""
         s, new = self.settings, torch.zeros_like(masked)
         span = s.max_density - s.min_density
         if s.schedule == "code_linear":
@@ -143,7 +146,7 @@ class TorchSama:
         reference: torch.Tensor,
         subsets: np.ndarray | None,
     ) -> float:
-        """Share of subsets whose loss the target lowers."""
+        """Returns the share of subsets whose loss the target lowers."""
         s, places = self.settings, torch.where(masked)[0].numpy()
         t, r = target.numpy()[places], reference.numpy()[places]
         size = min(s.subset_size, len(places))
@@ -156,6 +159,6 @@ class TorchSama:
         return float((r[index].sum(axis=1) > t[index].sum(axis=1)).mean())
 
     def _score(self, votes: list[float]) -> float:
-        """Weighted by 1/k, the k-th recorded step; 0 without any."""
+        """Averages the votes, the k-th recorded step weighted by 1/k; 0 without any."""
         weights = 1.0 / (np.arange(len(votes)) + 1)
         return float(np.average(votes, weights=weights)) if votes else 0.0

@@ -1,0 +1,49 @@
+"""What every layout promises: shapes are those of the arrays, results come back in one piece."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sama_jax.devices.layout import (
+    OneDevice,
+    OnMesh,
+    Replicated,
+    local_layout,
+    mesh_layout,
+    row_sharding,
+)
+from sama_jax.devices.mesh import make_mesh
+from sama_jax.devices.runner import Runner
+
+LAYOUTS = {
+    OneDevice: lambda: local_layout(jax.devices()[:1]),
+    Replicated: local_layout,
+    OnMesh: lambda: mesh_layout(make_mesh("data=4,model=2")),
+}
+PARTS = {OneDevice: 1, Replicated: 8, OnMesh: 4}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_abstract_says_what_split_makes(kind):
+    layout = LAYOUTS[kind]()
+    assert type(layout) is kind
+    assert layout.row_parts == PARTS[kind]
+    args = (np.zeros((8, 3), np.int32), np.zeros((2, 8, 3), bool), np.int32(1))
+    axes = (0, 1, None)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), args)
+    made = [(np.shape(x), x.dtype) for x in layout.split(args, axes)]
+    assert made == [(x.shape, x.dtype) for x in layout.abstract(shapes, axes)]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_result_comes_back_in_one_piece(kind):
+    layout = LAYOUTS[kind]()
+    runner = Runner(lambda scale, x: jnp.stack([x, scale * x]), layout, (0,))
+    scale = jax.device_put(np.float32(3), row_sharding(layout.mesh, None))
+    rows = np.arange(24, dtype=np.float32).reshape(8, 3)
+    assert not runner.is_compiled(rows)
+    runner.compile(scale, rows)
+    np.testing.assert_array_equal(runner(scale, rows), [rows, 3 * rows])
+    assert layout.held(8).all()
+    assert layout.owned(8).all()
