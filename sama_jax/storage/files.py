@@ -1,4 +1,4 @@
-"""Writing that survives a crash: atomic files, appended lines, one message for a full disk.
+"""Writes files so that they survive a crash: atomic files, appended lines, a full disk.
 
 Standard library only. A file that is written whole appears whole (`.part`, then rename); a file
 that grows is cut back to its last complete line when it is opened again.
@@ -28,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Turns every OSError inside into a `DataError` (exit code 3) that names `path`."""
     try:
         yield
@@ -45,13 +45,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(data)
             os.replace(part, path)
-        except BaseException:  # Ctrl-C, too
+        except BaseException:  # Ctrl-C among them
             part.unlink(missing_ok=True)
             raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON; NaN and infinity are refused."""
+    """Writes indented JSON, whole or not at all; NaN and infinity are refused."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -101,9 +101,10 @@ class AppendOnly:
 
 
 def _lock(file: Any) -> bool:
-    """Claims an open file until it is closed, which the end of the process does, too.
+    """Claims an open file until it is closed or the process ends.
 
-    False if another process has it; True also where the system or file system knows no locks.
+    Returns:
+      False if another process has it; True where the system or file system knows no locks.
     """
     try:
         import fcntl
@@ -117,11 +118,15 @@ def _lock(file: Any) -> bool:
 
 
 def read_json_lines(path: Path) -> tuple[list[Any], int]:
-    """Complete JSON lines of a file that may end in the middle of one, and their total bytes."""
+    """Reads the complete JSON lines of a file that may end in the middle of one.
+
+    Returns:
+      the values, and the bytes that they take; nothing of a file that does not exist.
+    """
     if not path.is_file():
         return [], 0
     values, end = [], 0
-    with reading(path):
+    with readable(path):
         content = path.read_bytes()
     for line in content.splitlines(keepends=True):
         if not line.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""The loss store: append-only shards of token losses, keyed by content.
+"""Stores token losses in append-only shards, keyed by content.
 
 A record belongs to (model, plan, text): identities of the weights and arithmetic, of the probe
 plan, and of the token ids. Scores, resume and new statistics all derive from it. Subsets are not
@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from sama_jax.errors import DataError
-from sama_jax.storage.files import AppendOnly, reading
+from sama_jax.storage.files import AppendOnly, readable
 
 _MAGIC = b"SJL1"
 _PREFIX = struct.Struct("<4sIQI")
@@ -45,14 +45,14 @@ class Record(NamedTuple):
     """float32 [counts.sum()], nats."""
 
     def dense(self, length: int) -> np.ndarray:
-        """float32 [t, length], NaN where nothing was scored."""
+        """Returns the losses as float32 [t, length], NaN where nothing was scored."""
         out = np.full((len(self.counts), length), np.nan, np.float32)
         out[np.repeat(np.arange(len(self.counts)), self.counts), self.positions] = self.losses
         return out
 
 
 def make_record(positions: np.ndarray, losses: np.ndarray) -> Record:
-    """From the scorer's slots [t, k]: positions (-1 unused) and losses."""
+    """Makes a record of the scorer's slots [t, k]: positions (-1 unused) and losses."""
     used = positions >= 0
     return Record(
         used.sum(axis=1).astype(np.int32),
@@ -93,7 +93,7 @@ class LossStore:
 
     def _index(self, path: Path, end: int) -> int:
         """Reads the frames' headers from a byte on; returns where the last complete one ends."""
-        with reading(path), path.open("rb") as file:
+        with readable(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             while end < size:
                 frame = _read_frame(file, end, size)
@@ -123,15 +123,15 @@ class LossStore:
         return len(self._places)
 
     def keys(self) -> list[tuple[str, str, str]]:
-        """(model, plan, text) of every record."""
+        """Returns (model, plan, text) of every record."""
         return list(self._places)
 
     def has(self, model: str, plan: str, text: str) -> bool:
-        """Whether the losses of (model, plan, text) can be read here."""
+        """Tells whether the losses of (model, plan, text) can be read here."""
         return (model, plan, text) in self._places
 
     def exists(self, model: str, plan: str, text: str) -> bool:
-        """Whether they are stored, here or by another process."""
+        """Tells whether the losses are stored, here or by another process."""
         return self.has(model, plan, text) or (model, plan, text) in self._elsewhere
 
     def note_elsewhere(self, keys: Iterable[tuple[str, str, str]]) -> None:
@@ -155,9 +155,9 @@ class LossStore:
         self._add(header, self._shard.path, start + _PREFIX.size + len(head))
 
     def read(self, model: str, plan: str, text: str) -> Record:
-        """The stored losses of one text; KeyError if there are none."""
+        """Reads the stored losses of one text. Raises `KeyError` if there are none."""
         place = self._places[(model, plan, text)]
-        with reading(place.shard), place.shard.open("rb") as file:
+        with readable(place.shard), place.shard.open("rb") as file:
 
             def array(offset: int, kind: str, count: int) -> np.ndarray:
                 file.seek(offset)
@@ -181,7 +181,7 @@ class LossStore:
 
 
 def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict, int, int] | None:
-    """(header, its bytes, bytes of the payload) of the frame at a byte; None if it is not whole."""
+    """Reads a frame: header, its bytes, bytes of the payload; None if it is not whole."""
     file.seek(at)
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size:
@@ -196,7 +196,7 @@ def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict, int, int] | N
 
 
 def _holds_frame(file: BinaryIO, start: int, rest: bytes) -> bool:
-    """Whether a whole frame begins somewhere behind the first byte of `rest`, read at `start`."""
+    """Tells whether a whole frame begins after the first byte of `rest`, read at `start`."""
     at = rest.find(_MAGIC, 1)
     while at > 0:
         if _read_frame(file, start + at, start + len(rest)):

@@ -1,0 +1,60 @@
+"""Files that appear whole, files that only grow, and what a failure leaves."""
+
+import json
+import os
+
+import pytest
+
+from sama_jax.errors import DataError, OutputError, UsageError
+from sama_jax.storage import files
+from sama_jax.storage.files import AppendOnly, read_json_lines, readable, write_atomic, write_json
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "x.json"
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(OutputError, match=r"x\.json: cannot write \(No space left on device\)"):
+        write_atomic(path, "new")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]  # no .part is left
+
+
+def test_numbers_that_are_no_json_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_an_appended_file_is_cut_back_to_its_whole_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": 2}\n{"c"')
+    values, end = read_json_lines(path)
+    assert values == [{"a": 1}, {"b": 2}]
+    file = AppendOnly(path, end)
+    assert file.append(b'{"d": 4}\n') == end
+    file.close()
+    assert read_json_lines(path)[0] == [{"a": 1}, {"b": 2}, {"d": 4}]
+
+
+def test_two_writers_of_one_file_are_refused(tmp_path):
+    first = AppendOnly(tmp_path / "x.jsonl")
+    with pytest.raises(UsageError, match="another process is writing"):
+        AppendOnly(tmp_path / "x.jsonl")
+    first.close()
+    AppendOnly(tmp_path / "x.jsonl").close()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "gone.bin"
+    with pytest.raises(DataError, match=r"gone\.bin: cannot be read"), readable(path):
+        os.stat(path)
+
+
+def test_lines_of_a_missing_file_are_none(tmp_path):
+    assert read_json_lines(tmp_path / "none.jsonl") == ([], 0)
