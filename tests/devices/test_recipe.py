@@ -13,7 +13,7 @@ from sama_jax.devices import placement
 from sama_jax.devices.layout import local_layout
 from sama_jax.programs import audit
 from sama_jax.programs.jobs import AuditJob
-from sama_jax.texts import data
+from sama_jax.texts.read import Text, Texts
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "add_a_device_strategy.md"
 SETTINGS = AuditSettings(
@@ -36,14 +36,14 @@ def one_device():
 
 def test_the_strategy_of_the_recipe_gives_the_scores_of_one_device(strategy, tmp_path):
     models = [tiny.folder(tmp_path / name, seed=seed) for seed, name in enumerate("tr")]
-    texts = [data.Text(str(i), t, i % 2, "memory") for i, t in enumerate(tiny.texts(20))]
+    texts = [Text(str(i), t, i % 2, "memory") for i, t in enumerate(tiny.texts(20))]
     found = []
     for number, local in enumerate((one_device, strategy)):
         placement.LOCAL["pmap"] = local
         job = AuditJob(
             target=models[0],
             reference=models[1],
-            texts=data.Texts(texts, 0, []),
+            texts=Texts(texts, 0, []),
             out=tmp_path / str(number),
             attacks=["sama", "loss", "pia"],
             settings=SETTINGS,
