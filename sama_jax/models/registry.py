@@ -1,11 +1,12 @@
-"""Which family a folder's `config.json` belongs to, and the network to build. No files, no devices.
+"""Finds the family that a folder's `config.json` belongs to, and builds the network. No files, no
+devices.
 
-Each module of `families/` lists its families as `FAMILIES`; a new module is found by being there.
-Fields that a config leaves out take the default of the family's own config class, never the value
-of its best-known checkpoint.
+Each module of `families/` lists its families as `FAMILIES`; a new module is found by being there,
+one of another package by an entry point. Fields that a config leaves out take the default of the
+family's own config class, never the value of its best-known checkpoint.
 """
 
-import functools
+import importlib.metadata
 import pkgutil
 from importlib import import_module
 from typing import Any
@@ -15,15 +16,26 @@ from sama_jax.errors import ModelError, nearest
 from sama_jax.models import families
 from sama_jax.models.families.family import Family, FamilyConfig
 
+ENTRY_POINTS = "sama_jax.families"
+"""Group of entry points of other packages: each names a module that lists its `FAMILIES`."""
 
-@functools.cache
+
 def known_families() -> dict[str, Family]:
-    """Returns every family by its `model_type`, module by module."""
-    found: dict[str, Family] = {}
-    for module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
-        listed = vars(import_module(module.name)).get("FAMILIES", ())
-        found |= {family.model_type: family for family in listed}
-    return found
+    """Returns every family by its `model_type`, module by module; ours win over those of other
+    packages. Raises `ModelError` for a module of another package that cannot be loaded."""
+    modules = []
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            modules.append(entry.load())
+        except Exception as error:  # foreign code: whatever it raises must name its origin
+            raise ModelError(
+                f"the module of families '{entry.value}' of another package cannot be loaded "
+                f"({error}); uninstall or update that package"
+            ) from error
+    ours = pkgutil.iter_modules(families.__path__, f"{families.__name__}.")
+    modules += [import_module(module.name) for module in ours]
+    listed = [family for module in modules for family in vars(module).get("FAMILIES", ())]
+    return {family.model_type: family for family in listed}
 
 
 def build_model(family: FamilyConfig, mask_id: int, dtype: Any) -> Model:

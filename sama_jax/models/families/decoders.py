@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig, Kind, check_sizes
-from sama_jax.models.families.weight_table import Rule, Table
+from sama_jax.models.families.weight_table import Table, plain_rule
 from sama_jax.models.transformer import Architecture, Llama3Scaling, TransformerModel
 
 _SIZES = (
@@ -178,7 +178,8 @@ def read_decoder(dialect: Dialect, config: dict[str, Any], where: str) -> Family
 
 # --- weights --------------------------------------------------------------------------------------
 
-# Our path inside a block -> name inside `model.layers.{i}`; kernels are transposed.
+_TOP = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
+# Our module inside a block -> its name inside `model.layers.{i}`.
 _BLOCK = {
     "attn_norm": "input_layernorm",
     **{f"attn/{p}": f"self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -187,22 +188,6 @@ _BLOCK = {
     "mlp_norm": "post_attention_layernorm",
     **{f"mlp/{p}": f"mlp.{p}" for p in ("gate_proj", "up_proj", "down_proj")},
 }
-_TOP = {
-    "embed/embedding": Rule("model.embed_tokens.weight"),
-    "final_norm/scale": Rule("model.norm.weight"),
-    "lm_head/kernel": Rule("lm_head.weight", transpose=True),
-}
-
-
-def decoder_rule(path: str, num_layers: int) -> Rule:
-    """The rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
-    if path in _TOP:
-        return _TOP[path]
-    stack, _, rest = path.partition("/")
-    inside, _, leaf = rest.rpartition("/")
-    layer = "{i}" if stack == "blocks" else str(num_layers - 1)
-    suffix = "bias" if leaf == "bias" else "weight"
-    return Rule(f"model.layers.{layer}.{_BLOCK[inside]}.{suffix}", leaf == "kernel")
 
 
 def _with_model(name: str, block_group_size: int) -> str:
@@ -212,7 +197,7 @@ def _with_model(name: str, block_group_size: int) -> str:
 
 
 DECODER_WEIGHTS = Table(
-    rule=decoder_rule,
+    rule=plain_rule(_TOP, "model.layers", _BLOCK),
     hub_prefix="",
     tied_head=("lm_head.weight", "model.embed_tokens.weight"),
     canonical=_with_model,

@@ -14,7 +14,7 @@ from typing import Any
 from sama_jax.errors import ModelError
 from sama_jax.models.encoders import BertArchitecture, EncoderModel, ModernBertArchitecture
 from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
-from sama_jax.models.families.weight_table import Rule, Table
+from sama_jax.models.families.weight_table import Rule, Table, plain_rule
 
 # Defaults of transformers' config classes (5.24).
 BERT_DEFAULTS: dict[str, Any] = {
@@ -203,30 +203,15 @@ _BERT_TOP = {
 }
 
 
-def _layer(stack: str, num_layers: int) -> str:
-    return {"blocks": "{i}", "first_block": "0"}.get(stack, str(num_layers - 1))
-
-
-def bert_rule(path: str, num_layers: int) -> Rule:
-    """The rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
-    module, _, leaf = path.rpartition("/")
-    kernel, suffix = leaf == "kernel", "bias" if leaf == "bias" else "weight"
-    if module in _BERT_TOP:
-        return Rule(f"{_BERT_TOP[module]}.{suffix}", kernel)
-    stack, _, inside = module.partition("/")
-    layer = _layer(stack, num_layers)
-    return Rule(f"bert.encoder.layer.{layer}.{_BERT_BLOCK[inside]}.{suffix}", kernel)
-
-
 def _newer_norm_names(name: str, block_group_size: int) -> str:
     """Files converted from TensorFlow call a norm's weight `gamma` and its bias `beta`."""
     del block_group_size
-    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias",
-                  re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))  # fmt: skip
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
 
 
 BERT_WEIGHTS = Table(
-    rule=bert_rule,
+    rule=plain_rule(_BERT_TOP, "bert.encoder.layer", _BERT_BLOCK),
     hub_prefix="",
     tied_head=("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
     copies=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
@@ -266,7 +251,8 @@ def modernbert_rule(path: str, num_layers: int) -> Rule:
     if module in _MODERNBERT_TOP:
         return Rule(_MODERNBERT_TOP[module], kernel)
     stack, _, inside = module.partition("/")
-    layer = f"model.layers.{_layer(stack, num_layers)}"
+    number = {"blocks": "{i}", "first_block": "0"}.get(stack, str(num_layers - 1))
+    layer = f"model.layers.{number}"
     for name, modules in _MODERNBERT_JOINED.items():
         if inside.rpartition("/")[2] in modules:
             return Rule(f"{layer}.{name}.weight", kernel, joined=modules)

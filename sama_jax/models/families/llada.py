@@ -9,7 +9,7 @@ from typing import Any
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig
-from sama_jax.models.families.weight_table import Rule, Table
+from sama_jax.models.families.weight_table import Table, plain_rule
 from sama_jax.models.transformer import Architecture, TransformerModel
 
 # Defaults of LLaDA's config class (`configuration_llada.py` in `Stry233/SAMA`): GPT-2-like, unlike
@@ -133,40 +133,26 @@ def read_llada(config: dict[str, Any], where: str) -> FamilyConfig:
 
 # --- weights --------------------------------------------------------------------------------------
 
-# Our path inside a block -> (name inside `transformer.blocks.{i}`, transposed).
-_LLADA_BLOCK = {
-    "attn_norm": ("attn_norm", False),
-    "attn/q_proj": ("q_proj", True),
-    "attn/k_proj": ("k_proj", True),
-    "attn/v_proj": ("v_proj", True),
-    "attn/q_norm": ("q_norm", False),
-    "attn/k_norm": ("k_norm", False),
-    "attn/o_proj": ("attn_out", True),
-    "mlp_norm": ("ff_norm", False),
-    "mlp/gate_proj": ("ff_proj", True),
-    "mlp/up_proj": ("up_proj", True),
+_TOP = {
+    "embed": "transformer.wte",
+    "final_norm": "transformer.ln_f",
+    "lm_head": "transformer.ff_out",
+}
+# Our module inside a block -> its name inside `transformer.blocks.{i}`.
+_BLOCK = {
+    "attn_norm": "attn_norm",
+    "attn/q_proj": "q_proj",
+    "attn/k_proj": "k_proj",
+    "attn/v_proj": "v_proj",
+    "attn/q_norm": "q_norm",
+    "attn/k_norm": "k_norm",
+    "attn/o_proj": "attn_out",
+    "mlp_norm": "ff_norm",
+    "mlp/gate_proj": "ff_proj",
+    "mlp/up_proj": "up_proj",
     # Not to be confused with `transformer.ff_out`, the vocabulary head.
-    "mlp/down_proj": ("ff_out", True),
+    "mlp/down_proj": "ff_out",
 }
-_LLADA_TOP = {
-    "embed/embedding": Rule("transformer.wte.weight"),
-    "final_norm/scale": Rule("transformer.ln_f.weight"),
-    "final_norm/bias": Rule("transformer.ln_f.bias"),
-    "lm_head/kernel": Rule("transformer.ff_out.weight", transpose=True),
-    "lm_head/bias": Rule("transformer.ff_out.bias"),
-}
-
-
-def llada_rule(path: str, num_layers: int) -> Rule:
-    """The rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
-    if path in _LLADA_TOP:
-        return _LLADA_TOP[path]
-    stack, _, rest = path.partition("/")
-    inside, _, leaf = rest.rpartition("/")
-    name, transpose = _LLADA_BLOCK[inside]
-    layer = "{i}" if stack == "blocks" else str(num_layers - 1)
-    suffix = "bias" if leaf == "bias" else "weight"
-    return Rule(f"transformer.blocks.{layer}.{name}.{suffix}", transpose and leaf == "kernel")
 
 
 def _plain_blocks(name: str, block_group_size: int) -> str:
@@ -178,7 +164,7 @@ def _plain_blocks(name: str, block_group_size: int) -> str:
 
 
 LLADA_WEIGHTS = Table(
-    rule=llada_rule,
+    rule=plain_rule(_TOP, "transformer.blocks", _BLOCK),
     hub_prefix="model.",
     tied_head=("transformer.ff_out.weight", "transformer.wte.weight"),
     canonical=_plain_blocks,

@@ -1,4 +1,4 @@
-"""The words that every weight table is written in."""
+"""Defines the words that every weight table is written in."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -58,6 +58,27 @@ class Table(NamedTuple):
     def name_of(self, stored: str, block_group_size: int = 1) -> str:
         """Returns a stored name without wrappers and prefixes: what the rules name."""
         return self.canonical(clean_name(stored), block_group_size)
+
+
+def plain_rule(
+    top: Mapping[str, str], blocks: str, block: Mapping[str, str]
+) -> Callable[[str, int], Rule]:
+    """Returns the rule of a family that stores one tensor a parameter, kernels transposed.
+
+    `top` and `block` map our modules, such as `final_norm` and `attn/q_proj`, to the family's;
+    those of `block` stand behind `blocks` and the number of their layer.
+    """
+
+    def rule(path: str, num_layers: int) -> Rule:
+        module, _, leaf = path.rpartition("/")
+        transpose, suffix = leaf == "kernel", "bias" if leaf == "bias" else "weight"
+        if module in top:
+            return Rule(f"{top[module]}.{suffix}", transpose)
+        stack, _, inside = module.partition("/")
+        layer = "{i}" if stack == "blocks" else str(num_layers - 1)
+        return Rule(f"{blocks}.{layer}.{block[inside]}.{suffix}", transpose)
+
+    return rule
 
 
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|model\.)+")
