@@ -16,7 +16,7 @@ from sama_jax.errors import ModelError, nearest
 from sama_jax.models import families
 from sama_jax.models.families.family import Family, FamilyConfig
 
-ENTRY_POINTS = "sama_jax.families"
+ENTRY_POINTS = "sama_jax.models.families"
 """Group of entry points of other packages: each names a module that lists its `FAMILIES`."""
 
 
