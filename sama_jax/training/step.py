@@ -1,4 +1,4 @@
-"""Training as pure functions: a loss for each kind of model, optimiser, one step, evaluations.
+"""Defines training as pure functions: losses, the optimiser, one step, held-out losses.
 
 Sources of the losses: for diffusion `GUIDELINES.md` in `ML-GSAI/LLaDA`, and
 `trainer/misc/trainer.py` in `Stry233/SAMA`, which computes the same; for masked language models
@@ -20,9 +20,9 @@ from sama_jax.config import TrainSettings
 from sama_jax.core import losses, masking
 
 EVAL_PASSES = 8
-"""Forward passes of the held-out loss, but for next-token models, where one is exact."""
+"""Forward passes of the held-out loss; next-token models need one, which is exact."""
 MASKED_PERCENT = 15
-"""Part of a text that a masked language model learns to fill in (arXiv 1810.04805)."""
+"""Percentage of a text that a masked language model learns to fill in (arXiv 1810.04805)."""
 
 
 # --- losses --------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def _nll_everywhere(
     seen: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
 ) -> Float[Array, "b l"]:
-    """Loss of every token in nats, from an input `seen` that may hide some of them."""
+    """Computes the loss of every token in nats, from an input `seen` that may hide some of them."""
     hidden = model.hidden(params, seen, valid)
     b, length = tokens.shape
     nll = losses.token_nll(model, params, hidden.reshape(b * length, -1), tokens.reshape(-1))
@@ -43,7 +43,7 @@ def _nll_everywhere(
 
 
 class LossAux(NamedTuple):
-    """What a loss was computed from."""
+    """Counts the tokens that a loss was computed from."""
 
     num_masked: Int[Array, ""]
     num_valid: Int[Array, ""]
@@ -52,7 +52,10 @@ class LossAux(NamedTuple):
 def diffusion_masks(
     key: Key[Array, ""], valid: Bool[Array, "b l"], eps: float | Float[Array, ""]
 ) -> tuple[Bool[Array, "b l"], Float[Array, " b"]]:
-    """Masks of one batch, and each row's probability `p = (1 - eps) t + eps` with t ~ U(0, 1)."""
+    """Draws the masks of a batch: `(masks, p)`.
+
+    A position of a row is masked with probability `p = (1 - eps) t + eps`, t ~ U(0, 1).
+    """
     row_key, position_key = jax.random.split(key)
     p = (1 - eps) * jax.random.uniform(row_key, valid.shape[:1]) + eps
     return valid & (jax.random.uniform(position_key, valid.shape) < p[:, None]), p
@@ -66,7 +69,7 @@ def diffusion_loss(
     key: Key[Array, ""],
     eps: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], LossAux]:
-    """LLaDA's training loss in nats: sum over masked tokens of CE / p, over all valid tokens.
+    """Computes LLaDA's training loss in nats: sum over masked tokens of CE / p, over all tokens.
 
     Positions that are not valid are hidden from attention, never masked, and not counted.
     Source: `GUIDELINES.md` in `ML-GSAI/LLaDA`, where every position of a batch is valid.
@@ -86,17 +89,17 @@ def next_token_loss(
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
-    """Mean loss in nats of every valid token but each text's first; `key` is not used."""
+    """Returns the mean loss in nats of all tokens but each text's first; `key` is not used."""
     return _mean_over(_nll_everywhere(model, params, tokens, tokens, valid), _predicted(valid))
 
 
 def _predicted(valid: Bool[Array, "b l"]) -> Bool[Array, "b l"]:
-    """Tokens that a next-token model predicts: nothing stands before a first one."""
+    """Marks the tokens that a next-token model predicts: nothing stands before a first one."""
     return valid & (jnp.arange(valid.shape[1]) > 0)[None, :]
 
 
 def fixed_share_masks(key: Key[Array, ""], valid: Bool[Array, " l"]) -> Bool[Array, " l"]:
-    """15 % of one text's valid tokens, rounded, at least one; none of a text without tokens.
+    """Draws 15 % of a text's valid tokens, rounded, at least one; none of a text without tokens.
 
     Source of the count: `create_pretraining_data.py` in `google-research/bert`.
     """
@@ -112,10 +115,10 @@ def masked_loss(
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
-    """Mean loss in nats of 15 % of the tokens, all of them replaced by the mask token.
+    """Returns the mean loss in nats of 15 % of the tokens, all replaced by the mask token.
 
-    BERT's objective but for one thing: BERT leaves a tenth of them as they are and replaces another
-    tenth by random tokens, for inputs without masks, which nothing here reads.
+    This is BERT's objective except that BERT leaves a tenth of them as they are and replaces
+    another tenth by random tokens, for the sake of inputs without masks, which nothing here reads.
     """
     masks = jax.vmap(fixed_share_masks)(jax.random.split(key, len(tokens)), valid)
     seen = jnp.where(masks, model.mask_id, tokens)
@@ -135,7 +138,7 @@ def loss_of_kind(
     key: Key[Array, ""],
     eps: float | Float[Array, ""],
 ) -> Float[Array, ""]:
-    """The objective that models of this kind are trained with; `eps` is diffusion's alone."""
+    """Computes the objective of the model's kind; only diffusion reads `eps`."""
     if model.kind == "diffusion":
         return diffusion_loss(model, params, tokens, valid, key, eps)[0]
     loss = {"autoregressive": next_token_loss, "masked": masked_loss}[model.kind]
@@ -146,7 +149,7 @@ def loss_of_kind(
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step, float32 but for counters."""
+    """Holds what training carries from step to step: float32, and integer counters."""
 
     params: Params
     opt_state: Any
@@ -154,7 +157,7 @@ class TrainState(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """Numbers of a run as float32 scalars: arguments of a step, so runs of one shape share it."""
+    """Holds the numbers of a run as float32 scalars, so that runs of one shape share a program."""
 
     learning_rate: Any
     warmup_steps: Any
@@ -165,7 +168,7 @@ class Recipe(NamedTuple):
 
 
 def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
-    """The numbers of a run of `steps` steps."""
+    """Returns the numbers of a run of `steps` steps."""
     warmup = settings.warmup_steps
     if warmup < 0:
         warmup = min(steps // 10, 500)
@@ -174,14 +177,14 @@ def make_recipe(settings: TrainSettings, steps: int) -> Recipe:
 
 
 def learning_rate(recipe: Recipe, step: Any) -> Any:
-    """Linear warm-up, then linear decay to 0 after the last step; no step has rate 0."""
+    """Returns the rate of a step: linear warm-up, then linear decay to 0 after the last step."""
     up = (step + 1) / jnp.maximum(recipe.warmup_steps, 1)
     down = (recipe.steps - step) / jnp.maximum(recipe.steps - recipe.warmup_steps, 1)
     return recipe.learning_rate * jnp.minimum(jnp.minimum(up, down), 1.0)
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; weight decay on kernels and embeddings only."""
+    """Makes AdamW with global-norm clipping, and weight decay on kernels and embeddings only."""
 
     def decayed(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -196,7 +199,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def init_state(params: Params, recipe: Recipe) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
 
 
@@ -209,7 +212,7 @@ def train_step(
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One update on one batch; `key` is the run's, and the step is folded in here.
+    """Updates once, on one batch; `key` is the run's, and the step is folded in here.
 
     Donates `state`. Returns the next state and the loss before the update. Everything that differs
     between two runs is an argument, so pre-training and fine-tuning share one program.
@@ -225,8 +228,8 @@ def train_step(
     return TrainState(params, opt_state, state.step + 1), loss
 
 
-def batch_rows(seed: int, step: int, batch_size: int, num: int) -> np.ndarray:
-    """Texts of a step, int32 [batch_size] (host): a permutation an epoch, joined end to end.
+def batch_rows(seed: int, step: int, batch_size: int, num: int) -> Int[np.ndarray, " b"]:
+    """Returns the rows of a step, int32 (host): each epoch is a permutation, joined end to end.
 
     So a batch that crosses an epoch's end takes its rest from the next epoch: no row is filling.
     """
@@ -251,7 +254,7 @@ def text_nll(
     valid: Bool[Array, "b l"],
     keys: TextKeyData,
 ) -> Float[Array, " b"]:
-    """Upper bound on each text's negative log-likelihood in nats: the exact-count estimate."""
+    """Estimates an upper bound on each text's negative log-likelihood in nats, by exact counts."""
     length = tokens.shape[1]
 
     def plan(data: TextKeyData, row: Bool[Array, " l"]):
@@ -280,7 +283,7 @@ def next_token_nll(
     valid: Bool[Array, "b l"],
     keys: TextKeyData,
 ) -> Float[Array, " b"]:
-    """Each text's exact negative log-likelihood in nats, given its first token."""
+    """Computes each text's exact negative log-likelihood in nats, given its first token."""
     nll = _nll_everywhere(model, params, tokens, tokens, valid)
     return jnp.where(_predicted(valid), nll, 0.0).sum(axis=1)
 
@@ -294,7 +297,7 @@ def masked_nll(
     valid: Bool[Array, "b l"],
     keys: TextKeyData,
 ) -> Float[Array, " b"]:
-    """Each text's length times the mean loss of its masked tokens, in nats: 15 % at a time."""
+    """Computes each text's length times the mean loss of its masked tokens in nats, 15 % a pass."""
 
     def plan(data: TextKeyData, row: Bool[Array, " l"]) -> Bool[Array, "t l"]:
         key = rng.for_purpose(rng.text_key(seed, data), rng.Purpose.LIKELIHOOD_MASKS)
@@ -310,9 +313,9 @@ def masked_nll(
 
 
 HELD_OUT = {"diffusion": text_nll, "autoregressive": next_token_nll, "masked": masked_nll}
-"""Kind of a model -> the held-out loss of a text in nats."""
+"""Kind of a model -> the function that computes the held-out loss of each text in nats."""
 
 
-def num_predicted(kind: str, lengths: np.ndarray) -> int:
-    """Tokens that the held-out losses of texts of these lengths stand for (host)."""
+def num_predicted(kind: str, lengths: Int[np.ndarray, " n"]) -> int:
+    """Counts the tokens that the held-out losses of texts of these lengths stand for (host)."""
     return int(np.maximum(lengths - (kind == "autoregressive"), 0).sum())
