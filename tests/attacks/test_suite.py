@@ -25,7 +25,6 @@ from sama_jax.config import (
     SamaSettings,
 )
 from sama_jax.core import losses
-from sama_jax.engine.tasks import passes
 from sama_jax.engine.text_table import table_from_description
 from sama_jax.programs.audit import AuditJob, AuditResult, run_audit
 from sama_jax.programs.catalogue import describe
@@ -191,14 +190,13 @@ def test_shared_passes_are_at_most_sixty_percent(capsys, monkeypatch):
 
 def test_identical_models_leave_every_calibrated_attack_constant(box: Path, tmp_path: Path):
     """What the target says of a text and the reference says as well speaks for no text."""
-    result = audit(box, tmp_path / "run", "all", reference=box / "target")
-    scored = set(result.rows[0]["scores"])
-    calibrated = [a for a in attacks.select(["all"]) if passes(a, SETTINGS)["reference"]]
-    # The reference only proposes words there; its loss is not subtracted.
-    names = {a.name for a in calibrated} & scored - {"neighbor", "dfmia"}
-    spread = {n: len({v for v in column(result.rows, n) if np.isfinite(v)}) for n in names}
-    assert {"sama", "ratio", "wbc"} <= {n for n in names if spread[n] == 1}
-    assert max(spread.values()) == 1, spread
+    names = ("sama", "ratio", "ratio:circulated", "wbc", "complement", "complement:mean")
+    result = audit(box, tmp_path / "run", *names, reference=box / "target")
+    for name in names:
+        values = column(result.rows, name)
+        assert len(values) >= 20, name
+        # A quotient of equal float32 numbers may be off by one unit in the last place.
+        assert max(values) - min(values) < 1e-6, name
 
 
 def test_no_score_knows_the_label_of_a_scored_text(
