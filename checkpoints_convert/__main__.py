@@ -1,4 +1,4 @@
-"""`python -m checkpoints_convert`: parse, call, print. No logic, no JAX before it is needed."""
+"""Parses, calls and prints for `python -m checkpoints_convert`; no JAX before it is needed."""
 
 import argparse
 import json

@@ -26,11 +26,25 @@ from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.families.weight_table import Table
+from sama_jax.models.registry import read_config
 from sama_jax.storage.files import write_json, writing
 from sama_jax.terminal import ByteBar, duration
 from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
-from sama_jax.weights import model_folder, orbax, pickled, safetensors
-from sama_jax.weights.model_folder import CONFIG, PARAMS, RECORD, ModelFolder
+from sama_jax.weights import (
+    folder_files,
+    hub,
+    loading,
+    mask_token,
+    model_folder,
+    orbax,
+    pickled,
+    safetensors,
+    saving,
+    tensor_map,
+)
+from sama_jax.weights.folder_files import CONFIG, PARAMS, RECORD
+from sama_jax.weights.model_folder import ModelFolder
+from sama_jax.weights.orbax_source import OrbaxSource
 
 HOST_BASE_BYTES = 0.35 * 2**30
 """Python, JAX and Orbax themselves."""
@@ -39,7 +53,7 @@ BYTES_PER_SECOND = 150e6
 
 
 class Converted(NamedTuple):
-    """What a conversion did."""
+    """Says what a conversion did."""
 
     out: Path
     num_params: int
@@ -60,7 +74,7 @@ def to_orbax(
     mask_id: int | None = None,
     quiet: bool = False,
 ) -> Converted:
-    """Writes the parameters through Orbax, with config and tokenizer beside them.
+    """Writes the parameters through Orbax, with config and tokenizer next to them.
 
     The folder loads onto any mesh in any dtype. With several processes all call this together.
 
@@ -71,7 +85,7 @@ def to_orbax(
       mesh: `data=N,model=M` over all devices; each process reads and writes what its devices hold.
         None is the first device.
       allow_pickle: read `.bin` weights, by torch's weights-only loading.
-      mask_id: instead of the config's. Nothing depends on it; but a wrong one is refused here, too.
+      mask_id: instead of the config's. Nothing depends on it, but a wrong one is refused.
 
     Raises:
       ModelError: everything that does not fit, in one message.
@@ -81,47 +95,29 @@ def to_orbax(
     with _opened(src, out, allow_pickle, mask_id) as folder:
         kept = _stored_dtypes(folder)
         wanted = kept if dtype == "keep" else dict.fromkeys(kept, jnp.dtype(dtype))
-        wide = [path for path, found in wanted.items() if found == np.float64]
-        if wide:
-            raise UsageError(
-                f"{folder.path}: {len(wide)} parameters are stored in float64, which JAX does not "
-                f"keep (first {wide[0]}); give --dtype float32"
-            )
-        if mesh is None:
-            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            place = dict.fromkeys(kept, one)
-        else:
-            grid = make_mesh(mesh)
-            shapes = safetensors.leaf_paths(folder.abstract_params)
-            place = {path: split_sharding(grid, shapes[path].shape) for path in kept}
-        record = _record(folder, "orbax", src, dtype if wanted != kept else "keep")
+        dtype = dtype if wanted != kept else "keep"
+        _refuse_float64(folder, wanted)
+        place = _places(folder, mesh)
+        record = _record(folder, "orbax", src, dtype)
         if _claim(out, record, quiet):
             return Converted(out, folder.num_params, 0, 0, 0.0)
         sizes = _local_bytes(folder, wanted, place)
         # Orbax makes a copy of one leaf at a time to write it.
         host = sum(sizes.values()) + 2 * max(sizes.values()) + HOST_BASE_BYTES
-        total = sum(
-            leaf.size * wanted[path].itemsize
-            for path, leaf in safetensors.leaf_paths(folder.abstract_params).items()
-        )
+        leaves = tensor_map.leaf_paths(folder.abstract_params)
+        total = sum(leaf.size * wanted[path].itemsize for path, leaf in leaves.items())
         _announce(src, folder, total, host, quiet)
 
         start = time.monotonic()
         with ByteBar("reading", total, quiet=quiet) as told:
-            params = model_folder.read_params(
-                folder, lambda path, _: (wanted[path], place[path]), told
-            )
+            params = loading.read_params(folder, lambda path, _: (wanted[path], place[path]), told)
         if not quiet:
             print(f"writing {out / PARAMS}", file=sys.stderr)
         orbax.save_params(out / PARAMS, params)
-        if jax.process_index() == 0:
-            files = sorted(file for file in (out / PARAMS).rglob("*") if file.is_file())
-            sizes = {str(f.relative_to(out / PARAMS)): f.stat().st_size for f in files}
-            write_json(out / RECORD, {**record, "sizes": sizes})
-        _finish(folder, out, folder.config, dtype if wanted != kept else "keep")
-        return Converted(
-            out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start
-        )
+        _record_sizes(out, record)
+        finish(folder, out, folder.config, dtype)
+        seconds = time.monotonic() - start
+        return Converted(out, folder.num_params, folder.source.bytes_read, total, seconds)
 
 
 def to_hf(
@@ -129,7 +125,7 @@ def to_hf(
     out: Path,
     *,
     dtype: str = "keep",
-    max_shard_bytes: int = model_folder.MAX_SHARD_BYTES,
+    max_shard_bytes: int = saving.MAX_SHARD_BYTES,
     adapter: Path | None = None,
     allow_pickle: bool = False,
     mask_id: int | None = None,
@@ -160,8 +156,8 @@ def to_hf(
             return Converted(out, folder.num_params, 0, 0, 0.0)
         total = sum(t.nbytes for t in tensors.values())
         largest = max(t.nbytes for t in tensors.values())
-        if isinstance(folder.source, model_folder.OrbaxSource):  # it reads whole leaves
-            leaves = safetensors.leaf_paths(folder.source.params)
+        if isinstance(folder.source, OrbaxSource):  # it reads whole leaves
+            leaves = tensor_map.leaf_paths(folder.source.params)
             largest += max(x.size * x.dtype.itemsize for x in leaves.values())
         _announce(src, folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
 
@@ -170,7 +166,7 @@ def to_hf(
             safetensors.save_weights(out, tensors, max_shard_bytes, told)
         saved = folder.family.weights.saved_config
         config = {k: saved.get(k, value) for k, value in folder.config.items()}
-        _finish(folder, out, config, "keep" if kept else dtype)
+        finish(folder, out, config, "keep" if kept else dtype)
         return Converted(
             out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start
         )
@@ -187,13 +183,14 @@ def _opened(
     mask_id: int | None,
     adapter: Path | None = None,
 ) -> Iterator[ModelFolder]:
-    """The checked source, an adapter merged; pickles are first rewritten beside `out`, and removed
-    in the end."""
-    path = model_folder.resolve(src)
-    if allow_pickle and not safetensors.has_weights(
-        path
-    ):  # only now: many models have them as well
-        path = model_folder.resolve(src, (*model_folder.HUB_FILES, *model_folder.PICKLES))
+    """Opens and checks the source, an adapter merged.
+
+    Pickles are first rewritten next to `out`, and what was rewritten is removed in the end.
+    """
+    path = hub.resolve(src)
+    # Only then, since many repositories hold both formats.
+    if allow_pickle and not safetensors.has_weights(path):
+        path = hub.resolve(src, (*hub.HUB_FILES, *hub.PICKLES))
     rewritten = out.with_name(out.name + ".unpickled")
     unpickle = allow_pickle and path.is_dir() and pickled.has_only_pickles(path)
     try:
@@ -219,10 +216,10 @@ def _opened(
 
 
 def _names_no_mask(path: Path) -> bool:
-    """Whether neither config nor tokenizer know a mask token, as of BERT without a tokenizer."""
+    """Returns whether neither config nor tokenizer know a mask token (BERT without tokenizer)."""
     where = str(path / CONFIG)
-    family = model_folder.read_config(model_folder.read_json_config(path), where)
-    return family.mask_id is None and model_folder.known_mask(path, family) is None
+    family = read_config(folder_files.read_json_config(path), where)
+    return family.mask_id is None and mask_token.known_mask(path, family) is None
 
 
 def _check_tokenizer(folder: ModelFolder) -> None:
@@ -238,14 +235,32 @@ def _layout(folder: ModelFolder) -> tuple[Table, int]:
 
 
 def _stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:
-    """Parameter path -> the dtype that holds all of its tensors exactly."""
-    leaves, stored = safetensors.leaf_paths(folder.abstract_params), folder.source.tensors
+    """Returns by parameter path the dtype that holds all of its tensors exactly."""
+    leaves, stored = tensor_map.leaf_paths(folder.abstract_params), folder.source.tensors
     return {
         path: _common_dtype(
-            {stored[n].dtype for _, n, _ in safetensors.sources(path, leaves, *_layout(folder))}
+            {stored[n].dtype for _, n, _ in tensor_map.sources(path, leaves, *_layout(folder))}
         )
         for path in leaves
     }
+
+
+def _refuse_float64(folder: ModelFolder, dtypes: dict[str, np.dtype]) -> None:
+    wide = [path for path, found in dtypes.items() if found == np.float64]
+    if wide:
+        raise UsageError(
+            f"{folder.path}: {len(wide)} parameters are stored in float64, which JAX does not "
+            f"keep (first {wide[0]}); give --dtype float32"
+        )
+
+
+def _places(folder: ModelFolder, mesh: str | None) -> dict[str, jax.sharding.Sharding]:
+    """Returns the sharding of every parameter by path: over a mesh, or on the first device."""
+    leaves = tensor_map.leaf_paths(folder.abstract_params)
+    if mesh is None:
+        return dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    grid = make_mesh(mesh)
+    return {path: split_sharding(grid, leaf.shape) for path, leaf in leaves.items()}
 
 
 def _common_dtype(names: set[str]) -> np.dtype:
@@ -255,13 +270,13 @@ def _common_dtype(names: set[str]) -> np.dtype:
 
 
 def _hub_tensors(folder: ModelFolder, dtype: str) -> dict[str, safetensors.Pending]:
-    """Every tensor of the source under its published name, read when it is written."""
-    leaves, source = safetensors.leaf_paths(folder.abstract_params), folder.source
+    """Returns every tensor of the source under its published name, read when it is written."""
+    leaves, source = tensor_map.leaf_paths(folder.abstract_params), folder.source
     buffers = {
         name
         for path in leaves
-        if safetensors.rule_of(path, leaves, *_layout(folder)).buffer
-        for _, name, _ in safetensors.sources(path, leaves, *_layout(folder))
+        if tensor_map.rule_of(path, leaves, *_layout(folder)).buffer
+        for _, name, _ in tensor_map.sources(path, leaves, *_layout(folder))
     }
     prefix = folder.family.weights.hub_prefix
 
@@ -282,9 +297,9 @@ def _hub_tensors(folder: ModelFolder, dtype: str) -> dict[str, safetensors.Pendi
 
 
 def _local_bytes(folder: ModelFolder, dtypes: dict[str, Any], place: Any) -> dict[str, int]:
-    """Parameter path -> bytes of it that this process' devices hold, equal windows once."""
+    """Returns by parameter path the bytes that this process' devices hold, equal windows once."""
     found = {}
-    for path, leaf in safetensors.leaf_paths(folder.abstract_params).items():
+    for path, leaf in tensor_map.leaf_paths(folder.abstract_params).items():
         local = place[path].addressable_devices_indices_map(leaf.shape).values()
         share = int(np.prod(place[path].shard_shape(leaf.shape)))
         found[path] = len({str(index) for index in local}) * share * dtypes[path].itemsize
@@ -307,7 +322,7 @@ def _announce(src: str | Path, folder: ModelFolder, total: int, host: float, qui
 
 
 def size(num_bytes: float) -> str:
-    """For people: "2.97 GB", "50 kB"."""
+    """Formats a number of bytes for people: "2.97 GB", "50 kB"."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.2f} {name}"
@@ -318,7 +333,7 @@ def size(num_bytes: float) -> str:
 
 
 def _record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> dict[str, Any]:
-    """`conversion.json`."""
+    """Makes the content of `conversion.json`."""
     identity = folder.identity
     if dtype != "keep":
         identity = hashlib.sha256(f"{identity} {dtype}".encode()).hexdigest()[:16]
@@ -330,12 +345,20 @@ def _record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> dict
         "identity": identity,
         "architecture": repr(folder.family.arch),
         "sama_jax": __version__,
-        "files": [file.name for file in model_folder.companions(folder.path)],
+        "files": [file.name for file in folder_files.companions(folder.path)],
     }
 
 
+def _record_sizes(out: Path, record: dict[str, Any]) -> None:
+    """Writes the record again with the size of each of Orbax's files."""
+    if jax.process_index() == 0:
+        files = sorted(file for file in (out / PARAMS).rglob("*") if file.is_file())
+        sizes = {str(f.relative_to(out / PARAMS)): f.stat().st_size for f in files}
+        write_json(out / RECORD, {**record, "sizes": sizes})
+
+
 def _claim(out: Path, record: dict[str, Any], quiet: bool) -> bool:
-    """Makes `out` with its record, emptied of an unfinished conversion. True if it is finished.
+    """Empties `out` of an unfinished conversion and writes the record. True if it is finished.
 
     Raises `UsageError` if it holds anything else.
     """
@@ -372,8 +395,8 @@ def _is_finished(out: Path, record: dict[str, Any]) -> bool:
         ) from None
     if CONFIG in names:
         same = ("format", "source_identity", "dtype")
-        differs = [f"{k} was {before.get(k)!r}, is {record[k]!r}" for k in same
-                   if before.get(k) != record[k]]  # fmt: skip
+        changed = [k for k in same if before.get(k) != record[k]]
+        differs = [f"{k} was {before.get(k)!r}, is {record[k]!r}" for k in changed]
         if differs:
             raise UsageError(
                 f"{out}: holds another conversion ({'; '.join(differs)}); give a new folder"
@@ -389,11 +412,11 @@ def _is_finished(out: Path, record: dict[str, Any]) -> bool:
     return False
 
 
-def _finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -> None:
-    """Tokenizer and other files, then `config.json`, atomically."""
+def finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -> None:
+    """Copies tokenizer and other files, then writes `config.json`, atomically."""
     if jax.process_index() == 0:
         with writing(out):
-            for file in model_folder.companions(folder.path):
+            for file in folder_files.companions(folder.path):
                 shutil.copyfile(file, out / file.name)
         if dtype != "keep":
             names = [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]

@@ -1,16 +1,21 @@
-"""inspect: what a model folder holds and whether it would be refused. Loads no weights."""
+"""Describes for `inspect` what a model folder holds and whether it would be refused.
+
+Loads no weights.
+"""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from sama_jax.errors import ModelError
+from sama_jax.models.registry import read_config
 from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
-from sama_jax.weights import model_folder
+from sama_jax.weights import folder_files, hub, model_folder
+from sama_jax.weights.orbax_source import OrbaxSource
 
 
 def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
-    """Everything that can be told of a folder; what cannot is absent.
+    """Returns everything that can be told of a folder; what cannot is absent.
 
     Returns:
       `path`, `loadable`, `refused` (messages), and as far as they are known `family`, `kind`,
@@ -20,12 +25,12 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"path": str(src), "loadable": False, "refused": []}
     try:
-        path = model_folder.resolve(src)
+        path = hub.resolve(src)
         found["path"] = str(path)
         if path.is_dir():
             found["licence"] = _licence(path)
-        config = model_folder.read_json_config(path)
-        family = model_folder.read_config(config, str(path / model_folder.CONFIG))
+        config = folder_files.read_json_config(path)
+        family = read_config(config, str(path / folder_files.CONFIG))
         found |= {
             "family": family.family,
             "kind": family.kind,
@@ -38,7 +43,7 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
         found["refused"].append(str(error))
         return found
     names = [tensor.dtype for tensor in folder.source.tensors.values()]
-    orbax = isinstance(folder.source, model_folder.OrbaxSource)
+    orbax = isinstance(folder.source, OrbaxSource)
     found |= {
         "mask_id": folder.model.mask_id,
         "max_length": None if folder.max_length == 2**20 else folder.max_length,
@@ -49,7 +54,7 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
         "float32_bytes": 4 * folder.num_params,
         "identity": folder.identity,
     }
-    if record := model_folder.json_object(path / model_folder.RECORD):
+    if record := folder_files.json_object(path / folder_files.RECORD):
         found["converted_from"] = record.get("source")
     try:
         tokenizer = TextTokenizer.from_folder(path)
@@ -61,13 +66,13 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
 
 
 def _plain(arch: Any) -> dict[str, Any]:
-    """An architecture's fields that JSON can hold."""
+    """Returns an architecture's fields that JSON can hold."""
     fields = {name: getattr(arch, name) for name in arch.__dataclass_fields__}
     return {k: v for k, v in fields.items() if isinstance(v, int | float | str) or v is None}
 
 
 def _licence(path: Path) -> str | None:
-    """As the model card's front matter states it, else the name of a licence file."""
+    """Returns the licence by the model card's front matter, else the name of a licence file."""
     card = path / "README.md"
     if card.is_file():
         text = card.read_text("utf-8", errors="replace")
@@ -84,7 +89,7 @@ def _binary(num_bytes: int) -> str:
 
 
 def print_description(found: dict[str, Any]) -> None:
-    """The same for people, one line a fact."""
+    """Prints what `describe` returns for people, one line a fact."""
     lines: dict[str, Any] = {"folder": found["path"]}
     if "family" in found:
         arch = found["architecture"]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from sama_jax.arrays import Model
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
-from sama_jax.weights import model_folder
+from sama_jax.weights import saving
 
 VOCAB = 300
 MASK_ID = VOCAB - 1
@@ -100,9 +100,7 @@ def folder(path: Path, *, seed: int = 0, **changes: Any) -> Path:
     assert family.mask_id is not None
     model = TransformerModel(arch=family.arch, mask_id=family.mask_id)
     path.mkdir(parents=True, exist_ok=True)
-    model_folder.save_folder(
-        path, _init(model)(jax.random.key(seed)), model, full, path, family.weights
-    )
+    saving.save_folder(path, _init(model)(jax.random.key(seed)), model, full, path, family.weights)
     tokenizer().save(str(path / "tokenizer.json"))
     return path
 

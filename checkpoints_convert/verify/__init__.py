@@ -1,4 +1,4 @@
-"""`python -m checkpoints_convert verify`: the proof on the user's own weights.
+"""Proves on the user's own weights that JAX computes what PyTorch does: the command `verify`.
 
 Without further flags PyTorch and JAX run side by side, block by block (`live`). `--dump` and
 `--against` exchange losses with any framework as a file (`exchange`). `--plan` replays an audit's
@@ -13,7 +13,7 @@ from sama_jax.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `verify`."""
+    """Adds the flags of `verify`."""
     parser.add_argument(
         "src", type=Path, metavar="SRC", help="model folder; with --plan the target"
     )
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if both sides agree (or a file was written), 6 if not. Raises `SamaError`."""
+    """Returns 0 if both sides agree (or a file was written), 6 if not. Raises `SamaError`."""
     plan_only = [f"--{n}" for n in ("losses", "reference") if getattr(args, n)]
     if plan_only and not args.plan:
         raise UsageError(f"{' and '.join(plan_only)} only make sense with --plan F.npz")

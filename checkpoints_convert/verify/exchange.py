@@ -1,4 +1,4 @@
-"""`--dump` and `--against`: losses of the same masked tokens, exchanged as a file.
+"""Exchanges losses of the same masked tokens as a file, for `--dump` and `--against`.
 
 `ids` int32 [b, l], `mask` bool [b, l], `nll` float32 [b, l] (loss of every id after the family's
 alignment, in nats, masked positions replaced by the mask id), optional `key_valid` bool [b, l]. No
@@ -23,7 +23,7 @@ _KINDS = {"ids": "iu", "mask": "b", "nll": "f", "key_valid": "b"}
 
 
 class Exchange(NamedTuple):
-    """A checked file."""
+    """Holds a checked file."""
 
     ids: Int[np.ndarray, "b l"]
     mask: Bool[np.ndarray, "b l"]
@@ -36,9 +36,13 @@ def write_losses(path: Path, ours: Ours, ids: np.ndarray, mask: np.ndarray, vali
     nll = token_losses(ours, ids, mask, valid)
     buffer = io.BytesIO()
     np.savez_compressed(
-        buffer, allow_pickle=False, ids=ids.astype(np.int32), mask=mask, key_valid=valid,
+        buffer,
+        allow_pickle=False,
+        ids=ids.astype(np.int32),
+        mask=mask,
+        key_valid=valid,
         nll=np.where(valid, nll, 0).astype(np.float32),
-    )  # fmt: skip
+    )
     write_atomic(path, buffer.getvalue())
 
 
@@ -80,7 +84,7 @@ def read_losses(path: Path, vocab_size: int) -> Exchange:
 
 
 def compare_losses(path: Path, ours: Ours) -> int:
-    """Prints the comparison of our losses with the file's; 0, or 6 if they differ."""
+    """Prints the comparison of our losses with the file's. Returns 0, or 6 if they differ."""
     theirs = read_losses(path, ours.model.vocab_size)
     nll = token_losses(ours, theirs.ids, theirs.mask, theirs.key_valid)
     read = theirs.mask & theirs.key_valid
@@ -92,7 +96,7 @@ def compare_losses(path: Path, ours: Ours) -> int:
         f"{difference[read].mean():.3g}, rank correlation {ranks:.6f}"
     )
     print(WHY[ours.dtype])
-    # Not `>`: a NaN of ours must fail, too.
+    # Not `>`: a NaN of ours must also fail.
     if largest <= allowed and (ours.dtype == "float32" or ranks >= RANKS):
         print(f"verdict: equal within {allowed:g} nats")
         return 0
@@ -106,7 +110,7 @@ def compare_losses(path: Path, ours: Ours) -> int:
 
 
 def _likely(nll: np.ndarray, theirs: Exchange, read: np.ndarray) -> str:
-    """What the pattern of the differences suggests."""
+    """Says what the pattern of the differences suggests."""
     full = read & theirs.key_valid.all(axis=1, keepdims=True)
     if (
         (~theirs.key_valid).any()
@@ -121,7 +125,7 @@ def _likely(nll: np.ndarray, theirs: Exchange, read: np.ndarray) -> str:
 
 
 def rank_agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman correlation; 1 where there is nothing to rank."""
+    """Returns the Spearman correlation; 1 where there is nothing to rank."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 1.0
-    return float(spearmanr(a, b).statistic)  # pyright: ignore
+    return float(spearmanr(a, b).statistic)  # pyright: ignore  SciPy types no result

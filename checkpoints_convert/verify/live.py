@@ -1,4 +1,4 @@
-"""PyTorch and JAX on the same weights and the same masked texts, block by block."""
+"""Compares PyTorch and JAX on the same weights and masked texts, block by block."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -38,7 +38,7 @@ TOKENS = 32
 
 
 class Inputs(NamedTuple):
-    """What both networks read. The last row is half of the first, padded."""
+    """Holds what both networks read. The last row is half of the first, padded."""
 
     tokens: Int[np.ndarray, "b l"]
     masks: Bool[np.ndarray, "b l"]
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line of the table: a stage of the network, compared at all valid positions."""
+    """Holds a line of the table: a stage of the network, compared at all valid positions."""
 
     stage: str
     largest: float
@@ -59,7 +59,7 @@ class Line(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What of the command line reaches this far."""
+    """Holds the flags that both sides need."""
 
     dtype: str
     adapter: Path | None
@@ -69,7 +69,7 @@ class Options(NamedTuple):
 
 
 def make_inputs(folder: ModelFolder, texts: Path | None, seed: int = 0) -> Inputs:
-    """Masked texts, each at a density of its own; the same ones whatever the platform."""
+    """Draws masked texts, each at a density of its own; the same ones on every platform."""
     rng = np.random.default_rng(seed)
     rows = _token_rows(folder, texts, rng)
     rows.append(rows[0][: max(1, len(rows[0]) // 2)])
@@ -104,7 +104,7 @@ def _token_rows(
 
 
 def _built_in(folder: ModelFolder, size: int) -> tuple[np.ndarray, str]:
-    """Ids of the built-in text, or fewer and the reason."""
+    """Returns ids of the built-in text, and if they are few the reason."""
     try:
         tokenizer = TextTokenizer.from_folder(folder.path)
         require_ids_fit(tokenizer, folder.model.vocab_size, str(folder.path))
@@ -116,7 +116,7 @@ def _built_in(folder: ModelFolder, size: int) -> tuple[np.ndarray, str]:
 
 
 def verify_live(path: Path, options: Options) -> int:
-    """Prints a table for each dtype; 0, or 6 if a verdict is against."""
+    """Prints a table for each dtype. Returns 0, or 6 if a verdict is against."""
     from sama_jax.programs.bench import torch_reference
 
     console, code = Console(), 0
@@ -145,7 +145,7 @@ def verify_live(path: Path, options: Options) -> int:
 def _run_reference(
     wanted: Any, inputs: Inputs, mask_id: int, options: Options
 ) -> tuple[str, list[Any]]:
-    """The PyTorch side of every text, without padding."""
+    """Runs the PyTorch side on every text, without padding."""
     from sama_jax.programs.bench import torch_reference
 
     reference = torch_reference.open_reference(wanted, trust_remote_code=options.trust_remote_code)
@@ -154,12 +154,12 @@ def _run_reference(
 
 
 def masked_tokens(inputs: Inputs, mask_id: int) -> Int[np.ndarray, "b l"]:
-    """What the networks read."""
+    """Returns what the networks read: the mask id at masked positions."""
     return np.where(inputs.masks, mask_id, inputs.tokens).astype(np.int32)
 
 
 def _dtypes(path: Path, options: Options) -> list[str]:
-    """float32, then what is stored if that is bfloat16; or the one that was asked for."""
+    """Returns float32, then what is stored if that is bfloat16; or the one asked for."""
     if options.dtype != "auto":
         return [options.dtype]
     stored = open_folder(path, mask_id=options.mask_id, dtype="float32").source.dtype()
@@ -169,7 +169,7 @@ def _dtypes(path: Path, options: Options) -> list[str]:
 def compare(
     ours: Ours, inputs: Inputs, theirs: list[Any], exact: list[Any] | None = None
 ) -> Iterator[Line]:
-    """The lines of the table, from the embedding to the losses.
+    """Yields the lines of the table, from the embedding to the losses.
 
     `theirs` holds one `torch_reference.Stages` a text, without padding; `exact`, for a comparison
     in bfloat16, those of PyTorch in float32 from the same weights. What PyTorch's own rounding
@@ -184,7 +184,8 @@ def compare(
     def line(stage: str, actual: np.ndarray, note: str = "") -> Line:
         expected = _joined(theirs, stage)
         difference = np.abs(actual - expected)
-        most = allowed(0.0 if exact is None else in_units(expected, _joined(exact, stage)).max())
+        moved = 0.0 if exact is None else in_units(expected, _joined(exact, stage)).max()
+        most = allowed(float(moved))
         worst = float(in_units(actual, expected).max())
         sizes = float(difference.max()), float(difference.mean())
         return Line(stage, *sizes, worst, most, note, worst <= most)
@@ -206,7 +207,8 @@ def compare(
     nll = token_losses(ours, inputs.tokens, inputs.masks, valid)[valid][asked]
     expected = their_losses(theirs)
     difference = np.abs(nll - expected)
-    most = allowed(0.0 if exact is None else np.abs(expected - their_losses(exact)).max())
+    moved = 0.0 if exact is None else np.abs(expected - their_losses(exact)).max()
+    most = allowed(float(moved))
     ranks, worst = rank_agreement(nll, expected), float(difference.max())
     agrees = worst <= most and (ours.dtype == "float32" or ranks >= RANKS)
     note = f"{asked.sum()}, rank correlation {ranks:.6f}"
@@ -214,7 +216,7 @@ def compare(
 
 
 def _joined(texts: list[Any], stage: str) -> Float[np.ndarray, "n d"]:
-    """A stage at all positions of all texts."""
+    """Joins a stage at all positions of all texts."""
     return np.concatenate([t.logits if stage == "logits" else t.states[stage] for t in texts])
 
 
@@ -226,7 +228,10 @@ def _logits(model: Any, params: Params, hidden: Any) -> jax.Array:
 def aligned_losses(
     logits: Float[np.ndarray, "l v"], answers: Int[np.ndarray, " l"], shift: bool
 ) -> Float[np.ndarray, " l"]:
-    """Loss of every answer in nats, float64; output i - 1 (0 at 0) of a shifted model is for i."""
+    """Returns the loss of every answer in nats, float64.
+
+    Output i - 1 (0 at 0) of a shifted model is for position i.
+    """
     wide = logits.astype(np.float64)
     if shift:
         wide = wide[np.maximum(np.arange(len(wide)) - 1, 0)]
@@ -236,7 +241,7 @@ def aligned_losses(
 
 
 def _agreement(actual: np.ndarray, expected: np.ndarray) -> str:
-    """KL divergence and agreement of the most probable token, at masked positions."""
+    """Says KL divergence and agreement of the most probable token, at masked positions."""
     log_p, log_q = (
         x - x.max(-1, keepdims=True) for x in (expected.astype(np.float64), actual.astype(float))
     )
@@ -247,7 +252,7 @@ def _agreement(actual: np.ndarray, expected: np.ndarray) -> str:
 
 
 def _print(console: Console, title: str, dtype: str, lines: list[Line]) -> int:
-    """The table and the verdict."""
+    """Prints the table and the verdict. Returns the exit code."""
     table = Table(title=title)
     for column in ("stage", "largest", "mean", "in its unit", "allowed", ""):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")

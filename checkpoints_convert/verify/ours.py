@@ -1,4 +1,4 @@
-"""Our side of every comparison: a folder loaded at full precision, and its losses."""
+"""Computes our side of every comparison: a folder at full precision, and its losses."""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sama_jax.arrays import Params
 from sama_jax.core import losses
 from sama_jax.errors import ParityError
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder
 
 PARITY = ParityError.exit_code
 """Exit code of a comparison that found a difference."""
@@ -30,7 +30,7 @@ RANKS = 0.99
 
 
 class Ours(NamedTuple):
-    """A folder and its parameters on one device."""
+    """Holds a folder and its parameters on one device."""
 
     folder: model_folder.ModelFolder
     params: Params
@@ -50,7 +50,7 @@ def open_ours(
     """Loads a folder; `dtype` is float32 or bfloat16, whatever is stored."""
     folder = model_folder.open_folder(path, mask_id=mask_id, dtype=dtype, adapter=adapter)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return Ours(folder, model_folder.load(folder, device))
+    return Ours(folder, loading.load(folder, device))
 
 
 def token_losses(
@@ -60,7 +60,10 @@ def token_losses(
     valid: Bool[np.ndarray, "b l"],
     rows: int = 8,
 ) -> Float[np.ndarray, "b l"]:
-    """Loss of every token, masked ones replaced by the mask id; `rows` texts at once."""
+    """Returns the loss of every token in nats, masked ones replaced by the mask id.
+
+    `rows` texts are read at once.
+    """
     found = []
     for start in range(0, len(tokens), rows):
         part = [x[start : start + rows] for x in (tokens, masks, valid)]
@@ -80,7 +83,7 @@ def _losses(model: Any, params: Params, tokens: Array, masks: Array, valid: Arra
 def in_units(
     actual: Float[np.ndarray, "*n d"], expected: Float[np.ndarray, "*n d"]
 ) -> Float[np.ndarray, "*n d"]:
-    """|actual - expected| in units of each vector's root mean square plus the number itself.
+    """Returns |actual - expected| in units of each vector's root mean square plus |expected|.
 
     States grow with depth, and a few channels of large models reach thousands of times the rest:
     those are measured by themselves, all others by the typical size at their position.

@@ -1,7 +1,7 @@
-"""`--plan`: an audit's probes in our models, against the losses that another framework saved.
+"""Replays an audit's probes in our models for `--plan`, against losses that were saved elsewhere.
 
 Are the losses equal, which votes flip and why, and how far do the scores move? Where losses differ,
-the hidden states that the script saved beside them name the first block at fault.
+the hidden states that the script saved with them name the first block at fault.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ ROWS = 8
 
 
 class Flips(NamedTuple):
-    """Votes that differ, out of `total`."""
+    """Counts votes that differ, out of `total`."""
 
     count: int
     total: int
@@ -41,7 +41,7 @@ class Flips(NamedTuple):
 def verify_plan(
     target: Path, reference: Path, plan: Path, saved: Path, dtype: str, options: live.Options
 ) -> int:
-    """Prints the comparison; 0 if losses agree and every flip is explained, else 6."""
+    """Prints the comparison. Returns 0 if losses agree and every flip is explained, else 6."""
     probes = replay.load_plan(plan)
     theirs = replay.load_losses(saved, probes)
     _check_plan(plan, probes)
@@ -86,7 +86,7 @@ def verify_plan(
 def _check_plan(path: Path, probes: replay.Replay) -> None:
     valid = (probes.tokens >= 0)[:, None]
     plan = probes.plan
-    if (plan.masks & ~valid).any() or (plan.scored & ~plan.masks).any():  # pyright: ignore
+    if (plan.masks & ~valid).any() or (plan.scored & ~plan.masks).any():
         raise DataError(f"{path}: masks must lie on tokens, and what is scored must be masked")
     if (valid[..., :-1] < valid[..., 1:]).any():
         raise DataError(f"{path}: padding (-1) must stand behind a text's tokens")
@@ -101,7 +101,7 @@ def _check_tokens(path: Path, probes: replay.Replay, ours: Ours) -> None:
 
 
 def plan_losses(ours: Ours, probes: replay.Replay) -> Float[np.ndarray, "n t l"]:
-    """Our losses of a plan, NaN where it does not score; by the scorer that audits use."""
+    """Returns our losses of a plan, NaN where it scores none, by the scorer that audits use."""
     masks, scored = np.asarray(probes.plan.masks), np.asarray(probes.plan.scored)
     out = np.full(scored.shape, np.nan, np.float32)
     slots = max(1, int(scored.sum(axis=-1).max(initial=1)))
@@ -136,8 +136,10 @@ def count_flips(
     theirs: dict[str, np.ndarray],
     allowed: float,
 ) -> Flips:
-    """Votes of subsets in recorded steps that differ. A sum over m tokens of both models' losses,
-    each off by at most `allowed`, can move by 2 m `allowed`; a flip within that of 0 is explained.
+    """Counts the votes of subsets in recorded steps that differ.
+
+    A sum over m tokens of both models' losses, each off by at most `allowed`, can move by
+    2 m `allowed`; a flip within that of 0 is explained.
     """
     sums = [_sums(probes, x["target"], x["reference"]) for x in (ours, theirs)]
     plan = probes.plan
@@ -157,7 +159,7 @@ def count_flips(
 def _sums(
     probes: replay.Replay, target: np.ndarray, reference: np.ndarray
 ) -> Float[np.ndarray, "n t s"]:
-    """Reference minus target, summed over each subset; float32 as in the votes."""
+    """Sums reference minus target over each subset; float32 as in the votes."""
     plan = probes.plan
     latest = jax.jit(jax.vmap(votes.latest_losses))
     scored = np.asarray(plan.scored)
@@ -173,7 +175,7 @@ def _sums(
 def _scores(
     probes: replay.Replay, target: np.ndarray, reference: np.ndarray
 ) -> Float[np.ndarray, " n"]:
-    return np.asarray(votes.sign_statistics(target, reference, probes.plan).score)  # pyright: ignore
+    return np.asarray(votes.sign_statistics(target, reference, probes.plan).score)
 
 
 # --- which block ---------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def _scores(
 def first_difference(
     ours: Ours, probes: replay.Replay, theirs: replay.Losses, name: str, dtype: str
 ) -> str:
-    """A line that names the first stage whose hidden states differ from the saved ones."""
+    """Names the first stage whose hidden states differ from the saved ones, in one line."""
     if name not in theirs.states or not len(theirs.state_at):
         return (
             "the losses file holds no hidden states that could name the block; save them with the "
@@ -212,8 +214,11 @@ def first_difference(
 def states_at(
     ours: Ours, probes: replay.Replay, at: np.ndarray
 ) -> tuple[list[str], Float[np.ndarray, "r s d"]]:
-    """Our hidden states at (row, pass, position): what enters the blocks, what each gives, and
-    normalised what the last one gives, as `output_hidden_states` of transformers has them."""
+    """Returns our hidden states at (row, pass, position).
+
+    They are what enters the blocks, what each gives, and normalised what the last one gives, as
+    `output_hidden_states` of transformers has them.
+    """
     row, step, position = at.T
     length = max(1, int((probes.tokens[row] >= 0).sum(axis=1).max()))
     tokens = probes.tokens[row, :length]

@@ -15,7 +15,7 @@ from sama_jax.devices import memory
 from sama_jax.devices.layout import Layout
 from sama_jax.engine import output_position
 from sama_jax.terminal import ByteBar
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder
 
 
 class ModelRole(NamedTuple):
@@ -97,7 +97,7 @@ def load(
     folders = [role.folder for role in distinct.values()]
     start, notes = time.monotonic(), []
     with ByteBar("weights", model_folder.num_bytes(folders), quiet=quiet, least=10**9) as told:
-        loaded = model_folder.load_together(folders, layout.shardings, told)
+        loaded = loading.load_together(folders, layout.shardings, told)
     seconds = time.monotonic() - start
     for role, params in zip(distinct.values(), loaded):
         folder = role.folder

@@ -28,7 +28,7 @@ from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs.jobs import PlanJob
 from sama_jax.terminal import Terminal, binary_size, duration
-from sama_jax.weights import model_folder
+from sama_jax.weights import folder_files
 
 
 class Subject(NamedTuple):
@@ -53,8 +53,8 @@ def read_subject(job: PlanJob) -> Subject:
       ModelError: it is not that of a supported model.
       UsageError: none of the attacks has passes.
     """
-    path = job.model / model_folder.CONFIG if job.model.is_dir() else job.model
-    config = model_folder.read_config_file(path)
+    path = job.model / folder_files.CONFIG if job.model.is_dir() else job.model
+    config = folder_files.read_config_file(path)
     family = read_config(config, str(path))
     dtype = "bfloat16" if job.settings.dtype == "auto" else job.settings.dtype
     model = build_model(family, family.mask_id or 0, jnp.dtype(dtype))

@@ -18,7 +18,7 @@ from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
 from sama_jax.training import loop, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
-from sama_jax.weights import model_folder
+from sama_jax.weights import hub, loading, model_folder
 
 
 def finetune(
@@ -45,7 +45,7 @@ def finetune(
       Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     with interruptible(out) as stop:
-        base = model_folder.resolve(base)
+        base = hub.resolve(base)
         folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
         _require_trainable(folder.family, settings, str(base))
         tokenizer = TextTokenizer.from_folder(base)
@@ -60,7 +60,7 @@ def finetune(
             folder.family.weights,
             folder.config,
             tokenizer,
-            lambda: model_folder.load(folder, loop.device()),
+            lambda: loading.load(folder, loop.device()),
         )
         return loop.train(start, run, settings, stop)
 

@@ -42,7 +42,7 @@ from sama_jax.training.step import (
     make_recipe,
     train_step,
 )
-from sama_jax.weights import model_folder
+from sama_jax.weights import saving
 from sama_jax.weights.orbax import Checkpoints
 
 LOG_EVERY = 10
@@ -100,9 +100,7 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
     after = mean_nll(evaluate, state.params, held, "after", run.terminal)
     result = _result(loop, run, held, after)
     run.remember(result=result)
-    model_folder.save_folder(
-        run.out, state.params, start.model, start.config, run.out, start.weights
-    )
+    saving.save_folder(run.out, state.params, start.model, start.config, run.out, start.weights)
     shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
     run.terminal.say(
         f"{result['nll_before']:.3f} -> {after:.3f} nats a token on {held.name}; {run.out} is a "

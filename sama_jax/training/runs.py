@@ -12,7 +12,7 @@ from sama_jax.storage import files
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import read_texts
 from sama_jax.training.sequences import digest, training_texts
-from sama_jax.weights import model_folder
+from sama_jax.weights import folder_files
 
 MANIFEST, LOG, CHECKPOINTS = "train.json", "log.jsonl", "checkpoints"
 
@@ -29,7 +29,7 @@ class Run(NamedTuple):
     @property
     def finished(self) -> bool:
         """Tells whether the folder holds the trained model."""
-        return (self.out / model_folder.CONFIG).is_file()
+        return (self.out / folder_files.CONFIG).is_file()
 
     def remember(self, **values: Any) -> None:
         """Adds to the manifest and writes it."""
@@ -84,7 +84,7 @@ def _manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             ) from None
         _require_same_run(out, before, identity)
         return manifest
-    if (out / model_folder.CONFIG).is_file():
+    if (out / folder_files.CONFIG).is_file():
         raise UsageError(
             f"{out}: holds a model that was not trained here; choose another output folder"
         )
@@ -118,6 +118,6 @@ def _short(value: Any) -> Any:
 def copy_companions(base: Path, out: Path) -> None:
     """Copies the tokenizer and other files that lie with the weights, but not those of a run."""
     with files.writing(out):
-        for file in model_folder.companions(base):
+        for file in folder_files.companions(base):
             if file.name not in (MANIFEST, LOG, "README.md"):
                 shutil.copyfile(file, out / file.name)

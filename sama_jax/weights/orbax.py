@@ -1,4 +1,4 @@
-"""Orbax: training states, newest first, the last two kept; and the parameters of a model.
+"""Keeps training states, the last two of them, and the parameters of models, through Orbax.
 
 A training state is written as a flat `{path: array}`, so a state that does not fit can be reported
 leaf by leaf, and no class of ours or of Optax is part of the format. Parameters are written as the
@@ -20,14 +20,14 @@ KEPT = 2
 
 
 def _orbax() -> Any:
-    """Imported when it is needed: half a second, which reading safetensors does without."""
+    """Imports Orbax when it is needed: half a second, which reading safetensors does without."""
     from orbax.checkpoint import v1
 
     return v1
 
 
 class Checkpoints:
-    """The checkpoints of one run. Each appears whole or not at all."""
+    """Keeps the checkpoints of one run. Each appears whole or not at all."""
 
     def __init__(self, folder: Path):
         ocp = _orbax()
@@ -48,7 +48,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that can be restored, newest first."""
+        """Returns the steps that can be restored, newest first."""
         return sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
 
     def save(self, step: int, state: Any) -> None:
@@ -66,7 +66,7 @@ class Checkpoints:
             raise self._unwritable(error) from None
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
+        """Returns when the last save is on disk. Raises `OutputError`."""
         saving, self._saving = self._saving, None
         try:
             if saving is not None:
@@ -75,7 +75,7 @@ class Checkpoints:
             raise self._unwritable(error) from None
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
-        """(step, state) of the newest readable checkpoint, None if there is none.
+        """Returns (step, state) of the newest readable checkpoint, None if there is none.
 
         Args:
           abstract: tree of `jax.ShapeDtypeStruct` with shardings; the result has its structure.
@@ -165,7 +165,7 @@ def save_params(folder: Path, params: Any) -> None:
 
 
 def stored_params(folder: Path) -> Any:
-    """The tree of what `save_params` wrote: `jax.ShapeDtypeStruct` leaves. Reads no array.
+    """Returns the shapes and dtypes of what `save_params` wrote; reads no array.
 
     Raises `ModelError`.
     """
@@ -192,7 +192,7 @@ def load_params(folder: Path, abstract: Any) -> Any:
 
 
 def _context(tree: Any) -> Any:
-    """At most about two leaves at a time beside the parameters themselves, written or read."""
+    """Limits what is written or read at once to about two leaves besides the parameters."""
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)]
     context = _orbax().Context()
     if arrays:
@@ -204,7 +204,7 @@ def _context(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def _damage(folder: Path) -> Iterator[None]:
-    """Anything that Orbax stumbles over becomes one `ModelError`."""
+    """Turns anything that Orbax stumbles over into one `ModelError`."""
     try:
         yield
     except Exception as error:  # a damaged folder can fail in any way inside Orbax
@@ -216,7 +216,7 @@ def _damage(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Orbax and asyncio log, in many lines, what an exception says in one."""
+    """Silences Orbax and asyncio: they log in many lines what an exception says in one."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     try:
@@ -232,7 +232,7 @@ def _without_log() -> Iterator[None]:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """`{"params.embed.embedding": leaf, ...}` in the order of the leaves."""
+    """Returns `{"params.embed.embedding": leaf, ...}` in the order of the leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 

@@ -1,4 +1,4 @@
-"""The tensors of an Orbax checkpoint of ours, as if it were a safetensors folder.
+"""Reads an Orbax checkpoint of ours tensor by tensor, as if it were a safetensors folder.
 
 So what reads tensors by name (checks, adapters, `to-hf`, `verify`) reads both. Loading onto devices
 does not go through here: Orbax reads each device's part itself.
@@ -12,12 +12,14 @@ import numpy as np
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
-from sama_jax.weights import orbax, safetensors
+from sama_jax.weights import orbax
+from sama_jax.weights.source import Source, SourceTensor
+from sama_jax.weights.tensor_map import export_tensors, leaf_paths
 
 TOGETHER_BYTES = 32 * 2**20
 
 
-class OrbaxSource(safetensors.Source):
+class OrbaxSource(Source):
     """Holds the parameters of the tensor that was read last, and small ones behind them."""
 
     def __init__(self, folder: Path, table: Table, num_layers: int, abstract: Any):
@@ -25,24 +27,26 @@ class OrbaxSource(safetensors.Source):
         self.folder = folder
         self.params = orbax.stored_params(folder)
         """Shapes and stored dtypes."""
-        self._leaves = safetensors.leaf_paths(self.params)
+        self._leaves = leaf_paths(self.params)
         self._held: dict[str, np.ndarray] = {}
         self._wanted: set[str] = set()
-        self._require_fit(safetensors.leaf_paths(abstract))
+        self._require_fit(leaf_paths(abstract))
         prefix = table.hub_prefix
-        exported = safetensors.export_tensors(self.params, table, num_layers, self._leaf)
+        exported = export_tensors(self.params, table, num_layers, self._leaf)
         self._pending = {name.removeprefix(prefix): made for name, made in exported.items()}
         super().__init__(
             {
-                name: safetensors.SourceTensor(folder, prefix + name, made.shape, str(made.dtype))
+                name: SourceTensor(folder, prefix + name, made.shape, str(made.dtype))
                 for name, made in self._pending.items()
             },
             {},
         )
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A window of a tensor, in its stored dtype; one thread at a time, since what is held is
-        what was read last."""
+        """Reads a window of a tensor in its stored dtype, one thread at a time.
+
+        Only what was read last is held.
+        """
         with self._lock:
             self._wanted = set()
             values = self._pending[name].make()[index]
@@ -56,12 +60,12 @@ class OrbaxSource(safetensors.Source):
             chosen = self._from(path)
             wanted = [np.ndarray if p in chosen else None for p in self._leaves]
             tree = jax.tree.unflatten(jax.tree.structure(self.params), wanted)
-            read = safetensors.leaf_paths(orbax.load_params(self.folder, tree))
+            read = leaf_paths(orbax.load_params(self.folder, tree))
             self._held |= {p: read[p] for p in chosen}
         return self._held[path]
 
     def _from(self, path: str) -> list[str]:
-        """This leaf and those behind it, as long as they are small: each read has a fixed cost."""
+        """Returns this leaf and small ones behind it: each read has a fixed cost."""
         chosen, room = [path], TOGETHER_BYTES
         paths = list(self._leaves)
         for other in paths[paths.index(path) + 1 :]:

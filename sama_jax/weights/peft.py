@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them: read, checked against a base, merged or kept beside it.
+"""Reads LoRA adapters as PEFT saves them, and merges them or keeps them beside their base.
 
 An adapter folder holds `adapter_config.json` and `adapter_model.safetensors`; nothing else is
 read, nothing is unpickled. For a module with weight W the adapter has A and B and stands for
@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
-from sama_jax.weights import safetensors
+from sama_jax.weights.source import Source
+from sama_jax.weights.tensor_map import leaf_paths, rule_of, sources
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,7 +53,7 @@ _TENSOR = re.compile(
 
 
 class LowRank(NamedTuple):
-    """The adapter of one module, in PyTorch's layout."""
+    """Holds the adapter of one module, in PyTorch's layout."""
 
     module: str
     """Its name in the wrapped model: what patterns are matched with."""
@@ -62,7 +64,7 @@ class LowRank(NamedTuple):
     embedding: bool
 
     def window(self, index: tuple[slice, ...]) -> Float[np.ndarray, "_ _"]:
-        """A window of what is added to the weight; float32."""
+        """Returns a window of what is added to the weight; float32."""
         rows, columns = index
         if self.embedding:
             return (self.b[columns] @ self.a[:, rows]).T
@@ -70,7 +72,7 @@ class LowRank(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """A checked adapter: every tensor of its file has found its place."""
+    """Holds a checked adapter: every tensor of its file has found its place."""
 
     path: Path
     modules: dict[str, LowRank]
@@ -80,7 +82,7 @@ class Adapter(NamedTuple):
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """`adapter_config.json`, refused in one line if it asks for more than plain LoRA."""
+    """Reads `adapter_config.json`. Raises `ModelError` if it asks for more than plain LoRA."""
     file = path / CONFIG
     if not file.is_file():
         raise ModelError(
@@ -117,7 +119,7 @@ def _is_off(name: str, value: Any) -> bool:
 
 def open_adapter(
     path: Path,
-    source: safetensors.Source,
+    source: Source,
     table: Table,
     num_layers: int,
     abstract: Any,
@@ -128,9 +130,9 @@ def open_adapter(
     Args:
       path: the adapter's folder.
       source: the base's tensors.
-      table: the base's weight table, as for `safetensors.open_source`.
+      table: the base's weight table, as for `source.open_source`.
       num_layers: how many blocks the base has.
-      abstract: the base's parameter tree, as for `safetensors.check`.
+      abstract: the base's parameter tree, as for `checks.check`.
       block_group_size: how many blocks a group of the base holds.
 
     Raises:
@@ -139,22 +141,9 @@ def open_adapter(
     config = read_config(path)
     tensors, digest = _read_tensors(path)
     expected = _matrices(table, num_layers, abstract)
-    pairs: dict[str, dict[str, str]] = {}
-    problems = []
-    for name, tensor in tensors.items():
-        shape = list(tensor.shape)
-        match = _TENSOR.match(name)
-        if match is None or bool(match["weight"]) == bool(match["kind"]):
-            problems += _other_tensor(name, tensor, source, table, block_group_size)
-            continue
-        weight = table.name_of(_module(match["module"]) + ".weight", block_group_size)
-        if weight not in expected or expected[weight][1] != bool(match["kind"]):
-            kind = "embedding" if match["kind"] else "linear"
-            problems.append(f"  unexpected {name} {shape}: the base has no such {kind} layer")
-        elif match["side"] in pairs.setdefault(weight, {}):
-            problems.append(f"  twice      {name}: also {pairs[weight][match['side']]}")
-        else:
-            pairs[weight][match["side"]] = name
+    pairs, others, problems = _pairs(tensors, expected, table, block_group_size)
+    for name in others:
+        problems += _other_tensor(name, tensors[name], source, table, block_group_size)
     modules = {}
     for weight, sides in pairs.items():
         if len(sides) == 1:
@@ -180,8 +169,39 @@ def open_adapter(
     return Adapter(path, modules, digest.hexdigest()[:16])
 
 
+def _pairs(
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[tuple[int, ...], bool]],
+    table: Table,
+    block_group_size: int,
+) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
+    """Sorts the names of an adapter's tensors.
+
+    Returns:
+      `{matrix of the base: {"A": name, "B": name}}`, the names of tensors that are not LoRA's, and
+      problems: tensors of matrices that the base has not, or that have a tensor for that side.
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    others, problems = [], []
+    for name, tensor in tensors.items():
+        match = _TENSOR.match(name)
+        if match is None or bool(match["weight"]) == bool(match["kind"]):
+            others.append(name)
+            continue
+        weight = table.name_of(_module(match["module"]) + ".weight", block_group_size)
+        if weight not in expected or expected[weight][1] != bool(match["kind"]):
+            kind = "embedding" if match["kind"] else "linear"
+            shape = list(tensor.shape)
+            problems.append(f"  unexpected {name} {shape}: the base has no such {kind} layer")
+        elif match["side"] in pairs.setdefault(weight, {}):
+            problems.append(f"  twice      {name}: also {pairs[weight][match['side']]}")
+        else:
+            pairs[weight][match["side"]] = name
+    return pairs, others, problems
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
-    """All tensors of the adapter and a running SHA-256 of the file's bytes."""
+    """Reads all tensors of the adapter, and a running SHA-256 of the file's bytes."""
     file = path / WEIGHTS
     if not file.is_file():
         hint = ""
@@ -202,27 +222,27 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
 def _matrices(
     table: Table, num_layers: int, abstract: Any
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """The base's matrices: canonical name -> (shape, whether it is an embedding table)."""
+    """Returns the base's matrices: canonical name -> (shape, whether it is an embedding table)."""
     found = {}
-    leaves = safetensors.leaf_paths(abstract)
+    leaves = leaf_paths(abstract)
     for path in leaves:
-        for _, name, shape in safetensors.sources(path, leaves, table, num_layers):
+        for _, name, shape in sources(path, leaves, table, num_layers):
             if len(shape) == 2:
                 found[name] = (shape, path.endswith("/embedding"))
     return found
 
 
 def _module(name: str) -> str:
-    """The module's name in the wrapped model: without PEFT's `base_model.model.`."""
+    """Returns a module's name in the wrapped model: without PEFT's `base_model.model.`."""
     return re.sub(r"^(?:.*?\.)?base_model\.model\.", "", name)
 
 
 def _other_tensor(
-    name: str, tensor: np.ndarray, source: safetensors.Source, table: Table, block_group_size: int
+    name: str, tensor: np.ndarray, source: Source, table: Table, block_group_size: int
 ) -> list[str]:
-    """What is wrong with a tensor that is not LoRA's.
+    """Returns what is wrong with a tensor that is not LoRA's.
 
-    PEFT saves a whole embedding or head beside its adapter; a copy of the base's own is accepted.
+    PEFT can save a whole embedding or head with its adapter; a copy of the base's own is accepted.
     """
     plain = table.name_of(_module(name.replace(".base_layer.", ".")), block_group_size)
     if plain not in source.tensors or source.tensors[plain].shape != tensor.shape:
@@ -241,7 +261,7 @@ def _low_rank(
     embedding: bool,
     where: Path,
 ) -> LowRank | list[str]:
-    """The adapter of one module, or what is wrong with its two tensors."""
+    """Makes the adapter of one module, or says what is wrong with its two tensors."""
     match = _TENSOR.match(sides["A"])
     assert match is not None
     module = _module(match["module"])
@@ -263,7 +283,10 @@ def _low_rank(
 
 
 def _rank_and_scale(config: dict[str, Any], module: str, where: Path) -> tuple[int, float]:
-    """r and alpha / r of a module. The first pattern that matches the end of its name decides."""
+    """Returns r and alpha / r of a module.
+
+    The first pattern that matches the end of its name decides.
+    """
 
     def get(pattern: str, default: str) -> Any:
         for key, value in (config.get(pattern) or {}).items():
@@ -283,15 +306,15 @@ def _rank_and_scale(config: dict[str, Any], module: str, where: Path) -> tuple[i
 # --- the two uses --------------------------------------------------------------------------------
 
 
-class _MergedSource(safetensors.Source):
-    """The base's tensors with the adapter added where it has something to add."""
+class _MergedSource(Source):
+    """Reads the base's tensors with the adapter added where it has something to add."""
 
-    def __init__(self, base: safetensors.Source, modules: dict[str, LowRank]):
+    def __init__(self, base: Source, modules: dict[str, LowRank]):
         super().__init__(base.tensors, {})
         self.base, self.modules = base, modules
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Float32 where something is added, so that the only rounding is the reader's cast."""
+        """Reads float32 where something is added, so the only rounding is the reader's cast."""
         base = self.base.window(name, index)
         with self._lock:
             self.bytes_read += base.nbytes
@@ -300,10 +323,8 @@ class _MergedSource(safetensors.Source):
         return base.astype(np.float32) + self.modules[name].window(index)
 
 
-def merge(
-    source: safetensors.Source, adapter: Adapter, table: Table, num_layers: int, abstract: Any
-) -> safetensors.Source:
-    """The tensors of the merged model; each window is merged when it is read.
+def merge(source: Source, adapter: Adapter, table: Table, num_layers: int, abstract: Any) -> Source:
+    """Returns the tensors of the merged model; each window is merged when it is read.
 
     Raises `ModelError` for an embedding adapter under a tied head: its forward pass adapts what is
     looked up and not the head, so no single table is equal to it.
@@ -320,7 +341,7 @@ def merge(
 def leaves(
     adapter: Adapter, table: Table, num_layers: int, abstract: Any, allowed: re.Pattern[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The adapter beside our parameters: path -> `lora_a` [*n, in, r] and `lora_b` [*n, r, out].
+    """Returns an adapter by parameter path: `lora_a` [*n, in, r] and `lora_b` [*n, r, out].
 
     Float32, stacked over layers as the parameter is; layers without an adapter, or with one of
     smaller rank, are filled with zeros. Parameters that no layer adapts have none.
@@ -329,16 +350,16 @@ def leaves(
       allowed: paths that the network applies an adapter to. Another one is a `ModelError`.
     """
     found, refused = {}, []
-    shapes = safetensors.leaf_paths(abstract)
+    shapes = leaf_paths(abstract)
     for path, leaf in shapes.items():
-        named = [(p, n) for p, n, _ in safetensors.sources(path, shapes, table, num_layers)]
+        named = [(p, n) for p, n, _ in sources(path, shapes, table, num_layers)]
         places = {p: adapter.modules[n] for p, n in named if n in adapter.modules}
         if not places:
             continue
         if not allowed.fullmatch(path):
             refused += [m.module for m in places.values()]
             continue
-        fused = safetensors.rule_of(path, shapes, table, num_layers).fused
+        fused = rule_of(path, shapes, table, num_layers).fused
         rank = max(len(m.a) for m in places.values())
         lead = leaf.shape[:-2]
         a = np.zeros((*lead, leaf.shape[-2], rank), np.float32)
@@ -360,7 +381,7 @@ def leaves(
 
 
 def attach(params: Any, found: dict[str, tuple[Any, Any]]) -> Any:
-    """The same tree with `lora_a` and `lora_b` beside the adapted parameters, no array copied."""
+    """Adds `lora_a` and `lora_b` next to the adapted parameters of a tree; copies no array."""
 
     def walk(tree: Any, at: str) -> Any:
         new = {k: walk(v, f"{at}{k}/") if isinstance(v, dict) else v for k, v in tree.items()}

@@ -20,12 +20,12 @@ INDEX = "pytorch_model.bin.index.json"
 
 
 def has_only_pickles(folder: Path) -> bool:
-    """Whether a folder's weights exist as pickles and not as safetensors."""
+    """Returns whether a folder's weights exist as pickles and not as safetensors."""
     return not safetensors.has_weights(folder) and bool(_files(folder))
 
 
 def rewrite(folder: Path, out: Path) -> None:
-    """A copy of `folder` with safetensors; one file of the source at a time is in memory.
+    """Copies `folder` with safetensors for pickles; one file of the source at a time is in memory.
 
     Raises `ModelError`.
     """

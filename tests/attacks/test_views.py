@@ -33,7 +33,7 @@ from sama_jax.programs.audit_inputs import Prefixes, choose_prefixes
 from sama_jax.programs.rescore import run_score
 from sama_jax.texts.read import Text, collect, read_texts
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder, saving
 
 SETTINGS = AuditSettings(
     max_length=32,
@@ -57,7 +57,7 @@ def folder(path: Path, seed: int) -> Path:
     family = read_config(full, str(path))
     model = TransformerModel(arch=family.arch, mask_id=tiny.MASK_ID)
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(seed)))
-    model_folder.save_folder(path, params, model, full, path, family.weights)
+    saving.save_folder(path, params, model, full, path, family.weights)
     return path
 
 
@@ -108,7 +108,7 @@ class Direct:
     def __init__(self, path: Path):
         found = model_folder.open_folder(path, dtype="float32")
         model = found.model
-        params = model_folder.load(found, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        params = loading.load(found, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
         @jax.jit
         def forward(tokens, valid):

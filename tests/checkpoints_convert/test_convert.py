@@ -34,7 +34,9 @@ from sama_jax.devices.layout import local_layout
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.errors import ModelError
-from sama_jax.weights import model_folder, safetensors
+from sama_jax.weights import loading, model_folder, placing, safetensors, tensor_map
+from sama_jax.weights.hub import resolve
+from sama_jax.weights.source import Source
 
 ROOT = Path(__file__).parents[2]
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -163,14 +165,14 @@ def made(tmp_path_factory) -> Callable[[str], Path]:
 def reads(monkeypatch) -> Counter[str]:
     """Tensor name -> bytes of it that were read from safetensors."""
     found: Counter[str] = Counter()
-    original = safetensors.Source.window
+    original = Source.window
 
     def window(self, name, index):
         values = original(self, name, index)
         found[name] += values.nbytes
         return values
 
-    monkeypatch.setattr(safetensors.Source, "window", window)
+    monkeypatch.setattr(Source, "window", window)
     return found
 
 
@@ -196,7 +198,7 @@ def test_a_round_trip_through_orbax_keeps_every_byte(name, made, reads, tmp_path
         assert_same_tensors(module.state_dict(), original.state_dict())
 
 
-def convert_source(path: Path) -> safetensors.Source:
+def convert_source(path: Path) -> Source:
     return model_folder.open_folder(path, mask_id=0, dtype="float32").source
 
 
@@ -205,11 +207,11 @@ def convert_source(path: Path) -> safetensors.Source:
 def test_sharded_loading_reads_each_byte_once(name, mesh, made, reads, monkeypatch):
     """In slabs smaller than a tensor, too; and the values are those of one plain read."""
     folder = model_folder.open_folder(made(name), mask_id=0, dtype="bfloat16")
-    expected = model_folder.load(folder, ONE_DEVICE)
+    expected = loading.load(folder, ONE_DEVICE)
     reads.clear()
-    monkeypatch.setattr(safetensors, "SLAB", 500)
+    monkeypatch.setattr(placing, "SLAB", 500)
     grid = make_mesh(mesh) if mesh else None
-    loaded = model_folder.read_params(
+    loaded = loading.read_params(
         folder,
         lambda _, x: (jnp.bfloat16, split_sharding(grid, x.shape) if grid else ONE_DEVICE),
     )
@@ -226,7 +228,7 @@ def test_sharded_loading_reads_each_byte_once(name, mesh, made, reads, monkeypat
 def test_replicated_leaves_are_read_once_for_all_devices(made, reads):
     folder = model_folder.open_folder(made("llada"), dtype="float32")
     everywhere = local_layout().shardings
-    params = model_folder.load(folder, everywhere)
+    params = loading.load(folder, everywhere)
     assert len(params["embed"]["embedding"].addressable_shards) == 8
     assert sum(reads.values()) == 4 * folder.num_params
 
@@ -234,27 +236,27 @@ def test_replicated_leaves_are_read_once_for_all_devices(made, reads):
 def test_bfloat16_stays_bfloat16_while_it_is_read(made, monkeypatch):
     """Nothing wider is allocated on the way, neither a slab nor a leaf."""
     seen = set()
-    original = safetensors._copy
+    original = placing.copy_values
     monkeypatch.setattr(
-        safetensors, "_copy", lambda out, v: (seen.update((out.dtype, v.dtype)), original(out, v))
+        placing, "copy_values", lambda out, v: (seen.update((out.dtype, v.dtype)), original(out, v))
     )
     folder = model_folder.open_folder(made("llada_bfloat16_shards"), dtype="bfloat16")
-    model_folder.load(folder, ONE_DEVICE)
+    loading.load(folder, ONE_DEVICE)
     assert seen == {jnp.dtype("bfloat16")}
 
 
 def test_what_was_read_into_is_the_array_itself(made, monkeypatch):
     """On a CPU, so that a leaf is in memory once: JAX copies what is not aligned."""
     starts = []
-    original = safetensors._aligned_empty
+    original = placing.aligned_empty
 
     def record(*args: Any) -> np.ndarray:
         starts.append((made := original(*args)).ctypes.data)
         return made
 
-    monkeypatch.setattr(safetensors, "_aligned_empty", record)
+    monkeypatch.setattr(placing, "aligned_empty", record)
     folder = model_folder.open_folder(made("llada_bfloat16_shards"), dtype="bfloat16")
-    leaves = jax.tree.leaves(model_folder.load(folder, ONE_DEVICE))
+    leaves = jax.tree.leaves(loading.load(folder, ONE_DEVICE))
     assert [leaf.unsafe_buffer_pointer() for leaf in leaves] == starts
 
 
@@ -315,7 +317,7 @@ def test_an_orbax_folder_loads_onto_any_mesh_in_any_dtype(made, tmp_path):
         def place(_: str, leaf: Any) -> Any:
             return folder.model.dtype, split_sharding(grid, leaf.shape)
 
-        return model_folder.read_params(folder, place, told.append)
+        return loading.read_params(folder, place, told.append)
 
     for dtype in ("float32", "bfloat16"):
         plain = model_folder.open_folder(source, dtype=dtype)
@@ -323,7 +325,7 @@ def test_an_orbax_folder_loads_onto_any_mesh_in_any_dtype(made, tmp_path):
         assert kept.identity == plain.identity
         told: list[int] = []
         loaded = load(kept, told)
-        assert_same_parameters(loaded, model_folder.load(plain, ONE_DEVICE))
+        assert_same_parameters(loaded, loading.load(plain, ONE_DEVICE))
         assert sum(told) == sum(x.nbytes for x in jax.tree.leaves(loaded))
 
 
@@ -331,7 +333,7 @@ def test_buffers_of_an_orbax_folder_keep_their_dtype(made, tmp_path):
     """The bias that balances experts stays float32 among bfloat16."""
     convert.to_orbax(made("llada2_bfloat16"), tmp_path / "orbax", quiet=True)
     plain, kept = (
-        model_folder.load(model_folder.open_folder(path, dtype="bfloat16"), ONE_DEVICE)
+        loading.load(model_folder.open_folder(path, dtype="bfloat16"), ONE_DEVICE)
         for path in (made("llada2_bfloat16"), tmp_path / "orbax")
     )
     assert_same_parameters(kept, plain)
@@ -396,7 +398,7 @@ def half_finished(source: Path, out: Path, command: str) -> None:
         (stop if "2-of" in path.name else original)(path, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "_finish", stop)
+        patch.setattr(convert, "finish", stop)
         patch.setattr(safetensors, "write_file", write_one)
         with pytest.raises(Killed):
             run(command, source, out, *(["--max-shard", "9KB"] if command == "to-hf" else []))
@@ -470,7 +472,7 @@ def test_a_finished_conversion_is_not_done_again(command, source, tmp_path, caps
 
 
 def test_memory_and_time_are_told_beforehand(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(model_folder, "read_params", lambda *_: sys.exit(9))
+    monkeypatch.setattr(loading, "read_params", lambda *_: sys.exit(9))
     assert run("to-orbax", source, tmp_path / "out") == 9
     first = capsys.readouterr().err.splitlines()[0]
     params = model_folder.open_folder(source).num_params
@@ -708,7 +710,7 @@ def hub(original, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", ["someone/tiny", "someone/tiny@v1", "someone/tiny@" + "a" * 40])
 def test_a_hub_id_that_was_downloaded_before_works_offline(name, hub, tmp_path):
-    assert model_folder.resolve(name) == hub
+    assert resolve(name) == hub
     assert model_folder.open_folder(Path(name)).identity == model_folder.open_folder(hub).identity
     assert run("to-hf", name, tmp_path / "out", "--quiet") == 0
 
@@ -719,16 +721,16 @@ def test_a_hub_id_that_is_not_available_is_one_line(name, hub, capsys):
     said = capsys.readouterr().out
     assert f"{name}: no such folder here, and not available from the Hub" in said
     with pytest.raises(ModelError, match="not available from the Hub") as caught:
-        model_folder.resolve(name)
+        resolve(name)
     assert "\n" not in str(caught.value)
 
 
 def test_a_path_wins_over_the_hub(hub, tmp_path):
     own = Path("someone/tiny")
     own.mkdir(parents=True)
-    assert model_folder.resolve("someone/tiny") == own
+    assert resolve("someone/tiny") == own
     # A first part that is a folder here is a path, whatever is missing below it.
-    assert model_folder.resolve("someone/other") == Path("someone/other")
+    assert resolve("someone/other") == Path("someone/other")
 
 
 def test_code_and_pickles_are_not_downloaded(monkeypatch, tmp_path):
@@ -739,10 +741,17 @@ def test_code_and_pickles_are_not_downloaded(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert model_folder.resolve("owner/name@main") == tmp_path
+    assert resolve("owner/name@main") == tmp_path
     assert (asked["repo"], asked["revision"]) == ("owner/name", "main")
-    files = ["model-1-of-2.safetensors", "config.json", "tokenizer.json", "modeling.py", "w.bin",
-             "w.pt", "merges.txt"]  # fmt: skip
+    files = [
+        "model-1-of-2.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "modeling.py",
+        "w.bin",
+        "w.pt",
+        "merges.txt",
+    ]
     got = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["patterns"]))
     assert got == [f for f in files if not f.endswith((".py", ".bin", ".pt"))]
 
@@ -818,22 +827,21 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 import jax.numpy as jnp
 from checkpoints_convert import convert
-from sama_jax.weights import safetensors
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder, tensor_map
 grid = make_mesh("model=4")
 done = convert.to_orbax(source, Path(out), mesh="model=4", quiet=True)
 result = {"converted": done.bytes_read}
 expected = {}
 for name, path in (("plain", Path(source)), ("orbax", Path(out))):
     folder = model_folder.open_folder(path, dtype="bfloat16")
-    params = model_folder.read_params(
+    params = loading.read_params(
         folder, lambda _, x: (jnp.bfloat16, split_sharding(grid, x.shape)))
     result[name] = folder.source.bytes_read
     result["sums"] = {
         f"{p} {s.index}": int(np.asarray(s.data).view(np.uint16).astype(np.uint32).sum())
-        for p, x in safetensors.leaf_paths(params).items() for s in x.addressable_shards}
+        for p, x in tensor_map.leaf_paths(params).items() for s in x.addressable_shards}
     expected.setdefault("sums", result["sums"])
     assert result["sums"] == expected["sums"]
     result["local"] = sum(
@@ -862,13 +870,13 @@ def test_two_processes_convert_and_load_together(made, tmp_path):
             process.kill()
     folder = model_folder.open_folder(source, dtype="bfloat16")
     whole = 2 * folder.num_params
-    params = model_folder.load(folder, ONE_DEVICE)
-    norms = sum(x.nbytes for p, x in safetensors.leaf_paths(params).items() if p.endswith("scale"))
+    params = loading.load(folder, ONE_DEVICE)
+    norms = sum(x.nbytes for p, x in tensor_map.leaf_paths(params).items() if p.endswith("scale"))
     for result in results:
         assert result["converted"] == result["plain"] == result["local"]
         # Norm stacks [2, d] are split, single norms are held by both.
         assert whole / 2 <= result["local"] <= whole / 2 + norms
-    for path, leaf in safetensors.leaf_paths(params).items():
+    for path, leaf in tensor_map.leaf_paths(params).items():
         index = {k: v for r in results for k, v in r["sums"].items() if k.startswith(path + " ")}
         split = split_sharding(make_mesh("model=8"), leaf.shape).spec
         if any(split):
@@ -876,5 +884,5 @@ def test_two_processes_convert_and_load_together(made, tmp_path):
             assert len(index) == 4
             assert sum(index.values()) == int(bits.sum())
     assert_same_parameters(
-        model_folder.load(model_folder.open_folder(out, dtype="bfloat16"), ONE_DEVICE), params
+        loading.load(model_folder.open_folder(out, dtype="bfloat16"), ONE_DEVICE), params
     )

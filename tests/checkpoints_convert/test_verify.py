@@ -28,6 +28,7 @@ from sama_jax.errors import DataError, ModelError, SamaError, UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.models.stages import stages
 from sama_jax.models.transformer import Architecture, TransformerModel
+from sama_jax.programs import bench
 from sama_jax.programs.bench import torch_reference
 from sama_jax.storage import replay
 from sama_jax.weights import model_folder
@@ -104,9 +105,14 @@ def make_folder(path: Path, family: str, seed: int = 0) -> Path:
         return save(path, randomise(made, seed))
     assert family == "modernbert"
     config = transformers.ModernBertConfig(
-        **SIZES, local_attention=8, pad_token_id=0, bos_token_id=1, cls_token_id=1,
-        eos_token_id=2, sep_token_id=2,
-    )  # fmt: skip
+        **SIZES,
+        local_attention=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        cls_token_id=1,
+        eos_token_id=2,
+        sep_token_id=2,
+    )
     return save(path, randomise(transformers.ModernBertForMaskedLM(config), seed))
 
 
@@ -153,7 +159,7 @@ def test_every_pytorch_side_agrees_block_by_block(tmp_path, capsys, monkeypatch,
 
 
 def test_other_families_of_decoders_have_a_class_and_see_what_their_kind_sees():
-    for name in set(torch_reference._SAME_MATHS.values()) - {"Bert", "ModernBert"}:
+    for name in set(torch_reference.SAME_MATHS.values()) - {"Bert", "ModernBert"}:
         assert hasattr(transformers, f"{name}ForCausalLM")
     lowest = torch.finfo(torch.float32).min
     for block, seen in (
@@ -161,7 +167,7 @@ def test_other_families_of_decoders_have_a_class_and_see_what_their_kind_sees():
         (1, np.tri(4)),
         (2, np.kron(np.tri(2), np.ones((2, 2)))),
     ):
-        mask = torch_reference._seen(4, block, torch.float32)
+        mask = torch_reference.seen_scores(4, block, torch.float32)
         np.testing.assert_array_equal(mask[0, 0].numpy(), np.where(seen, 0, lowest))
 
 
@@ -287,7 +293,7 @@ def test_lora_adapter_is_on_both_sides(folder, dump, tmp_path, monkeypatch):
 def test_without_pytorch_one_line_says_what_to_install(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "sama_jax.programs.bench.torch_reference")
-    monkeypatch.delattr(verify, "torch_reference")
+    monkeypatch.delattr(bench, "torch_reference")
     with pytest.raises(UsageError, match=r"pip install 'sama-jax\[verify\]'") as error:
         run(folder)
     assert "\n" not in str(error.value)
@@ -478,15 +484,34 @@ class Audit:
         found = script()
         if load is not None:
             found["load"] = load
-        flags = ["--target", self.target, "--reference", self.reference, "--texts", texts,
-                 "--plan", self.plan, "--losses", self.losses, "--mask-id", MASK_ID,
-                 "--max-length", 64, "--steps", 4, "--subsets", 16]  # fmt: skip
+        flags = [
+            "--target",
+            self.target,
+            "--reference",
+            self.reference,
+            "--texts",
+            texts,
+            "--plan",
+            self.plan,
+            "--losses",
+            self.losses,
+            "--mask-id",
+            MASK_ID,
+            "--max-length",
+            64,
+            "--steps",
+            4,
+            "--subsets",
+            16,
+        ]
         found["main"]([str(f) for f in flags])
 
     def verify(self, **changes: Path) -> int:
         paths = {n: getattr(self, n) for n in ("target", "reference", "plan", "losses")} | changes
-        return run(paths["target"], *(f for n in ("reference", "plan", "losses")
-                                      for f in (f"--{n}", paths[n])))  # fmt: skip
+        return run(
+            paths["target"],
+            *(f for n in ("reference", "plan", "losses") for f in (f"--{n}", paths[n])),
+        )
 
 
 def load_oracle(path: str, trust: bool):
@@ -561,10 +586,16 @@ def test_flips_are_explained_by_sums_near_zero_only():
     """Two tokens, three subsets: sums of 1e-5, 1 and -1 nats on our side."""
     subsets = np.array([[[[0, -1], [1, -1], [2, -1]]]])
     probes = replay.Replay(
-        ["a"], np.zeros((1, 3), np.int32),
-        ProbePlan(np.ones((1, 1, 3), bool), np.ones((1, 1, 3), bool),  # pyright: ignore
-                  np.ones((1, 1), np.float32), subsets), "",  # pyright: ignore
-    )  # fmt: skip
+        ["a"],
+        np.zeros((1, 3), np.int32),
+        ProbePlan(
+            np.ones((1, 1, 3), bool),
+            np.ones((1, 1, 3), bool),  # pyright: ignore
+            np.ones((1, 1), np.float32),
+            subsets,
+        ),
+        "",  # pyright: ignore
+    )
     target = np.zeros((1, 1, 3), np.float32)
 
     def side(*sums: float) -> dict[str, np.ndarray]:
@@ -620,9 +651,17 @@ ROWS = 64
 
 def one_layer(shift: bool, kind: Any = "diffusion") -> TransformerModel:
     arch = Architecture(
-        vocab_size=ROWS, width=ROWS, num_layers=1, num_heads=2, num_kv_heads=2, head_size=32,
-        mlp_width=16, tied=False, norm_eps=1e-5, rope_theta=1e4,
-    )  # fmt: skip
+        vocab_size=ROWS,
+        width=ROWS,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_size=32,
+        mlp_width=16,
+        tied=False,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+    )
     return TransformerModel(arch=arch, mask_id=ROWS - 1, shift=shift, kind=kind)
 
 

@@ -25,7 +25,7 @@ from sama_jax.models import transformer
 from sama_jax.programs import audit
 from sama_jax.storage import replay
 from sama_jax.texts.read import Text, Texts
-from sama_jax.weights import model_folder, safetensors
+from sama_jax.weights import loading, model_folder, tensor_map
 
 LOSS_TOLERANCE = 1e-5
 SETTINGS = AuditSettings(
@@ -151,7 +151,7 @@ def test_heads_are_taken_apart_only_where_no_mesh_splits_them(
 def test_models_in_turn_give_the_same_and_hold_one_at_a_time(
     models, texts, expected, tmp_path, monkeypatch
 ):
-    held, load = [], model_folder.load_together
+    held, load = [], loading.load_together
 
     def counted(folders, *args):
         before = sum(x.nbytes for x in jax.live_arrays() if x.nbytes > 4096)
@@ -159,7 +159,7 @@ def test_models_in_turn_give_the_same_and_hold_one_at_a_time(
         held.append((before, sum(x.nbytes for x in jax.live_arrays() if x.nbytes > 4096)))
         return loaded
 
-    monkeypatch.setattr(model_folder, "load_together", counted)
+    monkeypatch.setattr(loading, "load_together", counted)
     _, losses, _ = run(models, texts, tmp_path / "run", parallel="pmap", models="in-turn")
     for role in ("target", "reference"):
         np.testing.assert_allclose(losses[role], expected[1][role], rtol=LOSS_TOLERANCE, atol=0)
@@ -173,7 +173,7 @@ def test_split_parameters_are_split(models):
     """Bytes a device, summed: a model axis of 8 holds about an eighth of everything."""
     folder = model_folder.open_folder(models[0])
     layout = OnMesh(make_mesh("model=8"))
-    params = safetensors.leaf_paths(model_folder.load(folder, layout.shardings))
+    params = tensor_map.leaf_paths(loading.load(folder, layout.shardings))
     specs = {path: tuple(leaf.sharding.spec) for path, leaf in params.items()}
     assert specs["embed/embedding"] == ("model", None)
     assert specs["blocks/attn/q_proj/kernel"] == (None, None, "model")
@@ -189,7 +189,7 @@ def test_split_parameters_are_split(models):
 def test_fully_sharded_parameters_are_split_over_data_too(models, texts, expected, tmp_path):
     folder = model_folder.open_folder(models[0])
     layout = OnMesh(make_mesh("data=4,model=2"), fully_sharded=True)
-    shardings = safetensors.leaf_paths(layout.shardings(folder.abstract_params, folder.model.arch))
+    shardings = tensor_map.leaf_paths(layout.shardings(folder.abstract_params, folder.model.arch))
     assert shardings["blocks/attn/q_proj/kernel"].spec == PartitionSpec(None, "data", "model")
     assert shardings["final_norm/scale"].spec == PartitionSpec()
     how = {"mesh": "data=4,model=2", "fully_sharded": True}
@@ -211,7 +211,7 @@ def test_rules_cover_every_family(name):
     model = NETWORKS[name]
     shapes = shapes_of(model)
     found = parameter_shardings(make_mesh("data=2,model=4"), shapes, model.arch)
-    whole = {p for p, s in safetensors.leaf_paths(found).items() if not any(s.spec)}
+    whole = {p for p, s in tensor_map.leaf_paths(found).items() if not any(s.spec)}
     matrices = {p.rpartition("blocks/")[2] for p in whole if p.endswith(("kernel", "embedding"))}
     allowed = r"(attn/[kv]_proj|\w*modulation|moe/router|time/dense_\d|head/dense)/kernel|"
     allowed += r"last_block/attn/[kv]_proj/kernel|last_block/(modulation|moe/router)/kernel|"
@@ -223,7 +223,7 @@ def test_rules_cover_every_family(name):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.pattern)
 def test_every_rule_is_used(rule):
-    paths = {p for m in NETWORKS.values() for p in safetensors.leaf_paths(shapes_of(m))}
+    paths = {p for m in NETWORKS.values() for p in tensor_map.leaf_paths(shapes_of(m))}
     paths |= {"blocks/attn/q_proj/lora_a"}
     first = {p: next(r for r in RULES if re.fullmatch(r.pattern, p)) for p in paths}
     assert rule in first.values()

@@ -31,7 +31,7 @@ from sama_jax.programs import audit
 from sama_jax.storage import replay
 from sama_jax.texts.buckets import bucket_lengths
 from sama_jax.texts.read import Text, Texts, read_texts
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder
 
 LOSS_TOLERANCE = 1e-5
 SETTINGS = AuditSettings(
@@ -305,7 +305,7 @@ def test_only_scored_slots_reach_the_vocabulary(models):
     """The compiled scorer holds no array of [rows, length, vocabulary] or larger."""
     folder = model_folder.open_folder(models[0])
     model = dataclasses.replace(folder.model)
-    params = model_folder.load(folder, local_layout(jax.devices()[:1]).shardings)
+    params = loading.load(folder, local_layout(jax.devices()[:1]).shardings)
     t, b, length, slots = 2, 4, 64, 8
     batch = ForwardBatch(
         tokens=np.zeros((b, length), np.int32),
@@ -324,7 +324,7 @@ def test_only_scored_slots_reach_the_vocabulary(models):
 def test_the_head_in_chunks_gives_the_same_losses(models, monkeypatch):
     folder = model_folder.open_folder(models[0])
     model = folder.model
-    params = model_folder.load(folder, local_layout(jax.devices()[:1]).shardings)
+    params = loading.load(folder, local_layout(jax.devices()[:1]).shardings)
     hidden = jax.random.normal(jax.random.key(0), (37, model.arch.width))
     targets = jax.random.randint(jax.random.key(1), (37,), 0, model.vocab_size)
     whole = losses.token_nll(model, params, hidden, targets)
@@ -337,7 +337,7 @@ def test_a_shifted_model_reads_the_output_before(models):
     folder = model_folder.open_folder(models[0])
     plain = folder.model
     shifted = dataclasses.replace(plain, shift=True)
-    params = model_folder.load(folder, local_layout(jax.devices()[:1]).shardings)
+    params = loading.load(folder, local_layout(jax.devices()[:1]).shardings)
     tokens = jnp.arange(10, 22, dtype=jnp.int32)[None]
     valid, positions = jnp.ones((1, 12), bool), jnp.array([[0, 1, 5, -1]], jnp.int32)
     stream = plain.trunk(params, tokens, valid)

@@ -27,7 +27,7 @@ from sama_jax.core import losses
 from sama_jax.errors import ModelError
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder, saving
 
 LENGTH, ROWS, MASK_ID = 256, 300, 299
 # Where each of the three texts lies in its row: full, padded left, padded right.
@@ -170,7 +170,7 @@ def open_pair(path: Path, name: str, dtype: str = "float32") -> Pair:
         name_mask(path, added_tokens_decoder={str(MASK_ID): {"content": "<|mask|>"}})
     assert len(list(path.glob("*.safetensors"))) > 1
     folder = model_folder.open_folder(path, dtype=dtype)
-    params = model_folder.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    params = loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     return Pair(name, module, folder, params)
 
@@ -261,7 +261,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 def test_a_saved_folder_holds_every_tensor_bit_for_bit(pair, name, tmp_path):
     params, folder = pair(name).params, pair(name).folder
     layout = (folder.model, folder.config, folder.path, folder.family.weights)
-    model_folder.save_folder(tmp_path, params, *layout)
+    saving.save_folder(tmp_path, params, *layout)
     stored, saved = tensors(folder.path), tensors(tmp_path)
     assert saved.keys() == stored.keys()
     for key, array in stored.items():

@@ -18,7 +18,7 @@ from sama_jax.arrays import Model
 from sama_jax.errors import ModelError
 from sama_jax.models.moe import Experts, Moe, mix, sigmoid_gate, softmax_gate
 from sama_jax.models.registry import build_model, read_config
-from sama_jax.weights import model_folder, safetensors
+from sama_jax.weights import loading, model_folder, safetensors, saving, tensor_map
 
 LENGTH = 256
 # Where each of the four texts lies in its row: full, padded left, padded right, mostly padding.
@@ -69,7 +69,7 @@ def open_pair(path: Path, variant: str, dtype: str = "float32") -> Pair:
     config = VARIANTS[variant]
     module = oracle_moe.random_folder(path, config, seed, shards=3, dtype=getattr(torch, dtype))
     folder = model_folder.open_folder(path, dtype=dtype)
-    params = model_folder.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    params = loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     return Pair(path, module, folder.model, params)
 
 
@@ -166,12 +166,12 @@ def test_llada2_sees_its_own_block_and_those_before(pair):
 def test_saved_folder_has_the_bytes_of_its_source(pair, variant, dtype, tmp_path):
     """The router's bias included, which stays float32 among bfloat16 weights."""
     both = pair(variant, dtype)
-    dtypes = {path: str(leaf.dtype) for path, leaf in safetensors.leaf_paths(both.params).items()}
+    dtypes = {path: str(leaf.dtype) for path, leaf in tensor_map.leaf_paths(both.params).items()}
     kept = {path for path, found in dtypes.items() if found != dtype}
     assert kept == {path for path in dtypes if "expert_bias" in path and dtype != "float32"}
     config = json.loads((both.path / "config.json").read_text())
     family = read_config(config, "").weights
-    model_folder.save_folder(tmp_path, both.params, both.model, config, both.path, family)
+    saving.save_folder(tmp_path, both.params, both.model, config, both.path, family)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
     assert tensor_bytes(tmp_path) == tensor_bytes(both.path)
 
@@ -321,12 +321,12 @@ LLADA2_MINI = TWO(
 def test_published_sizes(config, parameters, tensors, gflop):
     family = read_config(config, "config.json")
     model = build_model(family, oracle.MASK_ID, jnp.bfloat16)
-    leaves = safetensors.leaf_paths(jax.eval_shape(model.init, jax.random.key(0)))
+    leaves = tensor_map.leaf_paths(jax.eval_shape(model.init, jax.random.key(0)))
     assert sum(leaf.size for leaf in leaves.values()) == parameters
     named = {
         name
         for path in leaves
-        for _, name, _ in safetensors.sources(path, leaves, family.weights, model.num_layers)
+        for _, name, _ in tensor_map.sources(path, leaves, family.weights, model.num_layers)
     }
     assert len(named) == tensors
     per_token = model.flops_per_text(512, 512.0) / 512
@@ -439,6 +439,6 @@ def test_training_leaves_the_router_bias_alone(pair, variant):
     def gradient(params):
         return jnp.sum(jnp.sin(layer.apply({"params": params}, x)))
 
-    for path, leaf in safetensors.leaf_paths(gradient(params)).items():
+    for path, leaf in tensor_map.leaf_paths(gradient(params)).items():
         assert np.isfinite(leaf).all(), path
         assert bool(np.any(leaf)) == ("expert_bias" not in path), path

@@ -25,7 +25,7 @@ from sama_jax.arrays import ForwardBatch, Model
 from sama_jax.core import losses
 from sama_jax.errors import ModelError
 from sama_jax.models.registry import build_model, read_config
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder, saving
 
 LENGTH, ROWS = 256, oracle_dit.MASK_ID + 1
 MASK_ID = oracle_dit.MASK_ID
@@ -104,7 +104,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 def load(path: Path) -> tuple[model_folder.ModelFolder, Any]:
     folder = model_folder.open_folder(path, mask_id=MASK_ID, dtype="float32")
-    return folder, model_folder.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return folder, loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_last_block_at_scored_positions_equals_hidden_there(pair, variant):
 def test_export_gives_back_every_learned_tensor_bit_for_bit(pair, variant, tmp_path):
     both = pair(variant)
     family, config = both.folder.family.weights, both.folder.config
-    model_folder.save_folder(tmp_path, both.params, both.folder.model, config, both.path, family)
+    saving.save_folder(tmp_path, both.params, both.folder.model, config, both.path, family)
     source = {n: t for f in both.path.glob("*.safetensors") for n, t in load_file(f).items()}
     source = {n: t for n, t in source.items() if not n.endswith("inv_freq")}
     saved = load_file(tmp_path / "model.safetensors")

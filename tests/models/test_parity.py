@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from sama_jax.models import transformer
 from sama_jax.models.transformer import Norm, TransformerModel, attend, rotate
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder
 
 LENGTH = 256
 # Where each of the four texts lies in its row: full, padded left, padded right, mostly padding.
@@ -58,7 +58,7 @@ def open_pair(path: Path, variant: str, dtype: str = "float32") -> Pair:
     module = oracle.random_folder(path, config, seed, shards=3, dtype=getattr(torch, dtype))
     assert len(list(path.glob("*.safetensors"))) == 3
     folder = model_folder.open_folder(path, dtype=dtype)
-    params = model_folder.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    params = loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     return Pair(module, folder.model, params)
 

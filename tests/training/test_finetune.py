@@ -17,7 +17,7 @@ from sama_jax.programs import finetune
 from sama_jax.terminal import Terminal
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, new_tokenizer, runs, sequences, step
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder, saving
 from sama_jax.weights.orbax import Checkpoints
 
 VOCAB = 300
@@ -197,18 +197,18 @@ def test_a_finished_run_returns_at_once(folder, finished, monkeypatch):
 
 def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
     kept = {}
-    original = model_folder.save_folder
+    original = saving.save_folder
 
     def save(out, params, *args):
         kept["params"] = params
         original(out, params, *args)
 
-    monkeypatch.setattr(model_folder, "save_folder", save)
+    monkeypatch.setattr(saving, "save_folder", save)
     settings = dataclasses.replace(SETTINGS, epochs=1)
     tune(folder, "reopened", settings)
     opened = model_folder.open_folder(folder / "reopened")
     assert opened.model.mask_id == VOCAB - 1
-    params = model_folder.load(opened, loop.device())
+    params = loading.load(opened, loop.device())
     tokens, valid = jnp.arange(24).reshape(2, 12), jnp.ones((2, 12), bool)
 
     @jax.jit

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from sama_jax import terminal
 from sama_jax.errors import ModelError, OutputError, UsageError
-from sama_jax.weights import model_folder, safetensors
+from sama_jax.models.registry import build_model, read_config
+from sama_jax.weights import loading, model_folder, safetensors, saving
+from sama_jax.weights.source import Source
 
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 SMALL = {
@@ -52,7 +54,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load(path: Path, dtype: str = "float32") -> Any:
-    return model_folder.load(model_folder.open_folder(path, dtype=dtype), ONE_DEVICE)
+    return loading.load(model_folder.open_folder(path, dtype=dtype), ONE_DEVICE)
 
 
 def assert_same_parameters(a: Any, b: Any) -> None:
@@ -465,10 +467,8 @@ def test_saved_folder_has_the_bytes_of_its_source(tmp_path, variant, dtype):
     oracle.random_folder(source, config, seed=1, shards=3, dtype=getattr(torch, dtype))
     (source / "tokenizer.json").write_text("{}")
     opened = model_folder.open_folder(source, dtype=dtype)
-    params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(
-        out, params, opened.model, opened.config, source, opened.family.weights
-    )
+    params = loading.load(opened, ONE_DEVICE)
+    saving.save_folder(out, params, opened.model, opened.config, source, opened.family.weights)
 
     assert_same_tensors(read_tensors(out), read_tensors(source))
     assert_same_parameters(load(out, dtype), params)
@@ -479,13 +479,11 @@ def test_saved_folder_has_the_bytes_of_its_source(tmp_path, variant, dtype):
 
 
 def test_saved_shards_have_the_bytes_of_their_source(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(model_folder, "MAX_SHARD_BYTES", 4000)
+    monkeypatch.setattr(saving, "MAX_SHARD_BYTES", 4000)
     opened = model_folder.open_folder(folder)
     out = tmp_path / "out"
-    params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(
-        out, params, opened.model, opened.config, folder, opened.family.weights
-    )
+    params = loading.load(opened, ONE_DEVICE)
+    saving.save_folder(out, params, opened.model, opened.config, folder, opened.family.weights)
     shards = list(out.glob("*.safetensors"))
     assert len(shards) > 2
     assert max(sum(t.nbytes for t in load_file(s).values()) for s in shards) <= 4000
@@ -503,11 +501,9 @@ def test_saving_over_a_folder_replaces_its_weights(tmp_path, monkeypatch, first_
     oracle.random_folder(out, small(), seed=1, shards=first_shards)
     oracle.random_folder(source, small(), seed=2)
     opened = model_folder.open_folder(source)
-    params = model_folder.load(opened, ONE_DEVICE)
-    monkeypatch.setattr(model_folder, "MAX_SHARD_BYTES", limit)
-    model_folder.save_folder(
-        out, params, opened.model, opened.config, source, opened.family.weights
-    )
+    params = loading.load(opened, ONE_DEVICE)
+    monkeypatch.setattr(saving, "MAX_SHARD_BYTES", limit)
+    saving.save_folder(out, params, opened.model, opened.config, source, opened.family.weights)
     assert_same_parameters(load(out), params)
     single, index = out / "model.safetensors", out / "model.safetensors.index.json"
     assert single.is_file() != index.is_file()
@@ -515,14 +511,14 @@ def test_saving_over_a_folder_replaces_its_weights(tmp_path, monkeypatch, first_
 
 def test_interrupted_save_over_a_folder_leaves_no_finished_one(folder, monkeypatch):
     opened = model_folder.open_folder(folder)
-    params = model_folder.load(opened, ONE_DEVICE)
+    params = loading.load(opened, ONE_DEVICE)
 
     def stop(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(model_folder.safetensors, "save_weights", stop)
+    monkeypatch.setattr(safetensors, "save_weights", stop)
     with pytest.raises(OutputError, match="disk full"):
-        model_folder.save_folder(
+        saving.save_folder(
             folder, params, opened.model, opened.config, folder, opened.family.weights
         )
     assert "has no config.json" in refusal(folder)
@@ -533,10 +529,8 @@ def test_block_groups_are_saved_as_plain_blocks(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     oracle.random_folder(source, config, seed=0)
     opened = model_folder.open_folder(source)
-    params = model_folder.load(opened, ONE_DEVICE)
-    model_folder.save_folder(
-        out, params, opened.model, opened.config, source, opened.family.weights
-    )
+    params = loading.load(opened, ONE_DEVICE)
+    saving.save_folder(out, params, opened.model, opened.config, source, opened.family.weights)
     assert_same_parameters(load(out), params)
     assert read_tensors(out).keys() == random_tensors(small(n_layers=4)).keys()
 
@@ -555,7 +549,7 @@ def test_number_of_parameters_equals_pytorch(folder):
 
 def test_progress_adds_up_to_the_bytes_of_the_parameters(folder):
     seen = []
-    params = model_folder.load(model_folder.open_folder(folder), ONE_DEVICE, seen.append)
+    params = loading.load(model_folder.open_folder(folder), ONE_DEVICE, seen.append)
     assert sum(seen) == sum(x.nbytes for x in jax.tree.leaves(params))
 
 
@@ -575,17 +569,17 @@ def test_progress_in_bytes_counts_whole_megabytes(capsys, monkeypatch):
 def test_a_tensor_that_cannot_be_read_ends_loading(folder, monkeypatch):
     """Whichever thread meets it."""
     source = model_folder.open_folder(folder).source
-    window = safetensors.Source.window
+    window = Source.window
 
     def broken(self, name, index):
         if "blocks.1" in name:
             raise ModelError(f"cannot read tensor {name}")
         return window(self, name, index)
 
-    monkeypatch.setattr(safetensors.Source, "window", broken)
+    monkeypatch.setattr(Source, "window", broken)
     assert any("blocks.1" in name for name in source.tensors)
     with pytest.raises(ModelError, match=r"cannot read tensor .*blocks\.1"):
-        model_folder.load(model_folder.open_folder(folder), ONE_DEVICE)
+        loading.load(model_folder.open_folder(folder), ONE_DEVICE)
 
 
 # Identity
@@ -673,8 +667,8 @@ class Gpu:
 def test_cudnn_where_it_can_compute_the_model(
     monkeypatch, asked, capability, devices, dtype, head, expected
 ):
-    family = model_folder.read_config(small(d_model=4 * head), "config.json")
-    model = model_folder.build_model(family, 31, jnp.dtype(dtype))
+    family = read_config(small(d_model=4 * head), "config.json")
+    model = build_model(family, 31, jnp.dtype(dtype))
     monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)] * devices)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     if expected is None:

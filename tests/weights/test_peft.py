@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from checkpoints_convert import convert
 from sama_jax.cli import entry
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.weights import model_folder, orbax, safetensors
+from sama_jax.weights import loading, model_folder, orbax, placing, tensor_map
 
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,7 +87,7 @@ def forward(model, params, tokens, valid):
 
 
 def logits(folder: model_folder.ModelFolder, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    params = model_folder.load(folder, ONE_DEVICE)
+    params = loading.load(folder, ONE_DEVICE)
     return np.asarray(forward(folder.model, params, tokens, valid).astype(jnp.float32))
 
 
@@ -98,7 +98,7 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def params_of(base: Path, adapter: Path | None = None, **options: Any) -> Any:
-    return model_folder.load(model_folder.open_folder(base, adapter=adapter, **options), ONE_DEVICE)
+    return loading.load(model_folder.open_folder(base, adapter=adapter, **options), ONE_DEVICE)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -361,11 +361,11 @@ def test_an_adapter_merges_into_an_orbax_base_one_read_at_a_time(saved, tmp_path
         return found
 
     monkeypatch.setattr(orbax, "load_params", slow)
-    monkeypatch.setattr(safetensors, "READERS", 8)
-    monkeypatch.setattr(safetensors, "SLAB", 100)
+    monkeypatch.setattr(placing, "READERS", 8)
+    monkeypatch.setattr(placing, "SLAB", 100)
     assert same(params_of(tmp_path / "orbax", saved.adapter, merge=True), expected)
     assert max(most) == 1
-    assert sum(reads) == len(safetensors.leaf_paths(expected))  # each leaf once
+    assert sum(reads) == len(tensor_map.leaf_paths(expected))  # each leaf once
 
 
 def test_to_hf_writes_what_peft_merges(saved, tmp_path):
@@ -410,7 +410,7 @@ def test_target_and_reference_share_the_very_arrays(tmp_path):
     reference = model_folder.open_folder(tmp_path / "base")
     told: list[int] = []
     before = live_bytes()
-    with_adapter, plain = model_folder.load_together([target, reference], ONE_DEVICE, told.append)
+    with_adapter, plain = loading.load_together([target, reference], ONE_DEVICE, told.append)
     grown = live_bytes() - before
     targets, references = leaf_paths(with_adapter), leaf_paths(plain)
     assert all(targets[name] is leaf for name, leaf in references.items())
@@ -433,7 +433,7 @@ def test_only_equal_weights_in_equal_dtypes_are_shared(saved, tmp_path):
         model_folder.open_folder(saved.base, dtype="bfloat16"),
         model_folder.open_folder(saved.base, adapter=saved.adapter, merge=True),
     ]
-    first, *others = model_folder.load_together(folders, ONE_DEVICE)
+    first, *others = loading.load_together(folders, ONE_DEVICE)
     shared = [p["final_norm"]["scale"] is first["final_norm"]["scale"] for p in others]
     assert shared == [True, False, False, False]
 
@@ -449,7 +449,7 @@ def test_layers_without_an_adapter_and_smaller_ranks_are_zeros(tmp_path):
         ("blocks/attn/q_proj/kernel", 5),
         ("last_block/mlp/up_proj/kernel", 5),
     }
-    params = model_folder.load(folder, ONE_DEVICE)
+    params = loading.load(folder, ONE_DEVICE)
     stack = params["blocks"]["attn"]["q_proj"]
     assert stack["lora_a"].shape == (3, 32, 5)
     assert stack["lora_b"].shape == (3, 5, 32)

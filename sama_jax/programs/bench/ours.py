@@ -25,7 +25,7 @@ from sama_jax.programs.bench.memory import DeviceMemory, HostMemory
 from sama_jax.programs.bench.side import PLAN, SCALE, End, Loaded, Round, Task, cores, run_side
 from sama_jax.storage.run_folder import RunFolder
 from sama_jax.terminal import console
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder
 
 CHECKED = 8
 """Texts whose losses and scores the two frameworks compare under the same masks and subsets."""
@@ -51,7 +51,7 @@ class Ours:
             self.task.model, dtype=self.settings.dtype, attention=self.settings.attention
         )
         self.layout = local_layout()
-        target = model_folder.load(folder, self.layout.shardings)
+        target = loading.load(folder, self.layout.shardings)
         jax.block_until_ready(target)
         key, self.model = model_key(folder, self.settings), folder.model
         self.keys = {"target": key, "reference": key + "r"}

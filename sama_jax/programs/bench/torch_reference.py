@@ -1,4 +1,4 @@
-"""The PyTorch side of `verify`: a folder's weights in a network that is not ours.
+"""Runs the PyTorch side of `verify`: a folder's weights in a network that is not ours.
 
 `transformers`' class where there is one, a plain LLaDA of our own, or, only if told to, the class
 that the folder brings. None of them shares code, weight tables or config readers with the package.
@@ -30,7 +30,7 @@ except ImportError:
 
 
 class Stages(NamedTuple):
-    """What one text left behind in the network; float32."""
+    """Holds what one text left behind in the network; float32."""
 
     states: dict[str, np.ndarray]
     """[l, d] by name: `embedding`, `block 1`, .., and `final norm` where there is one."""
@@ -39,7 +39,7 @@ class Stages(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A loaded network."""
+    """Holds a loaded network."""
 
     name: str
     run: Callable[[np.ndarray], Stages]
@@ -47,7 +47,7 @@ class Reference(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What to load, and the little of the architecture that decides what is seen."""
+    """Says what to load, and the little of the architecture that decides what is seen."""
 
     path: Path
     config: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Wanted(NamedTuple):
     adapter: Path | None = None
 
 
-_SAME_MATHS = {
+SAME_MATHS = {
     "Dream": "Qwen2",
     "illada": "Llama",
     "a2d-qwen2": "Qwen2",
@@ -93,8 +93,8 @@ def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Refere
         return _remote(wanted)
     if kind == "llada":
         return _llada(wanted)
-    if kind in _SAME_MATHS:
-        return _known_class(wanted, kind, _SAME_MATHS[kind])
+    if kind in SAME_MATHS:
+        return _known_class(wanted, kind, SAME_MATHS[kind])
     raise ModelError(
         f"{wanted.path}: there is no PyTorch side for the family {kind or 'of this config.json'}; "
         "give the folder's own code with --trust-remote-code, or compare with a file that another "
@@ -102,8 +102,8 @@ def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Refere
     )
 
 
-def _seen(length: int, block: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """What each position sees, [1, 1, l, l], as a number to add to the scores."""
+def seen_scores(length: int, block: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """Returns what each position sees, [1, 1, l, l], as a number to add to the scores."""
     place = torch.arange(length) // (block or length)
     hidden = place[None, :] > place[:, None]
     lowest = torch.finfo(dtype).min
@@ -156,13 +156,16 @@ def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
         raise ModelError(
             f"{wanted.path}: {cls.__name__} does not find {', '.join(sorted(missing))}"
         )
-    seen = None if encoder else partial(_seen, block=wanted.block_length, dtype=module.dtype)
+    seen = None if encoder else partial(seen_scores, block=wanted.block_length, dtype=module.dtype)
     return _hooked(wanted, module, cls.__name__, seen)
 
 
 def _qwen3_moe(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """LLaDA-MoE in Qwen3-MoE's words: the same network where every layer has experts and no more.
-    Its own code never renormalises the chosen experts' weights, whatever `norm_topk_prob` says."""
+    """Returns a LLaDA-MoE's config in Qwen3-MoE's words.
+
+    It is the same network where every layer has experts and no more. Its own code never
+    renormalises the chosen experts' weights, whatever `norm_topk_prob` says.
+    """
     beyond = {
         "moe_layer_freq": 0 in (config.get("moe_layer_freq") or []),
         "shared_expert_intermediate_size": config.get("shared_expert_intermediate_size"),
@@ -187,11 +190,11 @@ def _qwen3_moe(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _remote(wanted: Wanted) -> Reference:
-    """The class that the folder's `auto_map` names: its code runs."""
+    """Loads the class that the folder's `auto_map` names: its code runs."""
     import transformers
 
-    automatic = [n for n in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
-                 if n in (wanted.config.get("auto_map") or {})]  # fmt: skip
+    known = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+    automatic = [name for name in known if name in (wanted.config.get("auto_map") or {})]
     if not automatic:
         raise ModelError(
             f"{wanted.path}: --trust-remote-code runs the class that config.json names in auto_map "
@@ -207,19 +210,19 @@ def _remote(wanted: Wanted) -> Reference:
     module = _quietly(load, wanted.path)
     seen = None
     if wanted.block_length is not None:
-        seen = partial(_seen, block=wanted.block_length, dtype=module.dtype)
+        seen = partial(seen_scores, block=wanted.block_length, dtype=module.dtype)
     return _hooked(wanted, module, f"{type(module).__name__}, the folder's own", seen)
 
 
 def _hooked(
     wanted: Wanted, module: Any, name: str, seen: Callable[[int], torch.Tensor] | None
 ) -> Reference:
-    """Reads the states with hooks: on the list of blocks, and on the norm beside it."""
+    """Reads the states with hooks: on the list of blocks, and on the norm next to it."""
     module.eval()
     if wanted.adapter is not None:
         _merge(dict(module.named_parameters()), wanted.adapter)
-    lists = [(n, m) for n, m in module.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m) == wanted.num_layers]  # fmt: skip
+    found = ((n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList))
+    lists = [(n, m) for n, m in found if len(m) == wanted.num_layers]
     if not lists:
         raise ModelError(f"{wanted.path}: {name} has no list of {wanted.num_layers} blocks")
     place, blocks = lists[0]
@@ -239,8 +242,9 @@ def _hooked(
 
         hooks = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
         for i, block in enumerate(blocks):
-            hooks.append(block.register_forward_hook(
-                lambda _m, _i, out, i=i: keep(f"block {i + 1}", out)))  # fmt: skip
+            said = f"block {i + 1}"
+            hook = block.register_forward_hook(lambda _m, _i, out, said=said: keep(said, out))
+            hooks.append(hook)
         if norms:
             hooks.append(norms[0].register_forward_hook(lambda _m, _i, o: keep("final norm", o)))
         mask = {} if seen is None else {"attention_mask": seen(len(tokens))}
@@ -282,7 +286,7 @@ def _llada(wanted: Wanted) -> Reference:
 
 
 def llada_weights(wanted: Wanted) -> dict[str, torch.Tensor]:
-    """A dense LLaDA's tensors in memory, by the names of its modelling code, without groups."""
+    """Reads a dense LLaDA's tensors by the names of its modelling code, without groups."""
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
@@ -308,7 +312,7 @@ def llada_logits(
     valid: torch.Tensor | None = None,
     keep: Callable[[str, torch.Tensor], None] = lambda name, x: None,
 ) -> torch.Tensor:
-    """Dense LLaDA, written from its modelling code's description (docs/models.md).
+    """Computes a dense LLaDA, written from its modelling code's description (docs/models.md).
 
     Args:
       config: the fields of config.json.
@@ -317,62 +321,83 @@ def llada_logits(
       valid: bool [b, l]; only these positions are seen. None: all of them.
       keep: told the stream [b, l, d] after every stage, by its name in `Stages`.
 
-    Returns logits [b, l, v].
+    Returns:
+      Logits [b, l, v].
     """
-    c, w = config, weights
-    heads = c.get("n_heads", 12)
-    groups = c.get("n_kv_heads") or (1 if c.get("multi_query_attention") else heads)
-    (b, length), head = tokens.shape, w["wte.weight"].shape[1] // heads
-    speed = c.get("rope_theta", 10000.0) ** -(torch.arange(head // 2).float() / (head // 2))
-    angle = torch.outer(torch.arange(length).float(), speed)
+    heads = config.get("n_heads", 12)
+    half = weights["wte.weight"].shape[1] // heads // 2
+    speed = config.get("rope_theta", 10000.0) ** -(torch.arange(half).float() / half)
+    angle = torch.outer(torch.arange(tokens.shape[1]).float(), speed)
     seen = None if valid is None else valid[:, None, None, :]
+    llada = _Llada(config, weights, heads, angle, seen)
 
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+    x = weights["wte.weight"][tokens]
+    if config.get("input_emb_norm"):
+        x = x * x.shape[-1] ** 0.5
+    keep("embedding", x)
+    for i in range(config["n_layers"]):
+        x = llada.block(f"blocks.{i}", x)
+        keep(f"block {i + 1}", x)
+    x = llada.norm("ln_f", x)
+    keep("final norm", x)
+    # Tied unless the config says otherwise, as its class has it.
+    tied = config.get("weight_tying", True)
+    logits = F.linear(x, weights["wte.weight"]) if tied else llada.linear("ff_out", x)
+    if config.get("scale_logits"):
+        logits = logits * (1 / math.sqrt(x.shape[-1]))
+    return logits
 
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+
+class _Llada(NamedTuple):
+    """Computes the parts of a dense LLaDA from its tensors by name."""
+
+    config: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+    heads: int
+    angle: torch.Tensor
+    """[l, a / 2]: how far a head's components turn at each position, in radians."""
+    seen: torch.Tensor | None
+    """Bool [b, 1, 1, l]; None: every position."""
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + c.get("rms_norm_eps", 1e-5))
-        out = w[f"{name}.weight"] * wide.to(x.dtype)
-        return out + w[f"{name}.bias"] if f"{name}.bias" in w else out
+        epsilon = self.config.get("rms_norm_eps", 1e-5)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        out = self.weights[f"{name}.weight"] * wide.to(x.dtype)
+        bias = self.weights.get(f"{name}.bias")
+        return out if bias is None else out + bias
 
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        """[b, heads, l, a]; component j turns with component j + a / 2."""
-        wide = x.float() if c.get("rope_full_precision", True) else x
-        cos, sin = angle.cos().to(wide.dtype), angle.sin().to(wide.dtype)
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotates [b, heads, l, a]; component j turns with component j + a / 2."""
+        wide = x.float() if self.config.get("rope_full_precision", True) else x
+        cos, sin = self.angle.cos().to(wide.dtype), self.angle.sin().to(wide.dtype)
         first, second = wide.chunk(2, -1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
         return turned.to(x.dtype)
 
-    def attention(at: str, h: torch.Tensor) -> torch.Tensor:
-        q, k, v = (linear(f"{at}.{name}_proj", h) for name in "qkv")
-        if f"{at}.q_norm.weight" in w:
-            q, k = norm(f"{at}.q_norm", q), norm(f"{at}.k_norm", k)
+    def attention(self, at: str, h: torch.Tensor) -> torch.Tensor:
+        b, length, width = h.shape
+        one = 1 if self.config.get("multi_query_attention") else self.heads
+        groups = self.config.get("n_kv_heads") or one
+        q, k, v = (self.linear(f"{at}.{name}_proj", h) for name in "qkv")
+        if f"{at}.q_norm.weight" in self.weights:
+            q, k = self.norm(f"{at}.q_norm", q), self.norm(f"{at}.k_norm", k)
+        head = width // self.heads
         q, k, v = (t.view(b, length, -1, head).transpose(1, 2) for t in (q, k, v))
-        q, k = rotate(q), rotate(k)
-        if groups != heads:
-            k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        return linear(f"{at}.attn_out", out.transpose(1, 2).reshape(b, length, -1))
+        q, k = self.rotate(q), self.rotate(k)
+        if groups != self.heads:
+            k, v = (t.repeat_interleave(self.heads // groups, 1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen)
+        return self.linear(f"{at}.attn_out", out.transpose(1, 2).reshape(b, length, -1))
 
-    x = w["wte.weight"][tokens]
-    if c.get("input_emb_norm"):
-        x = x * x.shape[-1] ** 0.5
-    keep("embedding", x)
-    for i in range(c["n_layers"]):
-        at = f"blocks.{i}"
-        x = x + attention(at, norm(f"{at}.attn_norm", x))
-        h = norm(f"{at}.ff_norm", x)
-        gated = F.silu(linear(f"{at}.ff_proj", h)) * linear(f"{at}.up_proj", h)
-        x = x + linear(f"{at}.ff_out", gated)
-        keep(f"block {i + 1}", x)
-    x = norm("ln_f", x)
-    keep("final norm", x)
-    # Tied unless the config says otherwise, as its class has it.
-    logits = F.linear(x, w["wte.weight"]) if c.get("weight_tying", True) else linear("ff_out", x)
-    if c.get("scale_logits"):
-        logits = logits * (1 / math.sqrt(x.shape[-1]))
-    return logits
+    def block(self, at: str, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(at, self.norm(f"{at}.attn_norm", x))
+        h = self.norm(f"{at}.ff_norm", x)
+        gated = F.silu(self.linear(f"{at}.ff_proj", h)) * self.linear(f"{at}.up_proj", h)
+        return x + self.linear(f"{at}.ff_out", gated)
 
 
 # --- adapters ------------------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Writes model folders in the Hugging Face layout."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sama_jax.arrays import Model, Params
+from sama_jax.errors import OutputError
+from sama_jax.models.families.weight_table import Table
+from sama_jax.weights import safetensors
+from sama_jax.weights.folder_files import CONFIG, companions
+from sama_jax.weights.tensor_map import export_tensors
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def save_folder(
+    out: Path,
+    params: Params,
+    model: Model,
+    config: dict[str, Any],
+    tokenizer_from: Path,
+    weights: Table,
+) -> None:
+    """Writes a model folder that `open_folder` and the PyTorch code read.
+
+    `config.json` comes last and atomically: a folder without it is not finished. Other files
+    (tokenizer, generation settings) are copied from `tokenizer_from`.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG).unlink(missing_ok=True)
+        if tokenizer_from != out:
+            for file in companions(tokenizer_from):
+                shutil.copyfile(file, out / file.name)
+        tensors = export_tensors(params, weights, model.num_layers)
+        safetensors.save_weights(out, tensors, MAX_SHARD_BYTES)
+        dtypes = [str(a.dtype) for a in tensors.values()]
+        commonest = max(sorted(set(dtypes)), key=dtypes.count)
+        config = {**config, "torch_dtype": commonest, **weights.saved_config}
+        part = out / (CONFIG + ".part")
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        os.replace(part, out / CONFIG)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot write the model folder ({error})") from None

@@ -1,0 +1,91 @@
+"""Reads the tensors of a model folder by their canonical names, window by window.
+
+Nothing is unpickled and no code of a folder is run.
+"""
+
+import re
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sama_jax.errors import ModelError
+from sama_jax.models.families.weight_table import Table
+from sama_jax.weights.safetensors import DTYPES, weight_files
+
+
+class SourceTensor(NamedTuple):
+    """Says where one tensor of a folder is."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source:
+    """Holds the tensors of a model folder by their canonical names, and opens each file once."""
+
+    def __init__(self, tensors: dict[str, SourceTensor], handles: dict[Path, Any]):
+        self.tensors = tensors
+        self.bytes_read = 0
+        """Bytes that `window` has returned."""
+        self._handles = handles
+        self._lock = threading.Lock()
+
+    def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a window of a tensor in its stored dtype. Several threads may call it.
+
+        Raises `ModelError` for a damaged file.
+        """
+        tensor = self.tensors[name]
+        try:
+            values = self._handles[tensor.file].get_slice(tensor.name)[index]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{tensor.file}: cannot read tensor {tensor.name} ({error})") from None
+        with self._lock:
+            self.bytes_read += values.nbytes
+        return values
+
+    def unlisted(self) -> list[str]:
+        """Returns the names of weight files that the folder's index does not list."""
+        beside = {f for file in self._handles for f in file.parent.glob("*.safetensors")}
+        return sorted(file.name for file in beside - self._handles.keys())
+
+    def dtype(self) -> str:
+        """Returns the dtype that most tensors are stored in, such as `bfloat16`."""
+        names = [t.dtype for t in self.tensors.values()]
+        return max(set(names), key=names.count)
+
+
+def open_source(folder: Path, table: Table, block_group_size: int = 1) -> Source:
+    """Reads all headers of a folder. A tensor that appears twice is a `ModelError`."""
+    ignored, refused = table.ignored, table.refused
+    tensors: dict[str, SourceTensor] = {}
+    handles: dict[Path, Any] = {}
+    twice = []
+    for file in weight_files(folder):
+        try:
+            handle = handles[file] = safe_open(file, framework="numpy")
+            for name in handle.keys():  # noqa: SIM118  safe_open is not iterable
+                piece = handle.get_slice(name)
+                key = table.name_of(name, block_group_size)
+                if ignored and ignored.search(key):
+                    continue
+                for pattern, advice in refused:
+                    if re.search(pattern, key):
+                        raise ModelError(f"{file}: tensor {name}: {advice}")
+                if key in tensors:
+                    first = tensors[key]
+                    twice.append(f"{first.name} ({first.file.name}) and {name} ({file.name})")
+                dtype = DTYPES.get(piece.get_dtype(), piece.get_dtype())
+                tensors[key] = SourceTensor(file, name, tuple(piece.get_shape()), str(dtype))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file}: not a complete safetensors file ({error}); download or save it again"
+            ) from None
+    if twice:
+        raise ModelError(f"{folder}: the same tensor twice: " + "; ".join(twice))
+    return Source(tensors, handles)
