@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
@@ -105,6 +106,7 @@ def _block(kind: Any, dtype: Any, weights: Params, stream: Any, key_valid: Array
         (x, _), _ = block.apply(tree, (stream, None), key_valid)  # pyright: ignore
     elif isinstance(kind, tuple):
         arch, first, local, theta = kind
+        local = jnp.array(local)  # `~` of Python's own would be an integer
         block = encoders.ModernBertBlock(arch, dtype, first)
         (x, _), _ = block.apply(tree, (stream, None), local, theta, key_valid)  # pyright: ignore
     else:

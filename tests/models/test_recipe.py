@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from sama_jax.core.losses import token_nll
 from sama_jax.errors import ModelError
 from sama_jax.models import families, registry
-from sama_jax.weights import model_folder
+from sama_jax.weights import loading, model_folder
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "add_a_family.md"
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -86,7 +86,7 @@ def folders(tmp_path):
 def states_and_losses(path: Path) -> list[np.ndarray]:
     """Runs a folder's model on half-masked texts, one of them padded."""
     folder = model_folder.open_folder(path)
-    params = model_folder.load(folder, ONE_DEVICE)
+    params = loading.load(folder, ONE_DEVICE)
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, tiny.MASK_ID, (3, 12)).astype(np.int32)
     masked = np.where(draw.random(tokens.shape) < 0.5, folder.model.mask_id, tokens)
