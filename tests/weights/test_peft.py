@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,8 @@ def forward(model, params, tokens, valid):
 
 def logits(folder: model_folder.ModelFolder, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
     params = loading.load(folder, ONE_DEVICE)
-    return np.asarray(forward(folder.model, params, tokens, valid).astype(jnp.float32))
+    raw = replace(folder.model, shift=False)  # what PyTorch's logits are
+    return np.asarray(forward(raw, params, tokens, valid).astype(jnp.float32))
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
