@@ -9,7 +9,8 @@ shows how to add one.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ class Layout(ABC):
     @abstractmethod
     def program(
         self, function: Callable[..., jax.Array], row_axes: RowAxes, out_axis: int
-    ) -> "jax.stages.Wrapped":
+    ) -> "jax.stages.Wrapped | _OneProgram":
         """Returns `function(params, *args)` on these devices, to be lowered and compiled.
 
         Its arguments are what `split` makes of them; the rows of its result are on `out_axis`.
@@ -103,6 +104,24 @@ class Layout(ABC):
         """Waits for a program's result and returns it in one piece; NaN in rows not `held`."""
 
 
+@partial(jax.jit, static_argnums=0)
+def _call(function: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    return function(*args)
+
+
+class _OneProgram(NamedTuple):
+    """A function under `jax.jit`. Equal functions share their programs, in later runs as well.
+
+    A `jax.jit` of its own would be traced and compiled again by each audit of a process.
+    """
+
+    function: Callable[..., jax.Array]
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers the call with these arguments, or their shapes."""
+        return _call.lower(self.function, *args)
+
+
 class OneDevice(Layout):
     """Runs a plain `jax.jit` on one device."""
 
@@ -110,7 +129,7 @@ class OneDevice(Layout):
         return "one device"
 
     def program(self, function, row_axes, out_axis):
-        return jax.jit(function)
+        return _OneProgram(function)
 
     def split(self, args, row_axes):
         return args

@@ -1,5 +1,7 @@
 """What every layout promises: shapes are those of the arrays, results come back in one piece."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,3 +49,29 @@ def test_a_result_comes_back_in_one_piece(kind):
     np.testing.assert_array_equal(runner(scale, rows), [rows, 3 * rows])
     assert layout.held(8).all()
     assert layout.owned(8).all()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A function that is equal to another one of the same factor, as the engine's programs are."""
+
+    factor: int
+
+    def __call__(self, params: jax.Array, rows: jax.Array) -> jax.Array:
+        COUNTED.append(self.factor)
+        return self.factor * params * rows
+
+
+COUNTED: list[int] = []
+
+
+@pytest.mark.parametrize("kind", [OneDevice, Replicated])
+def test_equal_functions_share_a_program_in_later_runs(kind):
+    """Two audits of one process, each with a runner of its own, trace and compile once."""
+    rows = np.arange(24, dtype=np.float32).reshape(8, 3)
+    COUNTED.clear()
+    for _ in range(2):
+        runner = Runner(Scaled(3), LAYOUTS[kind](), (0,), out_axis=0)
+        runner.compile(jnp.float32(2), rows)
+        np.testing.assert_array_equal(runner(jnp.float32(2), rows), 6 * rows)
+    assert COUNTED == [3]
