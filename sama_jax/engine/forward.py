@@ -4,7 +4,7 @@ A job is one task of one batch under one model. It takes one call of a compiled 
 where its plan has more passes than a call makes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,20 +97,32 @@ class ProcedureRun:
 def jobs_of(
     batch: Batch, tasks: Sequence[Task], roles: Mapping[str, ModelRole], readings: Readings
 ) -> Iterator[Job]:
-    """Yields what is missing of a batch under some models; target and reference may be the same."""
+    """Yields what is missing of a batch under some models.
+
+    Where target and reference are one model, one job reads what is missing for either.
+    """
     for task in tasks:
-        table = readings.tables[task.view]
-        distinct = {roles[r].store_key: roles[r] for r in task.channels if r in roles}
-        for role in distinct.values():
+        keys = readings.tables[task.view].store_keys
+        models: dict[str, list[ModelRole]] = {}
+        for name in task.channels:
+            if name in roles:
+                models.setdefault(roles[name].store_key, []).append(roles[name])
+        for same in models.values():
             missing = {
-                place: readings.missing(task, role.name, table.store_keys[row])
+                place: _joined(readings.missing(task, role.name, keys[row]) for role in same)
                 for place, row in enumerate(batch.rows.tolist())
                 if row >= 0
             }
             wanted = {channel for found in missing.values() for channel in found}
-            channels = tuple(c for c in task.channels[role.name] if c in wanted)
+            every = _joined(task.channels[role.name] for role in same)
+            channels = tuple(c for c in every if c in wanted)
             if channels:
-                yield Job(batch, task, role, channels, missing)
+                yield Job(batch, task, same[-1], channels, missing)
+
+
+def _joined(channels: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """Joins channels, each once."""
+    return tuple(dict.fromkeys(channel for some in channels for channel in some))
 
 
 def calls_of(
