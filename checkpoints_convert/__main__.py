@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sama_jax.cli.run import Parser, command_of, run_program
+from sama_jax.cli.running import Parser, command_of, run_program
 from sama_jax.errors import ModelError, UsageError
 
 PROGRAM = "python -m checkpoints_convert"

@@ -55,7 +55,7 @@ NO_JAX = (
     "sama_jax.storage.files",
     "sama_jax.storage.loss_store",
     "sama_jax.storage.run_folder",
-    "sama_jax.devices.child",
+    "sama_jax.devices.child_process",
     "sama_jax.devices.processes",
     "sama_jax.programs.jobs",
 )

@@ -17,7 +17,7 @@ from sama_jax.cli import (
     report,
     score,
 )
-from sama_jax.cli.run import Parser, run_program
+from sama_jax.cli.running import Parser, run_program
 from sama_jax.devices import processes
 
 COMMANDS = (demo, audit, finetune, attacks, bench, score, merge, nll, plan, experiment, report)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax.cli import flags
-from sama_jax.cli.run import command_of
+from sama_jax.cli.running import command_of
 
 
 def add(commands: Any) -> None:

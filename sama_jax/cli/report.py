@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sama_jax.cli.run import command_of
+from sama_jax.cli.running import command_of
 
 
 def add(commands: Any) -> None:

@@ -19,11 +19,11 @@ from jax.typing import DTypeLike
 
 from sama_jax.arrays import ForwardBatch, Params
 from sama_jax.core import losses
-from sama_jax.devices.child import Child, serve
-from sama_jax.devices.layout import Layout, local_layout, mesh_layout
+from sama_jax.devices.child_process import Child, serve
+from sama_jax.devices.collectives import Traffic, collectives
 from sama_jax.devices.mesh import Device, grid
 from sama_jax.devices.runner import FORWARD_ROWS, Runner
-from sama_jax.devices.traffic import Traffic, collectives
+from sama_jax.devices.strategy import Layout, local_layout, mesh_layout
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from sama_jax.devices.layout import Layout, local_layout, mesh_layout
 from sama_jax.devices.mesh import make_mesh
+from sama_jax.devices.strategy import Layout, local_layout, mesh_layout
 from sama_jax.errors import UsageError
 
 PARAMETERS_SHARE = 0.8

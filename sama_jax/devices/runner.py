@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from sama_jax.arrays import ForwardBatch, Params
-from sama_jax.devices.layout import Layout, RowAxes
+from sama_jax.devices.strategy import Layout, RowAxes
 
 FORWARD_ROWS = ForwardBatch._make((0, 0, 1, 1, None, None))
 """Axis of the rows in each field of a `ForwardBatch`."""

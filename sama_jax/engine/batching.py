@@ -15,7 +15,7 @@ from sama_jax.arrays import Model
 from sama_jax.config import AuditSettings
 from sama_jax.core import losses
 from sama_jax.devices import memory
-from sama_jax.devices.layout import Layout
+from sama_jax.devices.strategy import Layout
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.tasks import Task
 from sama_jax.engine.text_table import TextTable

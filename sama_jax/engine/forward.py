@@ -16,8 +16,8 @@ from sama_jax import rng
 from sama_jax.arrays import ForwardBatch, Model, Params, TextKeyData
 from sama_jax.attacks.queries import Procedure
 from sama_jax.core import losses
-from sama_jax.devices.layout import Layout
 from sama_jax.devices.runner import FORWARD_ROWS, Runner
+from sama_jax.devices.strategy import Layout
 from sama_jax.engine.batching import Batch, program_slots, slot_sizes
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings

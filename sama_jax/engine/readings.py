@@ -1,6 +1,6 @@
 """Reads what the loss store holds for the texts of a run, and computes statistics from it.
 
-No model and no device list: forward passes fill the store (`pipeline`), scores come out of it here,
+No model and no device list: forward passes fill the store (`loop`), scores come out of it here,
 so that a new statistic on an old store costs no pass.
 """
 

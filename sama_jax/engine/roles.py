@@ -12,7 +12,7 @@ from rich.console import Console
 from sama_jax.arrays import Params
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.devices import memory
-from sama_jax.devices.layout import Layout
+from sama_jax.devices.strategy import Layout
 from sama_jax.engine import output_position
 from sama_jax.terminal import ByteBar
 from sama_jax.weights import loading, model_folder

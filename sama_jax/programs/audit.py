@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from sama_jax.devices import mesh
-from sama_jax.devices.peak import matmul_rate
+from sama_jax.devices.matmul_rate import matmul_rate
 from sama_jax.devices.placement import Placement, choose_placement, device_bytes
 from sama_jax.devices.sharding import parameter_shardings
 from sama_jax.engine import output_position
 from sama_jax.engine.batching import BatchShapes, distinct_rows
 from sama_jax.engine.costs import cost_of, sum_costs
 from sama_jax.engine.estimate import estimate
-from sama_jax.engine.pipeline import Filled, Setup, fill_store
+from sama_jax.engine.loop import Filled, Setup, fill_store
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows

@@ -12,11 +12,11 @@ from sama_jax.attacks.likelihood import likelihood_probes
 from sama_jax.attacks.queries import TARGET, Query
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
-from sama_jax.devices.layout import local_layout
 from sama_jax.devices.placement import device_bytes
+from sama_jax.devices.strategy import local_layout
 from sama_jax.engine import output_position
 from sama_jax.engine.batching import BatchShapes
-from sama_jax.engine.pipeline import Setup, fill_store
+from sama_jax.engine.loop import Setup, fill_store
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, model_key, resident_bytes

@@ -13,7 +13,14 @@ from scored import oracle, score_reading
 
 from sama_jax import rng
 from sama_jax.arrays import ProbePlan, Reading
-from sama_jax.attacks import beyond, circulated, denoising, infill, partition, select
+from sama_jax.attacks import (
+    circulated_forms,
+    denoising,
+    infill,
+    partition,
+    sama_other_models,
+    select,
+)
 from sama_jax.attacks.likelihood import LikelihoodProbes
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses, masking, token_statistics
@@ -234,7 +241,7 @@ def test_circulated_mink_counts_tokens_that_were_never_masked(tokens: int, share
 @pytest.mark.parametrize("tokens", [0, 1, 2, 20])
 @oracle("mink:its", "mink++:its")
 def test_the_its_forms_of_mink_sum_the_largest_losses(tokens: int):
-    plan = drawn(circulated.random_share_probes(SETTINGS), tokens)
+    plan = drawn(circulated_forms.random_share_probes(SETTINGS), tokens)
     read = reading(plan.masks, tokens, flat_mean=(-9000, -10), flat_deviation=(9, 3000))
     flat = read.target_more
     z = -((-read.target - flat["flat_mean"]) / (flat["flat_deviation"] + 1e-8))
@@ -249,18 +256,21 @@ def test_the_its_forms_of_mink_sum_the_largest_losses(tokens: int):
 
 
 def test_random_shares_are_uniform_and_never_empty():
-    plan = drawn(circulated.RandomShareProbes(400, LENGTH), LENGTH)
+    plan = drawn(circulated_forms.RandomShareProbes(400, LENGTH), LENGTH)
     counts = plan.masks.sum(axis=1)
     assert counts.min() >= 1
     assert counts.max() <= LENGTH
     assert abs(counts.mean() / LENGTH - 0.5) < 0.05
-    assert drawn(circulated.RandomShareProbes(9, LENGTH), 1).masks.sum(axis=1).tolist() == [1] * 9
+    assert (
+        drawn(circulated_forms.RandomShareProbes(9, LENGTH), 1).masks.sum(axis=1).tolist()
+        == [1] * 9
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 17])
 @oracle("ratio:circulated", "sama:ar")
 def test_unmasked_attacks_read_every_token_but_the_first(tokens: int):
-    plan = drawn(beyond.UnmaskedProbes(7, 3), tokens)
+    plan = drawn(sama_other_models.UnmaskedProbes(7, 3), tokens)
     assert not plan.masks.any()
     assert plan.scored[0].tolist() == [1 <= i < tokens for i in range(LENGTH)]
     read = reading(plan.scored, tokens)._replace(plan=plan)
@@ -276,13 +286,13 @@ def test_unmasked_attacks_read_every_token_but_the_first(tokens: int):
 
 
 def test_sama_on_masked_models_stays_within_their_training():
-    made = beyond.masked_model_probes(AuditSettings())
+    made = sama_other_models.masked_model_probes(AuditSettings())
     assert (made.settings.min_density, made.settings.max_density) == (0.05, 0.15)
     share = drawn(made, LENGTH).masks.sum(axis=1) / LENGTH
     assert share.max() <= 0.17
     assert select(["sama:mlm"])[0].kinds == ("masked",)
     assert select(["sama:ar"])[0].kinds == ("autoregressive",)
-    assert beyond.next_token_probes(SETTINGS).draws == 6 * 5
+    assert sama_other_models.next_token_probes(SETTINGS).draws == 6 * 5
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 21])

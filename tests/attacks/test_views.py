@@ -21,7 +21,7 @@ from sama_jax.arrays import Encoded, TextKeyData
 from sama_jax.attacks import corpus, its, perturbed, queries, views
 from sama_jax.config import AuditSettings, ItsSettings, PrefixSettings, SamaSettings
 from sama_jax.core import masking, metrics
-from sama_jax.engine import pipeline, plans, tasks
+from sama_jax.engine import loop, plans, tasks
 from sama_jax.engine.text_table import derived_view, original_view, table_of
 from sama_jax.engine.views import generator_of
 from sama_jax.errors import Interrupted
@@ -706,7 +706,7 @@ def test_scores_come_back_from_the_store_without_a_pass(
     def never(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(pipeline, "load", never)
+    monkeypatch.setattr(loop, "load", never)
     again = run(box, tmp_path / "run", *NAMES)
     assert again.rows == everything.rows
     assert again.metrics == everything.metrics
@@ -728,14 +728,14 @@ def test_stored_views_are_scored_without_texts_and_models(everything: AuditResul
 def test_a_run_cut_off_before_a_guided_view_goes_on_with_it(
     box: Path, everything: AuditResult, tmp_path: Path, monkeypatch
 ):
-    whole = pipeline.run_batches
+    whole = loop.run_batches
 
     def cut(fill, readings, tasks, *rest):
         if tasks[0].view == "neighbor-1":
             raise KeyboardInterrupt
         whole(fill, readings, tasks, *rest)
 
-    monkeypatch.setattr(pipeline, "run_batches", cut)
+    monkeypatch.setattr(loop, "run_batches", cut)
     with pytest.raises(Interrupted):
         run(box, tmp_path / "run", *NAMES)
     monkeypatch.undo()

@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save_file
 from checkpoints_convert import __main__ as program
 from checkpoints_convert import convert
 from sama_jax.cli import entry
-from sama_jax.devices.layout import local_layout
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
+from sama_jax.devices.strategy import local_layout
 from sama_jax.errors import ModelError
 from sama_jax.weights import loading, model_folder, placing, safetensors, tensor_map
 from sama_jax.weights.hub import resolve

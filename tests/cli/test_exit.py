@@ -10,7 +10,7 @@ import pytest
 from wrong_inputs import ROOT, Box, assert_one_line, run_process
 
 from sama_jax.cli import bench, entry
-from sama_jax.cli.run import failed_allocation
+from sama_jax.cli.running import failed_allocation
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from networks import NETWORKS
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses
 from sama_jax.devices import placement
-from sama_jax.devices.layout import OnMesh, Replicated, local_layout
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.placement import choose_placement
 from sama_jax.devices.sharding import RULES, parameter_shardings
+from sama_jax.devices.strategy import OnMesh, Replicated, local_layout
 from sama_jax.errors import UsageError
 from sama_jax.models import transformer
 from sama_jax.programs import audit

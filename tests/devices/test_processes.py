@@ -415,8 +415,8 @@ def test_place_from_the_environment():
 
 def test_rows_of_a_mesh_belong_to_one_process_each():
     """Asked in one process: all of them are its own."""
-    from sama_jax.devices.layout import OnMesh
     from sama_jax.devices.mesh import make_mesh
+    from sama_jax.devices.strategy import OnMesh
 
     layout = OnMesh(make_mesh("data=4,model=2"))
     np.testing.assert_array_equal(layout.owned(8), np.ones(8, bool))

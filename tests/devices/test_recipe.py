@@ -10,7 +10,7 @@ import tiny
 
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.devices import placement
-from sama_jax.devices.layout import local_layout
+from sama_jax.devices.strategy import local_layout
 from sama_jax.programs import audit
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.texts.read import Text, Texts

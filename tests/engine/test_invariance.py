@@ -24,7 +24,7 @@ from sama_jax.cli.flags import STANDARD
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.core import losses
 from sama_jax.devices import memory
-from sama_jax.devices.layout import local_layout
+from sama_jax.devices.strategy import local_layout
 from sama_jax.engine import batching
 from sama_jax.engine.roles import ModelRole, resident_bytes
 from sama_jax.programs import audit

@@ -23,7 +23,7 @@ from sama_jax.arrays import TextKeyData
 from sama_jax.cli import entry
 from sama_jax.cli.flags import STANDARD
 from sama_jax.config import AuditSettings
-from sama_jax.devices.layout import local_layout
+from sama_jax.devices.strategy import local_layout
 from sama_jax.engine.batching import BatchShapes
 from sama_jax.engine.text_table import TextView, table_of
 from sama_jax.errors import DataError

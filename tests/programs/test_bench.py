@@ -12,7 +12,7 @@ import tiny
 from sama_jax.cli import entry
 from sama_jax.config import AuditSettings, override, preset
 from sama_jax.errors import UsageError
-from sama_jax.programs.bench import products
+from sama_jax.programs.bench import matmul_products
 from sama_jax.programs.bench.memory import DeviceMemory
 from sama_jax.programs.bench.run import require_comparable
 from sama_jax.programs.bench.side import Loaded
@@ -81,26 +81,26 @@ def test_pytorch_is_compared_where_it_was_checked(found):
 
 def test_matrix_products_take_a_share_of_the_round_in_turn():
     """Of a long round more than a slice each: the best of a few noisy ones would be too high."""
-    calls: list[products.Shape] = []
+    calls: list[matmul_products.Shape] = []
 
-    def rate(shape: products.Shape) -> float:
+    def rate(shape: matmul_products.Shape) -> float:
         calls.append(shape)
         return float(len(calls) - 1)
 
-    shapes = products.shapes("cpu", 64, 8, 24, 100)
-    squares = [(n, n, n) for n in products.SQUARES["cpu"]]
+    shapes = matmul_products.shapes("cpu", 64, 8, 24, 100)
+    squares = [(n, n, n) for n in matmul_products.SQUARES["cpu"]]
     assert shapes == [*squares, (64, 8, 8), (64, 8, 24), (64, 24, 8), (64, 8, 100)]
-    three_slices = 3 * products.SLICE_SECONDS / products.SHARE
-    found = products.mean_rates(shapes, three_slices, rate)
+    three_slices = 3 * matmul_products.SLICE_SECONDS / matmul_products.SHARE
+    found = matmul_products.mean_rates(shapes, three_slices, rate)
     assert calls == 3 * shapes
     assert found == {"x".join(map(str, s)): 7.0 + i for i, s in enumerate(shapes)}
     calls.clear()
-    products.mean_rates(shapes, 1e4, rate)  # the share is for short rounds
-    assert calls == round(products.MOST_SECONDS / products.SLICE_SECONDS) * shapes
+    matmul_products.mean_rates(shapes, 1e4, rate)  # the share is for short rounds
+    assert calls == round(matmul_products.MOST_SECONDS / matmul_products.SLICE_SECONDS) * shapes
 
 
 def test_a_product_whose_result_is_too_large_is_left_out():
-    shapes = products.shapes("cpu", 1024, 8, 24, 2**20)
+    shapes = matmul_products.shapes("cpu", 1024, 8, 24, 2**20)
     assert (1024, 8, 24) in shapes
     assert (1024, 8, 2**20) not in shapes
 

@@ -15,7 +15,7 @@ import tiny
 from jax.sharding import AbstractMesh, AxisType
 
 from sama_jax.cli import entry
-from sama_jax.devices import child, compile_ahead, memory, topology, traffic
+from sama_jax.devices import child_process, collectives, compile_ahead, memory, topology
 from sama_jax.devices.compile_ahead import Compiled
 from sama_jax.devices.mesh import AXES
 from sama_jax.devices.sharding import parameter_shardings
@@ -189,9 +189,9 @@ ENTRY %main (p.5: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_by_loops_and_branches():
-    assert traffic.collectives(HLO) == {
-        "all-reduce": traffic.Traffic(31 + 5 + 1, 31 * 4 * 8 * 4 + 5 * 4 + 2 * 4 + 4),
-        "all-gather": traffic.Traffic(31, 31 * 16 * 8 * 2),
+    assert collectives.collectives(HLO) == {
+        "all-reduce": collectives.Traffic(31 + 5 + 1, 31 * 4 * 8 * 4 + 5 * 4 + 2 * 4 + 4),
+        "all-gather": collectives.Traffic(31, 31 * 16 * 8 * 2),
     }
 
 
@@ -212,7 +212,7 @@ def run(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str, s
 
 
 def test_the_command_compiles_in_a_process_of_its_own(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(child, "TICK_SECONDS", 0.5)
+    monkeypatch.setattr(child_process, "TICK_SECONDS", 0.5)
     result = tmp_path / "plan.json"
     code, out, err = run(
         capsys,
@@ -323,7 +323,7 @@ def test_the_proposed_mesh_has_the_fewest_parts_that_fit_llada_8b(name, models, 
 
 
 def test_a_compiler_that_dies_is_one_line(model, capsys, monkeypatch):
-    monkeypatch.setattr(child.sys, "executable", "/bin/false")
+    monkeypatch.setattr(child_process.sys, "executable", "/bin/false")
     code, _, err = run(capsys, "--model", model, "--topology", "cpu:1", "--quiet")
     assert code == 1
     assert "the compiler for cpu:1 process ended with exit code 1 (it said nothing)" in err

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sama_jax.config import AuditSettings, from_dict
-from sama_jax.devices.child import Child, serve
+from sama_jax.devices.child_process import Child, serve
 from sama_jax.programs.jobs import BenchJob
 
 SCALE = 0.9

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from sama_jax.devices import child
-from sama_jax.devices.child import Child, Crashed
+from sama_jax.devices import child_process
+from sama_jax.devices.child_process import Child, Crashed
 from sama_jax.errors import DataError, OutOfMemory
 
 BODY = """
 import os, signal, sys, time
-from sama_jax.devices.child import serve
+from sama_jax.devices.child_process import serve
 from sama_jax.errors import DataError
 
 def answer(question):
@@ -48,7 +48,7 @@ def test_answers_and_errors_arrive_and_the_child_goes_on_after_an_error(body):
 
 
 def test_the_environment_is_the_childs_and_ticks_are_told(body, monkeypatch):
-    monkeypatch.setattr(child, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(child_process, "TICK_SECONDS", 0.05)
     ticks: list[float] = []
     env = {"PYTHONPATH": os.environ["PYTHONPATH"], "SAID": "yes"}
     with Child("test", body, env=env, show_errors=False) as one:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sama_jax.devices.layout import (
+from sama_jax.devices.mesh import make_mesh
+from sama_jax.devices.runner import Runner
+from sama_jax.devices.strategy import (
     OneDevice,
     OnMesh,
     Replicated,
@@ -15,8 +17,6 @@ from sama_jax.devices.layout import (
     mesh_layout,
     row_sharding,
 )
-from sama_jax.devices.mesh import make_mesh
-from sama_jax.devices.runner import Runner
 
 LAYOUTS = {
     OneDevice: lambda: local_layout(jax.devices()[:1]),

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from sama_jax.arrays import Params
-from sama_jax.devices.layout import Layout
-from sama_jax.devices.peak import matmul_rate
+from sama_jax.devices.matmul_rate import matmul_rate
 from sama_jax.devices.processes import Peers
 from sama_jax.devices.runner import Runner
+from sama_jax.devices.strategy import Layout
 from sama_jax.engine.batching import Batch, BatchShapes, distinct_rows, same_tokens
 from sama_jax.engine.costs import Costs
 from sama_jax.engine.estimate import estimate

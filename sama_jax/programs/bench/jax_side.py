@@ -10,17 +10,17 @@ import numpy as np
 from sama_jax import attacks
 from sama_jax.arrays import Encoded, Params
 from sama_jax.devices.compile_cache import use_compile_cache
-from sama_jax.devices.layout import local_layout
-from sama_jax.devices.peak import matmul_rate
+from sama_jax.devices.matmul_rate import matmul_rate
 from sama_jax.devices.placement import device_bytes
+from sama_jax.devices.strategy import local_layout
 from sama_jax.engine.batching import BatchShapes, distinct_rows
-from sama_jax.engine.pipeline import Setup, fill_store
+from sama_jax.engine.loop import Setup, fill_store
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, attention_of, model_key, resident_bytes
 from sama_jax.engine.tasks import ROLES, tasks_of
 from sama_jax.engine.text_table import original_view, table_of
-from sama_jax.programs.bench import products
+from sama_jax.programs.bench import matmul_products
 from sama_jax.programs.bench.memory import DeviceMemory, HostMemory
 from sama_jax.programs.bench.side import PLAN, SCALE, End, Loaded, Round, Task, cores, run_side
 from sama_jax.storage.run_folder import RunFolder
@@ -127,14 +127,16 @@ class Ours:
         """Measures matrix products for a share of the last round's time."""
         self.memory.stop()  # theirs is not the audit's
         arch, vocab = self.model.arch, self.model.vocab_size
-        shapes = products.shapes(self.kind, self.tokens_a_batch, arch.width, arch.mlp_width, vocab)
+        shapes = matmul_products.shapes(
+            self.kind, self.tokens_a_batch, arch.width, arch.mlp_width, vocab
+        )
         rate = partial(
             matmul_rate,
             dtype=self.model.dtype,
-            seconds=products.SLICE_SECONDS,
-            at_once=products.AT_ONCE[self.kind],
+            seconds=matmul_products.SLICE_SECONDS,
+            at_once=matmul_products.AT_ONCE[self.kind],
         )
-        return products.mean_rates(shapes, self.seconds, rate)
+        return matmul_products.mean_rates(shapes, self.seconds, rate)
 
     def end(self) -> End:
         """Counts operations, and times subsets and votes alone."""

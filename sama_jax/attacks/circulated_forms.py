@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
 from sama_jax.arrays import AnyArray, ProbePlan, Reading
-from sama_jax.attacks.beyond import UnmaskedProbes
 from sama_jax.attacks.likelihood import LikelihoodProbes
 from sama_jax.attacks.queries import TARGET, Probes, Query
 from sama_jax.attacks.registry import register
+from sama_jax.attacks.sama_other_models import UnmaskedProbes
 from sama_jax.config import AuditSettings
 from sama_jax.core import losses, masking, token_statistics
 
