@@ -1,1 +1,1 @@
-"""Weights between PyTorch folders (safetensors) and our parameter trees. Never imports torch."""
+"""Converts, describes and verifies model folders. Only `verify` and pickles import torch."""

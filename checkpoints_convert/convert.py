@@ -1,4 +1,4 @@
-"""to-orbax and to-hf: a model folder written again, by Orbax or as safetensors.
+"""Writes a model folder again, by Orbax or as safetensors: the commands to-orbax and to-hf.
 
 A folder is opened and checked whole before anything is written. `conversion.json` is the first file
 of the output and `config.json` the last, so an interrupted conversion can be told from a finished

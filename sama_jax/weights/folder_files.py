@@ -9,12 +9,8 @@ from sama_jax.errors import ModelError
 from sama_jax.weights import safetensors
 
 CONFIG = "config.json"
-
-
 PARAMS = "orbax"
 """Subfolder of the parameters where Orbax keeps them, not safetensors."""
-
-
 RECORD = "conversion.json"
 """Where a converted folder comes from; written first, so that an unfinished one can be told."""
 

@@ -9,12 +9,8 @@ from sama_jax.errors import ModelError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 """What is downloaded of a Hub repository: no code, no pickles."""
-
-
 PICKLES = ("pytorch_model*.bin",)
 """What is downloaded as well where the caller reads pickles."""
-
-
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 

@@ -215,4 +215,4 @@ def _identity(path: Path, architecture: str, samples: int = 4, block: int = 4096
 
 def with_options(folder: ModelFolder, **changes: Any) -> ModelFolder:
     """Returns the same folder with other model options, such as `remat=True`."""
-    return replace(folder, model=replace(folder.model, **changes))  # pyright: ignore
+    return replace(folder, model=replace(folder.model, **changes))  # pyright: ignore  a protocol

@@ -1,4 +1,4 @@
-"""Pickled PyTorch weights (`.bin`) rewritten as safetensors: on request only.
+"""Rewrites pickled PyTorch weights (`.bin`) as safetensors, on request only.
 
 A pickle can run any code when it is read. Torch's weights-only loading refuses everything but
 tensors and plain containers; what it gives is written as safetensors, which all else reads.

@@ -20,8 +20,6 @@ from sama_jax.weights.tensor_map import leaf_paths, rule_of, sources, swap
 
 SLAB = 2**22
 """The most values that are read from a file at once: 8 MiB of bfloat16."""
-
-
 READERS = min(8, os.cpu_count() or 1)
 """Threads that read and transpose at once; NumPy copies without the interpreter's lock."""
 

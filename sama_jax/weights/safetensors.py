@@ -1,4 +1,4 @@
-"""Holds what is known of safetensors files: which ones a folder has, and how they are written.
+"""Finds the safetensors files of a folder, and writes such files.
 
 Files are written one tensor at a time. Nothing is unpickled.
 """
@@ -16,15 +16,9 @@ import numpy as np
 from sama_jax.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
-
-
 SINGLE = "model.safetensors"
-
-
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """Floating-point types that weights may have: the format's code -> NumPy's name."""
-
-
 _CODES = {
     **{name: code for code, name in DTYPES.items()},
     **{"int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"},

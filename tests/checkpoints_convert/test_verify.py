@@ -590,11 +590,11 @@ def test_flips_are_explained_by_sums_near_zero_only():
         np.zeros((1, 3), np.int32),
         ProbePlan(
             np.ones((1, 1, 3), bool),
-            np.ones((1, 1, 3), bool),  # pyright: ignore
+            np.ones((1, 1, 3), bool),
             np.ones((1, 1), np.float32),
             subsets,
         ),
-        "",  # pyright: ignore
+        "",
     )
     target = np.zeros((1, 1, 3), np.float32)
 

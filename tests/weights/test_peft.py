@@ -71,7 +71,7 @@ def make_adapter(module: torch.nn.Module, config: peft.LoraConfig, path: Path, s
     With the scales of the tests the adapter is 0.2 to 1 times as large as the weights: it shows,
     and logits stay of order one.
     """
-    wrapped = peft.get_peft_model(module, config).eval()  # pyright: ignore
+    wrapped = peft.get_peft_model(module, config).eval()  # pyright: ignore  no stub
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -376,7 +376,8 @@ def test_to_hf_writes_what_peft_merges(saved, tmp_path):
     assert done.bytes_read == (saved.base / "model.safetensors").stat().st_size - header(saved.base)
     assert same(params_of(out), params_of(saved.base, saved.adapter, merge=True))
     module = oracle.random_module(small(), seed=0)
-    merged = peft.PeftModel.from_pretrained(module, saved.adapter).merge_and_unload()  # pyright: ignore
+    adapted = peft.PeftModel.from_pretrained(module, saved.adapter)  # pyright: ignore  no stub
+    merged = adapted.merge_and_unload()
     ours, theirs = load_file(out / "model.safetensors"), merged.state_dict()
     assert ours.keys() == theirs.keys()
     for name in ours:
