@@ -33,11 +33,11 @@ NETWORKS = {
         ),
         mask_id=1,
     ),
-    "bert": encoders.EncoderModel(
+    "bert": encoders.BertModel(
         arch=encoders.BertArchitecture(**BASE, norm_eps=1e-5, max_length=16, token_types=2),
         mask_id=1,
     ),
-    "modernbert": encoders.EncoderModel(
+    "modernbert": encoders.ModernBertModel(
         arch=encoders.ModernBertArchitecture(
             **BASE,
             norm_eps=1e-5,

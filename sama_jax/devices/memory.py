@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from sama_jax.arrays import Architecture, Params
 from sama_jax.core import losses
-from sama_jax.models.transformer import CPU_SCORE_BYTES, query_parts
+from sama_jax.models.attention import CPU_SCORE_BYTES, query_parts
 
 MARGIN = 0.15
 """Share of the temporaries by which the closed form may differ from what XLA allots."""

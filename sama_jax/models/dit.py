@@ -1,6 +1,6 @@
-"""MDLM and SEDD: one diffusion transformer whose norms are modulated by the noise level (adaLN).
+"""Defines MDLM and SEDD: one diffusion transformer, its norms modulated by the noise level (adaLN).
 
-Reads top to bottom: architecture, layers, network, model, readers. Parameter tree (`c`: width of
+Reads top to bottom: architecture, layers, network, model. Parameter tree (`c`: width of
 the condition; the rest as in `transformer.py`):
 
     embed/embedding [v, d]
@@ -26,17 +26,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
+from sama_jax.models.attention import attend
 from sama_jax.models.layers import (
     LayerNorm,
+    Linear,
     Projections,
     add_weights,
     all_positions,
-    attend,
+    rotate,
     scanned,
     take,
 )
-from sama_jax.models.model import LinenModel, PlainArchitecture, flops
-from sama_jax.models.transformer import Linear, rotate
+from sama_jax.models.model import LinenModel, PlainArchitecture, flops, run
 
 NORM_EPS = 1e-5
 ROPE_THETA = 10000.0
@@ -51,7 +52,7 @@ EXCLUDED = -1e6
 
 @dataclass(frozen=True, kw_only=True)
 class DitArchitecture(PlainArchitecture):
-    """Everything that shapes the network."""
+    """Holds all that shapes the network."""
 
     vocab_size: int
     width: int
@@ -73,7 +74,7 @@ class DitArchitecture(PlainArchitecture):
 def noise_level(
     tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"], mask_id: int
 ) -> Float[Array, " b"]:
-    """sigma of a text: the level whose expected share of masked tokens is the text's own.
+    """Returns the sigma of a text: the level whose expected share of masked tokens is its own.
 
     Absorbing noise of total sigma masks a token with probability 1 - exp(-sigma), whatever the
     schedule that led there; the log-linear one ends at a share of 0.999 (sigma 6.9).
@@ -84,7 +85,7 @@ def noise_level(
 
 
 class TimeEmbedding(nn.Module):
-    """The condition of a noise level: float32, also in bfloat16 models, as in both sources."""
+    """Makes the condition of a noise level, in float32 whatever the dtype, as both sources do."""
 
     width: int
 
@@ -99,12 +100,12 @@ class TimeEmbedding(nn.Module):
 
 
 def split_modulation(vectors: Float[Array, "c p"], parts: int) -> list[Float[Array, "c 1 d"]]:
-    """`parts` vectors a condition, to broadcast over positions."""
+    """Returns `parts` vectors a condition, to broadcast over positions."""
     return jnp.split(vectors[:, None], parts, axis=-1)
 
 
 class Mlp(nn.Module):
-    """down(gelu(up(x))), gelu by its tanh approximation."""
+    """Computes down(gelu(up(x))), gelu by its tanh approximation."""
 
     arch: DitArchitecture
     dtype: Any
@@ -117,7 +118,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """(stream, attention so far) -> the same; with `positions`, the stream there only.
+    """Maps (stream, attention so far) to the same; with `positions`, the stream there only.
 
     The stream stays float32 whatever the dtype, as under the sources' autocast.
     """
@@ -145,7 +146,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """The whole network; `trunk` returns the stream and the condition."""
+    """Joins the layers; `trunk` returns the stream and the condition."""
 
     arch: DitArchitecture
     dtype: Any
@@ -165,20 +166,28 @@ class Network(nn.Module):
         self.final_modulation = Linear(2 * arch.width, True, self.dtype)
         self.lm_head = Linear(arch.vocab_size, True, self.dtype)
 
-    def _enter(self, tokens, key_valid, sigma, total):
-        condition = self.time(sigma)
-        carry = (self.embed(tokens).astype(jnp.float32), total)
+    def entering(self, tokens, key_valid, sigma):
+        del key_valid
+        return self.embed(tokens).astype(jnp.float32), self.time(sigma)
+
+    def _enter_last(self, tokens, key_valid, sigma, total):
+        x, condition = self.entering(tokens, key_valid, sigma)
+        carry = (x, total)
         if self.arch.num_layers > 1:
             carry, _ = self.blocks(carry, condition, key_valid)
         return carry, condition
 
     def trunk(self, tokens, key_valid, sigma):
-        (x, _), condition = self._enter(tokens, key_valid, sigma, None)
+        (x, _), condition = self._enter_last(tokens, key_valid, sigma, None)
         return x, condition
 
     def last_hidden(self, stream, key_valid, positions=None):
         x, condition = stream
         (x, _), _ = self.last_block((x, None), condition, key_valid, positions)
+        return self.leaving((x, condition))
+
+    def leaving(self, stream):
+        x, condition = stream
         shift, scale = split_modulation(self.final_modulation(condition), 2)
         return self.final_norm(x) * (1 + scale) + shift
 
@@ -187,8 +196,9 @@ class Network(nn.Module):
 
     def attention(self, tokens, key_valid, sigma):
         total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
-        carry, condition = self._enter(tokens, key_valid, sigma, total)
+        carry, condition = self._enter_last(tokens, key_valid, sigma, total)
         (_, total), _ = self.last_block(carry, condition, key_valid)
+        assert total is not None
         return total / self.arch.num_layers
 
     def __call__(self, tokens, key_valid, sigma):
@@ -197,7 +207,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class DitModel(LinenModel):
-    """The `Model` protocol over `Network`.
+    """Implements `Model` over `Network`.
 
     `trunk`, `hidden` and `attention` take the noise level `sigma` [b] as an optional last argument.
     By default it is 0 where the network ignores time, one condition for the whole batch, else what
@@ -211,7 +221,7 @@ class DitModel(LinenModel):
         return Network(self.arch, self.dtype, self.remat)
 
     def init(self, key) -> Params:
-        """Random float32 parameters."""
+        """Draws random float32 parameters."""
         tokens, key_valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
         return self.network.init(key, tokens, key_valid, jnp.zeros(1))["params"]
 
@@ -227,9 +237,33 @@ class DitModel(LinenModel):
         key_valid: Bool[Array, "b l"],
         sigma: Float[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "c w"]]:
-        """The float32 stream that enters the last block, and the condition (one, or one a text)."""
+        """Returns the float32 stream that enters the last block, and the condition (one, or one a
+        text)."""
         sigma = self._sigma(tokens, key_valid, sigma)
         return self._apply(params, tokens, key_valid, sigma, method="trunk")
+
+    def entering(
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        sigma: Float[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "c w"]]:
+        """Returns the float32 stream that enters the first block, and the condition."""
+        sigma = self._sigma(tokens, key_valid, sigma)
+        return self._apply(params, tokens, key_valid, sigma, method="entering")
+
+    def through_block(
+        self, kind: DitArchitecture, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "c w"]]:
+        """Returns the stream behind a block, and the condition."""
+        x, condition = stream
+        (x, _), _ = run(Block(kind, self.dtype), params, (x, None), condition, key_valid)
+        return x, condition
+
+    def state_of(self, stream: Any) -> Float[Array, "b l d"]:
+        """Returns the stream without the condition."""
+        return stream[0]
 
     def hidden(
         self,
@@ -238,11 +272,11 @@ class DitModel(LinenModel):
         key_valid: Bool[Array, "b l"],
         sigma: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b l d"]:
-        """Final modulated hidden states that predict each token."""
+        """Returns the final modulated hidden states that predict each token."""
         return self._everywhere(params, self.trunk(params, tokens, key_valid, sigma), key_valid)
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
-        """Logits whose softmax is p(x0 = v) at a masked position.
+        """Returns logits whose softmax is p(x0 = v) at a masked position.
 
         MDLM: the head's output without the mask token (SUBS). SEDD: its log scores, likewise; p is
         proportional to exp(log score) there, and what SEDD subtracts from all of them alike, log
@@ -260,10 +294,11 @@ class DitModel(LinenModel):
         key_valid: Bool[Array, "b l"],
         sigma: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b l l"]:
-        """Weights (query, key) averaged over heads and layers; padding queries hold no meaning."""
+        """Returns the weights (query, key) averaged over heads and layers; those of padding queries
+        hold no meaning."""
         sigma = self._sigma(tokens, key_valid, sigma)
         return self._apply(params, tokens, key_valid, sigma, method="attention")
 
     def flops_per_text(self, length: int, scored: float) -> float:
-        """Operations of one forward pass; modulation, one product a text, is left out."""
+        """Counts operations of one forward pass; modulation, one product a text, is left out."""
         return flops(self.arch, length, scored, 2, 2 * self.arch.width * self.vocab_size)

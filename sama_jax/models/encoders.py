@@ -1,6 +1,6 @@
-"""BERT and ModernBERT as masked language models.
+"""Defines BERT and ModernBERT as masked language models.
 
-Reads top to bottom: architectures, layers, the two networks, model, readers. Parameter trees (`f`:
+Reads top to bottom: architectures, head, BERT, ModernBERT. Parameter trees (`f`:
 MLP width; the rest as in `transformer.py`; every leaf of `blocks` is stacked over layers):
 
     embed/embedding [v, d], embed_norm/scale [d]
@@ -21,23 +21,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sama_jax.arrays import Params
 from sama_jax.errors import ModelError
+from sama_jax.models.attention import attend
 from sama_jax.models.layers import (
     LayerNorm,
+    Linear,
     Projections,
     add_weights,
     all_positions,
-    attend,
+    rotate,
     scanned,
     take,
 )
-from sama_jax.models.model import LinenModel, PlainArchitecture, flops
-from sama_jax.models.transformer import Linear, rotate
+from sama_jax.models.model import LinenModel, PlainArchitecture, flops, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertArchitecture(PlainArchitecture):
-    """Everything that shapes a BERT."""
+    """Holds all that shapes a BERT."""
 
     vocab_size: int
     width: int
@@ -53,7 +55,7 @@ class BertArchitecture(PlainArchitecture):
 
 @dataclass(frozen=True, kw_only=True)
 class ModernBertArchitecture(PlainArchitecture):
-    """Everything that shapes a ModernBERT."""
+    """Holds all that shapes a ModernBERT."""
 
     vocab_size: int
     width: int
@@ -77,9 +79,9 @@ class ModernBertArchitecture(PlainArchitecture):
 
 
 class Head(nn.Module):
-    """norm(gelu(dense(x))), then the embedding as decoder, and a bias."""
+    """Computes norm(gelu(dense(x))), then applies the embedding as decoder, and a bias."""
 
-    arch: Any
+    arch: BertArchitecture | ModernBertArchitecture
     use_bias: bool
     dtype: Any
 
@@ -93,7 +95,7 @@ class Head(nn.Module):
         return logits + self.bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _embed(arch: Any, rows: int, dtype: Any) -> nn.Embed:
+def _embed(arch: BertArchitecture | ModernBertArchitecture, rows: int, dtype: Any) -> nn.Embed:
     init = nn.initializers.normal(0.02)
     return nn.Embed(rows, arch.width, dtype=dtype, embedding_init=init)
 
@@ -102,7 +104,7 @@ def _embed(arch: Any, rows: int, dtype: Any) -> nn.Embed:
 
 
 class BertBlock(nn.Module):
-    """Post-norm block: (stream, attention so far) -> the same, at `positions` if given."""
+    """Maps (stream, attention so far) to the same, at `positions` if given; norms come after."""
 
     arch: BertArchitecture
     dtype: Any
@@ -122,7 +124,7 @@ class BertBlock(nn.Module):
 
 
 class BertMlp(nn.Module):
-    """down(gelu(up(x))), exact gelu."""
+    """Computes down(gelu(up(x))), exact gelu."""
 
     arch: BertArchitecture
     dtype: Any
@@ -135,7 +137,7 @@ class BertMlp(nn.Module):
 
 
 class BertNetwork(nn.Module):
-    """The whole BERT."""
+    """Joins the layers of a BERT."""
 
     arch: BertArchitecture
     dtype: Any
@@ -153,42 +155,71 @@ class BertNetwork(nn.Module):
         self.last_block = BertBlock(arch, self.dtype)
         self.head = Head(arch, True, self.dtype)
 
-    def _enter(self, tokens, key_valid, total):
+    def entering(self, tokens, key_valid):
+        del key_valid
         if tokens.shape[1] > self.arch.max_length:
             raise ModelError(
                 f"a batch has {tokens.shape[1]} positions, but the model has position embeddings "
                 f"for {self.arch.max_length} only; lower --max-length"
             )
         x = self.embed(tokens) + self.types(jnp.zeros_like(tokens))
-        carry = (self.embed_norm(x + self.positions(all_positions(x))), total)
+        return self.embed_norm(x + self.positions(all_positions(x)))
+
+    def _enter_last(self, tokens, key_valid, total):
+        carry = (self.entering(tokens, key_valid), total)
         if self.arch.num_layers > 1:
             carry, _ = self.blocks(carry, key_valid)
         return carry
 
     def trunk(self, tokens, key_valid):
-        return self._enter(tokens, key_valid, None)[0]
+        return self._enter_last(tokens, key_valid, None)[0]
 
     def last_hidden(self, stream, key_valid, positions=None):
         (x, _), _ = self.last_block((stream, None), key_valid, positions)
-        return x
+        return self.leaving(x)
+
+    def leaving(self, stream):
+        return stream
 
     def logits(self, hidden):
         return self.head(hidden, self.embed)
 
     def attention(self, tokens, key_valid):
         total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
-        (_, total), _ = self.last_block(self._enter(tokens, key_valid, total), key_valid)
+        (_, total), _ = self.last_block(self._enter_last(tokens, key_valid, total), key_valid)
+        assert total is not None
         return total / self.arch.num_layers
 
     def __call__(self, tokens, key_valid):
         return self.logits(self.last_hidden(self.trunk(tokens, key_valid), key_valid))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BertModel(LinenModel):
+    """Implements `Model` over `BertNetwork`."""
+
+    arch: BertArchitecture
+
+    @property
+    def network(self) -> BertNetwork:
+        return BertNetwork(self.arch, self.dtype, self.remat)
+
+    def through_block(
+        self, kind: BertArchitecture, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """Returns the stream behind a block."""
+        return run(BertBlock(kind, self.dtype), params, (stream, None), key_valid)[0][0]
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        """Counts operations of one forward pass."""
+        return flops(self.arch, length, scored, 2, _head_flops(self.arch))
+
+
 # --- ModernBERT ----------------------------------------------------------------------------------
 
 
 class ModernBertBlock(nn.Module):
-    """Pre-norm block: (stream, attention so far) -> the same, at `positions` if given.
+    """Maps (stream, attention so far) to the same, at `positions` if given; norms come first.
 
     `local` and `theta` are scalars of the layer, so that both kinds of layers are one scan.
     """
@@ -219,7 +250,7 @@ class ModernBertBlock(nn.Module):
 
 
 class ModernBertMlp(nn.Module):
-    """down(gelu(gate(x)) * up(x)), exact gelu."""
+    """Computes down(gelu(gate(x)) * up(x)), exact gelu."""
 
     arch: ModernBertArchitecture
     dtype: Any
@@ -233,7 +264,7 @@ class ModernBertMlp(nn.Module):
 
 
 class ModernBertNetwork(nn.Module):
-    """The whole ModernBERT, of two layers or more."""
+    """Joins the layers of a ModernBERT, two or more."""
 
     arch: ModernBertArchitecture
     dtype: Any
@@ -253,57 +284,78 @@ class ModernBertNetwork(nn.Module):
         self.head = Head(arch, False, self.dtype)
 
     def _layers(self) -> tuple[Bool[Array, " n"], Float[Array, " n"]]:
-        """Kind and rotary base of every layer."""
+        """Returns the kind and the rotary base of every layer."""
         local = jnp.array(self.arch.local)
         theta = jnp.where(local, self.arch.local_theta, self.arch.global_theta)
         return local, theta.astype(jnp.float32)
 
-    def _enter(self, tokens, key_valid, total):
+    def entering(self, tokens, key_valid):
+        del key_valid
+        return self.embed_norm(self.embed(tokens))
+
+    def _enter_last(self, tokens, key_valid, total):
         local, theta = self._layers()
-        carry = (self.embed_norm(self.embed(tokens)), total)
+        carry = (self.entering(tokens, key_valid), total)
         carry, _ = self.first_block(carry, local[0], theta[0], key_valid)
         if self.arch.num_layers > 2:
             carry, _ = self.blocks(carry, local[1:-1], theta[1:-1], key_valid)
         return carry
 
-    def _leave(self, carry, key_valid, positions=None):
+    def _through_last(self, carry, key_valid, positions=None):
         local, theta = self._layers()
         return self.last_block(carry, local[-1], theta[-1], key_valid, positions)[0]
 
     def trunk(self, tokens, key_valid):
-        return self._enter(tokens, key_valid, None)[0]
+        return self._enter_last(tokens, key_valid, None)[0]
 
     def last_hidden(self, stream, key_valid, positions=None):
-        return self.final_norm(self._leave((stream, None), key_valid, positions)[0])
+        return self.leaving(self._through_last((stream, None), key_valid, positions)[0])
+
+    def leaving(self, stream):
+        return self.final_norm(stream)
 
     def logits(self, hidden):
         return self.head(hidden, self.embed)
 
     def attention(self, tokens, key_valid):
         total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
-        _, total = self._leave(self._enter(tokens, key_valid, total), key_valid)
+        carry = self._enter_last(tokens, key_valid, total)
+        _, total = self._through_last(carry, key_valid)
+        assert total is not None
         return total / self.arch.num_layers
 
     def __call__(self, tokens, key_valid):
         return self.logits(self.last_hidden(self.trunk(tokens, key_valid), key_valid))
 
 
-_NETWORKS = {BertArchitecture: BertNetwork, ModernBertArchitecture: ModernBertNetwork}
-
-
 @dataclass(frozen=True, kw_only=True)
-class EncoderModel(LinenModel):
-    """The `Model` protocol over either network."""
+class ModernBertModel(LinenModel):
+    """Implements `Model` over `ModernBertNetwork`."""
 
-    arch: BertArchitecture | ModernBertArchitecture
+    arch: ModernBertArchitecture
 
     @property
-    def network(self) -> nn.Module:
-        return _NETWORKS[type(self.arch)](self.arch, self.dtype, self.remat)  # pyright: ignore
+    def network(self) -> ModernBertNetwork:
+        return ModernBertNetwork(self.arch, self.dtype, self.remat)
+
+    def block_kind(self, number: int) -> tuple[bool, bool]:
+        """Returns whether a block is the first, and whether it is local."""
+        return number == 0, self.arch.local[number]
+
+    def through_block(
+        self, kind: tuple[bool, bool], params: Params, stream: Any, key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """Returns the stream behind a block of a kind."""
+        first, local = kind
+        theta = self.arch.local_theta if local else self.arch.global_theta
+        near_only = jnp.array(local)  # `~` of Python's own would be an integer
+        block = ModernBertBlock(self.arch, self.dtype, first)
+        return run(block, params, (stream, None), near_only, theta, key_valid)[0][0]
 
     def flops_per_text(self, length: int, scored: float) -> float:
-        """Operations of one forward pass. Local layers count all keys, since all are computed."""
-        arch = self.arch
-        head = 2 * arch.width * (arch.width + arch.vocab_size)
-        matrices = 2 if isinstance(arch, BertArchitecture) else 3
-        return flops(arch, length, scored, matrices, head)
+        """Counts operations of one forward pass. Local layers count all keys: all are computed."""
+        return flops(self.arch, length, scored, 3, _head_flops(self.arch))
+
+
+def _head_flops(arch: BertArchitecture | ModernBertArchitecture) -> int:
+    return 2 * arch.width * (arch.width + arch.vocab_size)

@@ -1,6 +1,7 @@
-"""The `Model` and `Architecture` protocols over Linen networks: what all networks share of them."""
+"""Implements what all Linen networks share of the protocols `Model` and `Architecture`."""
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from sama_jax.models.families.family import Kind
 
 
 class PlainArchitecture:
-    """The `Architecture` protocol for networks whose heads all have their own keys and values,
-    with one dense MLP a block, and all blocks but the last stacked."""
+    """Implements `Architecture` for networks whose heads all have their own keys and values, with
+    one dense MLP a block, and all blocks but the last stacked."""
 
     width: int
     num_layers: int
@@ -47,7 +48,8 @@ class PlainArchitecture:
 
 @dataclass(frozen=True, kw_only=True)
 class LinenModel:
-    """The `Model` protocol over a Linen network with `trunk`, `last_hidden`, `logits`, `attention`.
+    """Implements `Model` over a Linen network with the methods `trunk`, `last_hidden`, `logits` and
+    `attention`, and `entering` and `leaving`, which `stages` needs.
 
     Hashable, so it can be a static argument.
     """
@@ -63,7 +65,7 @@ class LinenModel:
 
     @property
     def lora_paths(self) -> re.Pattern[str]:
-        """Parameters that may carry a LoRA adapter: none."""
+        """Matches the parameters that may carry a LoRA adapter: none."""
         return re.compile("(?!)")
 
     @property
@@ -76,18 +78,18 @@ class LinenModel:
 
     @property
     def network(self) -> nn.Module:
-        """The network itself."""
+        """Makes the network itself."""
         raise NotImplementedError
 
     def init(self, key) -> Params:
-        """Random float32 parameters."""
+        """Draws random float32 parameters."""
         tokens, key_valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
         return self.network.init(key, tokens, key_valid)["params"]
 
     def trunk(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
     ) -> Any:
-        """What enters the last block."""
+        """Returns what enters the last block."""
         return self._apply(params, tokens, key_valid, method="trunk")
 
     def last_hidden(
@@ -97,7 +99,7 @@ class LinenModel:
         key_valid: Bool[Array, "b l"],
         positions: Int[Array, "b k"],
     ) -> Float[Array, "b k d"]:
-        """Final hidden states that predict the tokens at `positions`."""
+        """Returns the final hidden states that predict the tokens at `positions`."""
         source = jnp.maximum(positions - 1, 0) if self.shift else positions
         return self.output_at(params, stream, key_valid, source)
 
@@ -108,54 +110,85 @@ class LinenModel:
         key_valid: Bool[Array, "b l"],
         positions: Int[Array, "b k"],
     ) -> Float[Array, "b k d"]:
-        """Final hidden states at `positions` themselves."""
+        """Returns the final hidden states at `positions` themselves."""
         return self._apply(params, stream, key_valid, positions, method="last_hidden")
 
     def hidden(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
     ) -> Float[Array, "b l d"]:
-        """Final hidden states that predict each token."""
+        """Returns the final hidden states that predict each token."""
         return self._everywhere(params, self.trunk(params, tokens, key_valid), key_valid)
 
     def _everywhere(
         self, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
     ) -> Float[Array, "b l d"]:
-        """`last_hidden` at every position."""
+        """Computes `last_hidden` at every position."""
         out = self._apply(params, stream, key_valid, method="last_hidden")
         return jnp.concatenate([out[:, :1], out[:, :-1]], axis=1) if self.shift else out
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
-        """Vocabulary logits in the activation dtype; full batches of them are never needed."""
+        """Returns vocabulary logits in the activation dtype; no caller needs whole batches."""
         return self._apply(params, hidden, method="logits")
 
     def attention(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
     ) -> Float[Array, "b l l"]:
-        """Weights (query, key) averaged over heads and layers, float32.
+        """Returns the weights (query, key) averaged over heads and layers, float32.
 
         Rows sum to 1; those of padding queries hold no meaning. One layer's [b, h, l, l] at a time.
         """
         return self._apply(params, tokens, key_valid, method="attention")
 
     def flops_per_text(self, length: int, scored: float) -> float:
-        """Floating-point operations of one pass that reads `scored` of `length` positions."""
+        """Counts floating-point operations of a pass that reads `scored` of `length` positions."""
         raise NotImplementedError
 
     def with_cudnn(self) -> "LinenModel | None":
-        """The same model with cuDNN's attention: there is none for most networks."""
+        """Returns the same model with cuDNN's attention: there is none for most networks."""
         return None
 
     def with_split_heads(self) -> "LinenModel":
-        """The same model for a mesh that splits its attention heads over devices."""
+        """Returns the same model for a mesh that splits its attention heads over devices."""
         return self
+
+    def entering(
+        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    ) -> Any:
+        """Returns the stream that enters the first block."""
+        return self._apply(params, tokens, key_valid, method="entering")
+
+    def block_kind(self, number: int) -> Hashable:
+        """Returns what is static of block `number` (from 0): equal kinds share a program."""
+        del number
+        return self.arch
+
+    def through_block(
+        self, kind: Any, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
+    ) -> Any:
+        """Returns the stream behind a block of a kind, whose parameters stand alone."""
+        raise NotImplementedError
+
+    def leaving(self, params: Params, stream: Any) -> Float[Array, "b l d"]:
+        """Returns the final hidden states of the stream behind the last block."""
+        return self._apply(params, stream, method="leaving")
+
+    def state_of(self, stream: Any) -> Float[Array, "b l d"]:
+        """Returns the stream without what accompanies it."""
+        return stream
 
     def _apply(self, params: Params, *args: Any, method: str) -> Any:
         return self.network.apply({"params": params}, *args, method=method)
 
 
+def run(module: nn.Module, params: Params, *args: Any) -> Any:
+    """Returns what a module with these parameters computes."""
+    return module.apply({"params": params}, *args)
+
+
 def flops(arch: Architecture, length: int, scored: float, mlp_matrices: int, head: int) -> float:
-    """Operations of one pass, 2 a multiply-accumulate; the last block and the `head` (operations
-    a position) at `scored` positions only. Norms, softmax and conditioning are left out."""
+    """Counts the operations of one pass, 2 a multiply-accumulate; the last block and the `head`
+    (operations a position) at `scored` positions only. Norms, softmax and conditioning are left
+    out."""
     kv = 4 * arch.width**2
     rest = 4 * arch.width**2 + 2 * mlp_matrices * arch.width * arch.mlp_width
     rest += 4 * arch.width * length

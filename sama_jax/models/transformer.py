@@ -1,6 +1,6 @@
-"""One Llama-like transformer for LLaDA, Dream, Qwen, Llama and their relatives (Flax Linen).
+"""Defines one Llama-like transformer for LLaDA, Dream, Qwen, Llama and their relatives.
 
-Reads top to bottom: architecture, layers, network, and the pure functions that the rest of the
+Reads top to bottom: architecture, blocks, network, and the pure functions that the rest of the
 package calls. Blocks are stacked and scanned; the last block is kept apart, because scoring needs
 its queries and MLP at scored positions only.
 
@@ -27,7 +27,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -35,31 +35,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
-from sama_jax.models.model import LinenModel
+from sama_jax.models.attention import attend
+from sama_jax.models.layers import (
+    Embed,
+    Linear,
+    Llama3Scaling,
+    Norm,
+    add_weights,
+    all_positions,
+    rotate,
+    scanned,
+    take,
+)
+from sama_jax.models.model import LinenModel, run
 from sama_jax.models.moe import Experts, Moe
-
-CPU_SCORE_BYTES = 8 * 2**20
-"""Attention scores of a batch that a CPU computes at once; more are computed in parts, since they
-leave the caches: 4 texts of 512 tokens have 32 MiB with 8 heads, which ran a 115M model at 91
-instead of 115 GFLOP/s."""
-CPU_PART_BYTES = 2 * 2**20
-"""Scores of such a part, some heads or queries of a text: that model took 5 % longer with whole
-texts."""
-
-
-class Llama3Scaling(NamedTuple):
-    """Llama 3's stretching of slow rotary frequencies (`rope_type` llama3 in transformers)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
-    """Positions of the first training phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Everything that shapes the network and its arithmetic; a family's config is read into it."""
+    """Holds all that shapes the network and its arithmetic; families read their config into it."""
 
     vocab_size: int
     """Rows of the embedding table, unused ones included."""
@@ -116,236 +110,19 @@ class Architecture:
         return self.mlp_width if self.experts is None else self.experts.shared_width
 
 
-class Norm(nn.Module):
-    """RMS norm: float32 inside, cast back to the input's dtype, and only then scaled.
-
-    The order matters in bfloat16: scaling before the cast changes about a quarter of the outputs
-    by one unit in the last place.
-    """
-
-    eps: float
-    use_bias: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        out = wide.astype(x.dtype) * _row(scale.astype(self.dtype), x)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-            out = out + _row(bias.astype(self.dtype), x)
-        return out
-
-
-def _row(vector: Float[Array, " d"], like: Float[Array, "*b d"]) -> Float[Array, "*r d"]:
-    """Explicit broadcasting, so that rank promotion may be forbidden."""
-    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
-class Linear(nn.Module):
-    """`x @ kernel + bias`. Weights drawn with standard deviation 0.02, as LLaDA's `init_std`.
-
-    Leading axes are flattened: XLA on a CPU takes 3.9 ms for the kernel's gradient from
-    [32, 64, 128] and 1.8 ms from [2048, 128]; the product itself is the same.
-    """
-
-    features: int
-    use_bias: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
-        init = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        out = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            out = out + bias.astype(self.dtype)[None, :]
-        if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-            flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-            out = (out.astype(jnp.float32) + flat @ a @ b).astype(self.dtype)
-        return out.reshape(*x.shape[:-1], self.features)
-
-
-class Embed(nn.Embed):
-    """Table look-up. An adapter changes what is looked up, not a tied head: as PEFT's forward does.
-
-    Sums with an adapter are float32, here and in `Linear`, since PEFT keeps adapters in it.
-    """
-
-    def __call__(self, inputs: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-        out = super().__call__(inputs)
-        if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-            out = (out.astype(jnp.float32) + jnp.take(a, inputs, axis=0) @ b).astype(out.dtype)
-        return out
-
-
-def _rescale(frequency: Float[Array, " a"], scaling: Llama3Scaling) -> Float[Array, " a"]:
-    """Fast frequencies stay, slow ones are divided by the factor, those between are blended."""
-    turns = scaling.original_length * frequency / (2.0 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return frequency * (keep + (1.0 - keep) / scaling.factor)
-
-
-def rotate(
-    x: Float[Array, "b h k a"],
-    positions: Int[Array, "b k"],
-    theta: float | Float[Array, ""],
-    float32: bool,
-    scaling: Llama3Scaling | None = None,
-    table: str = "float32",
-) -> Float[Array, "b h k a"]:
-    """Rotary embedding, half rotation: halves of the head, not interleaved pairs."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) * 2.0 / x.shape[-1])
-    if scaling is not None:
-        frequency = _rescale(frequency, scaling)
-    angle = positions[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle).astype(table), jnp.sin(angle).astype(table)
-    wide = x.astype(jnp.float32) if float32 else x
-    cos, sin = cos.astype(wide.dtype), sin.astype(wide.dtype)
-    first, second = wide[..., :half], wide[..., half:]
-    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return out.astype(x.dtype)
-
-
 def _rotate_part(
     x: Float[Array, "b h k a"], positions: Int[Array, "b k"], arch: Architecture
 ) -> Float[Array, "b h k a"]:
-    """`rotate` on the leading `rotary_size` channels; the others pass."""
+    """Rotates the leading `rotary_size` channels; the others pass."""
     size = arch.rotary_size or arch.head_size
     rope = (arch.rope_theta, arch.rope_float32, arch.rope_scaling, arch.rope_table)
     rotated = rotate(x[..., :size], positions, *rope)
     return jnp.concatenate([rotated, x[..., size:]], axis=-1)
 
 
-def attend(
-    q: Float[Array, "b h k a"],
-    k: Float[Array, "b g l a"],
-    v: Float[Array, "b g l a"],
-    allowed: Bool[Array, "b l"] | Bool[Array, "b #k l"],
-    kernel: Literal["xla", "cudnn"] = "xla",
-    heads_apart: bool = False,
-) -> tuple[Float[Array, "b h k a"], Float[Array, "b h k l"]]:
-    """Attention and its weights. Key head j serves h/g queries; `allowed` names the keys that all
-    queries see, or each of them. `kernel`, `heads_apart`: see `Architecture`.
-
-    Scores and softmax are float32. Hidden keys get the dtype's minimum, so a query without any key
-    stays finite, and exp underflows to an exact 0 everywhere else. Weights that nobody reads are
-    not computed.
-    """
-    b, h, n, _ = q.shape
-    if allowed.ndim == 2:
-        allowed = allowed[:, None]
-    out, weights = _attend(q, k, v, allowed)
-    if kernel == "cudnn" and n == k.shape[2]:  # few queries cost little
-        return _attend_by_cudnn(q, k, v, allowed), weights
-    if b > 1 and 4 * b * h * n * k.shape[2] > CPU_SCORE_BYTES:
-        rows = (q, k, v, allowed)
-        out = jax.lax.platform_dependent(
-            *rows,
-            cpu=functools.partial(_attend_in_parts, heads_apart),
-            default=lambda *args: _attend(*args)[0],
-        )
-    return out, weights
-
-
-def _attend_in_parts(
-    heads_apart: bool,
-    q: Float[Array, "b h k a"],
-    k: Float[Array, "b g l a"],
-    v: Float[Array, "b g l a"],
-    allowed: Bool[Array, "b #k l"],
-) -> Float[Array, "b h k a"]:
-    """Text by text; some heads after the others, or else some queries.
-
-    Heads of one text lie together in memory, so nothing is copied: 4 texts of 512 tokens, 8 heads
-    of size 64: 17.4 ms instead of 19.4 (two cores).
-    """
-    b, h, n, a = q.shape
-    parts = query_parts(h, n, k.shape[2])
-    if heads_apart and k.shape[1] % parts == 0:
-
-        def some_heads(part: tuple[Array, Array, Array, Array]) -> Float[Array, "c k a"]:
-            return _attend(*(x[None] for x in part))[0][0]
-
-        groups = [x.reshape(b * parts, -1, *x.shape[2:]) for x in (q, k, v)]
-        seen = jnp.repeat(allowed, parts, axis=0)
-        return jax.lax.map(some_heads, (*groups, seen)).reshape(b, h, n, a)
-
-    def split(x: Array) -> Array:
-        """[.., n, c] -> [parts, .., n / parts, c]."""
-        return jnp.moveaxis(x.reshape(*x.shape[:-2], parts, -1, x.shape[-1]), -3, 0)
-
-    def text(row: tuple[Array, Array, Array, Array]) -> Float[Array, "h k a"]:
-        q, k, v, allowed = row
-        by_query = allowed.shape[0] > 1
-
-        def some(part: tuple[Array, ...]) -> Float[Array, "h c a"]:
-            seen = part[1] if by_query else allowed
-            return _attend(part[0][None], k[None], v[None], seen[None])[0][0]
-
-        out = jax.lax.map(some, (split(q), *([split(allowed)] if by_query else [])))
-        return jnp.moveaxis(out, 0, 1).reshape(h, n, a)
-
-    return jax.lax.map(text, (q, k, v, allowed))
-
-
-def query_parts(heads: int, queries: int, length: int) -> int:
-    """Parts of equal size of a text's queries, as few as keep the scores of one below
-    `CPU_PART_BYTES`; no part below 32 queries. Heads, where they are taken apart, are as many."""
-    found = [p for p in range(1, max(1, queries // 32) + 1) if queries % p == 0]
-    whole = 4 * heads * queries * length
-    return next((p for p in found if whole <= p * CPU_PART_BYTES), found[-1])
-
-
-def _attend_by_cudnn(
-    q: Float[Array, "b h k a"],
-    k: Float[Array, "b g l a"],
-    v: Float[Array, "b g l a"],
-    allowed: Bool[Array, "b #k l"],
-) -> Float[Array, "b h k a"]:
-    """An 8B model on an H200: 11.1 ms a pass of 512 tokens instead of 12.4 (32 texts, bfloat16)."""
-    mask = jnp.broadcast_to(allowed[:, None], (q.shape[0], 1, q.shape[2], k.shape[2]))
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return out.swapaxes(1, 2)
-
-
-def _attend(
-    q: Float[Array, "b h k a"],
-    k: Float[Array, "b g l a"],
-    v: Float[Array, "b g l a"],
-    allowed: Bool[Array, "b #k l"],
-) -> tuple[Float[Array, "b h k a"], Float[Array, "b h k l"]]:
-    """Exponentials are divided by their sum after the product with the values: at 256 positions
-    that, and scaling inside exp, takes 5.5 ms where softmax takes 7.3 (XLA on a core of a CPU)."""
-    b, h, n, a = q.shape
-    g, length = k.shape[1:3]
-    # The queries of one key head are rows of one product: a fifth axis slows XLA on a CPU down.
-    rows = q.reshape(b, g, h // g * n, a)
-    scores = jnp.einsum("bgra,bgla->bgrl", rows, k, preferred_element_type=jnp.float32)
-    bias = jnp.where(allowed, jnp.float32(0), jnp.finfo(jnp.float32).min)
-    if bias.shape[1] > 1:
-        bias = jnp.tile(bias, (1, h // g, 1))
-    scores = scores + bias[:, None]
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    powers = jnp.exp((scores - top) * (1.0 / math.sqrt(a)))
-    total = powers.sum(axis=-1, keepdims=True)
-    out = jnp.einsum(
-        "bgrl,bgla->bgra", powers.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    out = (out / total).astype(v.dtype)
-    return out.reshape(b, h, n, a), (powers / total).reshape(b, h, n, length)
-
-
 class Attention(nn.Module):
-    """Grouped-query self-attention of some positions (`query`) over all (`x`), and its weights."""
+    """Computes grouped-query self-attention of some positions (`query`) over all (`x`), and its
+    weights."""
 
     arch: Architecture
     dtype: Any
@@ -369,8 +146,7 @@ class Attention(nn.Module):
         q, k, v = (t.reshape(*t.shape[:2], -1, arch.head_size).swapaxes(1, 2) for t in (q, k, v))
         if arch.qk_norm == "head":
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        b, length, _ = x.shape
-        key_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
+        key_positions = all_positions(x)
         allowed = key_valid
         if arch.block_length is not None:
             blocks = [p // arch.block_length for p in (query_positions, key_positions)]
@@ -388,7 +164,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x))."""
+    """Computes down(silu(gate(x)) * up(x))."""
 
     arch: Architecture
     dtype: Any
@@ -403,7 +179,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block. With `positions`, its output (not its keys) is computed there only.
+    """Normalises before attention and MLP. With `positions`, output (not keys) is computed there
+    only.
 
     Carries the stream and, where it is wanted, the sum of attention over layers (else None).
     """
@@ -420,17 +197,12 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b k d"], Float[Array, "b k l"] | None]:
         (x, total), arch = carry, self.arch
         h = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="attn_norm")(x)
-        if positions is None:
-            b, length, _ = x.shape
-            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
-            kept, query = x, h
-        else:
-            kept, query = _take(x, positions), _take(h, positions)
+        at = all_positions(x) if positions is None else positions
         attention = Attention(arch, self.dtype, name="attn")
-        out, weights = attention(query, positions, h, key_valid)
-        kept = kept + out
+        out, weights = attention(take(h, positions), at, h, key_valid)
+        kept = take(x, positions) + out
         h = Norm(arch.norm_eps, arch.norm_bias, self.dtype, name="mlp_norm")(kept)
-        return kept + self._mlp(h), None if total is None else total + weights.mean(axis=1)
+        return kept + self._mlp(h), add_weights(total, weights)
 
     def _mlp(self, h: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
         arch = self.arch
@@ -442,25 +214,22 @@ class Block(nn.Module):
         return out
 
 
-def _take(x: Float[Array, "b l d"], positions: Int[Array, "b k"]) -> Float[Array, "b k d"]:
-    return jnp.take_along_axis(x, positions[:, :, None], axis=1)
-
-
 class _ScannedBlock(nn.Module):
-    """`Block` in the form that `nn.scan` wants: carry in, (carry, None) out."""
+    """Gives `Block` the form that `nn.scan` wants: carry in, (carry, None) out.
+
+    Its name is part of the keys that random parameters are drawn with, so it stays.
+    """
 
     arch: Architecture
     dtype: Any
-    remat: bool
 
     @nn.compact
     def __call__(self, carry, key_valid):
-        block = nn.remat(Block) if self.remat else Block
-        return block(self.arch, self.dtype, name="block")(carry, key_valid), None
+        return Block(self.arch, self.dtype, name="block")(carry, key_valid), None
 
 
 class Network(nn.Module):
-    """The whole network; its methods are the halves that scoring and training need."""
+    """Joins the layers; its methods are the parts that scoring, training and `stages` need."""
 
     arch: Architecture
     dtype: Any
@@ -477,23 +246,22 @@ class Network(nn.Module):
         dense = replace(arch, experts=None)
         self.first_blocks = [Block(dense, self.dtype) for _ in range(arch.first_dense)]
         if arch.stacked_layers:
-            self.blocks = nn.scan(
-                _ScannedBlock,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast,),  # pyright: ignore
-                length=arch.stacked_layers,
-            )(arch, self.dtype, self.remat)
+            stack = scanned(_ScannedBlock, self.remat, arch.stacked_layers, (nn.broadcast,))
+            self.blocks = stack(arch, self.dtype)
         self.last_block = Block(arch, self.dtype)
         self.final_norm = Norm(arch.norm_eps, arch.norm_bias, self.dtype)
         if not arch.tied:
             self.lm_head = Linear(arch.head_rows or arch.vocab_size, arch.head_bias, self.dtype)
 
-    def _enter(self, tokens, key_valid, total):
+    def entering(self, tokens, key_valid):
+        del key_valid
         x = self.embed(tokens)
         if self.arch.scale_embedding:
             x = x * jnp.asarray(math.sqrt(self.arch.width), x.dtype)
-        carry = (x, total)
+        return x
+
+    def _enter_last(self, tokens, key_valid, total):
+        carry = (self.entering(tokens, key_valid), total)
         for block in self.first_blocks:
             carry = block(carry, key_valid)
         if self.arch.stacked_layers:
@@ -501,11 +269,14 @@ class Network(nn.Module):
         return carry
 
     def trunk(self, tokens, key_valid):
-        return self._enter(tokens, key_valid, None)[0]
+        return self._enter_last(tokens, key_valid, None)[0]
 
     def last_hidden(self, stream, key_valid, positions=None):
         x, _ = self.last_block((stream, None), key_valid, positions)
-        return self.final_norm(x)
+        return self.leaving(x)
+
+    def leaving(self, stream):
+        return self.final_norm(stream)
 
     def logits(self, hidden):
         raw = self.embed.attend(hidden) if self.arch.tied else self.lm_head(hidden)
@@ -515,7 +286,7 @@ class Network(nn.Module):
 
     def attention(self, tokens, key_valid):
         total = jnp.zeros((*tokens.shape, tokens.shape[1]), jnp.float32)
-        carry = self._enter(tokens, key_valid, total)
+        carry = self._enter_last(tokens, key_valid, total)
         _, total = self.last_block(carry, key_valid)
         assert total is not None
         return total / self.arch.num_layers
@@ -526,7 +297,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerModel(LinenModel):
-    """The `Model` protocol over `Network`."""
+    """Implements `Model` over `Network`."""
 
     arch: Architecture
     lora: tuple[tuple[str, int], ...] = ()
@@ -535,7 +306,7 @@ class TransformerModel(LinenModel):
 
     @property
     def lora_paths(self) -> re.Pattern[str]:
-        """Parameters that may carry one: those of `Linear` and `Embed`."""
+        """Matches the parameters that may carry one: those of `Linear` and `Embed`."""
         return re.compile(
             r"embed/embedding|lm_head/kernel|\w*blocks?(_\d+)?/(attn|mlp|shared)/\w+_proj/kernel"
         )
@@ -545,28 +316,38 @@ class TransformerModel(LinenModel):
         return Network(self.arch, self.dtype, self.remat)
 
     def init(self, key) -> Params:
-        """Random float32 parameters."""
+        """Draws random float32 parameters."""
         return _flatten_scan(super().init(key))
 
     def _apply(self, params: Params, *args: Any, method: str) -> Any:
         return super()._apply(_unflatten_scan(params), *args, method=method)
 
     def with_cudnn(self) -> "TransformerModel | None":
-        """The same model with cuDNN's attention, which takes bfloat16 and heads of up to 128
-        channels, a multiple of 8."""
+        """Returns the same model with cuDNN's attention, which takes bfloat16 and heads of up to
+        128 channels, a multiple of 8."""
         size = self.arch.head_size
         if self.dtype != jnp.bfloat16 or size > 128 or size % 8:
             return None
         return replace(self, arch=replace(self.arch, attention="cudnn"))
 
     def with_split_heads(self) -> "TransformerModel":
-        """Where a mesh splits heads, a CPU does not take some after the others."""
+        """Returns the same model for a mesh that splits heads: a CPU computes them together."""
         return replace(self, arch=replace(self.arch, heads_apart=False))
 
-    def flops_per_text(self, length: int, scored: float) -> float:
-        """Floating-point operations of one forward pass: 2 a multiply-accumulate.
+    def block_kind(self, number: int) -> Architecture:
+        """Returns the architecture of a block: the first ones may be dense."""
+        return replace(self.arch, experts=None) if number < self.arch.first_dense else self.arch
 
-        Counts blocks at all `length` positions, the last block's queries and MLP and the
+    def through_block(
+        self, kind: Architecture, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
+    ) -> Float[Array, "b l d"]:
+        """Returns the stream behind a block of a kind."""
+        return run(Block(kind, self.dtype), params, (stream, None), key_valid)[0]
+
+    def flops_per_text(self, length: int, scored: float) -> float:
+        """Counts floating-point operations of one forward pass, 2 a multiply-accumulate.
+
+        They are those of blocks at all `length` positions, the last block's queries and MLP and the
         vocabulary head at `scored` positions; norms and softmax are left out (under 2 %).
         """
         arch = self.arch
@@ -584,7 +365,7 @@ class TransformerModel(LinenModel):
 
 
 def _flatten_scan(params: Params) -> Params:
-    """`blocks/block/...` of the scanned module -> the documented `blocks/...`."""
+    """Turns `blocks/block/...` of the scanned module into the documented `blocks/...`."""
     if "blocks" not in params:
         return params
     return {**params, "blocks": params["blocks"]["block"]}

@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sama_jax.models import transformer
-from sama_jax.models.transformer import Norm, TransformerModel, attend, rotate
+from sama_jax.models import attention
+from sama_jax.models.attention import attend
+from sama_jax.models.layers import Norm, rotate
+from sama_jax.models.transformer import TransformerModel
 from sama_jax.weights import loading, model_folder
 
 LENGTH = 256
@@ -350,19 +352,19 @@ def test_attention_in_parts_is_attention(monkeypatch, by_query: bool, heads_apar
     allowed = np.arange(length) < np.array([150, 40, 1])[:, None]
     if by_query:
         allowed = allowed[:, None] & (np.arange(length) <= np.arange(n)[:, None])
-    scores = np.einsum("bhna,bhla->bhnl", *(np.repeat(np.asarray(x, np.float64), r, axis=1)
-                                            for x, r in ((q, 1), (k, h // g))))  # fmt: skip
+    keys = np.repeat(np.asarray(k, np.float64), h // g, axis=1)
+    scores = np.einsum("bhna,bhla->bhnl", np.asarray(q, np.float64), keys)
     seen = allowed[:, None] if by_query else allowed[:, None, None]
     powers = np.where(seen, np.exp(scores / np.sqrt(a)), 0.0)
     weights = powers / powers.sum(axis=-1, keepdims=True)
     expected = np.einsum("bhnl,bhla->bhna", weights, np.repeat(np.asarray(v), h // g, axis=1))
     text = 4 * h * n * length
     for limit, part, parts in ((2**40, 0, None), (0, text, 1), (0, text / 2, 2), (0, 0, 4)):
-        monkeypatch.setattr(transformer, "CPU_SCORE_BYTES", limit)
-        monkeypatch.setattr(transformer, "CPU_PART_BYTES", part)
+        monkeypatch.setattr(attention, "CPU_SCORE_BYTES", limit)
+        monkeypatch.setattr(attention, "CPU_PART_BYTES", part)
         jax.clear_caches()  # JAX keeps what it has traced of a branch
-        assert parts in (None, transformer.query_parts(h, n, length))
-        split = jax.jit(lambda *args: transformer.attend(*args, heads_apart=heads_apart))
+        assert parts in (None, attention.query_parts(h, n, length))
+        split = jax.jit(lambda *args: attend(*args, heads_apart=heads_apart))
         out, read = split(q, k, v, jnp.asarray(allowed))
         np.testing.assert_allclose(out, expected, atol=1e-6)
         np.testing.assert_allclose(read, weights, atol=1e-6)
@@ -389,10 +391,10 @@ def test_cudnn_is_asked_for_the_same_attention(monkeypatch, by_query: bool):
         allowed = allowed[:, None] & np.tri(n, dtype=bool)
         allowed |= np.eye(n, dtype=bool)  # none sees nothing
     allowed = jnp.asarray(allowed)
-    expected, _ = transformer.attend(q, k, v, allowed)
-    found, _ = transformer.attend(q, k, v, allowed, "cudnn")
+    expected, _ = attend(q, k, v, allowed)
+    found, _ = attend(q, k, v, allowed, "cudnn")
     assert asked == ["cudnn"]
     as_float = (np.asarray(x, np.float32) for x in (found, expected))
     np.testing.assert_allclose(*as_float, atol=0.02)  # bfloat16 keeps 8 bits of values below 4
-    transformer.attend(q[:, :, :2], k, v, allowed if not by_query else allowed[:, :2], "cudnn")
+    attend(q[:, :, :2], k, v, allowed if not by_query else allowed[:, :2], "cudnn")
     assert asked == ["cudnn"]  # few queries: by XLA

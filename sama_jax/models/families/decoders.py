@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig, Kind, check_sizes
 from sama_jax.models.families.weight_table import Table, plain_rule
-from sama_jax.models.transformer import Architecture, Llama3Scaling, TransformerModel
+from sama_jax.models.layers import Llama3Scaling
+from sama_jax.models.transformer import Architecture, TransformerModel
 
 _SIZES = (
     "vocab_size",

@@ -12,7 +12,12 @@ import re
 from typing import Any
 
 from sama_jax.errors import ModelError
-from sama_jax.models.encoders import BertArchitecture, EncoderModel, ModernBertArchitecture
+from sama_jax.models.encoders import (
+    BertArchitecture,
+    BertModel,
+    ModernBertArchitecture,
+    ModernBertModel,
+)
 from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
 from sama_jax.models.families.weight_table import Rule, Table, plain_rule
 
@@ -97,7 +102,7 @@ def read_bert(config: dict[str, Any], where: str) -> FamilyConfig:
         "bert",
         arch,
         BERT_WEIGHTS,
-        EncoderModel,
+        BertModel,
         full.get("mask_token_id"),
         shift=False,
         kind="masked",
@@ -134,7 +139,7 @@ def read_modernbert(config: dict[str, Any], where: str) -> FamilyConfig:
         "modernbert",
         arch,
         MODERNBERT_WEIGHTS,
-        EncoderModel,
+        ModernBertModel,
         full.get("mask_token_id"),
         False,
         "masked",
