@@ -1,4 +1,4 @@
-"""Mixture of experts: a router sends each token through a few gated MLPs out of many.
+"""Defines a mixture of experts: a router sends each token through a few gated MLPs out of many.
 
 Parameters (e experts of width f):
 
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """Everything that shapes an expert layer and its arithmetic."""
+    """Holds all that shapes an expert layer and its arithmetic."""
 
     count: int
     active: int
@@ -41,7 +41,7 @@ class Experts:
     """Of the normalised weights (sigmoid gate only)."""
 
     def flops_per_token(self, model_width: int) -> int:
-        """Of the router and of the experts that a token goes through."""
+        """Counts operations of the router and of the experts that a token goes through."""
         width = self.active * self.width + self.shared_width
         return 2 * model_width * self.count + 6 * model_width * width
 
@@ -49,7 +49,7 @@ class Experts:
 def softmax_gate(
     h: Float[Array, "n d"], kernel: Float[Array, "d e"], bias: Float[Array, " e"], experts: Experts
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
-    """LLaDA-MoE's router: experts of each token, and their weights in the activation dtype.
+    """Routes as LLaDA-MoE does: experts of each token, and their weights in the activation dtype.
 
     Softmax over all experts in float32; the bias is added to the probabilities, and to the weights
     with them. The chosen weights are never normalised, whatever `norm_topk_prob` says: the block
@@ -63,7 +63,7 @@ def softmax_gate(
 def sigmoid_gate(
     h: Float[Array, "n d"], kernel: Float[Array, "d e"], bias: Float[Array, " e"], experts: Experts
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
-    """LLaDA2's router: experts of each token, and their weights in float32.
+    """Routes as LLaDA2 does: experts of each token, and their weights in float32.
 
     The bias takes part in the choice of groups and experts, but not in the weights. A group counts
     by its two best experts. Of equal scores the lower index is taken.
@@ -97,7 +97,7 @@ def mix(
     up: Float[Array, "e d f"],
     down: Float[Array, "e f d"],
 ) -> Float[Array, "n d"]:
-    """Sum of each token's weighted experts, added in the order of the experts, in weight's dtype.
+    """Sums each token's weighted experts, added in the order of the experts, in weight's dtype.
 
     (Token, expert) pairs are sorted by expert and cut into tiles of one expert each; a scan takes
     one tile at a time, so only a tile's activations exist at once. The last tile of an expert is
@@ -139,7 +139,7 @@ def mix(
 
 
 class _Weight(nn.Module):
-    """A `kernel`, in the activation dtype; experts are stacked on its first axis."""
+    """Holds a `kernel`, in the activation dtype; experts are stacked on its first axis."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -151,7 +151,7 @@ class _Weight(nn.Module):
 
 
 class _Router(nn.Module):
-    """The parameters of a gate, in the dtype that they are held in."""
+    """Holds the parameters of a gate, in the dtype that they are stored in."""
 
     width: int
     experts: Experts
@@ -168,7 +168,7 @@ class _Router(nn.Module):
 
 
 class _GatedExperts(nn.Module):
-    """Gate, up and down projections of all experts."""
+    """Holds the gate, up and down projections of all experts."""
 
     width: int
     experts: Experts
@@ -185,7 +185,7 @@ class _GatedExperts(nn.Module):
 
 
 class Moe(nn.Module):
-    """The expert layer in the place of a block's MLP. Padding is routed like any token.
+    """Computes the expert layer, in the place of a block's MLP. Padding is routed like any token.
 
     A shared expert, which every token goes through, is an MLP beside it.
     """

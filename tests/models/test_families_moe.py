@@ -297,15 +297,27 @@ def test_unusable_configs_are_refused(config, complaint):
 
 
 LLADA_MOE_7B = MOE(
-    vocab_size=157184, hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
-    num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, expert_intermediate_size=1024,
+    vocab_size=157184,
+    hidden_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    num_experts=64,
+    num_experts_per_tok=8,
+    expert_intermediate_size=1024,
     moe_layer_freq=[1] * 16,
-)  # fmt: skip
+)
 LLADA2_MINI = TWO(
-    vocab_size=157184, hidden_size=2048, num_hidden_layers=20, num_attention_heads=16,
-    num_key_value_heads=4, head_dim=128, intermediate_size=5120, num_experts=256,
+    vocab_size=157184,
+    hidden_size=2048,
+    num_hidden_layers=20,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=128,
+    intermediate_size=5120,
+    num_experts=256,
     moe_intermediate_size=512,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(

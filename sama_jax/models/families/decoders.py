@@ -1,4 +1,4 @@
-"""Llama-like decoders by transformers' field names: Dream, A2D, iLLaDA, and causal Qwen and Llama.
+"""Reads decoders that use transformers' field names: Dream, A2D, iLLaDA, causal Qwen and Llama.
 
 All of them are one network: RMS norms, grouped queries, half rotation with rounded sines, a gated
 MLP. A `Dialect` says what a family's classes fix and what its config class assumes.
@@ -67,7 +67,7 @@ _ONLY = {
 
 
 class Dialect(NamedTuple):
-    """What a family's classes fix."""
+    """Holds what a family's classes fix."""
 
     defaults: Mapping[str, Any]
     kind: Kind = "diffusion"
@@ -79,7 +79,7 @@ class Dialect(NamedTuple):
 
 
 def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any], where: str) -> Any:
-    """`rope_type` default or llama3; the others change what positions mean in other ways."""
+    """Reads a `rope_type` default or llama3; the others change what positions mean otherwise."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -105,7 +105,7 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
 
 
 def _read_rope(config: Mapping[str, Any], default: Any, where: str) -> tuple[float, Any]:
-    """(theta, scaling). transformers 5 writes both into `rope_parameters`, 4 beside each other."""
+    """Reads (theta, scaling): transformers 5 has both in `rope_parameters`, 4 as two fields."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
         raise ModelError(f"{where}: rotary parameters {rope} are not one set for all layers")
@@ -118,7 +118,7 @@ def _read_rope(config: Mapping[str, Any], default: Any, where: str) -> tuple[flo
 
 
 def read_decoder(dialect: Dialect, config: dict[str, Any], where: str) -> FamilyConfig:
-    """One reader for all; `dialect` holds the differences."""
+    """Reads any of these configs; `dialect` holds the differences."""
     known = {**dialect.defaults, **config}
     wrong = [f"{k} is {config[k]!r}" for k, v in _ONLY.items() if config.get(k, v) != v]
     if set(config.get("layer_types") or ()) - {"full_attention"}:
@@ -207,7 +207,7 @@ DECODER_WEIGHTS = Table(
 
 
 def is_illada(config: Mapping[str, Any]) -> bool:
-    """By its class: what its config says for `model_type` has not been seen."""
+    """Tells iLLaDA by its class: what its config says for `model_type` has not been seen."""
     listed = config.get("architectures")
     return isinstance(listed, list) and "ILLaDAForCausalLM" in listed
 

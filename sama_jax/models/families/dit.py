@@ -25,8 +25,8 @@ with 128."""
 
 
 def read_mdlm(config: dict[str, Any], where: str) -> FamilyConfig:
-    """kuleshov-group/mdlm-owt's `config.json`. The mask is the last row, which MDLM appends to a
-    tokenizer without one; `mask_token_id` replaces it."""
+    """Reads kuleshov-group/mdlm-owt's `config.json`. The mask is the last row, which MDLM
+    appends to a tokenizer without one; `mask_token_id` replaces it."""
     full = {**MDLM_DEFAULTS, **config}
     if type(full["time_conditioning"]) is not bool:
         raise ModelError(f"{where}: time_conditioning is {full['time_conditioning']!r}, not a bool")
@@ -39,12 +39,12 @@ def read_mdlm(config: dict[str, Any], where: str) -> FamilyConfig:
 
 
 def is_sedd(config: dict[str, Any]) -> bool:
-    """SEDD publishes its training configuration: it says `graph` and `tokens`, and no type."""
+    """Tells SEDD, which publishes its training configuration: `graph` and `tokens`, no type."""
     return "model_type" not in config and {"model", "graph", "noise", "tokens"} <= config.keys()
 
 
 def read_sedd(config: dict[str, Any], where: str) -> FamilyConfig:
-    """louaaron/sedd-small's `config.json`: `tokens`, `model.*`, `graph.type`, `noise.type`.
+    """Reads louaaron/sedd-small's `config.json`: `tokens`, `model.*`, `graph.type`, `noise.type`.
 
     There are no defaults. The mask token is the row after the tokenizer's. `scale_by_sigma` only
     adds a constant to all scores, so both values are accepted.
@@ -106,7 +106,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def dit_rule(path: str, num_layers: int) -> Rule:
-    """The rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
+    """Returns the rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
     if path == "embed/embedding":
         return Rule("vocab_embed.embedding")
     module, _, leaf = path.rpartition("/")

@@ -1,4 +1,4 @@
-"""What a family of models is to the registry."""
+"""Defines what a family of models is to the registry."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ masked tokens. Attacks name the kinds that they are defined for."""
 
 
 class FamilyConfig(NamedTuple):
-    """What a `config.json` says, in our words."""
+    """Holds what a `config.json` says, in our words."""
 
     family: str
     """Its name, for messages."""

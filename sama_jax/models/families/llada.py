@@ -1,4 +1,4 @@
-"""LLaDA's `config.json` in our words: dense models of the first generation.
+"""Reads LLaDA's config and names its tensors: dense models of the first generation.
 
 Source of the names: `Stry233/SAMA` `trainer/model/llada/modeling_llada.py` and the Hub index of
 GSAI-ML/LLaDA-8B-Instruct.
@@ -71,7 +71,7 @@ _LLADA_SIZES = {
 
 
 def read_llada(config: dict[str, Any], where: str) -> FamilyConfig:
-    """LLaDA dense: 8B-Base, -Instruct, 1.5 and the small configurations of the SAMA repository."""
+    """Reads dense LLaDA: 8B-Base, -Instruct, 1.5 and the SAMA repository's small ones."""
 
     def get(name: str) -> Any:
         return config.get(name, LLADA_DEFAULTS[name])
@@ -156,7 +156,7 @@ _BLOCK = {
 
 
 def _plain_blocks(name: str, block_group_size: int) -> str:
-    """Block groups (`transformer.block_groups.{g}.{j}.`) become plain blocks."""
+    """Turns block groups (`transformer.block_groups.{g}.{j}.`) into plain blocks."""
     if match := re.match(r"^transformer\.block_groups\.(\d+)\.(\d+)\.(.+)$", name):
         group, within, rest = int(match[1]), int(match[2]), match[3]
         return f"transformer.blocks.{group * block_group_size + within}.{rest}"

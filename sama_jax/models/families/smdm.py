@@ -1,4 +1,4 @@
-"""SMDM (nieshen/SMDM): masked diffusion on lit-gpt's Llama.
+"""Reads SMDM (nieshen/SMDM), masked diffusion on lit-gpt's Llama, and names its tensors.
 
 The published files are bare weights without a config. `config.json` has to be written: lit-gpt's
 field names (`lit_gpt/config.py` of ML-GSAI/SMDM, 583aa47), as in `trainer/configs/models/
@@ -30,7 +30,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def read_smdm(config: dict[str, Any], where: str) -> FamilyConfig:
-    """Diff_LLaMA_*: the mask token is the row behind the vocabulary, and has no logit."""
+    """Reads Diff_LLaMA_*: the mask token is the row behind the vocabulary, and has no logit."""
     wrong = [
         f"{k} is {config[k]!r}" for k, have in _ONLY.items() if config.get(k, have[0]) not in have
     ]
@@ -83,7 +83,7 @@ _TOP = {
 
 
 def smdm_table(groups: int, queries: int, head_size: int) -> Table:
-    """The fused matrix has `groups` key/value heads, each behind its `queries` query heads.
+    """Names tensors whose fused matrix has `groups` key/value heads, each behind `queries` others.
 
     The one family whose tensors cannot be split without these numbers.
     """
