@@ -1,5 +1,6 @@
 """The benchmark and the compilation cache: what they claim is what happens."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import tiny
 
 from sama_jax.cli import entry
 from sama_jax.config import AuditSettings, override, preset
+from sama_jax.devices.child_process import Crashed
 from sama_jax.errors import UsageError
 from sama_jax.programs.bench import matmul_products
 from sama_jax.programs.bench.memory import DeviceMemory
 from sama_jax.programs.bench.run import require_comparable
-from sama_jax.programs.bench.side import Loaded
+from sama_jax.programs.bench.side import Loaded, Side
 from sama_jax.programs.bench.summary import ratio
 from sama_jax.programs.bench.table import print_table
 from sama_jax.programs.bench.tokens import encode
@@ -230,3 +232,13 @@ def test_a_second_process_compiles_nothing_with_the_cache(inputs, tmp_path):
     assert compiled > 0
     assert again == 0
     assert found >= compiled
+
+
+def test_a_side_that_cannot_start_leaves_nothing_open(tmp_path):
+    """Its pipes are closed, or the warning about them would fail this test."""
+    ids = [np.array([1, 2], np.int32)]
+    job = BenchJob(model=tmp_path, texts=[], settings=AuditSettings())
+    with pytest.raises(Crashed, match="ended with exit code 1"):  # noqa: SIM117
+        with Side("jax", "sama_jax.no_such_module", job, ids, tmp_path):
+            pass
+    gc.collect()

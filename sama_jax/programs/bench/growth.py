@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax.errors import DataError
-from sama_jax.programs.bench.run import OURS
+from sama_jax.programs.bench.run import JAX
 from sama_jax.programs.bench.side import Side
 from sama_jax.programs.bench.tokens import encode
 from sama_jax.programs.jobs import BenchJob
@@ -57,7 +57,7 @@ def _measure(job: BenchJob, folder: ModelFolder, at: dict[str, int]) -> dict[str
         )
     with (
         tempfile.TemporaryDirectory() as scratch,
-        Side("jax", OURS, job, ids, Path(scratch)) as side,
+        Side("jax", JAX, job, ids, Path(scratch)) as side,
     ):
         side.load()
         side.round()

@@ -27,7 +27,7 @@ from sama_jax.programs.jobs import BenchJob
 from sama_jax.terminal import Terminal, duration
 from sama_jax.weights.model_folder import ModelFolder, open_folder
 
-OURS, TORCH = (f"sama_jax.programs.bench.{name}" for name in ("ours", "torch_side"))
+JAX, TORCH = (f"sama_jax.programs.bench.{name}" for name in ("jax_side", "torch_side"))
 TOLERANCE = 1e-3
 """Largest difference of the frameworks' losses, nats; float32 rounding is some 1e-5."""
 
@@ -47,7 +47,7 @@ def run_bench(job: BenchJob) -> dict[str, Any]:
     ids = encode(job, folder)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ours, theirs = stack.enter_context(Side("jax", OURS, job, ids, scratch)), None
+        ours, theirs = stack.enter_context(Side("jax", JAX, job, ids, scratch)), None
         loaded = ours.load()
         if job.torch:
             require_comparable(loaded)

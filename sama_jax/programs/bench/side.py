@@ -122,7 +122,11 @@ class Side:
         self._told = task.to_json()
 
     def __enter__(self) -> "Side":
-        self._child.ask(self._told)
+        try:
+            self._child.ask(self._told)
+        except BaseException:  # a `with` statement calls `__exit__` only after `__enter__`
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
