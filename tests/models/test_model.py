@@ -23,9 +23,9 @@ def test_hidden_states_predict_the_token_at_their_position(name):
     @jax.jit
     def read():
         stream = plain.trunk(params, tokens, valid)
-        plain_at = plain.last_hidden(params, stream, valid, POSITIONS)
-        shifted_at = shifted.last_hidden(params, stream, valid, POSITIONS)
-        own = [m.output_at(params, stream, valid, POSITIONS) for m in (plain, shifted)]
+        plain_at = plain.last_hidden(params, stream, valid, jnp.asarray(POSITIONS))
+        shifted_at = shifted.last_hidden(params, stream, valid, jnp.asarray(POSITIONS))
+        own = [m.output_at(params, stream, valid, jnp.asarray(POSITIONS)) for m in (plain, shifted)]
         everywhere = [m.hidden(params, tokens, valid) for m in (plain, shifted)]
         return plain_at, shifted_at, own, everywhere
 
