@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUICK := tests/core/test_masking.py tests/core/test_metrics.py tests/words tests/test_docs.py
+QUICK := tests/core tests/texts tests/storage tests/words \
+	tests/engine/test_tasks.py tests/engine/test_text_table.py
 
 .PHONY: demo test quick lint docs install clean
 
