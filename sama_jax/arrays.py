@@ -234,19 +234,19 @@ class Model(Protocol):
         ...
 
     def init(self, key: Any) -> Params:
-        """Random parameters in float32."""
+        """Draws random parameters in float32."""
         ...
 
     def hidden(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
     ) -> Float[Array, "b l d"]:
-        """Final normalised hidden states that predict each token."""
+        """Returns the final normalised hidden states that predict each token."""
         ...
 
     def trunk(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
     ) -> Any:
-        """The residual stream [b, l, d] that enters the last block, and whatever else it needs.
+        """Returns the stream [b, l, d] that enters the last block, and what else that needs.
 
         Scoring only hands it to `last_hidden`; a network conditioned on time adds its condition.
         """
@@ -259,7 +259,7 @@ class Model(Protocol):
         key_valid: Bool[Array, "b l"],
         positions: Int[Array, "b k"],
     ) -> Float[Array, "b k d"]:
-        """Final normalised hidden states that predict the tokens at `positions` (in 0..l-1).
+        """Returns the final hidden states that predict the tokens at `positions` (in 0..l-1).
 
         A shifted model's come from the positions before. Nothing predicts the token at 0 there:
         it takes the output at 0, which predicts something else (docs/differences.md), as every
@@ -274,30 +274,30 @@ class Model(Protocol):
         key_valid: Bool[Array, "b l"],
         positions: Int[Array, "b k"],
     ) -> Float[Array, "b k d"]:
-        """Final normalised hidden states at `positions` themselves, whichever token they predict.
+        """Returns the final hidden states at `positions`, whichever token they predict.
 
         For what compares alignments; losses are read from `last_hidden`.
         """
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
-        """Vocabulary logits in the activation dtype."""
+        """Returns vocabulary logits in the activation dtype."""
         ...
 
     def attention(
         self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
     ) -> Float[Array, "b l l"]:
-        """Attention weights (query, key) averaged over heads and layers, float32."""
+        """Returns attention weights (query, key), averaged over heads and layers, in float32."""
         ...
 
     def flops_per_text(self, length: int, scored: float) -> float:
-        """Floating-point operations of one pass that reads `scored` of `length` positions."""
+        """Counts the operations of one pass that reads `scored` of `length` positions."""
         ...
 
     def with_cudnn(self) -> "Model | None":
-        """The same model with cuDNN's attention; None if that cannot compute it on any device."""
+        """Returns the model with cuDNN's attention; None if no device can compute that."""
         ...
 
     def with_split_heads(self) -> "Model":
-        """The same model for a mesh that splits its attention heads over devices."""
+        """Returns the model for a mesh that splits its attention heads over devices."""
         ...

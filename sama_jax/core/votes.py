@@ -128,7 +128,7 @@ def sign_statistics(
     plan: ProbePlan,
     ties: Ties = "zero",
 ) -> SignStatistics:
-    """`text_sign_statistics` of a batch: every array has a leading axis of texts. Jitted.
+    """Computes `text_sign_statistics` of a batch: arrays have a leading axis of texts. Jitted.
 
     >>> import numpy as np
     >>> plan = ProbePlan(

@@ -91,7 +91,7 @@ class Child:
         return answer["answer"]
 
     def _end(self) -> SamaError:
-        """The error that says how the child ended."""
+        """Makes the error that says how the child ended."""
         code = self._process.wait()
         if code == -9:
             return OutOfMemory(

@@ -159,7 +159,7 @@ class _Phases(NamedTuple):
 
 
 def _on_cpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
-    """One copy of the float32 scores is alive, along with q, k, v and the output.
+    """Counts one copy of the float32 scores, along with q, k, v and the output.
 
     If the scores exceed `CPU_SCORE_BYTES`, only one part of them is alive, but q, k, v and the
     output exist twice. An MLP holds its input, gate, up, and their product.
@@ -174,7 +174,7 @@ def _on_cpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
 
 
 def _on_gpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
-    """Float32 scores and their exponentials are alive, along with q, k and v.
+    """Counts float32 scores and their exponentials, along with q, k and v.
 
     cuDNN's attention has neither scores nor exponentials. An MLP holds gate, up, and their product.
     The scan over layers copies one layer's MLP parameters. Within 8 % for an 8B model and 8 to 128
@@ -187,7 +187,7 @@ def _on_gpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
 
 
 def _on_tpu(arch: Architecture, batch: BatchShape, of: _Arrays) -> _Phases:
-    """The softmax is fused: its weights exist once, along with q, k and v.
+    """Counts the weights of a fused softmax once, along with q, k and v.
 
     The MLP's product is fused as well, except in the last block, which holds its stream and input
     at the scored positions. The scanned blocks' stream exists twice, and XLA transposes the

@@ -200,7 +200,7 @@ class OnMesh(Layout):
         return np.repeat(self._local()[:, 0], rows // self.row_parts)
 
     def _local(self) -> Bool[np.ndarray, "data model"]:
-        """Which devices are those of this process."""
+        """Tells which devices are those of this process."""
         process = jax.process_index()
         return np.vectorize(lambda d: d.process_index == process, otypes=[bool])(self.mesh.devices)
 

@@ -76,7 +76,7 @@ def both_losses(
 
 
 def measure(model: Model, params: Params, token_ids: Sequence[int] | np.ndarray) -> Evidence | None:
-    """The evidence of one text; None if it has too few distinct tokens.
+    """Measures one text; returns None if it has too few distinct tokens.
 
     A token that comes up several times counts once, with its mean: a model that has learnt nothing
     likes or dislikes a token wherever it stands, so that repetitions are not independent.
@@ -112,7 +112,7 @@ def _by_token(values: np.ndarray, kinds: np.ndarray) -> np.ndarray:
 
 
 def check(model: Model, params: Params, token_ids: Sequence[int] | np.ndarray) -> str | None:
-    """A warning line if the other reading predicts `token_ids` (of `TEXT`) better, else None.
+    """Warns if the other reading predicts `token_ids` (of `TEXT`) better; else None.
 
     Raises `ModelError` if it does so by more than half a nat and five standard errors. A model
     whose better reading is not clearly (five standard errors) better than a guess among all rows

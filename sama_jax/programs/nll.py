@@ -33,7 +33,7 @@ RESULT = "nll.jsonl"
 
 
 def bound_and_error(reading: Reading, settings: AuditSettings) -> Float[Array, " 2"]:
-    """Mean and standard error, in nats a token, of the passes' estimates of a text's NLL.
+    """Returns mean and standard error, in nats a token, of the estimates of a text's NLL.
 
     The numbers of masked tokens are spread evenly over the passes, which the error treats as
     independent draws: it is an upper estimate.

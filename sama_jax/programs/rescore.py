@@ -95,7 +95,7 @@ def _obstacle(
     manifest: dict[str, Any],
     folder: RunFolder,
 ) -> str | None:
-    """Why an attack cannot be scored from the store; None if it can."""
+    """Says why an attack cannot be scored from the store; None if it can."""
     if attack.needs_texts:
         return "it reads the texts themselves"
     if attack.name == "sama" and manifest["run"].get("plan"):

@@ -139,7 +139,7 @@ def load_plan(path: Path, max_length: int | None = None) -> Replay:
 def _load(
     path: Path, kinds: dict[str, str], what: str, flag: str, optional: tuple[str, ...] = ()
 ) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of an npz and its arrays of these names, their kinds of dtype checked."""
+    """Reads the bytes of an npz and its arrays of these names; checks their dtypes."""
     try:
         data = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data)) as file:
@@ -194,7 +194,7 @@ def load_losses(path: Path, replay: Replay) -> Losses:
 
 
 def match(replay: Replay, ids: list[str], token_ids: list[np.ndarray], where: Path) -> list[int]:
-    """Row of the plan for each text; every text must be there with the same tokens."""
+    """Finds the plan's row of each text, which must be there with the same tokens."""
     rows = {name: row for row, name in enumerate(replay.ids)}
     found = []
     for name, tokens in zip(ids, token_ids):

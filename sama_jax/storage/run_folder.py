@@ -107,15 +107,17 @@ class RunFolder:
             self._merge_file(part)
 
     def log(self, event: str, **values: Any) -> None:
-        """One line in log.jsonl."""
+        """Appends one line to log.jsonl."""
         seconds = round(time.time() - self._started, 3)
         self._log.append_json({"event": event, "seconds": seconds} | values)
 
     def has_scores(
         self, text_id: str, attacks: list[str], values: list[float | None] | None = None
     ) -> bool:
-        """Whether all `attacks` have been scored for a text (null counts as scored), with these
-        `values` if given."""
+        """Tells whether all `attacks` have been scored for a text, with these `values` if given.
+
+        Null counts as scored.
+        """
         scores = self._parts.get(text_id, {}).get("scores", {})
         found = [scores[a] for a in attacks if a in scores]
         return len(found) == len(attacks) if values is None else found == values
@@ -179,12 +181,12 @@ class RunFolder:
 
 
 def json_lines(rows: list[dict[str, Any]]) -> str:
-    """JSON Lines; NaN and infinity are refused."""
+    """Returns rows as JSON Lines; NaN and infinity are refused."""
     return "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run folder; None if there is none. Raises `UsageError` if unreadable."""
+    """Reads a folder's manifest; None if there is none. Raises `UsageError` if unreadable."""
     if not os.path.isfile(path / MANIFEST):  # False, too, where the path cannot be
         return None
     try:

@@ -155,12 +155,12 @@ def collect(texts: list[Text]) -> Texts:
 
 
 def content_id(text: str) -> str:
-    """First 16 hex digits of the SHA-256 of the UTF-8 text: the id of a text that has none."""
+    """Returns the id of a text that has none: 16 hex digits of the SHA-256 of its UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _free(base: str, is_given: bool, taken: set[str], givens: dict[str, Text]) -> str:
-    """`base`, or `base#2`, `base#3`, ...: never an id that another record was given."""
+    """Returns `base`, or `base#2`, `base#3`, ...: never an id that another record has."""
     if base not in taken and (is_given or base not in givens):
         return base
     number = 2

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 def rows_of(path: Path, problems: list[str]) -> Iterator[Row]:
-    """The records of a file, whatever its format; unreadable lines go to `problems`."""
+    """Yields the records of a file, whatever its format; unreadable lines go to `problems`."""
     content = _read_bytes(path)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if content[:4] == b"PAR1" or suffix == ".parquet":

@@ -133,7 +133,7 @@ def test_the_pytorch_form_draws_the_masks_of_its_preset(inputs, name):
     valid = torch_sama.torch.ones(2, 40, dtype=bool)
     masked, counts = torch_sama.torch.zeros_like(valid), []
     for step in range(4):
-        masked |= sama._new_positions(step, masked, valid)
+        masked |= sama.new_positions(step, masked, valid)
         counts.append(masked.sum(dim=1).tolist())
     fractions = (np.arange(4) + 1) / 5 if name == "official" else np.arange(4) / 3
     expected = np.rint(40 * (0.05 + 0.45 * fractions)).astype(int)

@@ -88,7 +88,7 @@ _SIZES = (
 
 
 def read_bert(config: dict[str, Any], where: str) -> FamilyConfig:
-    """transformers' BERT. The mask id is the tokenizer's."""
+    """Reads transformers' BERT. The mask id is the tokenizer's."""
     full = {**BERT_DEFAULTS, **config}
     _refuse_others(full, _BERT_ONLY, "BERT", where)
     check_sizes(full, (*_SIZES, "max_position_embeddings", "type_vocab_size"), where)
@@ -110,7 +110,7 @@ def read_bert(config: dict[str, Any], where: str) -> FamilyConfig:
 
 
 def read_modernbert(config: dict[str, Any], where: str) -> FamilyConfig:
-    """transformers' ModernBERT, in the words of version 4 (`global_attn_every_n_layers`,
+    """Reads transformers' ModernBERT, in the words of version 4 (`global_attn_every_n_layers`,
     `global_rope_theta`) or 5 (`layer_types`, `rope_parameters`). The mask id is the tokenizer's."""
     full = {**MODERNBERT_DEFAULTS, **config}
     _refuse_others(full, _MODERNBERT_ONLY, "ModernBERT", where)
@@ -147,7 +147,7 @@ def read_modernbert(config: dict[str, Any], where: str) -> FamilyConfig:
 
 
 def _theta(config: dict[str, Any], kind: str, older: str, where: str) -> float:
-    """Rotary base of one kind of layers; `rope_parameters` goes before the older field."""
+    """Returns the rotary base of one kind of layers; `rope_parameters` goes first."""
     rope = (config["rope_parameters"] or {}).get(kind) or {}
     if rope.get("rope_type", "default") != "default":
         raise ModelError(
@@ -168,7 +168,7 @@ def _refuse_others(config: dict[str, Any], only: dict[str, Any], name: str, wher
 
 
 def _shared(config: dict[str, Any], parity: int, where: str) -> dict[str, int]:
-    """The sizes that both have; a head's must be a multiple of `parity` (2 for rotation)."""
+    """Reads the sizes that both have; a head's must be a multiple of `parity` (2 for rotation)."""
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % (parity * heads):
         raise ModelError(
@@ -250,7 +250,7 @@ _MODERNBERT_TOP = {
 
 
 def modernbert_rule(path: str, num_layers: int) -> Rule:
-    """The rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
+    """Returns the rule of one of our parameter paths, such as `blocks/attn/q_proj/kernel`."""
     module, _, leaf = path.rpartition("/")
     kernel = leaf == "kernel"
     if module in _MODERNBERT_TOP:

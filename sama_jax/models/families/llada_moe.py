@@ -75,7 +75,7 @@ def _check_fit(arch: Architecture, experts: Experts, where: str) -> None:
 
 
 def is_lladamoe(config: dict[str, Any]) -> bool:
-    """The Hub's config says `llada`, as the dense models' does; dllm asks to write `lladamoe`."""
+    """Tells LLaDA-MoE from dense models: the Hub's config says `llada`, dllm's `lladamoe`."""
     named = config.get("architectures")
     listed = named if isinstance(named, list) else [named]
     is_named = any(name in listed for name in _LLADAMOE_CLASSES)
@@ -83,7 +83,7 @@ def is_lladamoe(config: dict[str, Any]) -> bool:
 
 
 def read_lladamoe(config: dict[str, Any], where: str) -> FamilyConfig:
-    """inclusionAI/LLaDA-MoE-7B-A1B. Defaults: `configuration_lladamoe.py` in `ZHZisZZ/dllm`.
+    """Reads inclusionAI/LLaDA-MoE-7B-A1B. Defaults: `configuration_lladamoe.py` in `ZHZisZZ/dllm`.
 
     Fields whose class default is -1, which cannot build a network, must be present; only an absent
     `partial_rotary_factor` counts as 1. `norm_topk_prob` and `moe_router_score_function` are not
@@ -176,7 +176,7 @@ LLADA2_DEFAULTS: dict[str, Any] = {
 
 
 def read_llada2(config: dict[str, Any], where: str) -> FamilyConfig:
-    """inclusionAI/LLaDA2.0-mini, LLaDA2.1-mini; experts stacked if dFactory merged them.
+    """Reads inclusionAI/LLaDA2.0-mini and 2.1-mini; experts stacked if dFactory merged them.
 
     `norm_topk_prob` and `moe_router_enable_expert_bias` are not read: the authors' router always
     normalises and always has a bias.
@@ -277,7 +277,7 @@ def _top(embedding: str) -> dict[str, Rule]:
 
 
 def _layer(stack: str, num_layers: int) -> str:
-    """`blocks`, `last_block` or `first_blocks_0` -> the layer's number in a source name."""
+    """Returns the layer's number in a source name, of `blocks`, `last_block` and so on."""
     if stack.startswith("first_blocks_"):
         return stack.removeprefix("first_blocks_")
     return "{i}" if stack == "blocks" else str(num_layers - 1)
@@ -286,7 +286,7 @@ def _layer(stack: str, num_layers: int) -> str:
 def _rules(
     top: dict[str, Rule], block: Mapping[str, tuple[str, bool]], expert: str
 ) -> Callable[[str, int], Rule]:
-    """`expert`: name of an expert's projection `{p}` inside a layer."""
+    """Makes the rules; `expert` names an expert's projection `{p}` inside a layer."""
 
     def rule(path: str, num_layers: int) -> Rule:
         if path in top:

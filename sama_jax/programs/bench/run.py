@@ -110,7 +110,7 @@ def _require_agreement(found: Agreement) -> Agreement:
 def _describe(
     job: BenchJob, folder: ModelFolder, ids: list[np.ndarray], loaded: Loaded
 ) -> dict[str, Any]:
-    """What was measured, and where."""
+    """Says what was measured, and where."""
     model, lengths = folder.model, [len(t) for t in ids]
     full = sum(model.flops_per_text(n, float(n)) for n in lengths)
     head = 2.0 * model.arch.width * model.vocab_size

@@ -54,7 +54,7 @@ def to_json(found: Measured, texts: int) -> dict[str, Any]:
 def _against(
     ours: dict[str, Any], theirs: dict[str, Any], rounds: Sequence[Round], seconds: float
 ) -> dict[str, Any]:
-    """PyTorch's shares and ratios; above 1 ours is faster, or needs more."""
+    """Returns PyTorch's shares and ratios; above 1 ours is faster, or needs more."""
     votes, median = _median(rounds, "vote_seconds"), _median(rounds, "seconds")
     cpu = _median(rounds, "cpu_seconds")
     return {

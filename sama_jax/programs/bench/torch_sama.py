@@ -94,7 +94,7 @@ class TorchSama:
         spent = 0.0
         for step in range(s.steps):
             if probes is None:
-                new = self._new_positions(step, masked, valid)
+                new = self.new_positions(step, masked, valid)
             else:
                 width = tokens.shape[1]
                 new = torch.from_numpy(probes.masks[:, step, :width].copy()) & ~masked
@@ -122,7 +122,7 @@ class TorchSama:
             spent += time.perf_counter() - start
         return [self._score(v) for v in votes], spent
 
-    def _new_positions(self, step: int, masked: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    def new_positions(self, step: int, masked: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Draws random positions that bring each text to the step's density."""
         s, new = self.settings, torch.zeros_like(masked)
         span = s.max_density - s.min_density
