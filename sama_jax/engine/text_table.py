@@ -1,5 +1,6 @@
 """Holds the texts of a run as columns: one table a view, one row a text."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,10 @@ def _maskable(
 
 @dataclass(frozen=True, eq=False)
 class TextTable:
-    """One view of the texts of a run, as columns. A text that has no such view is an empty row."""
+    """One view of the texts of a run, as columns. A text that has no such view is an empty row.
+
+    Nothing in it changes, so what derives from all rows is computed once: each batch asks for it.
+    """
 
     exists: Bool[np.ndarray, " n"]
     high: UInt32[np.ndarray, " n"]
@@ -109,19 +113,19 @@ class TextTable:
         """Rows."""
         return len(self.store_keys)
 
-    @property
+    @functools.cached_property
     def readable(self) -> Bool[np.ndarray, " n"]:
         """Tells which rows have a token that can be masked."""
         return self.exists & (self.num_tokens > 0)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> Int32[np.ndarray, " n"]:
         """Tokens of a forward pass: the text and what stands before it."""
         return np.array(
             [len(m) + len(b) for m, b in zip(self.maskable, self.before)], np.int32
         ).reshape(-1)
 
-    @property
+    @functools.cached_property
     def offsets(self) -> Int32[np.ndarray, " n"]:
         """Position in a forward pass at which the text begins."""
         return np.array([len(b) for b in self.before], np.int32).reshape(-1)
