@@ -1,0 +1,33 @@
+"""Files that others wrote: what they are read as, and the one error that is left."""
+
+import os
+
+import pytest
+
+from sama_jax import untrusted
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="regular file"):
+        untrusted.read_bytes(tmp_path / "config.json")
+
+
+def test_more_bytes_than_the_limit_are_refused_before_they_are_read(tmp_path):
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="at most 10 bytes, found 1,099,511,627,776"):
+        untrusted.read_bytes(path, 10)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "{", b"\xff{}"])
+def test_whatever_is_wrong_with_json_is_a_value_error(content):
+    with pytest.raises(ValueError, match=r"JSON|Expecting|digits|codec"):
+        untrusted.parse_json(content)
+
+
+def test_a_foreign_text_in_a_message_is_cut_and_moves_no_cursor():
+    assert untrusted.printable("a\x1b[31m\nb\ud800") == "a\\x1b[31m\\nb\\ud800"
+    assert untrusted.printable("x" * 100, 4) == "xxxx…"
+    assert untrusted.printable("Zürich") == "Zürich"
