@@ -29,7 +29,7 @@ from sama_jax.models.families.weight_table import Table
 from sama_jax.models.registry import read_config
 from sama_jax.storage.files import write_json, writing
 from sama_jax.terminal import ByteBar, duration
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import (
     folder_files,
     hub,
@@ -226,8 +226,7 @@ def _check_tokenizer(folder: ModelFolder) -> None:
     """Refuses a broken tokenizer; weights without any can be converted."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if any((folder.path / name).is_file() for name in names):
-        tokenizer = TextTokenizer.from_folder(folder.path)
-        require_ids_fit(tokenizer, folder.model.vocab_size, str(folder.path))
+        TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
 
 
 def _layout(folder: ModelFolder) -> tuple[Table, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sama_jax.errors import ModelError
 from sama_jax.models.registry import read_config
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import folder_files, hub, model_folder
 from sama_jax.weights.orbax_source import OrbaxSource
 
@@ -57,8 +57,7 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
     if record := folder_files.json_object(path / folder_files.RECORD):
         found["converted_from"] = record.get("source")
     try:
-        tokenizer = TextTokenizer.from_folder(path)
-        require_ids_fit(tokenizer, folder.model.vocab_size, str(path))
+        TextTokenizer.from_folder(path, folder.model.vocab_size)
     except ModelError as error:
         found["refused"].append(str(error))
     found["loadable"] = not found["refused"]

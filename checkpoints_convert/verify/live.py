@@ -28,7 +28,7 @@ from sama_jax.engine import output_position
 from sama_jax.errors import ModelError
 from sama_jax.models.stages import stages
 from sama_jax.texts.read import read_texts
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights.model_folder import ModelFolder, open_folder
 
 DENSITIES = (0.15, 0.4, 0.65, 0.9)
@@ -88,7 +88,7 @@ def _token_rows(
 ) -> list[np.ndarray]:
     room = min(4 * TOKENS, folder.max_length)
     if texts is not None:
-        tokenizer = TextTokenizer.from_folder(folder.path)
+        tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
         found = read_texts(texts).texts[: len(DENSITIES)]
         encoded = [e.ids for e in tokenizer.encode([t.text for t in found], room) if len(e.ids)]
         if not encoded:
@@ -106,8 +106,7 @@ def _token_rows(
 def _built_in(folder: ModelFolder, size: int) -> tuple[np.ndarray, str]:
     """Returns ids of the built-in text, and if they are few the reason."""
     try:
-        tokenizer = TextTokenizer.from_folder(folder.path)
-        require_ids_fit(tokenizer, folder.model.vocab_size, str(folder.path))
+        tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
     except ModelError as error:
         return np.zeros(0, np.int32), str(error)
     # Without files, transformers makes an empty tokenizer for some model types.

@@ -20,7 +20,7 @@ from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
 from sama_jax.terminal import ProgressBar
 from sama_jax.texts.read import Text, Texts, collect
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit, require_same_ids
+from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
 from sama_jax.weights import model_folder
 
 MANY_TEXTS = 2000
@@ -142,10 +142,10 @@ def common_tokenizer(
       ModelError: the tokenizers give other ids, or ids without an embedding.
       UsageError: the models have different mask tokens.
     """
-    ours = TextTokenizer.from_folder(target.path)
-    require_ids_fit(ours, target.model.vocab_size, str(target.path))
-    theirs = TextTokenizer.from_folder(reference.path)
-    require_ids_fit(theirs, reference.model.vocab_size, str(reference.path))
+    ours, theirs = (
+        TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
+        for folder in (target, reference)
+    )
     require_same_ids(ours, theirs, texts)
     if target.model.mask_id != reference.model.mask_id:
         raise UsageError(

@@ -15,7 +15,7 @@ from sama_jax import rng
 from sama_jax.config import TrainSettings
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
 from sama_jax.weights import hub, loading, model_folder
@@ -48,8 +48,7 @@ def finetune(
         base = hub.resolve(base)
         folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
         _require_trainable(folder.family, settings, str(base))
-        tokenizer = TextTokenizer.from_folder(base)
-        require_ids_fit(tokenizer, folder.model.vocab_size, str(base))
+        tokenizer = TextTokenizer.from_folder(base, folder.model.vocab_size)
         identity = {"command": "finetune", "base": folder.identity}
         run = runs.open_run(out, identity, settings, data, heldout, quiet)
         if run.finished:
@@ -95,9 +94,9 @@ def pretrain(
         run = runs.open_run(out, identity, settings, data, heldout, quiet)
         if run.finished:
             return run.manifest["result"]
-        placed = new_tokenizer.place_tokenizer(tokenizer, run, full["vocab_size"])
         model = build_model(family, family.mask_id or 0, jnp.dtype("float32"))
-        require_ids_fit(placed, model.vocab_size, str(config))
+        sizes = full["vocab_size"], model.vocab_size
+        placed = new_tokenizer.place_tokenizer(tokenizer, run, *sizes)
         key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
         # Outside jit, initialisers run one by one: 20 s instead of 2.
         init = jax.jit(model.init)
@@ -112,7 +111,7 @@ def _new_config(path: Path, tokenizer: Path | None) -> tuple[dict[str, Any], str
     if tokenizer is None:
         name, ids = "trained here", new_tokenizer.trained_ids(kind, config["vocab_size"])
     else:
-        given = TextTokenizer.from_file(tokenizer)
+        given = TextTokenizer.from_file(tokenizer, None)
         name, ids = given.fingerprint, new_tokenizer.given_ids(kind, given)
     full = new_tokenizer.with_token_ids(config, ids, str(path))
     if kind != "autoregressive" and full.get("mask_token_id") is None:

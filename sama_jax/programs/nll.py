@@ -26,7 +26,7 @@ from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import RunFolder, json_lines
 from sama_jax.terminal import console
 from sama_jax.texts.read import Text, Texts
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import model_folder
 
 RESULT = "nll.jsonl"
@@ -78,8 +78,7 @@ def run_nll(
     longest = settings.pad_to or settings.max_length
     options: dict[str, Any] = {"dtype": settings.dtype, "attention": settings.attention}
     folder = model_folder.open_folder(model, mask_id=mask_id, longest=longest, **options)
-    tokenizer = TextTokenizer.from_folder(folder.path)
-    require_ids_fit(tokenizer, folder.model.vocab_size, str(model))
+    tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
     views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]
     role = ModelRole("target", folder, model_key(folder, settings))

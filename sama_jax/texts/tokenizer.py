@@ -1,9 +1,15 @@
 """Turns texts into token ids by a model folder's own tokenizer. NumPy, no devices."""
 
+import base64
+import contextlib
+import functools
 import hashlib
+import json
+import math
+import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +18,89 @@ from jaxtyping import Bool
 from tokenizers import Tokenizer
 
 from sama_jax.arrays import Encoded
-from sama_jax.errors import ModelError
+from sama_jax.errors import DataError, ModelError
 from sama_jax.texts.read import Text
+from sama_jax.untrusted import printable, read_bytes
+
+WHOLE_BYTES = 2**21
+"""Bytes of a text, as the tokenizer normalises it, that are tokenised at once. The library takes
+up to 400 bytes for each of them."""
+BATCH_CHARACTERS = 2**16
+"""Characters of the texts that one call tokenises, unless a single text has more."""
+BATCH_TEXTS = 256
+STEP = 2**14
+"""Characters that are normalised at once to see how long a text becomes."""
+MAX_GROWTH = 1024
+"""Characters that a normaliser may make of one. Unicode's own compatibility forms make 18."""
+MAX_ADDED = 1024
+"""Tokens that a tokenizer may add to a text."""
+LONGEST = 65535
+"""Tokens that any text is cut at."""
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_PROBES = (
+    "",
+    "The quick brown fox jumps over 13 lazy dogs. it's I'LL don't",
+    "  two  spaces\tand\ttabs\n\n\nlines \r\n and trailing   ",
+    "Zürich façade naïve Ångström e\u0301 \ufb01 \u212b ﷺ ½ İstanbul ß",
+    "def f(x):\n    return x ** 2 + 0x1F  # https://example.org/a_b?c=%20",
+    "中文字符 日本語のテキスト 한국어 العربية हिन्दी ไทย 😀👩‍👩‍👧",
+    "1234567890 3.14159 1,000,000 ²³ ٣ \u00a0\u200b\ufeff\x00\x07",
+    "<s> </s> <|endoftext|> <|im_start|> [MASK] [CLS] <mask> <|mdm_mask|> ▁ Ġ ##ing",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ================ ________",
+)
+"""Texts whose ids are part of a tokenizer's fingerprint."""
 
 
 class TextTokenizer:
-    """A model folder's tokenizer: text in, ids out, without padding or a truncation of its own.
+    """A model folder's tokenizer: text in, ids out, without settings that lose or change tokens.
 
     Cutting keeps the tokens that the tokenizer adds at both ends, as `transformers` does.
+
+    Args:
+      tokenizer: the library's own; its truncation, padding and sampling are switched off.
+      where: names it in messages.
+      rows: embedding rows of the model. None: its ids are checked against its vocabulary alone.
+
+    Raises:
+      ModelError: it can give an id without a row, or its settings cannot be used.
     """
 
-    def __init__(self, tokenizer: Tokenizer, where: str):
-        # Settings stored in tokenizer.json would cut or pad texts behind our back.
+    def __init__(self, tokenizer: Tokenizer, where: str, rows: int | None = None):
+        # Settings stored in tokenizer.json would cut, pad or draw tokens behind our back.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self.where = where
+        for name in ("dropout", "alpha", "nbest_size"):
+            if hasattr(tokenizer.model, name):
+                setattr(tokenizer.model, name, None)
+        self._tokenizer, self.where, self._rows = tokenizer, where, rows
+        if rows is not None and self.max_id >= rows:
+            raise ModelError(
+                f"{where}: the tokenizer's largest id is {self.max_id}, but the embedding has "
+                f"{rows} rows; is it another model's tokenizer?"
+            )
+        self._growth = _growth(tokenizer, where)
+        added = len(self._encode_batch([""])[0].ids)
+        if added > MAX_ADDED:
+            raise ModelError(
+                f"{where}: adds {added} tokens to a text, expected at most {MAX_ADDED}"
+            )
 
     @classmethod
-    def from_folder(cls, path: Path) -> "TextTokenizer":
+    def from_folder(cls, path: Path, rows: int | None) -> "TextTokenizer":
         """Reads `tokenizer.json`, else what `transformers` makes of the folder's files.
 
         Raises `ModelError`. Code in the folder is never run.
         """
-        if (path / "tokenizer.json").is_file():
-            return cls.from_file(path / "tokenizer.json")
+        file = path / "tokenizer.json"
+        if file.is_file():
+            return cls.from_file(file, rows)
         hint = "expected tokenizer.json or files that transformers reads without remote code"
-        try:
+        with _library(f"{path}: no usable tokenizer; {hint}"):
+            # Whoever opens a named pipe waits for a writer, for ever.
+            for entry in path.iterdir():
+                if entry.exists() and not entry.is_file() and not entry.is_dir():
+                    raise ValueError(f"{entry.name} is no regular file")
             from transformers import AutoTokenizer
             from transformers.utils import logging as hf_logging
 
@@ -52,33 +112,39 @@ class TextTokenizer:
                 )
             finally:
                 hf_logging.set_verbosity(level)
-            backend = slow.backend_tokenizer
-        except Exception as error:  # whatever a folder's files can provoke in there
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-            raise ModelError(f"{path}: no usable tokenizer; {hint} ({reason})") from None
-        return cls(Tokenizer.from_str(backend.to_str()), str(path))
+            made = Tokenizer.from_str(slow.backend_tokenizer.to_str())
+        return cls(made, str(path), rows)
 
     @classmethod
-    def from_file(cls, path: Path) -> "TextTokenizer":
+    def from_file(cls, path: Path, rows: int | None) -> "TextTokenizer":
         """Reads one `tokenizer.json`. Raises `ModelError`."""
-        try:
-            return cls(Tokenizer.from_file(str(path)), str(path))
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise ModelError(f"{path}: not a usable tokenizer file ({error})") from None
+        with _library(f"{path}: not a usable tokenizer file"):
+            made = Tokenizer.from_buffer(read_bytes(path))
+        return cls(made, str(path), rows)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of the tokenizer's settings; equal ones give equal ids."""
-        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+        """Returns the SHA-256 of all that can change an id: settings, and the ids of `_PROBES`.
 
-    @property
+        The ids show what the settings, as they are written, leave out.
+        """
+        found: list[Any] = [self._tokenizer.to_str()]
+        for text in _PROBES:
+            try:
+                (raw,) = self._encode_batch([text])
+                found.append([raw.ids, raw.special_tokens_mask])
+            except ModelError:  # a text of the run that has no ids says so itself
+                found.append(None)
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    @functools.cached_property
     def max_id(self) -> int:
-        """Returns the largest id, added tokens included."""
+        """Returns the largest id of the vocabulary, added tokens included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def token_id(self, name: str) -> int | None:
         """Returns the id of a token by its exact name, None if there is none."""
-        return self._tokenizer.token_to_id(name)
+        return self._tokenizer.token_to_id(_clean(name))
 
     def encode(
         self,
@@ -90,28 +156,161 @@ class TextTokenizer:
 
         Lone surrogates, which no UTF-8 text holds but JSON can spell, become U+FFFD. `progress` is
         told the number of texts done, now and then.
+
+        Raises:
+          DataError: a text is too long to be tokenised.
+          ModelError: the tokenizer fails, or gives an id that has no row.
         """
         encoded: list[Encoded] = []
-        for start in range(0, len(texts), 256):
-            clean = [_SURROGATES.sub("\ufffd", t) for t in texts[start : start + 256]]
-            raws = self._tokenizer.encode_batch(clean, add_special_tokens=True)
-            encoded += [_cut(text, raw, max_length) for text, raw in zip(clean, raws)]
+        for batch in self._batches(texts):
+            raws = self._encode_batch([text for text, _ in batch])
+            for (text, whole), raw in zip(batch, raws):
+                found = _cut(text, raw, max_length, whole)
+                if found is None:
+                    raise DataError(
+                        f"text {len(encoded) + 1} of {len(texts)} is too long to be tokenised to "
+                        f"{max_length:,} tokens: expected at most {WHOLE_BYTES:,} bytes; split it"
+                    )
+                encoded.append(found)
             if progress:
-                progress(len(clean))
+                progress(len(batch))
         return encoded
 
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
+        """Yields texts to be tokenised together, each with whether it is whole."""
+        batch, characters = list[tuple[str, bool]](), 0
+        for text in map(_clean, texts):
+            fitting, size = self._fitting(text)
+            if batch and (characters + size > BATCH_CHARACTERS or len(batch) == BATCH_TEXTS):
+                yield batch
+                batch, characters = [], 0
+            batch.append((fitting, len(fitting) == len(text)))
+            characters += size
+        if batch:
+            yield batch
 
-def _cut(text: str, raw: Any, max_length: int) -> Encoded:
+    def _fitting(self, text: str) -> tuple[str, int]:
+        """Returns as much of a text as can be tokenised, and about the length it is given."""
+        if len(text) <= STEP and self._growth <= 4:
+            return text, len(text)
+        normaliser, size = self._tokenizer.normalizer, 0
+        for start in range(0, len(text), STEP):
+            piece = text[start : start + STEP]
+            if normaliser is not None:
+                with _library(f"{self.where}: the tokenizer fails"):
+                    piece = normaliser.normalize_str(piece)
+            size += len(piece.encode())
+            if size > WHOLE_BYTES:
+                return text[:start], size
+        return text, size
+
+    def _encode_batch(self, texts: list[str]) -> list[Any]:
+        """Calls the library; every id that leaves it is checked here."""
+        with _library(f"{self.where}: the tokenizer fails"):
+            raws = self._tokenizer.encode_batch(texts, add_special_tokens=True)
+        end, what = self._rows, "the embedding has {} rows"
+        if end is None:
+            end, what = min(self.max_id + 1, 2**31), "its vocabulary has {} ids"
+        worst = max((max(raw.ids, default=-1) for raw in raws), default=-1)
+        if worst >= end:
+            raise ModelError(
+                f"{self.where}: the tokenizer gives id {worst}, but {what.format(end)}; correct "
+                "the ids of its post-processor and of its added tokens"
+            )
+        return raws
+
+
+@contextlib.contextmanager
+def _library(problem: str) -> Iterator[None]:
+    """Runs calls of the tokenizer library, and makes whatever they raise a `ModelError`.
+
+    A panic of its Rust code is a `BaseException`, and is told on standard error with pieces of the
+    text: what arrives there meanwhile is held back, and dropped if the call panics.
+    """
+    panicked, stderr = False, os.dup(2)
+    reading, writing = os.pipe()
+    # Full after 64 KiB: what comes then is lost, but nobody waits for a reader.
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    os.dup2(writing, 2)
+    try:
+        yield
+    except BaseException as error:
+        panicked = type(error).__name__ == "PanicException"
+        if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
+            raise
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ModelError(f"{problem} ({printable(reason, 200)})") from None
+    finally:
+        os.dup2(stderr, 2)
+        with contextlib.suppress(BlockingIOError):  # nothing was said
+            said = os.read(reading, 2**16)
+            if not panicked:
+                os.write(2, said)
+        for end in (stderr, reading, writing):
+            os.close(end)
+
+
+def _clean(text: str) -> str:
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def _growth(tokenizer: Tokenizer, where: str) -> int:
+    """Returns how many characters a tokenizer's own settings can make of one.
+
+    Raises `ModelError` if that is absurd, or if its model has settings that are.
+    """
+    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        length = len(getattr(tokenizer.model, name, None) or "")
+        if length > 256:  # it is copied for every unknown word
+            raise ModelError(f"{where}: {name} has {length} characters, expected at most 256")
+    characters = getattr(tokenizer.model, "max_input_chars_per_word", 0)
+    if characters > 1000:  # the time for a word is its length cubed
+        raise ModelError(
+            f"{where}: max_input_chars_per_word is {characters}, expected at most 1000"
+        )
+
+    def of(part: Any) -> int:
+        if not isinstance(part, dict):
+            return 1
+        found = math.prod(map(of, part.get("normalizers", [])))
+        # An empty match, too, is replaced: there is one between all characters.
+        found *= 1 + len(part.get("content", "")) + len(part.get("prepend", ""))
+        if part.get("type") == "Precompiled":
+            charsmap = base64.b64decode(part["precompiled_charsmap"])
+            replacements = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
+            found *= max(map(len, replacements.decode(errors="replace").split("\0")))
+        return found
+
+    normaliser = tokenizer.normalizer
+    with _library(f"{where}: its normaliser cannot be used"):
+        found = of(json.loads(normaliser.__getstate__())) if normaliser is not None else 1
+    if found > MAX_GROWTH:
+        raise ModelError(
+            f"{where}: its normaliser makes up to {found:,} characters of one, expected at most "
+            f"{MAX_GROWTH}"
+        )
+    return found
+
+
+def _cut(text: str, raw: Any, max_length: int, whole: bool) -> Encoded | None:
+    """Makes the tokens of a text of what the library gave; None if they may be others.
+
+    They may where only the beginning of the text was tokenised and the tokens reach into the last
+    eighth of it, which could be other ones before the rest of the text.
+    """
     ids = np.asarray(raw.ids, np.int32)
     special = np.asarray(raw.special_tokens_mask, bool)
-    truncated = len(ids) > max_length
+    truncated = len(ids) > max_length or not whole
     covered = text
     if truncated:
         added = min(_added_end(special), max_length)
-        kept = np.r_[: max_length - added, len(ids) - added : len(ids)]
+        kept = np.r_[: min(max_length, len(ids)) - added, len(ids) - added : len(ids)]
         ids, special = ids[kept], special[kept]
         offsets = raw.offsets  # a new list at every access
         covered = text[: max((offsets[i][1] for i in kept), default=0)]
+        if not whole and 8 * len(covered) >= 7 * len(text):
+            return None
     zlib_bytes = len(zlib.compress(covered.encode("utf-8")))
     return Encoded(ids, special, truncated, zlib_bytes, len(covered))
 
@@ -130,9 +329,8 @@ def require_same_ids(
     """
     if target.fingerprint == reference.fingerprint:
         return
-    texts, whole = list(texts), 2**31 - 1
-    ours = target.encode([t.text for t in texts], whole)
-    theirs = reference.encode([t.text for t in texts], whole)
+    texts = list(texts)
+    ours, theirs = (t.encode([x.text for x in texts], LONGEST) for t in (target, reference))
     for text, a, b in zip(texts, ours, theirs):
         if np.array_equal(a.ids, b.ids):
             continue
@@ -144,13 +342,4 @@ def require_same_ids(
             f"{a.ids[begin : begin + 6].tolist()} by {target.where}, "
             f"{b.ids[begin : begin + 6].tolist()} by {reference.where}; "
             "use the model that the target was fine-tuned from"
-        )
-
-
-def require_ids_fit(tokenizer: TextTokenizer, vocab_rows: int, where: str) -> None:
-    """Raises `ModelError` if the tokenizer can give an id that has no embedding row."""
-    if tokenizer.max_id >= vocab_rows:
-        raise ModelError(
-            f"{where}: the tokenizer's largest id is {tokenizer.max_id}, but the embedding has "
-            f"{vocab_rows} rows; is {tokenizer.where} another model's tokenizer?"
         )

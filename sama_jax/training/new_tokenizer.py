@@ -77,10 +77,19 @@ def _mask_token(tokenizer: TextTokenizer) -> str | None:
     return next((name for name in MASK_TOKENS if tokenizer.token_id(name) is not None), None)
 
 
-def place_tokenizer(given: Path | None, run: Run, vocab_size: int) -> TextTokenizer:
+def place_tokenizer(given: Path | None, run: Run, vocab_size: int, rows: int) -> TextTokenizer:
     """Puts the tokenizer into the output folder: copied, or trained once and then kept.
 
     Writes `tokenizer.json` and a `tokenizer_config.json` that names its special tokens.
+
+    Args:
+      given: the tokenizer.json to copy; None: one of `vocab_size` ids is trained.
+      run: the training.
+      vocab_size: of the config.
+      rows: embedding rows of the model.
+
+    Raises:
+      ModelError: the tokenizer cannot be used, or has ids beyond the rows.
     """
     path = run.out / "tokenizer.json"
     placed = run.manifest.get("tokenizer_sha256")
@@ -93,7 +102,7 @@ def place_tokenizer(given: Path | None, run: Run, vocab_size: int) -> TextTokeni
         else:
             content = given.read_bytes()
         files.write_atomic(path, content)
-        written = TextTokenizer.from_file(path)
+        written = TextTokenizer.from_file(path, rows)
         end = END if written.token_id(END) is not None else None
         special = {"eos_token": end, "pad_token": end, "mask_token": _mask_token(written)}
         # transformers would add a token that the tokenizer lacks, above the model's last row.
@@ -101,7 +110,7 @@ def place_tokenizer(given: Path | None, run: Run, vocab_size: int) -> TextTokeni
         fast |= {k: name for k, name in special.items() if name is not None}
         files.write_json(run.out / "tokenizer_config.json", fast)
         run.remember(tokenizer_sha256=hashlib.sha256(content).hexdigest())
-    return TextTokenizer.from_file(path)
+    return TextTokenizer.from_file(path, rows)
 
 
 def with_token_ids(

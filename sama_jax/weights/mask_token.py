@@ -40,7 +40,7 @@ def tokenizer_mask(path: Path) -> int | None:
             return added[name]
         if isinstance(name, str):
             try:
-                return TextTokenizer.from_folder(path).token_id(name)
+                return TextTokenizer.from_folder(path, None).token_id(name)
             except ModelError:  # whoever needs the tokenizer itself will say so
                 return None
     found = {name: added[name] for name in MASK_NAMES if name in added}

@@ -96,7 +96,7 @@ def reopened_by_transformers(root, name):
 
 def batch(root, name):
     """(tokens, valid) of the texts, padded with the end of text."""
-    found = TextTokenizer.from_folder(root / name).encode(TEXTS, 40)
+    found = TextTokenizer.from_folder(root / name, None).encode(TEXTS, 40)
     tokens, lengths = pad([e.ids for e in found], 40, VOCAB - 2)
     return tokens, np.arange(40)[None] < lengths[:, None]
 

@@ -154,7 +154,7 @@ def test_windows_join_the_texts_and_have_one_length(inputs):
     )
     found = encode(job, folder)
     assert [len(ids) for ids in found] == [50, 50, 50]
-    tokenizer = TextTokenizer.from_folder(model)
+    tokenizer = TextTokenizer.from_folder(model, None)
     first = [i for t in job.texts for i in tokenizer.encode([t.text], 10**6)[0].ids]
     assert np.concatenate(found).tolist() == first[:150]
 

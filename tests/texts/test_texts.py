@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.texts.buckets import bucket_lengths, plan_batches
 from sama_jax.texts.read import Text, read_split, read_texts
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit, require_same_ids
+from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 4
 
@@ -50,6 +50,10 @@ def write(path, content):
 
 def lines(*records):
     return "".join(json.dumps(r) + "\n" for r in records)
+
+
+def of_folder(path):
+    return TextTokenizer.from_folder(path, None)
 
 
 def error_of(path, kind=DataError, read=read_texts):
@@ -382,7 +386,7 @@ def test_truncation_and_padding_stored_in_the_file_change_nothing(tmp_path, toke
     stored.enable_truncation(2)
     stored.enable_padding(length=64, pad_id=0)
     stored.save(str(tmp_path / "tokenizer.json"))
-    loaded = TextTokenizer.from_folder(tmp_path)
+    loaded = TextTokenizer.from_folder(tmp_path, None)
     for a, b in zip(loaded.encode(CORPUS[:2], 100), tokenizer.encode(CORPUS[:2], 100)):
         np.testing.assert_array_equal(a.ids, b.ids)
         assert a[2:] == b[2:]
@@ -409,16 +413,16 @@ def test_token_names_and_largest_id():
     tokenizer = TextTokenizer(raw, "memory")
     assert tokenizer.token_id("<|mdm_mask|>") == tokenizer.max_id == raw.get_vocab_size() - 1
     assert tokenizer.token_id("<|none|>") is None
-    require_ids_fit(tokenizer, tokenizer.max_id + 1, "model")
+    TextTokenizer(raw, "memory", tokenizer.max_id + 1)
     with pytest.raises(ModelError, match=r"largest id is \d+, but the embedding has \d+ rows"):
-        require_ids_fit(tokenizer, tokenizer.max_id, "model")
+        TextTokenizer(raw, "memory", tokenizer.max_id)
 
 
 def test_a_folder_without_a_usable_tokenizer_is_a_model_error(tmp_path):
-    message = error_of(tmp_path, ModelError, TextTokenizer.from_folder)
+    message = error_of(tmp_path, ModelError, of_folder)
     assert "no usable tokenizer; expected tokenizer.json" in message
     write(tmp_path / "tokenizer.json", "{}")
-    message = error_of(tmp_path, ModelError, TextTokenizer.from_folder)
+    message = error_of(tmp_path, ModelError, of_folder)
     assert "tokenizer.json: not a usable tokenizer file" in message
 
 
@@ -429,7 +433,7 @@ def test_files_without_tokenizer_json_go_through_transformers(tmp_path, tokenize
     merges = [" ".join(m) for m in raw["model"]["merges"]]
     write(tmp_path / "merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
     write(tmp_path / "tokenizer_config.json", json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    loaded = TextTokenizer.from_folder(tmp_path)
+    loaded = TextTokenizer.from_folder(tmp_path, None)
     for a, b in zip(loaded.encode(CORPUS, 100), tokenizer.encode(CORPUS, 100)):
         np.testing.assert_array_equal(a.ids, b.ids)
 
@@ -443,7 +447,7 @@ def test_other_bytes_with_the_same_ids_are_the_same_tokenizer(tmp_path):
     write(tmp_path / "a.json", json.dumps(raw))
     raw["added_tokens"].append({**raw["added_tokens"][0], "id": 300, "content": "<|never|>"})
     write(tmp_path / "b.json", json.dumps(raw, indent=1))
-    a, b = (TextTokenizer.from_file(tmp_path / n) for n in ("a.json", "b.json"))
+    a, b = (TextTokenizer.from_file(tmp_path / n, None) for n in ("a.json", "b.json"))
     assert a.fingerprint != b.fingerprint
     require_same_ids(a, b, some_texts(*CORPUS))
 

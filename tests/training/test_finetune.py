@@ -77,7 +77,7 @@ def tune(folder, out, settings=SETTINGS, texts="texts.jsonl", **kwargs):
 
 @pytest.fixture
 def tokenizer(folder):
-    return TextTokenizer.from_folder(folder / "base")
+    return TextTokenizer.from_folder(folder / "base", None)
 
 
 def test_windows_cover_a_text_and_short_remainders_go(tokenizer):
@@ -216,8 +216,8 @@ def test_the_finished_folder_reopens_with_the_same_logits(folder, monkeypatch):
         return opened.model.logits(p, opened.model.hidden(p, tokens, valid))
 
     np.testing.assert_array_equal(logits(params), logits(kept["params"]))
-    ours = TextTokenizer.from_folder(folder / "reopened")
-    assert ours.fingerprint == TextTokenizer.from_folder(folder / "base").fingerprint
+    ours = TextTokenizer.from_folder(folder / "reopened", None)
+    assert ours.fingerprint == TextTokenizer.from_folder(folder / "base", None).fingerprint
 
 
 def test_only_companions_of_the_weights_are_copied(folder, tmp_path):
@@ -303,7 +303,7 @@ def test_heldout_texts_are_named_and_progress_is_printed(folder, capsys):
 
 
 def test_the_trained_tokenizer_has_exactly_the_ids_of_the_config(folder):
-    tokenizer = TextTokenizer.from_folder(folder / "base")
+    tokenizer = TextTokenizer.from_folder(folder / "base", None)
     assert tokenizer.max_id == tokenizer.token_id("<|mdm_mask|>") == VOCAB - 1
     assert tokenizer.token_id("<|endoftext|>") == VOCAB - 2
     config = json.loads((folder / "base" / "config.json").read_text())

@@ -5,7 +5,7 @@ from jaxtyping import Int
 
 from sama_jax.errors import DataError
 from sama_jax.programs.jobs import BenchJob
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights.model_folder import ModelFolder
 
 
@@ -15,8 +15,7 @@ def encode(job: BenchJob, folder: ModelFolder) -> list[Int[np.ndarray, " n"]]:
     Raises:
       DataError: no text has a token.
     """
-    tokenizer = TextTokenizer.from_folder(folder.path)
-    require_ids_fit(tokenizer, folder.model.vocab_size, str(folder.path))
+    tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
     length = job.settings.max_length
     texts = [t.text for t in job.texts]
     if job.windows:
