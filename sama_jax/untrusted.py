@@ -9,13 +9,23 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 JSON_BYTES = 256 * 2**20
 """Most bytes of a JSON file: the index of a model with 100,000 tensors takes 10 MB, the
 tokenizer.json of a vocabulary of 256,000 tokens 35 MB."""
 SHOWN = 60
 """Characters of a foreign text that a message shows at most."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises `OSError`; `ValueError` if it is no regular file."""
+    # A named pipe blocks whoever opens it until somebody writes, so it is opened without waiting.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("expected a regular file")
+    return file
 
 
 def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
@@ -25,13 +35,10 @@ def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
       OSError: it cannot be read.
       ValueError: it is a pipe, a device or a folder, or it has more bytes.
     """
-    # A named pipe blocks whoever opens it until somebody writes, so it is opened without waiting.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("expected a regular file")
-        if found.st_size > limit:
-            raise ValueError(f"expected at most {limit:,} bytes, found {found.st_size:,}")
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"expected at most {limit:,} bytes, found {size:,}")
         content = file.read(limit + 1)
     if len(content) > limit:  # it has grown, or says 0 as those in /proc do
         raise ValueError(f"expected at most {limit:,} bytes")

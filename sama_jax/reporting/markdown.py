@@ -9,6 +9,7 @@ from sama_jax.core.metrics import AttackMetrics
 from sama_jax.reporting.results import Metrics, Paired, headline, num_texts
 from sama_jax.reporting.tables import MISSING, header, is_number, table_rows
 from sama_jax.storage.run_folder import Row
+from sama_jax.untrusted import printable
 
 _CITATION = """\
 The attack SAMA is from arXiv 2601.20125 (ICLR 2026). Cite that paper for the method; this report
@@ -130,7 +131,7 @@ def _plain(value: Any) -> str:
 
 def _code(text: str) -> str:
     """Writes inline code that shows `text` literally, but for bars, which tables need escaped."""
-    text = " ".join(str(text).split())
+    text = printable(" ".join(str(text).split()), len(text))
     runs = [len(run) for run in "".join(c if c == "`" else " " for c in text).split()]
     fence = "`" * (max(runs, default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -139,4 +140,5 @@ def _code(text: str) -> str:
 
 def _escape(text: str) -> str:
     """Writes free text on one line, with nothing that Markdown or HTML would interpret."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!~" else c for c in " ".join(str(text).split()))
+    line = printable(" ".join(str(text).split()), len(text))
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!~" else c for c in line)

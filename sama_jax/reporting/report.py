@@ -3,15 +3,28 @@
 Reads `scores.jsonl`, `manifest.json` and `metrics.json` (computed if absent).
 """
 
-import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from sama_jax.errors import UsageError
+from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting.markdown import markdown
-from sama_jax.reporting.results import Metrics, compute_metrics
-from sama_jax.storage.files import write_atomic
-from sama_jax.storage.run_folder import MANIFEST, METRICS, SCORES
+from sama_jax.reporting.results import compute_metrics
+from sama_jax.storage.files import read_whole_json_lines, write_atomic
+from sama_jax.storage.run_folder import MANIFEST, MANIFEST_SHAPE, METRICS, ROW_SHAPE, SCORES
+from sama_jax.storage.shapes import Shape, misfit
+from sama_jax.untrusted import read_json
+
+_METRICS: Shape = {
+    "attacks": {
+        str: {
+            "auc": (float, None),
+            "auc_ci": ([float], None),
+            "tpr_at_fpr": {str: ({"tpr": float, "ci": [float]}, None)},
+            "notes?": [str],
+        }
+    },
+    "paired?": {str: {"difference": float, "ci": [float]}},
+}
 
 
 def write_report(folder: Path, *, figures: bool = True) -> Path:
@@ -23,9 +36,10 @@ def write_report(folder: Path, *, figures: bool = True) -> Path:
       UsageError: `folder` is not a finished run.
       OutputError: `folder` cannot be written to.
     """
-    manifest, rows = _read(folder, MANIFEST), _read(folder, SCORES)
+    manifest = _read(folder, MANIFEST, MANIFEST_SHAPE)
+    rows = _read(folder, SCORES, ROW_SHAPE)
     if (folder / METRICS).exists():
-        metrics = cast(Metrics, {"attacks": {}} | _read(folder, METRICS))
+        metrics = _read(folder, METRICS, _METRICS)
     else:
         metrics = compute_metrics(rows, int(manifest.get("seed") or 0))
     if figures:
@@ -37,33 +51,26 @@ def write_report(folder: Path, *, figures: bool = True) -> Path:
     return path
 
 
-def _read(folder: Path, name: str) -> Any:
-    """Parses a `.json` (an object) or `.jsonl` (a list of objects) file of a run folder."""
-    try:
-        text = (folder / name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise UsageError(
-                f"{folder / name} cannot be read ({error}); "
-                "repeat the audit that made the folder to write it anew"
-            ) from None
+def _read(folder: Path, name: str, shape: Shape) -> Any:
+    """Reads a `.json` (an object) or `.jsonl` (a list of objects) file of a run folder."""
+    again = "repeat the audit that made the folder to write it anew"
+    path = folder / name
+    if not path.is_file():
         raise UsageError(
             f"{folder} is not a finished run: it has no {name}; "
             f"run `sama-jax audit --out {folder}` (or the same command again) first"
-        ) from None
-    # Not splitlines(): it also splits at separators that JSON allows inside a string.
-    lines = text.split("\n") if name.endswith(".jsonl") else [text]
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            value = error
-        if isinstance(value, dict):
-            found.append(value)
-        elif value is not None or name.endswith(".json"):
-            raise UsageError(
-                f"{folder / name} line {number} is not a JSON object; "
-                "repeat the audit that made the folder to write it anew"
-            )
+        )
+    try:
+        if name.endswith(".json"):
+            found = [read_json(path)]
+        else:
+            found = read_whole_json_lines(path, "a line of scores")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); {again}") from None
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    for number, value in enumerate(found, 1):
+        wrong = misfit(value, shape)
+        if wrong is not None:
+            raise UsageError(f"{path} line {number} has no usable field '{wrong}'; {again}")
     return found if name.endswith(".jsonl") else found[0]

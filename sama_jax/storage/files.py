@@ -5,13 +5,19 @@ that grows is cut back to its last complete line when it is opened again.
 """
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sama_jax import untrusted
 from sama_jax.errors import DataError, OutputError, UsageError
+
+LINE_BYTES = 64 * 2**20
+"""Most bytes of a line of JSON Lines; one of a text with 36 scores and its votes takes 10 kB."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -20,25 +26,29 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        what = "free some space, then" if error.errno in _FULL else "choose another place, or"
         raise OutputError(
-            f"{path}: cannot write ({reason}); free some space or choose another folder, then run "
-            "the same command again: it continues"
+            f"{path}: cannot write ({error.strerror or error}); {what} run the same command again: "
+            "it continues"
         ) from None
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns every OSError inside into a `DataError` (exit code 3) that names `path`."""
+    """Turns every OSError inside into a `DataError` (exit code 3) that names `path`.
+
+    So it does with the ValueError of `untrusted`, where the file is none or too large.
+    """
     try:
         yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing."""
-    data = content.encode() if isinstance(content, str) else content
+    data = encoded(content) if isinstance(content, str) else content
     part = path.with_name(path.name + ".part")
     with writing(path):
         try:
@@ -53,6 +63,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, whole or not at all; NaN and infinity are refused."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def encoded(text: str) -> bytes:
+    r"""Encodes as UTF-8; lone surrogates, which have none, become `\ud800` and the like.
+
+    That is how JSON spells them, so an id or a path that holds one is read back as it was.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 class AppendOnly:
@@ -93,7 +111,7 @@ class AppendOnly:
     def append_json(self, *values: Any) -> None:
         """Adds one JSON line a value, all in one write."""
         lines = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
-        self.append(lines.encode())
+        self.append(encoded(lines))
 
     def close(self) -> None:
         """Closes the file, and lets other processes append to it."""
@@ -118,22 +136,48 @@ def _lock(file: Any) -> bool:
 
 
 def read_json_lines(path: Path) -> tuple[list[Any], int]:
-    """Reads the complete JSON lines of a file that may end in the middle of one.
+    """Reads the JSON lines of a file that may end in the middle of one.
+
+    A broken line costs itself alone: the lines behind it were whole when they were appended.
 
     Returns:
-      the values, and the bytes that they take; nothing of a file that does not exist.
+      the values, and where the last complete line ends; nothing of a file that does not exist.
     """
+    values: list[Any] = []
+    at = end = 0
     if not path.is_file():
-        return [], 0
-    values, end = [], 0
-    with readable(path):
-        content = path.read_bytes()
-    for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            break
-        end += len(line)
+        return values, end
+    with readable(path), untrusted.open_file(path) as file:
+        while line := file.readline(LINE_BYTES):
+            at += len(line)
+            if line.endswith(b"\n"):
+                end = at
+                with contextlib.suppress(ValueError):
+                    values.append(untrusted.parse_json(line))
     return values, end
+
+
+def read_whole_json_lines(path: Path, expected: str) -> list[dict[str, Any]]:
+    """Reads JSON lines that were written whole, one object a line.
+
+    Args:
+      path: the file.
+      expected: what the file is, for the message.
+
+    Raises:
+      DataError: it cannot be read, or a line of it is none.
+    """
+    found = []
+    with readable(path), untrusted.open_file(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+            try:
+                value = untrusted.parse_json(line) if line.endswith(b"\n") else None
+            except ValueError:
+                value = None
+            if not isinstance(value, dict):
+                raise DataError(
+                    f"{path}: line {number} is not whole; expected {expected}, which is written at "
+                    "once: copy it again, or run the audit's own command again, which makes it anew"
+                )
+            found.append(value)
+    return found

@@ -14,7 +14,8 @@ Shard format: frames one after the other, each
     payload  counts int32 [n, t], then all positions uint16, then all losses float32
 
 A frame is one batch. A process that dies leaves at most one incomplete frame at the end, which is
-cut off when the shard is opened again.
+cut off when the shard is opened again. A machine that dies can leave zeros or junk, there or before
+later frames: what is no whole frame is skipped, and only its losses are computed anew.
 """
 
 import json
@@ -23,15 +24,17 @@ import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from sama_jax.errors import DataError
 from sama_jax.storage.files import AppendOnly, readable
+from sama_jax.storage.shapes import fits
+from sama_jax.untrusted import parse_json
 
 _MAGIC = b"SJL1"
 _PREFIX = struct.Struct("<4sIQI")
+_BLOCK = 2**20
 
 
 class Record(NamedTuple):
@@ -80,6 +83,8 @@ class LossStore:
         self.num_records = 0
         """Records in all shards, repeated ones counted: equals the number of distinct keys if no
         batch was ever computed twice."""
+        self.damaged_bytes = 0
+        """Bytes of all shards that belong to no whole frame, although whole ones follow."""
         self._folder, self._own = folder, folder / shard
         for path in sorted(folder.glob("losses-*.bin")):
             self._ends[path] = self._index(path, 0)
@@ -91,25 +96,25 @@ class LossStore:
             if path != self._own:
                 self._ends[path] = self._index(path, self._ends.get(path, 0))
 
-    def _index(self, path: Path, end: int) -> int:
-        """Reads the frames' headers from a byte on; returns where the last complete one ends."""
+    def _index(self, path: Path, start: int) -> int:
+        """Reads the frames' headers from a byte on; returns where the last whole one ends.
+
+        What stands between two whole frames is damaged, and skipped: its losses are missing, so
+        they are computed anew.
+        """
+        end = start
         with readable(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            while end < size:
-                frame = _read_frame(file, end, size)
+            at = start
+            while at < size:
+                frame = _read_frame(file, at, size)
                 if frame is None:
-                    file.seek(end)
-                    rest = file.read()
-                    # A process that dies leaves part of a frame at the end, never one before it.
-                    if not rest.startswith(_MAGIC[: len(rest)]) or _holds_frame(file, end, rest):
-                        raise DataError(
-                            f"{path}: damaged in the frame at byte {end}; move the file away and "
-                            "run the same command again: its losses are computed anew"
-                        )
-                    break
+                    at = _next_magic(file, at + 1, size)
+                    continue
                 header, head_bytes, payload_bytes = frame
-                self._add(header, path, end + _PREFIX.size + head_bytes)
-                end += _PREFIX.size + head_bytes + payload_bytes
+                self.damaged_bytes += at - end
+                self._add(header, path, at + _PREFIX.size + head_bytes)
+                at = end = at + _PREFIX.size + head_bytes + payload_bytes
         return end
 
     def _add(self, header: dict, shard: Path, offset: int) -> None:
@@ -180,7 +185,7 @@ class LossStore:
         self._shard.close()
 
 
-def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict, int, int] | None:
+def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict[str, Any], int, int] | None:
     """Reads a frame: header, its bytes, bytes of the payload; None if it is not whole."""
     file.seek(at)
     prefix = file.read(_PREFIX.size)
@@ -192,14 +197,33 @@ def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict, int, int] | N
     head, payload = file.read(head_bytes), file.read(payload_bytes)
     if zlib.crc32(payload, zlib.crc32(head)) != crc:
         return None
-    return json.loads(head), head_bytes, payload_bytes
+    header = _checked_header(head, payload)
+    return header and (header, head_bytes, payload_bytes)
 
 
-def _holds_frame(file: BinaryIO, start: int, rest: bytes) -> bool:
-    """Tells whether a whole frame begins after the first byte of `rest`, read at `start`."""
-    at = rest.find(_MAGIC, 1)
-    while at > 0:
-        if _read_frame(file, start + at, start + len(rest)):
-            return True
-        at = rest.find(_MAGIC, at + 1)
-    return False
+def _checked_header(head: bytes, payload: bytes) -> dict[str, Any] | None:
+    """Parses a frame's header; None if it is none, or not that of this payload."""
+    try:
+        header = parse_json(head)
+    except ValueError:
+        return None
+    if not fits(header, {"model": str, "plan": str, "passes": int, "texts": [str]}):
+        return None
+    counts = len(header["texts"]) * header["passes"]
+    if header["passes"] < 1 or len(payload) < 4 * counts:
+        return None
+    found = np.frombuffer(payload, "<i4", counts)
+    whole = bool((found >= 0).all()) and len(payload) == 4 * counts + 6 * int(found.sum(dtype=int))
+    return header if whole else None
+
+
+def _next_magic(file: BinaryIO, at: int, size: int) -> int:
+    """Returns where the next frame may begin, `size` if nowhere."""
+    while at < size:
+        file.seek(at)
+        block = file.read(_BLOCK + len(_MAGIC) - 1)
+        found = block.find(_MAGIC)
+        if found >= 0:
+            return at + found
+        at += _BLOCK
+    return size

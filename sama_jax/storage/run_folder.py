@@ -1,7 +1,8 @@
-"""The output folder of an audit: manifest, appended parts, log, joined results.
+"""Keeps the output folder of a run: manifest, appended parts, log, joined results.
 
 A folder belongs to one run. The same command on it continues; another run is refused with the
-difference. Everything can be cut off at any byte and read again.
+difference. Everything can be cut off at any byte and read again. Each line of scores names the run
+that made it, so that no other run ever reads it.
 """
 
 import contextlib
@@ -11,13 +12,47 @@ import time
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
-from sama_jax.errors import DataError, UsageError
+from sama_jax.config import settings_hash
+from sama_jax.errors import UsageError
 from sama_jax.storage.files import AppendOnly, read_json_lines, write_atomic, write_json, writing
 from sama_jax.storage.loss_store import LossStore
+from sama_jax.storage.shapes import Shape, fits, misfit
+from sama_jax.untrusted import read_json
 
 MANIFEST = "manifest.json"
 SCORES = "scores.jsonl"
 METRICS = "metrics.json"
+LOG = "log.jsonl"
+
+_NUMBERS = {str: (float, None)}
+_SCORES: Shape = {
+    "run": str,
+    "id": str,
+    "scores": _NUMBERS,
+    "passes": {str: float},
+    "undefined?": {str: str},
+    "votes?": {str: object},
+}
+"""A line of parts/scores-*.jsonl."""
+MANIFEST_SHAPE: Shape = {
+    "run?": {str: object},
+    "finished?": bool,
+    "settings?": {str: object},
+    "store_keys?": {str: str},
+    "store?": (str, None),
+    "attacks?": [str],
+    "corpus_attacks?": [str],
+    "prefix_classes?": [str],
+    "not_computed?": ({str: str}, None),
+    "notes?": [str],
+    "versions?": {str: str},
+    "cost?": ({"seconds?": {str: float}, "tokens?": {str: float}, "passes_run?": int}, None),
+    **{f"{name}?": str for name in ("session", "target", "reference", "adapter", "model")},
+    **{f"{name}?": str for name in ("device", "dtype", "attention", "matmul_precision")},
+    **{f"{name}?": str for name in ("preset", "preset_hash")},
+    "command?": (str, None),
+    "seed?": int,
+}
 
 
 class Row(TypedDict, total=False):
@@ -42,6 +77,20 @@ class Row(TypedDict, total=False):
     """With --include-votes: SAMA's votes and weight at each step, and its rate of ties."""
 
 
+ROW_SHAPE: Shape = {
+    "id": str,
+    "label?": (int, None),
+    "n_tokens?": int,
+    "truncated?": bool,
+    "status?": str,
+    "text?": str,
+    "scores?": (_NUMBERS, None),
+    "passes?": (_NUMBERS, None),
+    "undefined?": {str: str},
+    "votes?": {str: object},
+}
+
+
 class RunFolder:
     """An open output folder. Create with the identity of the run (`run`), a flat JSON dict.
 
@@ -60,13 +109,16 @@ class RunFolder:
         writes: bool = True,
     ):
         self.path, self._started, self._writes = path, time.time(), writes
-        before = self._claim(path, run)
-        self.manifest = before | about | {"run": run, "finished": False}
-        if not before:  # a folder without a manifest cannot be continued
-            self.write_manifest()
+        self._run = settings_hash(run)
+        _claim(path, run)  # before anything is made in the folder of another run
         with contextlib.ExitStack() as opened:
-            log = path / (f"log-{rank:05d}.jsonl" if rank else "log.jsonl")
-            self._log = opened.enter_context(contextlib.closing(_append(log)))
+            log = _append(path / (f"log-{rank:05d}.jsonl" if rank else LOG))
+            self._log = opened.enter_context(contextlib.closing(log))
+            # Once more behind the lock: another run may have taken the folder meanwhile.
+            before = _claim(path, run)
+            self.manifest = before | about | {"run": run, "finished": False}
+            if not before:  # a folder without a manifest cannot be continued
+                self.write_manifest()
             scores = _append(path / "parts" / f"scores-{rank:05d}.jsonl")
             self._scores = opened.enter_context(contextlib.closing(scores))
             self._read_parts()
@@ -76,26 +128,6 @@ class RunFolder:
             self.log("start", command=about.get("command"), records=len(self.store))
             self._files = opened.pop_all()
 
-    @staticmethod
-    def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
-        manifest = read_manifest(path)
-        if manifest is None:
-            with writing(path):
-                found = os.listdir(path) if os.path.isdir(path) else []
-            if any(not name.endswith(".part") for name in found):
-                raise UsageError(
-                    f"{path}: is not empty and holds no {MANIFEST}; give --out a new folder"
-                )
-            return {}
-        before = manifest.get("run", {})
-        changed = [k for k in run | before if run.get(k) != before.get(k)]
-        if changed:
-            raise UsageError(
-                f"{path}: belongs to another run; give --out a new folder. Differences: "
-                + "; ".join(f"{k} was {before.get(k)!r}, is {run.get(k)!r}" for k in changed)
-            )
-        return manifest
-
     def refresh(self) -> None:
         """Reads what other processes have appended."""
         self._read_parts()
@@ -104,7 +136,10 @@ class RunFolder:
     def _read_parts(self) -> None:
         self._parts: dict[str, dict[str, Any]] = {}
         for part in sorted((self.path / "parts").glob("scores-*.jsonl")):
-            self._merge_file(part)
+            for line in read_json_lines(part)[0]:
+                # Any other line is passed over: its scores are made anew from the loss store.
+                if fits(line, _SCORES) and line["run"] == self._run:
+                    self._merge(line)
 
     def log(self, event: str, **values: Any) -> None:
         """Appends one line to log.jsonl."""
@@ -122,21 +157,15 @@ class RunFolder:
         found = [scores[a] for a in attacks if a in scores]
         return len(found) == len(attacks) if values is None else found == values
 
+    def has_votes(self, text_id: str) -> bool:
+        """Tells whether SAMA's votes of a text are written."""
+        return "votes" in self._parts.get(text_id, {})
+
     def append_scores(self, lines: list[dict[str, Any]]) -> None:
         """Appends `{"id", "scores", "passes", ...}` lines, in one write."""
-        self._scores.append_json(*lines)
+        self._scores.append_json(*({"run": self._run} | line for line in lines))
         for line in lines:
             self._merge(line)
-
-    def _merge_file(self, part: Path) -> None:
-        for line in read_json_lines(part)[0]:
-            try:
-                self._merge(line)
-            except (TypeError, KeyError):
-                raise DataError(
-                    f"{part}: holds a line that is no score; move the file away and run the same "
-                    "command again: scores are made anew from the loss store"
-                ) from None
 
     def _merge(self, line: dict[str, Any]) -> None:
         entry = self._parts.setdefault(line["id"], {"scores": {}, "passes": {}})
@@ -180,6 +209,33 @@ class RunFolder:
         self._files.close()
 
 
+def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the manifest that a run finds in its folder, an empty one if the folder is free.
+
+    Raises:
+      UsageError: the folder belongs to another run, or is none of ours.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        with writing(path):
+            found = os.listdir(path) if os.path.isdir(path) else []
+        # A run that died at once, or holds its lock just now, has left an empty log.
+        ours = [name for name in found if name == LOG and not os.path.getsize(path / name)]
+        if any(not name.endswith(".part") and name not in ours for name in found):
+            raise UsageError(
+                f"{path}: is not empty and holds no {MANIFEST}; give --out a new folder"
+            )
+        return {}
+    before = manifest.get("run", {})
+    changed = [k for k in run | before if run.get(k) != before.get(k)]
+    if changed:
+        raise UsageError(
+            f"{path}: belongs to another run; give --out a new folder. Differences: "
+            + "; ".join(f"{k} was {before.get(k)!r}, is {run.get(k)!r}" for k in changed)
+        )
+    return manifest
+
+
 def json_lines(rows: list[dict[str, Any]]) -> str:
     """Returns rows as JSON Lines; NaN and infinity are refused."""
     return "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
@@ -190,9 +246,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not os.path.isfile(path / MANIFEST):  # False, too, where the path cannot be
         return None
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError("expected a JSON object")
+        manifest = read_json(path / MANIFEST)
+        wrong = misfit(manifest, MANIFEST_SHAPE)
+        if wrong is not None:
+            raise ValueError(f"has no usable field '{wrong}'")
     except (ValueError, OSError) as error:
         raise UsageError(
             f"{path / MANIFEST}: not readable ({error}); give --out a new folder"

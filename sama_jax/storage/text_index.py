@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax.errors import DataError
-from sama_jax.storage.files import read_json_lines, write_atomic
+from sama_jax.storage.files import read_whole_json_lines, write_atomic
+from sama_jax.storage.shapes import misfit
 
 INDEX = "texts.jsonl"
 _FIELDS = ("id", "label", "n_tokens", "truncated", "status")
@@ -29,18 +30,52 @@ def write_index(
     write_atomic(path, "".join(lines))
 
 
+_VIEW = {
+    "key": str,
+    "store_key": str,
+    "tokens": int,
+    "not_masked": [int],
+    "zlib_bytes": int,
+    "characters": int,
+}
+_LINE = {
+    "id": str,
+    "label?": (int, None),
+    "n_tokens?": int,
+    "truncated?": bool,
+    "status?": str,
+    "views": {str: (_VIEW, None)},
+}
+
+
 def read_index(
-    path: Path,
+    path: Path, texts: int | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any] | None]]]:
-    """Reads the rows and the views of `write_index`. Raises `DataError`."""
+    """Reads the rows and the views of `write_index`.
+
+    Args:
+      path: the index.
+      texts: how many lines it must have, where that is known.
+
+    Raises:
+      DataError: there is none, or it is not whole.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected the output folder of a finished audit")
-    rows, _ = read_json_lines(path)
-    views: dict[str, list[dict[str, Any] | None]] = {}
-    try:
-        for row in rows:
-            for view, found in row.pop("views").items():
-                views.setdefault(view, []).append(found)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not the index of an audit ({error})") from None
+    rows = read_whole_json_lines(path, "the index of an audit")
+    again = "copy it again, or run the audit's own command again, which makes it anew"
+    if texts is not None and len(rows) != texts:
+        raise DataError(f"{path}: expected {texts} lines, found {len(rows)}; {again}")
+    names = rows[0].get("views") if rows else {}
+    for number, row in enumerate(rows, 1):
+        wrong = misfit(row, _LINE)
+        if wrong is None and row["views"].keys() != names.keys():
+            wrong = "views"
+        if wrong is not None:
+            raise DataError(f"{path}: line {number} has no usable field '{wrong}'; {again}")
+    if len({row["id"] for row in rows}) < len(rows):
+        raise DataError(f"{path}: an id stands in it twice; {again}")
+    views = {view: [row["views"][view] for row in rows] for view in names}
+    for row in rows:
+        del row["views"]
     return rows, views

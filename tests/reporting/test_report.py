@@ -134,7 +134,7 @@ def test_a_broken_line_is_named(tmp_path):
     make_folder(tmp_path, make_rows(n=2))
     with (tmp_path / "scores.jsonl").open("a") as file:
         file.write('{"id": "cut of')
-    with pytest.raises(UsageError, match=r"scores\.jsonl line 5 is not a JSON object"):
+    with pytest.raises(UsageError, match=r"scores\.jsonl: line 5 is not whole"):
         report.write_report(tmp_path)
 
 
