@@ -39,10 +39,10 @@ class ModelError(SamaError):
 
 
 class ValidityError(SamaError):
-    """A run that finished, but failed a validity gate under `--strict`."""
+    """A result that would mean nothing, or one with a note under `--strict`."""
 
     exit_code = 5
-    meaning = "finished, but a validity gate failed under --strict"
+    meaning = "the result is void, or a validity gate failed under --strict"
 
 
 class ParityError(SamaError):

@@ -7,6 +7,7 @@ in any file, batch, order, bucket and device count, and target and reference see
 
 import hashlib
 from enum import IntEnum
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int, Integer, Key, UInt
 
 from sama_jax.arrays import TextKeyData
+from sama_jax.errors import UsageError
 
 
 class Purpose(IntEnum):
@@ -79,3 +81,39 @@ def bounded(bits: UInt[Array, "*n"], bound: Int[Array, "*n"]) -> Int[Array, "*n"
     The modulo's bias is below bound / 2^32: 1.5e-5 at 65,535.
     """
     return (bits % jnp.maximum(bound, 1).astype(jnp.uint32)).astype(jnp.int32)
+
+
+# --- the bits themselves -------------------------------------------------------------------------
+
+BITS = "5d1a1005cf59bf05"
+"""What `bits_drawn` gives with JAX's own settings. Part of every result, like `Purpose`."""
+
+
+def bits_drawn() -> str:
+    """Returns 16 hex digits over what one key gives through every way in which bits are drawn."""
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in _drawn())).hexdigest()[:16]
+
+
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def _drawn() -> list[Array]:
+    key = for_purpose(text_key(0, TextKeyData(np.uint32(1), np.uint32(2))), Purpose.SUBSETS)
+    first, second = jax.random.split(key)
+    shape = (3, 2)
+    return [jax.random.bits(first, shape, jnp.uint32), jax.random.uniform(second, shape)]
+
+
+def checked_bits() -> str:
+    """Returns `BITS`, after drawing them.
+
+    Raises:
+      UsageError: JAX is set to draw others, such as by `JAX_THREEFRY_PARTITIONABLE=0`,
+        `JAX_DEFAULT_PRNG_IMPL` or `JAX_ENABLE_X64`; masks would not be those of other runs.
+    """
+    if bits_drawn() == BITS:
+        return BITS
+    names = ("default_prng_impl", "threefry_partitionable", "random_seed_offset", "enable_x64")
+    found = ", ".join(f"JAX_{n.upper()}={jax.config.values[f'jax_{n}']}" for n in names)
+    raise UsageError(
+        "expected JAX's own random bits, since masks and subsets are drawn from them and are part "
+        f"of every result; found other bits under {found}; unset these variables and settings"
+    )

@@ -80,6 +80,8 @@ def run_process(command: list[str], limit: int | None = None) -> Said:
     if limit is not None:
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1)); {code}"
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    # As tests/conftest.py sets it here: a folder is continued in the same arithmetic only.
+    env |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-c", code, *command], env=env, capture_output=True, text=True, timeout=300

@@ -23,14 +23,15 @@ from sama_jax.engine.costs import Costs
 from sama_jax.engine.estimate import estimate
 from sama_jax.engine.forward import Call, Job, Programs, calls_of, jobs_of, values_of
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import ModelRole, load
+from sama_jax.engine.roles import ModelRole, load, pad_id
 from sama_jax.engine.scores import score_rows
 from sama_jax.engine.tasks import ROLES, Task, Tasks, stages
 from sama_jax.engine.views import ViewSources, make_view
-from sama_jax.errors import UsageError
+from sama_jax.errors import ModelError, UsageError
 from sama_jax.storage.loss_store import make_record
 from sama_jax.storage.run_folder import RunFolder
 from sama_jax.terminal import ProgressBar
+from sama_jax.untrusted import printable
 
 
 class Setup(NamedTuple):
@@ -58,10 +59,7 @@ class Setup(NamedTuple):
     @property
     def pad_id(self) -> int | None:
         """The token of visible padding, or None where padding is hidden."""
-        if self.shapes.settings.padding != "visible":
-            return None
-        config = self.roles["target"].folder.config
-        return int(config.get("pad_token_id", config.get("eos_token_id", 0)) or 0)
+        return pad_id(self.roles["target"].folder, self.shapes.settings)
 
 
 class Filled(NamedTuple):
@@ -343,7 +341,9 @@ def _finish(
     call, batch = ended.call, ended.call.job.batch
     outputs.append(ended.runner.fetch(ended.out)[: call.passes * len(call.job.channels)])
     if call.ends_job:
-        _store(run, readings, call.job, *values_of(call, outputs))
+        values, positions = values_of(call, outputs)
+        require_finite(call.job, values, positions, run.ids)
+        _store(run, readings, call.job, values, positions)
         outputs.clear()
     if call.ends_batch:
         keys = readings.tables[call.job.task.view].store_keys
@@ -353,6 +353,29 @@ def _finish(
         score_rows(readings, run.folder, run.ids, rows, include_votes=votes)
         readings.plans.forget(batch.texts)
         bar.advance(len(batch.texts))
+
+
+def require_finite(
+    job: Job,
+    values: Float[np.ndarray, "c t b k"],
+    positions: Int[np.ndarray, "t b k"],
+    ids: Sequence[str],
+) -> None:
+    """Raises `ModelError` unless a model gave a number wherever it was read.
+
+    A loss that is none would count as a vote against membership, so nothing of it is stored.
+    """
+    used = (positions >= 0) & (job.batch.rows >= 0)[None, :, None]
+    broken = used & ~np.isfinite(values)
+    if broken.any():
+        channel, step, place, slot = (int(x[0]) for x in np.nonzero(broken))
+        text = printable(ids[job.batch.rows[place]])
+        raise ModelError(
+            f"{job.role.folder.path}: the {job.role.name} gives {job.channels[channel]} "
+            f"{values[channel, step, place, slot]} at position {positions[step, place, slot]} of "
+            f"text '{text}' ({int(broken.sum())} of {int(used.sum()) * len(values)} values are not "
+            "finite); its weights, its adapter or its config.json are broken, or --dtype overflows"
+        )
 
 
 def _store(

@@ -19,6 +19,7 @@ from sama_jax.config import AuditSettings
 from sama_jax.engine.plans import PLAN_ROWS, PlanCache
 from sama_jax.engine.tasks import ROLES, Task, Tasks
 from sama_jax.engine.text_table import TextTable
+from sama_jax.errors import DataError
 from sama_jax.storage.loss_store import LossStore
 
 
@@ -124,11 +125,17 @@ class Readings:
             for role in ROLES
         }
         target, reference = (found[role] for role in ROLES)
-        plan = _read_anywhere(target[0], reference[0]) if task.source is None else None
+        if task.source is None:
+            plan = _read_anywhere(target[0], reference[0])
+        else:
+            plan = self.plan(task, rows)
+            for role in query.roles:
+                for values in found[role]:
+                    _require_planned(values[: len(rows)], plan.scored[: len(rows)])
         return Reading(
             target[0],
             reference[0],
-            plan or self.plan(task, rows),
+            plan,
             some.num_tokens,
             some.zlib_bytes,
             some.characters,
@@ -156,6 +163,21 @@ class Readings:
                 own = reading(attack, first)._replace(views={n: reading(attack, n) for n in rest})
                 found[attack.name] = np.asarray(statistic(attack, settings, own))[: len(rows)]
         return found
+
+
+def _require_planned(values: Float[np.ndarray, "b t l"], scored: Bool[np.ndarray, "b t l"]) -> None:
+    """Raises `DataError` unless what is stored of each text stands where its plan scores.
+
+    A text of which nothing is stored is not scored, whatever its plan.
+    """
+    read = ~np.isnan(values)
+    stored = read.any(axis=(1, 2))
+    if (read[stored] != scored[stored]).any() or not np.isfinite(values[read]).all():
+        raise DataError(
+            "the loss store holds values of other positions than the plans score, or that are not "
+            "finite: texts.jsonl or the store is damaged, or made by another version; give --out "
+            "(and --store) a new folder"
+        )
 
 
 def _read_anywhere(

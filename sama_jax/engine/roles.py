@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int
 from rich.console import Console
@@ -16,6 +15,7 @@ from sama_jax.devices.strategy import Layout
 from sama_jax.engine import output_position
 from sama_jax.terminal import ByteBar
 from sama_jax.weights import loading, model_folder
+from sama_jax.weights.identity import model_identity
 
 
 class ModelRole(NamedTuple):
@@ -32,18 +32,34 @@ def attention_of(folder: model_folder.ModelFolder) -> str:
     return folder.model.arch.attention
 
 
-def model_key(folder: model_folder.ModelFolder, settings: AuditSettings) -> str:
-    """Names a model's losses by its weights and all of the arithmetic that changes them."""
-    model = folder.model
-    pad = (settings.padding, settings.pad_to or settings.max_length)
-    arithmetic = (str(model.dtype), matmul_precision(), attention_of(folder))
-    return settings_hash(
-        folder.identity,
-        model.mask_id,
-        model.shift,
-        pad if settings.padding == "visible" else None,
-        arithmetic,
-    )
+def pad_id(target: model_folder.ModelFolder, settings: AuditSettings) -> int | None:
+    """Returns the token of visible padding, for both models, or None where padding is hidden."""
+    if settings.padding != "visible":
+        return None
+    config = target.config
+    return int(config.get("pad_token_id", config.get("eos_token_id", 0)) or 0)
+
+
+def loss_identity(
+    folder: model_folder.ModelFolder, settings: AuditSettings, pad: int | None
+) -> dict[str, str]:
+    """Returns, by name, all that a model's losses depend on besides its texts and plans.
+
+    Args:
+      folder: the model.
+      settings: of the audit.
+      pad: what `pad_id` gives for the target.
+    """
+    length = settings.pad_to or settings.max_length
+    visible = {"padding": "hidden" if pad is None else f"token {pad} up to {length}"}
+    return model_identity(folder) | visible
+
+
+def model_key(
+    folder: model_folder.ModelFolder, settings: AuditSettings, pad: int | None = None
+) -> str:
+    """Names a model's losses in the store."""
+    return settings_hash(loss_identity(folder, settings, pad))
 
 
 def resident_bytes(roles: Sequence[ModelRole], layout: Layout, *, in_turn: bool = False) -> int:
@@ -58,11 +74,6 @@ def resident_bytes(roles: Sequence[ModelRole], layout: Layout, *, in_turn: bool 
         for f in (role.folder for role in roles)
     }
     return max(bases.values()) if in_turn else sum(bases.values())
-
-
-def matmul_precision() -> str | None:
-    """Returns the precision that products are set to, or None for JAX's default."""
-    return jax.config.jax_default_matmul_precision  # pyright: ignore  # declared at run time
 
 
 class Loaded(NamedTuple):

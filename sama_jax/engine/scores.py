@@ -40,6 +40,8 @@ def score_rows(
     todo: dict[int, list[Attack]] = {}
     for row in rows:
         left = [a for a in made if not folder.has_scores(ids[row], [a.name])]
+        if include_votes and not folder.has_votes(ids[row]):
+            left += [a for a in made if a.name == "sama" and a not in left]
         due = [a for a in left if not usable[a.name][row] or readings.ready(a, row)]
         if due:
             todo[row] = due

@@ -15,6 +15,9 @@ from sama_jax.attacks.queries import ViewText
 from sama_jax.config import AuditSettings
 from sama_jax.errors import DataError
 
+MOST_TOKENS = 65535
+"""Tokens of a text at most: the loss store keeps positions as uint16."""
+
 Ragged = tuple[np.ndarray, ...]
 """A column of arrays [n] of different lengths, one a row."""
 
@@ -203,11 +206,16 @@ def table_from_description(found: Sequence[dict[str, Any] | None], where: str) -
     """
     try:
         return table_of([_view_from_description(row) if row else None for row in found])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: not the index of an audit ({error})") from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{where}: not the index of an audit ({error}); copy it again, or run the audit's own "
+            "command again, which makes it anew"
+        ) from None
 
 
 def _view_from_description(found: dict[str, Any]) -> TextView:
+    if not 0 <= found["tokens"] <= MOST_TOKENS or len(found["key"]) != 16:
+        raise ValueError(f"tokens {found['tokens']}, key of {len(found['key'])} digits")
     maskable = np.ones(found["tokens"], bool)
     maskable[found["not_masked"]] = False
     high, low = int(found["key"][:8], 16), int(found["key"][8:], 16)

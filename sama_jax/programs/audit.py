@@ -90,8 +90,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         rate = matmul_rate(setup.shapes.product, setup.shapes.model.dtype)
         say.print(estimate(tasks, tables, left, inputs.roles, setup.shapes, rate))
         return None
-    replayed = tokenised.replayed and tokenised.replayed.identity
-    with open_run(job, inputs, chosen, replayed, describe(placed)) as run:
+    with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
         readings = Readings(tasks, job.settings, tables, inputs.store_keys, run.folder.store)
         setup = setup._replace(shared=run.shared)
         filled = fill_store(setup, readings, run.folder, inputs.ids, say)

@@ -1,7 +1,7 @@
 """Reads and checks what an audit works on, and chooses the attacks that can be computed."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +11,10 @@ from sama_jax.arrays import Encoded
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.engine.plans import ReplayedPlans
-from sama_jax.engine.roles import ModelRole, model_key
+from sama_jax.engine.roles import ModelRole, model_key, pad_id
 from sama_jax.engine.text_table import TextTable, TextView, original_view, table_of
 from sama_jax.engine.views import ViewSources
-from sama_jax.errors import UsageError
+from sama_jax.errors import UsageError, ValidityError
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
@@ -110,21 +110,33 @@ def read_inputs(job: AuditJob) -> Inputs:
     target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
     reference = model_folder.open_folder(job.reference, **options)
     tokenizer = common_tokenizer(target, reference, texts.texts)
+    pad = pad_id(target, settings)
     roles = {
-        name: ModelRole(name, folder, model_key(folder, settings))
+        name: ModelRole(name, folder, model_key(folder, settings, pad))
         for name, folder in (("target", target), ("reference", reference))
     }
+    require_two_models(roles)
     return Inputs(texts.texts, data_notes(texts), roles, tokenizer)
+
+
+def require_two_models(roles: Mapping[str, ModelRole]) -> None:
+    """Raises `ValidityError` if target and reference are one model: nothing could differ."""
+    target, reference = roles["target"], roles["reference"]
+    if target.store_key == reference.store_key:
+        raise ValidityError(
+            f"{target.folder.path} and {reference.folder.path}: target and reference are the same "
+            "model, byte for byte, so no attack could find anything; give the fine-tuned model as "
+            "--target (or its --adapter), and what it was made from as --reference"
+        )
 
 
 def data_notes(texts: Texts) -> list[str]:
     """Says what makes the texts a poor ground for an evaluation."""
     notes = []
     if texts.in_both:
-        some = ", ".join(texts.in_both[:5])
         notes.append(
-            f"texts that occur as member and as non-member: {len(texts.in_both)} ({some}); no "
-            "attack can be right about both"
+            f"texts that occur as member and as non-member: {len(texts.in_both)}; no attack can be "
+            "right about both"
         )
     if texts.repeated:
         notes.append(f"texts that repeat an earlier one: {texts.repeated}")

@@ -19,16 +19,17 @@ from sama_jax.config import settings_hash
 from sama_jax.devices.processes import Peers
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import attention_of, matmul_precision
+from sama_jax.engine.roles import attention_of
 from sama_jax.engine.tasks import ROLES, Tasks
 from sama_jax.engine.text_table import TextTable, described
-from sama_jax.errors import Interrupted, UsageError
+from sama_jax.errors import DataError, Interrupted, UsageError
 from sama_jax.programs.audit_inputs import Chosen, Inputs, Prefixes, Tokenised
 from sama_jax.programs.jobs import AuditJob
+from sama_jax.programs.run_identity import digest, run_identity
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
-from sama_jax.texts.read import Text
+from sama_jax.weights.identity import matmul_precision
 
 
 class OpenRun(NamedTuple):
@@ -41,7 +42,7 @@ class OpenRun(NamedTuple):
 
 @contextlib.contextmanager
 def open_run(
-    job: AuditJob, inputs: Inputs, chosen: Chosen, replayed: str | None, devices: str
+    job: AuditJob, inputs: Inputs, chosen: Chosen, tokenised: Tokenised, devices: str
 ) -> Iterator[OpenRun]:
     """Opens the output folder, a new one or that of this very run, and writes its manifest.
 
@@ -49,14 +50,19 @@ def open_run(
       job: what is audited.
       inputs: texts and models.
       chosen: the attacks.
-      replayed: identity of the plan file that is replayed, if one is.
+      tokenised: the texts as tokens, and the plans that are replayed.
       devices: how the models are placed, in words; the same in every process.
 
     Raises:
       UsageError: the folder belongs to another run, or the processes do not agree.
       Interrupted: a signal stopped the run in good order.
     """
-    run, names = run_identity(job, inputs, replayed), [a.name for a in chosen.attacks]
+    run = run_identity(
+        inputs.texts, tokenised.encoded, inputs.tokenizer, inputs.roles, job.settings
+    )
+    run["plan"] = tokenised.replayed and tokenised.replayed.identity
+    run["prefixes"] = digest(job.prefixes.texts) if job.prefixes else None
+    names = [a.name for a in chosen.attacks]
     require_same_everywhere(job.peers, [run, names, devices])
     folder, shared = _open_folder(job, run, about(job, inputs))
     try:
@@ -119,38 +125,6 @@ def _sees(job: AuditJob, session: str) -> bool:
     return False
 
 
-def run_identity(job: AuditJob, inputs: Inputs, replayed: str | None) -> dict[str, Any]:
-    """Returns what must be equal for a folder to be continued.
-
-    Attacks may be added, so they are not in.
-    """
-    settings = asdict(job.settings)
-    flat = {k: v for k, v in settings.items() if not isinstance(v, dict)}
-    groups = {g: inner for g, inner in settings.items() if isinstance(inner, dict)}
-    flat |= {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
-    target, reference = (inputs.roles[name].folder for name in ROLES)
-    flat["dtype"] = str(target.model.dtype)
-    flat["attention"] = attention_of(target)
-    return {
-        "data": digest(inputs.texts),
-        "texts": len(inputs.texts),
-        "target": target.identity,
-        "reference": reference.identity,
-        "mask_id": target.model.mask_id,
-        "plan": replayed,
-        "prefixes": digest(job.prefixes.texts) if job.prefixes else None,
-        **flat,
-    }
-
-
-def digest(texts: Sequence[Text]) -> str:
-    """Hashes ids, labels and texts: 16 hex digits."""
-    found = hashlib.sha256()
-    for text in texts:
-        found.update(repr((text.id, text.label, text.text)).encode("utf-8", "surrogatepass"))
-    return found.hexdigest()[:16]
-
-
 def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
     """Returns what a manifest says besides the identity: versions, device, preset, command."""
     packages = ("sama-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
@@ -201,7 +175,9 @@ def update_index(
 ) -> None:
     """Writes what scoring without the texts needs; views of earlier parts of the run stay in it."""
     index = job.out / INDEX
-    earlier = read_index(index)[1] if index.is_file() else {}
+    earlier: dict[str, list[dict[str, Any] | None]] = {}
+    with contextlib.suppress(DataError):  # none, or damaged: the losses of its views are kept
+        earlier = read_index(index, len(rows))[1]
     write_index(index, rows, earlier | {view: described(t) for view, t in tables.items()})
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from sama_jax import attacks as attack_suite
 from sama_jax.engine.costs import sum_costs
+from sama_jax.engine.text_table import table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
-from sama_jax.programs.rescore import run_score
+from sama_jax.programs.rescore import run_score, store_of
 from sama_jax.storage.files import write_json, writing
 from sama_jax.storage.run_folder import MANIFEST, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
@@ -44,15 +45,19 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
             )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; give a new folder")
+    texts = manifests[0]["run"].get("texts")
     indexes = [part / INDEX for part in parts if (part / INDEX).is_file()]
     if not indexes:
         raise DataError(f"{parts[0]}: has no {INDEX}; no process of this run has finished")
-    found = [read_index(index) for index in indexes]
+    found = [read_index(index, texts) for index in indexes]
+    for index, (rows, _) in zip(indexes, found):
+        if rows != found[0][0]:
+            raise DataError(f"{index}: lists other texts than {indexes[0]}; copy both again")
     views = {view: made for _, known in found for view, made in known.items()}
+    for view in views.values():  # before anything is copied
+        table_from_description(view, str(indexes[0]))
     for number, (part, manifest) in enumerate(zip(parts, manifests)):
-        store = Path(manifest["store"]) if manifest.get("store") else part / "losses"
-        if not store.is_dir():
-            raise DataError(f"{part}: its losses are not at {store}; copy them to {part}/losses")
+        store = store_of(part, manifest)
         _copy(part / "parts", "scores-*.jsonl", out / "parts", number, len(parts))
         _copy(store, "losses-*.bin", out / "losses", number, len(parts))
     write_index(out / INDEX, found[0][0], views)
@@ -71,7 +76,7 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
 
 def _manifest(part: Path) -> dict[str, Any]:
     manifest = read_manifest(part)
-    if manifest is None or "attacks" not in manifest:
+    if manifest is None or not {"attacks", "run", "settings", "store_keys"} <= manifest.keys():
         raise DataError(f"{part}: expected the output folder of one process of an audit")
     return manifest
 

@@ -19,9 +19,10 @@ from sama_jax.engine.batching import BatchShapes
 from sama_jax.engine.loop import Setup, fill_store
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import ModelRole, model_key, resident_bytes
+from sama_jax.engine.roles import ModelRole, model_key, pad_id, resident_bytes
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import original_view, table_of
+from sama_jax.programs.run_identity import run_identity
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import RunFolder, json_lines
 from sama_jax.terminal import console
@@ -81,18 +82,15 @@ def run_nll(
     tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
     views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]
-    role = ModelRole("target", folder, model_key(folder, settings))
-    keys, layout = {"target": role.store_key}, local_layout()
+    role = ModelRole("target", folder, model_key(folder, settings, pad_id(folder, settings)))
+    roles, keys, layout = {"target": role}, {"target": role.store_key}, local_layout()
     tasks, tables = tasks_of([_NLL], settings, keys), {"text": table_of(views)}
     sizes = resident_bytes([role], layout), device_bytes()
     shapes = BatchShapes(folder.model, folder.max_length, settings, layout, *sizes)
     probe = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
-    setup = Setup({"target": role}, shapes, probe_ids=probe, quiet=quiet)
-    run = {
-        "nll": tasks.first("nll").identity,
-        "model": folder.identity,
-        "max_length": settings.max_length,
-    }
+    setup = Setup(roles, shapes, probe_ids=probe, quiet=quiet)
+    run = run_identity(texts.texts, encoded, tokenizer, roles, settings)
+    run["nll"] = tasks.first("nll").identity
     output = RunFolder(out, run, {"model": str(model)}, None)
     try:
         readings = Readings(tasks, settings, tables, keys, output.store)

@@ -19,9 +19,10 @@ from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import TextTable, table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
+from sama_jax.programs.run_identity import flat_settings
 from sama_jax.reporting import report, results
-from sama_jax.storage.files import read_json_lines, write_json
-from sama_jax.storage.run_folder import METRICS, SCORES, RunFolder, read_manifest
+from sama_jax.storage.files import read_whole_json_lines, write_json
+from sama_jax.storage.run_folder import MANIFEST, METRICS, SCORES, RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.terminal import console
 
@@ -45,10 +46,11 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest:
         raise DataError(f"{store}: expected the output folder of a finished audit, or its losses")
-    rows, views = read_index(path / INDEX)
+    settings = _settings(path, manifest)
+    rows, views = read_index(path / INDEX, manifest["run"]["texts"])
     tables = {v: table_from_description(found, str(path / INDEX)) for v, found in views.items()}
-    settings = from_dict(AuditSettings, manifest["settings"])
-    folder = RunFolder(path, manifest["run"], {}, _store_path(path, manifest))
+    kept = _kept_rows(path, rows)
+    folder = RunFolder(path, manifest["run"], {}, store_of(path, manifest), computes=False)
     try:
         chosen, left_out = [], {}
         for attack in attack_suite.select(names):
@@ -65,8 +67,6 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         ids = [row["id"] for row in rows]
         score_rows(readings, folder, ids, range(len(ids)))
         score_corpus(readings, folder, ids, None, None)
-        before = {line["id"]: line for line in read_json_lines(path / SCORES)[0]}
-        kept = [_without_scores(before.get(row["id"], row)) for row in rows]
         joined = folder.join(kept, [a.name for a in chosen])
         metrics = results.compute_metrics(joined, settings.seed)
         write_json(path / METRICS, metrics)
@@ -79,13 +79,45 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
     return AuditResult(joined, metrics, manifest.get("cost") or {}, path)
 
 
-def _store_path(path: Path, manifest: dict[str, Any]) -> Path | None:
+def _settings(path: Path, manifest: dict[str, Any]) -> AuditSettings:
+    """Returns the settings of a run. Raises `DataError` unless its manifest agrees with itself."""
+    try:
+        settings = from_dict(AuditSettings, manifest["settings"])
+    except (UsageError, TypeError, ValueError) as error:
+        raise DataError(f"{path / MANIFEST}: its settings cannot be read ({error})") from None
+    run = manifest.get("run", {})
+    other = [name for name, value in flat_settings(settings).items() if run.get(name) != value]
+    if other or not isinstance(run.get("texts"), int) or "store_keys" not in manifest:
+        raise DataError(
+            f"{path / MANIFEST}: is damaged or made by another version "
+            f"({', '.join(other[:3]) or 'texts, store_keys'}); run the audit into a new folder"
+        )
+    return settings
+
+
+def _kept_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what scoring keeps of each line of scores.jsonl; without one, that of the index.
+
+    Raises `DataError` if scores.jsonl is damaged: texts that stand in it would be lost.
+    """
+    if not (path / SCORES).is_file():
+        return rows
+    before = read_whole_json_lines(path / SCORES, "the scores of an audit")
+    if [line.get("id") for line in before] != [row["id"] for row in rows]:
+        raise DataError(
+            f"{path / SCORES}: does not hold the texts of {INDEX}; run the audit's own command "
+            "again, which makes both anew"
+        )
+    return [{k: v for k, v in line.items() if k not in _MADE} for line in before]
+
+
+def store_of(path: Path, manifest: dict[str, Any]) -> Path:
+    """Returns where the losses are. Raises `DataError` if they are not there."""
     given = manifest.get("store")
-    return Path(given) if given else None
-
-
-def _without_scores(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k not in _MADE}
+    store = Path(given) if given else path / "losses"
+    if not store.is_dir():
+        raise DataError(f"{path}: its losses are not at {store}; copy them to {path / 'losses'}")
+    return store
 
 
 def _obstacle(

@@ -145,7 +145,7 @@ def read_json_lines(path: Path) -> tuple[list[Any], int]:
     """
     values: list[Any] = []
     at = end = 0
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, where the path cannot be
         return values, end
     with readable(path), untrusted.open_file(path) as file:
         while line := file.readline(LINE_BYTES):

@@ -75,8 +75,14 @@ class _Place(NamedTuple):
 class LossStore:
     """All shards of a folder, and one of them open for appending."""
 
-    def __init__(self, folder: Path, shard: str = "losses-00000.bin"):
-        """Indexes every shard; cuts an incomplete last frame off the one this process owns."""
+    def __init__(self, folder: Path, shard: str = "losses-00000.bin", *, writes: bool = True):
+        """Indexes every shard; cuts an incomplete last frame off the one this process owns.
+
+        Args:
+          folder: of the shards.
+          shard: the name of the one that this process appends to.
+          writes: False: nothing is appended, and no file is made or changed.
+        """
         self._places: dict[tuple[str, str, str], _Place] = {}
         self._ends: dict[Path, int] = {}
         self._elsewhere: set[tuple[str, str, str]] = set()
@@ -88,7 +94,7 @@ class LossStore:
         self._folder, self._own = folder, folder / shard
         for path in sorted(folder.glob("losses-*.bin")):
             self._ends[path] = self._index(path, 0)
-        self._shard = AppendOnly(self._own, self._ends.get(self._own, 0))
+        self._shard = AppendOnly(self._own, self._ends.get(self._own, 0)) if writes else None
 
     def refresh(self) -> None:
         """Reads what other processes have appended to their shards."""
@@ -156,6 +162,7 @@ class LossStore:
         )
         crc = zlib.crc32(payload, zlib.crc32(head))
         frame = _PREFIX.pack(_MAGIC, len(head), len(payload), crc) + head + payload
+        assert self._shard is not None, "opened for reading alone"
         start = self._shard.append(frame)
         self._add(header, self._shard.path, start + _PREFIX.size + len(head))
 
@@ -182,7 +189,8 @@ class LossStore:
 
     def close(self) -> None:
         """Closes the shard that this process appends to."""
-        self._shard.close()
+        if self._shard is not None:
+            self._shard.close()
 
 
 def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict[str, Any], int, int] | None:

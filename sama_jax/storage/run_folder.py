@@ -107,7 +107,22 @@ class RunFolder:
         *,
         rank: int = 0,
         writes: bool = True,
+        computes: bool = True,
     ):
+        """Opens a folder, or takes a new one.
+
+        Args:
+          path: the folder.
+          run: identity of the run.
+          about: what else the manifest says.
+          store: the folder of the losses; None: `losses` in this one.
+          rank: of this process.
+          writes: whether this process writes the manifest.
+          computes: whether losses are appended; False leaves the store as it is.
+
+        Raises:
+          UsageError: the folder belongs to another run, or another process is writing to it.
+        """
         self.path, self._started, self._writes = path, time.time(), writes
         self._run = settings_hash(run)
         _claim(path, run)  # before anything is made in the folder of another run
@@ -122,7 +137,8 @@ class RunFolder:
             scores = _append(path / "parts" / f"scores-{rank:05d}.jsonl")
             self._scores = opened.enter_context(contextlib.closing(scores))
             self._read_parts()
-            losses = LossStore(store or path / "losses", f"losses-{rank:05d}.bin")
+            shard = f"losses-{rank:05d}.bin"
+            losses = LossStore(store or path / "losses", shard, writes=computes)
             self.store = opened.enter_context(contextlib.closing(losses))
             self.write_manifest()
             self.log("start", command=about.get("command"), records=len(self.store))

@@ -161,11 +161,11 @@ def test_a_text_in_both_files_is_reported(box: Box, capsys):
     command = [part for part in box.command(**both_sides(box)) if part != "--quiet"]
     said = run(capsys, command)
     assert said.code == 0
-    assert "note: texts that occur as member and as non-member: 1 (" in said.err
+    assert "note: texts that occur as member and as non-member: 1;" in said.err
     assert "Traceback" not in said.err
     notes = json.loads((box.out / "manifest.json").read_text())["notes"]
     assert any(
-        note.startswith("texts that occur as member and as non-member: 1 (") for note in notes
+        note.startswith("texts that occur as member and as non-member: 1;") for note in notes
     )
     rows = scores(box.out)
     assert len(rows) == 7
@@ -175,7 +175,7 @@ def test_a_text_in_both_files_is_reported(box: Box, capsys):
 def test_a_text_in_both_files_under_strict(box: Box, capsys):
     said = run(capsys, box.command(**both_sides(box), strict=True))
     assert_one_line(
-        said, 5, str(box.out), "--strict", "texts that occur as member and as non-member: 1 ("
+        said, 5, str(box.out), "--strict", "texts that occur as member and as non-member: 1;"
     )
     assert len(scores(box.out)) == 7
     assert (box.out / "report.md").exists()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(box: Box, finish
         ({"limit": 5}, ["texts was 20, is 5"]),
         ({"max_length": 16}, ["max_length was 32, is 16"]),
         ({"data": box.path / "other.jsonl"}, ["data was ", "texts was 20, is 6"]),
-        ({"target": box.path / "other"}, ["target was "]),
-        ({"reference": box.path / "other"}, ["reference was "]),
-        ({"mask_id": 298}, ["mask_id was 299, is 298"]),
+        ({"target": box.path / "other"}, ["target.weights was "]),
+        ({"reference": box.path / "other"}, ["reference.weights was "]),
+        ({"mask_id": 298}, ["target.mask_id was '299', is '298'", "reference.mask_id was"]),
     ]:
         said = refuse(capsys, box, box.command(**changes), 2, str(box.out), *fragments)
         assert "belongs to another run; give --out a new folder" in said
@@ -84,14 +85,103 @@ def test_a_damaged_manifest_is_refused(content: bytes, box: Box, capsys):
     refuse(capsys, box, box.command(), 2, "manifest.json", "not readable", "new folder")
 
 
-def test_damaged_parts_are_refused(box: Box, finished: Path, capsys):
+@pytest.mark.parametrize("foreign", [b'{"a": 1}\n', b"5\n", b"\xff\x00\n", b"[" * 99_999 + b"\n"])
+def test_damaged_lines_of_scores_are_made_anew(
+    foreign: bytes, box: Box, finished: Path, capsys: pytest.CaptureFixture[str]
+):
     shutil.copytree(finished, box.out)
-    (box.out / "parts" / "scores-00000.jsonl").write_text('{"a": 1}\n')
-    refuse(capsys, box, box.command(), 3, "scores-00000.jsonl", "no score", "move the file away")
-    shutil.copytree(finished, box.out, dirs_exist_ok=True)
+    part = box.out / "parts" / "scores-00000.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    stale = json.loads(lines[3]) | {"run": "0123456789abcdef"}
+    stale["scores"] = dict.fromkeys(stale["scores"], 0.125)
+    part.write_bytes(foreign + b"".join(lines[2:]) + json.dumps(stale).encode() + b"\n")
+    assert run(capsys, box.command()).code == 0
+    assert scores(box.out) == scores(finished)
+
+
+def test_a_shard_that_is_none_is_named(box: Box, finished: Path, capsys):
+    shutil.copytree(finished, box.out)
     (box.out / "losses" / "losses-00001.bin").mkdir()
     said = run(capsys, box.command())
     assert_one_line(said, 3, "losses-00001.bin", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("run", []),
+        ("settings", "x"),
+        ("store", 5),
+        ("attacks", {"sama": 1}),
+        ("corpus_attacks", [1]),
+        ("store_keys", {"target": None}),
+        ("cost", {"seconds": {"sama": "x"}}),
+        ("notes", [None]),
+        ("not_computed", ["x"]),
+        ("versions", {"jax": 1}),
+    ],
+)
+@pytest.mark.parametrize("command", ["audit", "score", "merge", "report"])
+def test_a_manifest_with_a_field_of_another_type_is_refused(
+    command: str, field: str, value: Any, box: Box, finished: Path, capsys
+):
+    shutil.copytree(finished, box.out)
+    manifest = json.loads((box.out / "manifest.json").read_text())
+    (box.out / "manifest.json").write_text(json.dumps(manifest | {field: value}))
+    commands = {
+        "audit": box.command(),
+        "score": ["score", "--store", str(box.out), "--attacks", "sama", "--quiet"],
+        "merge": ["merge", str(box.path / "merged"), str(box.out), "--quiet"],
+        "report": ["report", str(box.out)],
+    }
+    before = contents(box.out)
+    said = run(capsys, commands[command])
+    assert_one_line(said, 2, "manifest.json", f"'{field}'")
+    assert contents(box.out) == before
+
+
+def cut(lines: list[bytes]) -> bytes:
+    whole = b"".join(lines)
+    return whole[: len(whole) // 2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        lambda lines: b"",
+        lambda lines: b"".join([*lines[:3], b"{broken\n", *lines[4:]]),
+        lambda lines: b"".join([*lines, lines[0]]),
+        lambda lines: b"".join([*lines[:-1], lines[0]]),
+        lambda lines: b"".join([*lines[:-1], lines[-1].replace(b'"tokens": ', b'"tokens": -')]),
+        lambda lines: b"".join([*lines[:-1], lines[-1].replace(b'"key": "', b'"key": "x')]),
+    ],
+)
+@pytest.mark.parametrize("command", ["score", "merge"])
+def test_a_damaged_index_loses_no_row(
+    command: str, damage: Callable[[list[bytes]], bytes], box: Box, finished: Path, capsys
+):
+    shutil.copytree(finished, box.out)
+    index = box.out / "texts.jsonl"
+    index.write_bytes(damage(index.read_bytes().splitlines(keepends=True)))
+    before = contents(box.out)
+    commands = {
+        "score": ["score", "--store", str(box.out), "--attacks", "sama", "--quiet"],
+        "merge": ["merge", str(box.path / "merged"), str(box.out), "--quiet"],
+    }
+    assert_one_line(run(capsys, commands[command]), 3, "texts.jsonl")
+    assert contents(box.out) == before
+    assert run(capsys, box.command()).code == 0  # makes it anew
+    assert_complete(box.out, finished)
+
+
+def test_scores_that_hold_other_texts_than_the_index_are_kept(box: Box, finished: Path, capsys):
+    shutil.copytree(finished, box.out)
+    lines = (box.out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (box.out / "scores.jsonl").write_text("".join(lines[:7]))
+    command = ["score", "--store", str(box.out), "--attacks", "sama", "--quiet"]
+    assert_one_line(run(capsys, command), 3, "scores.jsonl")
+    assert (box.out / "scores.jsonl").read_text() == "".join(lines[:7])
 
 
 def test_an_output_below_a_file(box: Box, capsys):

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 from sama_jax.arrays import ForwardBatch
 from sama_jax.cli.flags import STANDARD
@@ -27,6 +29,7 @@ from sama_jax.devices import memory
 from sama_jax.devices.strategy import local_layout
 from sama_jax.engine import batching
 from sama_jax.engine.roles import ModelRole, resident_bytes
+from sama_jax.errors import ValidityError
 from sama_jax.programs import audit
 from sama_jax.storage import replay
 from sama_jax.texts.buckets import bucket_lengths
@@ -195,7 +198,10 @@ def test_scores_do_not_depend_on_devices(models, texts, expected, tmp_path):
 
 
 def test_identical_models_score_zero_or_one_half(models, texts, tmp_path):
-    same = (models[0], models[0])
+    copy = Path(shutil.copytree(models[0], tmp_path / "copy"))
+    weights = copy / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"copy": "1"})
+    same = (models[0], copy)
     for ties, score in (("zero", 0.0), ("half", 0.5)):
         sama = dataclasses.replace(SETTINGS.sama, ties=ties)
         settings = dataclasses.replace(SETTINGS, sama=sama)
@@ -203,6 +209,13 @@ def test_identical_models_score_zero_or_one_half(models, texts, tmp_path):
         actual = run(same, texts[:6], tmp_path / ties, settings=settings)
         assert {row["scores"]["sama"] for row, *_ in actual.values()} == {score}
         assert {row["scores"]["ratio"] for row, *_ in actual.values()} == {-1.0}
+
+
+def test_one_model_in_both_roles_is_void(models, texts, tmp_path):
+    copy = Path(shutil.copytree(models[0], tmp_path / "copy"))
+    with pytest.raises(ValidityError, match="target and reference are the same model"):
+        run((models[0], copy), texts[:6], tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_swapping_the_models_gives_one_minus_the_score(models, texts, expected, tmp_path):

@@ -1,0 +1,64 @@
+"""Derives what an output folder of an audit or of `nll` belongs to: all that changes a number."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sama_jax.arrays import Encoded
+from sama_jax.config import AuditSettings
+from sama_jax.engine.roles import ModelRole, loss_identity, pad_id
+from sama_jax.texts.read import Text
+from sama_jax.texts.tokenizer import TextTokenizer
+from sama_jax.weights.identity import arithmetic
+
+
+def run_identity(
+    texts: Sequence[Text],
+    encoded: Sequence[Encoded],
+    tokenizer: TextTokenizer,
+    roles: Mapping[str, ModelRole],
+    settings: AuditSettings,
+) -> dict[str, Any]:
+    """Returns, by name, what must be equal for a folder to be continued.
+
+    Texts with ids and labels, their tokens, the tokenizer, everything about the models and the
+    arithmetic that changes a loss, and all settings. Attacks may be added, so they are not in.
+    """
+    pad = pad_id(roles["target"].folder, settings)
+    found = {name: loss_identity(role.folder, settings, pad) for name, role in roles.items()}
+    common = arithmetic()
+    return {
+        "data": digest(texts),
+        "texts": len(texts),
+        "tokens": token_digest(encoded),
+        "tokenizer": tokenizer.fingerprint,
+        **{f"{n}.{k}": v for n, one in found.items() for k, v in one.items() if k not in common},
+        **common,
+        **flat_settings(settings),
+    }
+
+
+def flat_settings(settings: AuditSettings) -> dict[str, Any]:
+    """Returns all settings by their dotted names."""
+    values = asdict(settings)
+    flat = {k: v for k, v in values.items() if not isinstance(v, dict)}
+    groups = {g: inner for g, inner in values.items() if isinstance(inner, dict)}
+    return flat | {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
+
+
+def digest(texts: Sequence[Text]) -> str:
+    """Hashes ids, labels and texts: 16 hex digits."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(repr((text.id, text.label, text.text)).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()[:16]
+
+
+def token_digest(encoded: Sequence[Encoded]) -> str:
+    """Hashes the tokens of all texts, and which of them are special: 16 hex digits."""
+    found = hashlib.sha256()
+    for one in encoded:
+        found.update(len(one.ids).to_bytes(8, "little"))
+        found.update(one.ids.astype("<i4").tobytes() + one.special.tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,60 @@
+"""Names all that a model's numbers depend on: what runs, loss stores and trainings are keyed by.
+
+One place, so that whatever changes a number also changes the key, and no stale number is ever read.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+from sama_jax import rng
+from sama_jax.config import settings_hash
+from sama_jax.weights.model_folder import ModelFolder
+
+NEUTRAL = frozenset({"remat"})
+"""Fields of a model that change no number; every other field is part of the key."""
+_XLA = ("fast_math", "precision", "approx", "tf32", "algsimp")
+"""Parts of the names of XLA's flags that change numbers, not only speed or logs."""
+
+
+def model_identity(folder: ModelFolder) -> dict[str, str]:
+    """Returns, by name, all that a model's losses depend on besides its tokens and masks.
+
+    Weights and configuration, every field of the model but the `NEUTRAL` ones, and the arithmetic
+    of this process.
+
+    Raises:
+      UsageError: random bits are set to be others than everybody's.
+    """
+    model: Any = folder.model
+    options = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    architecture = options.pop("arch")
+    return {
+        "weights": folder.identity,
+        "architecture": settings_hash(repr(architecture)),
+        "attention": architecture.attention,
+        **{name: str(value) for name, value in options.items() if name not in NEUTRAL},
+        **arithmetic(),
+    }
+
+
+def arithmetic() -> dict[str, str]:
+    """Returns what changes the numbers of any model in this process: devices, precision, bits.
+
+    Raises:
+      UsageError: random bits are set to be others than everybody's.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return {
+        "backend": jax.default_backend(),
+        "matmul_precision": matmul_precision() or "default",
+        "xla_flags": " ".join(sorted(f for f in flags if any(part in f for part in _XLA))),
+        "random_bits": rng.checked_bits(),
+    }
+
+
+def matmul_precision() -> str | None:
+    """Returns the precision that products are set to, or None for JAX's default."""
+    return jax.config.jax_default_matmul_precision  # pyright: ignore  # declared at run time
