@@ -1,0 +1,126 @@
+"""Readers of texts: JSONL, JSON, CSV, gzip, parquet."""
+
+import gzip
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from fuzz import mutations, seeds
+from fuzz.reader import TEXTS, Reader, audit, write
+from sama_jax.texts.read import read_texts
+
+
+def _rows() -> list[dict[str, Any]]:
+    texts = tiny.texts(TEXTS, (4, 20))
+    return [{"id": f"t{i}", "text": text, "label": i % 2} for i, text in enumerate(texts)]
+
+
+def _jsonl(root: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in _rows())
+    pairs = [{"member": row["text"], "nonmember": f"{row['text']} ka"} for row in _rows()]
+    for name, text in {
+        "rows": lines,
+        "plain": "".join(json.dumps({"text": row["text"]}) + "\n" for row in _rows()),
+        "pairs": "".join(json.dumps(pair) + "\n" for pair in pairs),
+    }.items():
+        write(root / name / "texts.jsonl", text.encode())
+
+
+def _json(root: Path) -> None:
+    columns = {key: [row[key] for row in _rows()] for key in ("id", "text", "label")}
+    write(root / "rows" / "texts.json", json.dumps(_rows()).encode())
+    write(root / "columns" / "texts.json", json.dumps({"data": columns}).encode())
+
+
+def _csv(root: Path) -> None:
+    lines = ["id,text,label", *(f'{r["id"]},"{r["text"]}, ""so""",{r["label"]}' for r in _rows())]
+    write(root / "one" / "texts.csv", "\n".join(lines).encode())
+
+
+def _gzip(root: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in _rows()).encode()
+    write(root / "one" / "texts.jsonl.gz", gzip.compress(lines))
+
+
+def _spoil_gzip(draw: random.Random, root: Path) -> None:
+    lines = gzip.decompress((root / "texts.jsonl.gz").read_bytes())
+    inside = gzip.compress(mutations.content(draw, "texts.jsonl", lines))
+    bomb = draw.random() < 0.1
+    (root / "texts.jsonl.gz").write_bytes(
+        seeds.gzip_bomb(8) if bomb else inside * draw.choice([1, 2])
+    )
+
+
+def _parquet(root: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for packing in ("snappy", "zstd", "gzip", "none"):
+        (root / packing).mkdir(parents=True)
+        table = pa.Table.from_pylist(_rows())
+        pq.write_table(table, root / packing / "texts.parquet", compression=packing)
+
+
+def _spoil_parquet(draw: random.Random, root: Path) -> None:
+    """Columns of other types, or one text of a megabyte in every row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = root / "texts.parquet"
+    if draw.random() < 0.1:
+        seeds.parquet_bomb(path, 8000)
+        return
+    columns: dict[str, Any] = {
+        key: [row[key] for row in _rows()] for key in ("id", "text", "label")
+    }
+    odd = [
+        pa.array([2**62] * TEXTS, pa.timestamp("s")),
+        pa.array([1] * TEXTS, pa.timestamp("ns", "Europe/Berlin")),
+        pa.array([10**6] * TEXTS, pa.date32()),
+        pa.array([b"\xff\xfe"] * TEXTS, pa.binary()),
+        pa.array([[1, 2]] * TEXTS),
+        pa.array([{"a": 1}] * TEXTS),
+        pa.array([None] * TEXTS, pa.string()),
+        pa.array([math.nan] * TEXTS),
+        pa.array([True, False] * (TEXTS // 2)),
+        pa.array([1.0] * TEXTS),
+        pa.array([2**63] * TEXTS, pa.uint64()),
+        pa.array(["x\x1b[31m\0y"] * TEXTS),
+        pa.array(["same"] * TEXTS),
+        pa.array([2**60] * TEXTS, pa.duration("s")),
+        pa.array([b"1" * 16] * TEXTS, pa.binary(16)),
+    ]
+    columns[draw.choice([*columns, "\x1b[1mother" + "x" * 500])] = draw.choice(odd)
+    if draw.random() < 0.2:
+        del columns["text"]
+    pq.write_table(pa.table(columns), path)
+
+
+def _texts_file(root: Path) -> Path:
+    return next(root.glob("texts.*"), root / "texts.jsonl")
+
+
+def _read_texts(root: Path) -> None:
+    """Whatever is read are texts with distinct ids; no text is cut."""
+    found = read_texts(_texts_file(root)).texts
+    assert found
+    assert all(isinstance(t.text, str) and isinstance(t.id, str) and t.id for t in found)
+    assert all(t.label is None or (type(t.label) is int and t.label in (0, 1)) for t in found)
+    assert len({t.id for t in found}) == len(found)
+
+
+def _audit_texts(root: Path, good: Path) -> list[str]:
+    return audit(root, good, _texts_file(root), "--dry-run")
+
+
+READERS = {
+    "jsonl": Reader(_jsonl, ("*",), _read_texts, _audit_texts),
+    "json": Reader(_json, ("*",), _read_texts, _audit_texts),
+    "csv": Reader(_csv, ("*",), _read_texts, _audit_texts),
+    "gzip": Reader(_gzip, ("*",), _read_texts, _audit_texts, extra=_spoil_gzip),
+    "parquet": Reader(_parquet, ("*",), _read_texts, _audit_texts, extra=_spoil_parquet),
+}
