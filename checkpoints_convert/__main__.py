@@ -1,10 +1,22 @@
 """Parses, calls and prints for `python -m checkpoints_convert`; no JAX before it is needed."""
 
+# ruff: noqa: E402
+import os
+import sys
+
+# `python -m` looks for modules in the current folder first, where a model folder could bring a
+# `sama_jax` of its own; `isolate` does the rest.
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not sys.flags.safe_path and os.path.abspath(sys.path[0]) == os.getcwd() != _HOME:
+    del sys.path[0]
+
+from sama_jax.isolation import isolate
+
+isolate()
+
 import argparse
 import json
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -59,7 +71,8 @@ def _add_conversion(p: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    number = r"([0-9]{1,15}(?:\.[0-9]+)?)"
+    match = re.fullmatch(number + r"\s*([KMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * 1000 ** " KMG".index(match[2].upper() or " ")) if match else 0
     if size < 1:
         raise UsageError(f"--max-shard {text!r}: expected a size such as 5GB or 500MB")

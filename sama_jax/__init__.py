@@ -12,7 +12,6 @@ Importing this package starts no JAX backend.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +38,9 @@ _HOMES = {
     "sign_statistics": "sama_jax.core.votes",
 }
 
+# Not from `typing`: `python -m sama_jax` loads this file while the current folder is still the
+# first place where modules are looked for (`isolation`).
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sama_jax.arrays import ProbePlan, SignStatistics
     from sama_jax.config import AuditSettings, SamaSettings, preset
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from sama_jax.texts.read import read_texts
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Loads a public name on first use, so that `import sama_jax` stays fast."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)

@@ -1,7 +1,12 @@
-"""`python -m sama_jax` is `sama-jax`."""
+"""`python -m sama_jax` is `sama-jax`, which also starts here."""
 
 import sys
 
-from sama_jax.cli.entry import main
+from sama_jax.isolation import isolate
 
-sys.exit(main())
+isolate()  # before anything is imported that a file of the current folder could stand in for
+
+from sama_jax.cli.entry import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,19 @@
 """Speaks to whoever runs a program: lines, tables, and the progress of long work.
 
-Messages and progress go to standard error, so that standard output stays for results.
+Messages and progress go to standard error, so that standard output stays for results. Names and
+texts of others pass through here on their way out: what would move a cursor, ring a bell or cannot
+be encoded is escaped.
 """
 
+import contextlib
+import os
+import re
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -17,9 +24,98 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from sama_jax import isolation
+from sama_jax.errors import OutputError
+from sama_jax.untrusted import printable
 
 PLAIN_SECONDS = 10.0
 """Seconds between two plain lines of progress."""
+TRACEBACK = "SAMA_JAX_TRACEBACK"
+"""Environment variable: 1 shows where an error comes from, under its line."""
+
+
+# --- what may be printed -------------------------------------------------------------------------
+
+
+def escape(text: str) -> str:
+    """Returns a text as it may be printed: whole, with its line breaks, without control characters
+    and lone surrogates."""
+    if text.isprintable():
+        return text
+    return "\n".join(printable(line, len(line)) for line in text.split("\n"))
+
+
+def one_line(text: str) -> str:
+    """Returns a message as it may be printed: escaped, on one line but for a list of ours, whose
+    lines are indented."""
+    return re.sub(r"\n(?!  )", r"\\n", escape(text))
+
+
+class _Guarded:
+    """A stream whose text is escaped unless it is `verbatim`, and whose failure is a known error;
+    in all else it is the stream that it wraps."""
+
+    def __init__(self, stream: Any, *, verbatim: bool = False):
+        self.stream, self.verbatim = stream, verbatim
+
+    def write(self, text: str) -> int:
+        """Writes the text. Raises `OutputError`."""
+        with self._written():
+            self.stream.write(text if self.verbatim else escape(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is left. Raises `OutputError`."""
+        with self._written():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # Else Python tries to write the rest at its end, and complains.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            raise OutputError(f"{self.stream.name}: cannot write ({error.strerror})") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def guard_streams() -> None:
+    """Lets whatever this process prints pass through `escape`, in any encoding of the streams."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Guarded):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Guarded(stream))
+
+
+@contextlib.contextmanager
+def unguarded() -> Iterator[None]:
+    """Gives a library the plain streams, for progress of its own."""
+    guarded = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (getattr(s, "stream", s) for s in guarded)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = guarded
+
+
+class _Console(Console):
+    """Escapes texts by itself: what it adds for colours and bars has to reach the terminal."""
+
+    def __init__(self, *, stderr: bool = False, **options: Any):
+        stream: Any = sys.stderr if stderr else sys.stdout
+        if isinstance(stream, _Guarded):
+            stream = _Guarded(stream.stream, verbatim=True)
+        super().__init__(file=stream, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Makes a text of a string, as the cells of tables are made."""
+        return super().render_str(escape(text), **options)
 
 
 def console(quiet: bool = False) -> Console:
@@ -27,9 +123,43 @@ def console(quiet: bool = False) -> Console:
 
     It prints verbatim: a path may hold what rich would take for markup, such as `[/x]`.
     """
-    return Console(
+    return _Console(
         stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False
     )
+
+
+def results_console(quiet: bool = False) -> Console:
+    """Returns the console of results, on standard output."""
+    return _Console(quiet=quiet)
+
+
+def wants_traceback() -> bool:
+    """Tells whether the user has asked for tracebacks."""
+    return os.environ.get(TRACEBACK, "0") != "0"
+
+
+def fault_line(error: BaseException) -> str:
+    """Says in one line that nobody foresaw this error, and where it was raised.
+
+    Its own words are left out: they may hold a text that nobody else is to see.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if f.filename.startswith(isolation.HOME + os.sep)] or frames
+    where = f" in {os.path.relpath(ours[-1].filename, isolation.HOME)}:{ours[-1].lineno}"
+    return (
+        f"a fault of sama_jax, please report it: {type(error).__name__}{where if ours else ''}; "
+        f"{TRACEBACK}=1 shows the whole of it"
+    )
+
+
+# --- messages, results, progress -----------------------------------------------------------------
+
+_listeners: list[Callable[[], None]] = []
+
+
+def on_progress(listener: Callable[[], None]) -> None:
+    """Calls `listener` whenever a bar of this process moves, shown or not."""
+    _listeners.append(listener)
 
 
 class Terminal:
@@ -45,7 +175,7 @@ class Terminal:
 
     def show(self, result: RenderableType) -> None:
         """Prints a result, such as a table, on standard output."""
-        Console(quiet=self.quiet).print(result)
+        results_console(self.quiet).print(result)
 
     def bar(self, what: str, total: int, unit: str, *, done: int = 0) -> "ProgressBar":
         """Returns the bar of work that has `total` units, of which some may be done."""
@@ -63,7 +193,7 @@ class ProgressBar:
     """
 
     def __init__(self, what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0):
-        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.what, self.total, self.unit, self.done = escape(what), total, unit, done
         self._quiet, self._start, self._first = quiet, time.monotonic(), done
         self._last = self._start
         self._note = ""
@@ -99,7 +229,8 @@ class ProgressBar:
 
     def note(self, text: str) -> None:
         """Shows what is going on until the next note."""
-        self._note = text
+        self._note = text = escape(text)
+        _tell()
         if self._bar:
             self._bar.update(self._task, note=text)
         elif text.startswith("compiling"):
@@ -109,6 +240,7 @@ class ProgressBar:
         """Counts `amount` more units as done."""
         self.done += amount
         now = time.monotonic()
+        _tell()
         if self._bar:
             self._bar.update(self._task, completed=self.done)
         elif now - self._last >= PLAIN_SECONDS and self.done < self.total:
@@ -143,6 +275,11 @@ class ByteBar:
     def _told(self, amount: int) -> None:
         self._bytes += amount
         self._bar.advance(self._bytes // 10**6 - self._bar.done)
+
+
+def _tell() -> None:
+    for listener in _listeners:
+        listener()
 
 
 def duration(seconds: float) -> str:

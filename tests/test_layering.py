@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WORDS = {"arrays", "config", "errors", "rng", "terminal", "untrusted"}
+WORDS = {"arrays", "config", "errors", "isolation", "rng", "terminal", "untrusted"}
 """The files that everybody uses; they import each other only."""
 
 LAYERS = {
@@ -44,6 +44,9 @@ ONLY_IN = {
     "yaml": ("sama_jax.programs.experiment",),
     "sklearn": ("sama_jax.core.metrics", "sama_jax.attacks.corpus"),
     "pickle": (),
+    # Every process is started in one place, which keeps the current folder off its module path.
+    "subprocess": ("sama_jax.devices.child_process",),
+    "multiprocessing": (),
 }
 """Heavy or special libraries -> the only places that may import them."""
 
@@ -51,6 +54,7 @@ NO_JAX = (
     "sama_jax.config",
     "sama_jax.errors",
     "sama_jax.terminal",
+    "sama_jax.isolation",
     "sama_jax.untrusted",
     "sama_jax.cli",
     "sama_jax.storage.files",
@@ -149,7 +153,8 @@ def test_no_file_imports_itself_through_others():
 
 
 def test_the_command_line_imports_what_needs_jax_only_when_it_runs_a_command():
-    light = {"config", "errors", "terminal", "cli", "devices.processes", "programs.jobs"}
+    light = {"config", "errors", "terminal", "untrusted", "cli", "programs.jobs"}
+    light |= {f"devices.{name}" for name in ("place", "processes", "secret")}
     for name, path in MODULES.items():
         if name.startswith("sama_jax.cli"):
             early = {i.split(".", 1)[1] for i in imports(path, lazy=False) if "sama_jax." in i}

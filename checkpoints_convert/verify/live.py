@@ -27,6 +27,7 @@ from sama_jax.arrays import Params
 from sama_jax.engine import output_position
 from sama_jax.errors import ModelError
 from sama_jax.models.stages import stages
+from sama_jax.terminal import results_console
 from sama_jax.texts.read import read_texts
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights.model_folder import ModelFolder, open_folder
@@ -118,7 +119,7 @@ def verify_live(path: Path, options: Options) -> int:
     """Prints a table for each dtype. Returns 0, or 6 if a verdict is against."""
     from sama_jax.programs.bench import torch_reference
 
-    console, code = Console(), 0
+    console, code = results_console(), 0
     exact = None
     for dtype in _dtypes(path, options):
         folder = open_folder(path, mask_id=options.mask_id, dtype=dtype, adapter=options.adapter)

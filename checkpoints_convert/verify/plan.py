@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table
 
 from checkpoints_convert.verify import live
@@ -22,6 +21,7 @@ from sama_jax.core import losses, votes
 from sama_jax.errors import DataError
 from sama_jax.models.stages import stages
 from sama_jax.storage import replay
+from sama_jax.terminal import results_console
 
 ROWS = 8
 """Texts in one call."""
@@ -64,7 +64,7 @@ def verify_plan(
         if not agrees:
             wrong.append(f"{name}: {first_difference(ours, probes, theirs, name, dtype)}")
         del ours
-    Console().print(table)
+    results_console().print(table)
     print(WHY[dtype])
     flips = count_flips(probes, found, {k: getattr(theirs, k) for k in paths}, TOLERANCE[dtype])
     scores = [_scores(probes, x["target"], x["reference"]) for x in (found, theirs._asdict())]

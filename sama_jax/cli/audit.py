@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from sama_jax.cli import flags
 from sama_jax.cli.results import print_result
 from sama_jax.cli.running import command_of
 from sama_jax.config import AuditSettings
-from sama_jax.devices import processes
+from sama_jax.devices import processes, secret
+from sama_jax.devices.place import found_place, given_place
 from sama_jax.errors import UsageError
 from sama_jax.programs.jobs import AuditJob
 
@@ -65,10 +65,24 @@ def _add_processes(p: flags.Flags) -> None:
     p.add_argument("--distributed", action="store_true", help="the same from Slurm or a TPU slice")
     p.add_argument(
         "--start-timeout",
-        type=float,
+        type=flags.positive,
         default=processes.START_SECONDS,
         metavar="S",
         help="seconds that processes wait for each other at the start (default: %(default)s)",
+    )
+    p.add_argument(
+        "--stall-timeout",
+        type=flags.positive,
+        default=processes.STALL_SECONDS,
+        metavar="S",
+        help="seconds without progress until a process counts as lost (default: %(default)s)",
+    )
+    p.add_argument(
+        "--secret-file",
+        type=Path,
+        metavar="F",
+        help="the secret of the processes, made if it is not there (default: SAMA_JAX_SECRET, "
+        f"else {secret.DEFAULT})",
     )
 
 
@@ -81,16 +95,18 @@ def run(args: argparse.Namespace) -> int | None:
     files = tuple(map(bool, (args.data, args.members, args.nonmembers)))
     if files not in ((True, False, False), (False, True, True)):
         raise UsageError("give either --data F, or --members F and --nonmembers F")
-    place = processes.given_place(args.coordinator, args.num_processes, args.process_id)
-    if place is None and args.distributed:
-        place = processes.found_place(os.environ)
+    here = given_place(args.coordinator, args.num_processes, args.process_id)
+    if here is None and args.distributed:
+        here = found_place(os.environ)
     peers = processes.join()
-    if peers is None and place is not None and place.count > 1 and not args.dry_run:
-        command = [sys.executable, "-m", "sama_jax", *args.argv]
+    if peers is None and here is not None and here.count > 1 and not args.dry_run:
+        bounds = processes.Bounds(args.start_timeout, args.stall_timeout)
         kept = (
             "finished batches are kept: the same command, with any number of processes, continues"
         )
-        return processes.supervise(command, place, args.start_timeout, kept)
+        shared = secret.find_secret(args.secret_file, os.environ)
+        command = ["-m", "sama_jax", *args.argv]
+        return processes.supervise(command, here, bounds, kept, shared)
     _run_here(args, settings, peers)
 
 
@@ -105,8 +121,8 @@ def _run_here(
     from sama_jax.texts.read import read_split, read_texts
 
     use_compile_cache(args.compile_cache)
-    if peers is not None:
-        mesh.connect(peers.jax_address, peers.count, peers.rank)
+    if peers is not None and peers.jax is not None:
+        mesh.connect(*peers.jax, peers.count, peers.rank)
     attacks.select(args.attacks)  # names that are wrong, before long files are read
     read = read_texts(args.data) if args.data else read_split(args.members, args.nonmembers)
     given = {

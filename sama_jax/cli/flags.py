@@ -5,6 +5,8 @@ what differs for one command is given as argparse's own keywords.
 """
 
 import argparse
+import contextlib
+import math
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
@@ -38,12 +40,28 @@ def flags_of(parser: Flags, kind: type, *names: str, **options: Any) -> None:
             spelled = spelled.replace("--", "--no-", 1) if field.default else spelled
         else:
             choices = list(get_args(hint)) if get_origin(hint) is Literal else None
-            given |= {"choices": choices, "type": str if choices else hint}
+            kind_of = {float: finite}.get(hint, hint)
+            given |= {"choices": choices, "type": str if choices else kind_of}
             given |= {"metavar": flag.metavar, "required": required}
         given |= options
         if hint is not bool and given["default"] is not None:
             given["help"] += " (default: %(default)s)"
         parser.add_argument(spelled, **given)
+
+
+def finite(text: str) -> float:
+    """Reads a number; neither NaN nor an infinity is one."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
+
+
+def positive(text: str) -> float:
+    """Reads a number of seconds, of at most a year: threads wait no longer."""
+    if 0 < (number := finite(text)) < 366 * 86400:
+        return number
+    raise argparse.ArgumentTypeError(f"expected seconds above 0, at most a year, found {text!r}")
 
 
 def _hint(field: Field[Any]) -> tuple[Any, Flag]:

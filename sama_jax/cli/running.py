@@ -1,6 +1,7 @@
 """Runs one command: parses, catches signals, turns errors into one line and an exit code."""
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -11,17 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from sama_jax.errors import EXIT_CODES, Interrupted, OutOfMemory, SamaError, UsageError
-
-TRACEBACK = "SAMA_JAX_TRACEBACK"
-"""Environment variable: 1 shows where an error comes from, under its line."""
+from sama_jax import terminal
+from sama_jax.devices import processes
+from sama_jax.errors import (
+    EXIT_CODES,
+    Interrupted,
+    OutOfMemory,
+    OutputError,
+    SamaError,
+    UsageError,
+)
 
 EPILOG = "\n".join(
     [
         "exit codes:",
         *(f"  {code:<3} {meaning}" for code, meaning in EXIT_CODES.items()),
         "",
-        f"{TRACEBACK}=1 shows the traceback of an error, too.",
+        f"{terminal.TRACEBACK}=1 shows the traceback of an error, too.",
     ]
 )
 
@@ -35,8 +42,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with 2, like every other usage error."""
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        _say(f"{self.prog}: {message}; see {self.prog} --help")
         sys.exit(UsageError.exit_code)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        try:
+            super()._print_message(message, file)
+            (file or sys.stderr).flush()
+        except OutputError as error:
+            _say(f"{self.prog}: {error}")
+            sys.exit(error.exit_code)
 
 
 def command_of(
@@ -57,8 +72,11 @@ def command_of(
 def run_program(program: str, parser: Parser, argv: Sequence[str] | None) -> int:
     """Parses and runs the command's `run`; returns the exit code. Errors are one line on stderr.
 
-    Without `argv` it owns the process: signals are caught, and after one nothing runs any more.
+    Without `argv` it owns the process: signals are caught, and after one nothing runs any more;
+    whatever is printed is escaped.
     """
+    if argv is None:
+        terminal.guard_streams()
     name, given = program.split()[-1], sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(given)
     args.argv, args.command = given, f"{program} {shlex.join(given)}"
@@ -67,16 +85,30 @@ def run_program(program: str, parser: Parser, argv: Sequence[str] | None) -> int
         _end_on_signals(f"{name}: {interrupted}")
     try:
         with _shortage(args):
-            return args.run(args) or 0
-    except (SamaError, KeyboardInterrupt) as error:
-        print(f"{name}: {str(error) or interrupted}", file=sys.stderr, flush=True)
-        if os.environ.get(TRACEBACK, "0") != "0":
+            code = args.run(args) or 0
+            sys.stdout.flush()
+            return code
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # Rust's panics are no Exception
+        known = isinstance(error, SamaError | KeyboardInterrupt)
+        if not known and processes.is_child():
+            raise  # perhaps a peer has gone: the supervisor decides what is said
+        line = (str(error) or interrupted) if known else terminal.fault_line(error)
+        _say(f"{name}: {line}")
+        if terminal.wants_traceback():
             _print_causes(error)
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-        code = Interrupted.exit_code if stopped else error.exit_code
+        code = Interrupted.exit_code if stopped else getattr(error, "exit_code", 1)
         if stopped and argv is None:
             os._exit(code)
         return code
+
+
+def _say(line: str) -> None:
+    """Prints an error; there may be nobody left to read it."""
+    with contextlib.suppress(OSError, OutputError):
+        print(terminal.one_line(line), file=sys.stderr, flush=True)
 
 
 def _print_causes(error: BaseException) -> None:
@@ -102,7 +134,7 @@ def _end_on_signals(line: str) -> None:
             return
         said.append(True)
         cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
-        os.write(2, f"{cursor}{line}\n".encode())
+        os.write(2, f"{cursor}{terminal.one_line(line)}\n".encode(errors="replace"))
         os._exit(Interrupted.exit_code)
 
     for number in (signal.SIGINT, signal.SIGTERM):

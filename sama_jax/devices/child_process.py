@@ -1,7 +1,8 @@
 """A child process that answers questions, one JSON line each; its errors are raised here again.
 
 Work goes to a child where it needs other environment variables than this process, where its memory
-is to be measured, or where it may crash. This file has both ends. Standard library only.
+is to be measured, or where it may crash. This file has both ends, and `start`, through which every
+process of this package is started. Standard library only.
 """
 
 import contextlib
@@ -12,13 +13,34 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from sama_jax import isolation
 from sama_jax.errors import OutOfMemory, SamaError
+
+Process = subprocess.Popen[Any]
 
 TICK_SECONDS = 10.0
 """Seconds between two calls of `tick`."""
+
+
+def start(
+    arguments: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
+) -> Process:
+    """Starts this Python on `-m MODULE ..` or `-c CODE ..`, cut off from the current folder.
+
+    `env` replaces the environment variables of this process; `options` go to `Popen`.
+    """
+    env = isolation.environment(dict(os.environ if env is None else env))
+    return subprocess.Popen([sys.executable, "-P", *arguments], env=env, **options)
+
+
+def exit_code(process: Process, seconds: float) -> int | None:
+    """Waits for a process to end; returns its exit code, None if it runs on."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
 
 
 class Crashed(SamaError):
@@ -49,13 +71,13 @@ class Child:
         self._stderr: IO[bytes] | None = None
         if not show_errors:
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (`__exit__` closes it)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+        self._process = start(
+            ["-m", module],
+            env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            env=env,
         )
 
     def __enter__(self) -> "Child":

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from sama_jax.devices.place import whole_number
 from sama_jax.errors import UsageError
 
 AXES = ("data", "model")
@@ -35,9 +36,9 @@ def mesh_sizes(text: str) -> tuple[int, int]:
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, number = part.partition("=")
-        if name.strip() not in sizes or not number.strip().isdigit() or int(number) < 1:
+        if name.strip() not in sizes or not whole_number(number.strip()):
             raise UsageError(f"mesh {text!r}: expected data=N,model=M with numbers, found {part!r}")
-        sizes[name.strip()] = int(number)
+        sizes[name.strip()] = whole_number(number.strip()) or 1
     return sizes["data"], sizes["model"]
 
 
@@ -61,9 +62,19 @@ def grid(devices: Any, sizes: tuple[int, int]) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def connect(address: str, count: int, rank: int) -> None:
-    """Makes this one of several JAX processes; all call it, before anything touches a device."""
-    jax.distributed.initialize(address, count, rank)
+def connect(address: str, bind: str | None, count: int, rank: int) -> None:
+    """Makes this one of several JAX processes; all call it, before anything touches a device.
+
+    Process 0 listens on `bind`, on all of its addresses where that is None.
+    """
+    jax.distributed.initialize(
+        address,
+        count,
+        rank,
+        coordinator_bind_address=bind if rank == 0 else None,
+        # JAX would abort with a stack dump after 100 s; the supervisors notice earlier, by a line.
+        heartbeat_timeout_seconds=600,
+    )
 
 
 def disconnect() -> None:

@@ -3,98 +3,45 @@
 `jax.distributed` aborts a process, with a stack dump, where a peer never starts or dies. So the
 command that the user starts (the supervisor) does none of the work: it meets the other processes
 within a bounded wait, then runs itself again in a child that does the work, and watches. If a
-process is lost, the others end their children and say so in one line. Standard library only.
+process is lost, or its work stands still, the others end their children and say so in one line.
+No JAX.
 
-Supervisors talk to that of process 0 in JSON lines over TCP, at the coordinator's port. A child
-talks to its supervisor over a socket pair, and ends when that closes.
+Supervisors talk to that of process 0 (`meeting`). A child talks to its supervisor over a socket
+pair, and ends when that closes.
 """
 
 import contextlib
 import json
 import os
 import queue
-import re
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from sama_jax.errors import EXIT_CODES, Interrupted, SamaError, UsageError
+from sama_jax import terminal
+from sama_jax.devices import meeting
+from sama_jax.devices.child_process import Crashed, Process, exit_code, start
+from sama_jax.devices.lines import LINE_BYTES, Lines
+from sama_jax.devices.meeting import Event, Hub, Lost, Meeting, Spoke, names
+from sama_jax.devices.place import Place
+from sama_jax.errors import EXIT_CODES, Interrupted
 
 CHILD = "SAMA_JAX_CHILD"
 """Environment variable of a child: its end of the pair, and of the file for crash reports."""
-START_SECONDS = 300
+START_SECONDS = 300.0
 """How long processes wait for each other at the start, unless told otherwise."""
-BEAT_SECONDS, LOST_SECONDS = 1.0, 15.0
-"""Between two signs of life, and without one until a process counts as lost. A process that ends
-is noticed at once, since its connection closes."""
-
-
-class Place(NamedTuple):
-    """Which process this is, of how many, and where they meet."""
-
-    coordinator: str
-    """HOST:PORT of process 0."""
-    count: int
-    rank: int
-
-
-def given_place(coordinator: str | None, count: int | None, rank: int | None) -> Place | None:
-    """Returns the place that the flags give; None if there are none. Raises `UsageError`."""
-    if coordinator is None and count is None and rank is None:
-        return None
-    if coordinator is None or count is None or rank is None:
-        raise UsageError("--coordinator, --num-processes and --process-id belong together")
-    port = coordinator.rpartition(":")[2]
-    if ":" not in coordinator or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--coordinator {coordinator}: expected HOST:PORT")
-    if not 0 <= rank < count:
-        raise UsageError(f"--process-id {rank}: expected 0 to {count - 1} for --num-processes")
-    return Place(coordinator, count, rank)
-
-
-def found_place(env: Mapping[str, str], metadata: Callable[[str], str] | None = None) -> Place:
-    """Finds the place in the environment: Slurm (one task a node), or a Cloud TPU slice.
-
-    A TPU slice is known by the variables that GKE sets, else by the metadata of the virtual machine
-    (the two attributes that JAX's own detection reads).
-
-    Raises:
-      UsageError: it is neither.
-    """
-    if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-        match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-        if match is None:
-            raise UsageError(f"--distributed: cannot read Slurm's list of nodes {nodes!r}")
-        port = 20000 + int(env["SLURM_JOB_ID"]) % 10000
-        count = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-        return Place(f"{match[1]}{match[2] or ''}:{port}", count, int(env["SLURM_PROCID"]))
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        if "TPU_WORKER_HOSTNAMES" in env:
-            hosts, rank = env["TPU_WORKER_HOSTNAMES"].split(","), int(env["TPU_WORKER_ID"])
-        else:
-            read = metadata or _metadata
-            hosts = [w.split(":")[2] for w in read("worker-network-endpoints").split(",")]
-            rank = int(read("agent-worker-number"))
-        return Place(f"{hosts[0]}:8479", len(hosts), rank)
-    raise UsageError(
-        "--distributed: neither Slurm nor a Cloud TPU slice is found here; give --coordinator "
-        "HOST:PORT, --num-processes N and --process-id I"
-    )
-
-
-def _metadata(attribute: str) -> str:
-    url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{attribute}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    with urllib.request.urlopen(request, timeout=5) as answer:
-        return answer.read().decode()
+STALL_SECONDS = 3600.0
+"""How long the work may make no progress, unless told otherwise: one compilation of a large model
+on a CPU takes a quarter of an hour, and is one step."""
+SILENT_SECONDS = 90.0
+"""Without a sign of life of the child until it counts as stopped. A library that is loaded from a
+slow disk holds Python's lock for some ten seconds."""
 
 
 # --- the work's side -----------------------------------------------------------------------------
@@ -103,24 +50,51 @@ def _metadata(attribute: str) -> str:
 class Peers:
     """Speaks to all processes of a run from one of them, which is alone without a supervisor."""
 
-    def __init__(self, rank: int = 0, count: int = 1, jax_address: str = "", link: Any = None):
-        self.rank, self.count, self.jax_address = rank, count, jax_address
-        self._link, self._answers = link, queue.Queue()
+    def __init__(
+        self, rank: int = 0, count: int = 1, jax: Meeting | None = None, lines: Lines | None = None
+    ):
+        self.rank, self.count, self.jax = rank, count, jax
+        self._lines, self._answers = lines, queue.Queue()
+        self._steps = 0
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """Returns every process' `value` (JSON), by rank, when all have called it with `what`.
 
         All call it in the same order. If one of them ends, the supervisor ends this process.
         """
-        if self._link is None:
+        if self._lines is None:
             return [value]
-        _send(self._link, {"gather": what, "value": value})
+        self._lines.send({"gather": what, "value": value})
         return self._answers.get()
 
+    def start(self) -> None:
+        """Begins to listen, and to tell the supervisor that the work is alive and goes on."""
+        terminal.on_progress(self._step)
+        for work in (self._listen, self._beat):
+            threading.Thread(target=work, daemon=True).start()
+
+    def fail(self, line: str) -> None:
+        """Tells the supervisor what to say in place of this process, which ends."""
+        if self._lines is not None:
+            with contextlib.suppress(OSError):
+                self._lines.send({"fault": line})
+
+    def _step(self) -> None:
+        self._steps += 1
+
     def _listen(self) -> None:
-        for message in _messages(self._link):
-            self._answers.put(message["values"])
+        assert self._lines is not None
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                self._answers.put(self._lines.receive(LINE_BYTES)["values"])
         os._exit(Interrupted.exit_code)  # the supervisor has gone, however it went
+
+    def _beat(self) -> None:
+        assert self._lines is not None
+        with contextlib.suppress(OSError):
+            while True:
+                self._lines.send({"steps": self._steps})
+                time.sleep(meeting.BEAT_SECONDS)
 
 
 def join() -> Peers | None:
@@ -130,24 +104,32 @@ def join() -> Peers | None:
         return None
     told = json.loads(text)
     # What C++ code and uncaught exceptions print, such as the dump of a process whose peer has
-    # died, goes to a file; the supervisor shows it if that was not the reason.
+    # died, goes to a file; the supervisor shows it if that was not the reason and it is asked to.
     sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w", buffering=1) for fd in (1, 2))
+    terminal.guard_streams()
     os.dup2(told["crash"], 1)
     os.dup2(told["crash"], 2)
     report = os.fdopen(2, "w", buffering=1, closefd=False)
+    lines = Lines(socket.socket(fileno=told["link"]))
+    peers = Peers(told["rank"], told["count"], Meeting(*told["jax"]), lines)
 
-    def crashed(*error: Any) -> NoReturn:
-        traceback.print_exception(*error, file=report)
+    def crashed(kind: type[BaseException], error: BaseException, trace: Any) -> NoReturn:
+        traceback.print_exception(kind, error, trace, file=report)
+        peers.fail(terminal.fault_line(error))
         os._exit(1)  # not through JAX's own end, which would wait for the other processes
 
     sys.excepthook = crashed
-    peers = Peers(told["rank"], told["count"], told["jax"], socket.socket(fileno=told["link"]))
-    threading.Thread(target=peers._listen, daemon=True).start()
+    peers.start()
     _joined.append(peers)
     return peers
 
 
 _joined: list[Peers] = []
+
+
+def is_child() -> bool:
+    """Tells whether this is a supervisor's child."""
+    return bool(_joined)
 
 
 def leave(code: int) -> None:
@@ -161,228 +143,127 @@ def leave(code: int) -> None:
 # --- the supervisor's side -----------------------------------------------------------------------
 
 
-class Lost(SamaError):
-    """Another process never came, ended or is silent."""
+class Bounds(NamedTuple):
+    """How long a supervisor waits, in seconds."""
 
-    exit_code = Interrupted.exit_code
+    start: float = START_SECONDS
+    """For the other processes."""
+    stall: float = STALL_SECONDS
+    """For progress of the work."""
 
 
-def supervise(command: Sequence[str], place: Place, seconds: float, kept: str) -> int:
-    """Meets the others, runs `command` in a child and watches; returns the exit code.
+class Ended(NamedTuple):
+    """Says that the child has ended; it comes from no connection."""
+
+    code: int
+
+
+def supervise(
+    arguments: Sequence[str], place: Place, bounds: Bounds, kept: str, secret: bytes
+) -> int:
+    """Meets the others, runs Python on `arguments` in a child and watches; returns the exit code.
 
     Args:
-      seconds: how long to wait for the others at the start.
       kept: end of the line that says that a process was lost.
 
     Raises:
+      UsageError: process 0 refuses this process.
       Lost: names the process.
+      Crashed: the child has failed in a way that nobody foresaw.
     """
-    hub = _Hub(place) if place.rank == 0 else _Spoke(place)
+    hub = Hub(place, secret) if place.rank == 0 else Spoke(place, secret)
     try:
-        jax_address = hub.meet(time.monotonic() + seconds, seconds)
-        return _Watch(hub, place, kept).run(command, jax_address)
+        jax = hub.meet(time.monotonic() + bounds.start, bounds.start)
+        return _Watch(hub, bounds, kept).run(arguments, jax)
     finally:
         hub.close()
-
-
-def _names(place: Place, ranks: Sequence[int]) -> str:
-    what = "process" if len(ranks) == 1 else "processes"
-    return f"{what} {', '.join(map(str, ranks))} of {place.count}"
-
-
-class _Link:
-    """Connects to another supervisor; what it says goes to a queue with its rank."""
-
-    def __init__(self, sock: socket.socket, rank: int, events: queue.Queue):
-        self.sock, self.rank, self.ended = sock, rank, False
-        sock.settimeout(LOST_SECONDS)
-        self._events, self._sending = events, threading.Lock()
-        for work in (self._read, self._beat):
-            threading.Thread(target=work, daemon=True).start()
-
-    def send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError), self._sending:  # the reader notices
-            _send(self.sock, message)
-
-    def _read(self) -> None:
-        for message in _messages(self.sock):
-            if "beat" not in message:
-                self._events.put((self.rank, message))
-        self._events.put((self.rank, {"gone": [self.rank], "how": "stopped, dead or unreachable"}))
-
-    def _beat(self) -> None:
-        while not self.ended:
-            self.send({"beat": 1})
-            time.sleep(BEAT_SECONDS)
-
-
-class _Hub:
-    """Speaks for process 0: the others connect to it, and it passes on what they say."""
-
-    def __init__(self, place: Place):
-        self.place, self.events = place, queue.Queue()
-        self.links: dict[int, _Link] = {}
-        host, _, port = place.coordinator.rpartition(":")
-        local = host in ("localhost", "127.0.0.1")
-        try:
-            self._server = socket.create_server(("127.0.0.1" if local else "", int(port)))
-        except OSError as error:
-            raise UsageError(
-                f"--coordinator {place.coordinator}: process 0 cannot listen there ({error})"
-            ) from None
-
-    def meet(self, until: float, seconds: float) -> str:
-        """Waits for all; returns the address for `jax.distributed`."""
-        place = self.place
-        while len(self.links) < place.count - 1:
-            self._server.settimeout(max(until - time.monotonic(), 0.01))
-            try:
-                sock, _ = self._server.accept()
-                sock.settimeout(10)
-                hello = next(_messages(sock), {})
-            except TimeoutError:
-                break
-            rank, count = hello.get("rank", -1), hello.get("count")
-            if count != place.count or rank in self.links or rank not in range(1, place.count):
-                reason = f"process 0 has --num-processes {place.count}: process {rank} of {count} "
-                with contextlib.suppress(OSError):
-                    _send(sock, {"refused": reason + "does not fit, or is there already"})
-                sock.close()
-                continue
-            self.links[rank] = _Link(sock, rank, self.events)
-        missing = [r for r in range(1, place.count) if r not in self.links]
-        if missing:
-            self.send({"missing": missing})
-            raise Lost(_missing(place, missing, seconds))
-        host = place.coordinator.rpartition(":")[0]
-        with socket.create_server(("", 0)) as free:
-            address = f"{host}:{free.getsockname()[1]}"
-        self.send({"start": address})
-        return address
-
-    def send(self, message: dict[str, Any]) -> None:
-        for link in self.links.values():
-            link.send(message)
-
-    def close(self) -> None:
-        self._server.close()
-        _close(self.links)
-
-
-class _Spoke:
-    """Speaks for another process: it is connected to process 0."""
-
-    def __init__(self, place: Place):
-        self.place, self.events = place, queue.Queue()
-        self.links: dict[int, _Link] = {}
-
-    def meet(self, until: float, seconds: float) -> str:
-        place = self.place
-        host, _, port = place.coordinator.rpartition(":")
-        while True:
-            try:
-                sock = socket.create_connection((host, int(port)), timeout=5)
-                break
-            except OSError as error:
-                if time.monotonic() > until:
-                    raise Lost(
-                        f"process 0 of {place.count} did not answer at {place.coordinator} within "
-                        f"{seconds:.0f} s ({error}); start it and run the same command again"
-                    ) from None
-                time.sleep(0.2)
-        _send(sock, {"rank": place.rank, "count": place.count})
-        self.links[0] = _Link(sock, 0, self.events)
-        # Process 0 bounds the wait; a little later it counts as lost itself.
-        try:
-            _, message = self.events.get(timeout=max(until - time.monotonic(), 0) + LOST_SECONDS)
-        except queue.Empty:
-            message = {"gone": [0], "how": "silent"}
-        if "refused" in message:
-            raise UsageError(message["refused"])
-        if "missing" in message:
-            raise Lost(_missing(place, message["missing"], seconds))
-        if "gone" in message:
-            raise Lost(f"{_names(place, [0])} has gone before the start; run all of them again")
-        return message["start"]
-
-    def send(self, message: dict[str, Any]) -> None:
-        self.links[0].send(message)
-
-    def close(self) -> None:
-        _close(self.links)
-
-
-def _missing(place: Place, missing: list[int], seconds: float) -> str:
-    return (
-        f"{_names(place, missing)} did not start within {seconds:.0f} s; nothing was done: start "
-        "all of them again (--start-timeout sets the wait)"
-    )
-
-
-def _close(links: dict[int, _Link]) -> None:
-    for link in links.values():
-        link.ended = True
-        with contextlib.suppress(OSError):
-            link.sock.shutdown(socket.SHUT_WR)
-    time.sleep(0.2)  # closing with something unread would take back what was just sent
-    for link in links.values():
-        link.sock.close()
 
 
 class _Watch:
     """Watches the child and the peers, and passes on what they say to each other."""
 
-    def __init__(self, hub: _Hub | _Spoke, place: Place, kept: str):
-        self.hub, self.place, self.kept = hub, place, kept
+    def __init__(self, hub: Hub | Spoke, bounds: Bounds, kept: str):
+        self.hub, self.place, self.bounds, self.kept = hub, hub.place, bounds, kept
         self.values: dict[str, dict[int, Any]] = {}
         self.done: set[int] = set()
+        self.fault: str | None = None
+        self._steps = -1
+        self._alive = self._stepped = time.monotonic()
+        self._waits = False
 
-    def run(self, command: Sequence[str], jax_address: str) -> int:
+    def run(self, arguments: Sequence[str], jax: Meeting) -> int:
+        """Runs the child to its end, or to that of a peer."""
         place = self.place
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as crash, ours:
             fds = (theirs.fileno(), crash.fileno())
-            told = {
-                "rank": place.rank,
-                "count": place.count,
-                "jax": jax_address,
-                "link": fds[0],
-                "crash": fds[1],
-            }
+            told = {"rank": place.rank, "count": place.count, "jax": jax}
+            told |= {"link": fds[0], "crash": fds[1]}
+            env = {**os.environ, CHILD: json.dumps(told)}
             # A session of its own: Ctrl-C reaches the supervisor, which ends the child.
-            child = subprocess.Popen(
-                command,
-                env={**os.environ, CHILD: json.dumps(told)},
-                pass_fds=fds,
-                start_new_session=True,
-            )
+            child = start(arguments, env, pass_fds=fds, start_new_session=True)
             theirs.close()
-            self.child = ours
+            self.child = Lines(ours)
+            self._alive = self._stepped = time.monotonic()
             try:
-                threading.Thread(target=self._hear, args=(ours, child), daemon=True).start()
+                threading.Thread(target=self._hear, args=(child,), daemon=True).start()
                 return self._loop(child, crash)
             finally:
                 child.kill()
                 child.wait()
 
-    def _hear(self, ours: socket.socket, child: subprocess.Popen) -> None:
-        for message in _messages(ours):
-            self.hub.events.put((self.place.rank, message))
-        self.hub.events.put((self.place.rank, {"code": child.wait()}))
+    def _hear(self, child: Process) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                message = self.child.receive(LINE_BYTES)
+                self._alive = time.monotonic()
+                if "steps" not in message:
+                    self.hub.events.put(Event(self.place.rank, message))
+                elif message["steps"] != self._steps:
+                    self._steps, self._stepped = message["steps"], self._alive
+        self.hub.events.put(Ended(child.wait()))
 
-    def _loop(self, child: subprocess.Popen, crash: Any) -> int:
+    def _loop(self, child: Process, crash: Any) -> int:
         while True:
-            rank, message = self.hub.events.get()
-            if "gather" in message:
+            try:
+                event = self.hub.events.get(timeout=meeting.BEAT_SECONDS)
+            except queue.Empty:
+                event = self._standing_still()
+            if isinstance(event, Ended):
+                return self._ended(event.code, crash)
+            if event is not None:
+                self._pass_on(*event)
+                if self._is_loss(event.message):
+                    return self._lost(event.message, child)
+
+    def _standing_still(self) -> Event | None:
+        """Returns the event of a child that shows no life, or makes no progress of its own."""
+        now, silent = time.monotonic(), min(SILENT_SECONDS, self.bounds.stall)
+        if now - self._alive > silent:
+            how = f"stopped or stuck: no sign of life for {silent:g} s"
+        elif not self._waits and now - self._stepped > self.bounds.stall:
+            how = f"no progress for {self.bounds.stall:g} s: --stall-timeout sets the bound"
+        else:
+            return None
+        message = {"gone": [self.place.rank], "how": how}
+        self.hub.send(message)
+        return Event(self.place.rank, message)
+
+    def _pass_on(self, rank: int, message: dict[str, Any]) -> None:
+        match message:
+            case {"gather": _}:
+                self._waits |= rank == self.place.rank
                 self._gather(rank, message)
-            elif "values" in message:
-                _send(self.child, message)
-            elif "done" in message:
+            case {"values": _}:
+                self._answer(message)
+            case {"done": _}:
                 self.done.add(rank)
-            elif "code" in message:
-                return self._ended(message["code"], crash)
-            elif "gone" in message and not set(message["gone"]) <= self.done:
-                return self._lost(message, child)
+            case {"fault": str(line)}:
+                self.fault = line
+        self._require_all_take_part()
+
+    def _is_loss(self, message: dict[str, Any]) -> bool:
+        return "gone" in message and not set(message["gone"]) <= self.done
 
     def _gather(self, rank: int, message: dict[str, Any]) -> None:
         if self.place.rank != 0:
@@ -394,52 +275,73 @@ class _Watch:
             del self.values[message["gather"]]
             answer = {"values": [found[r] for r in range(self.place.count)]}
             self.hub.send(answer)
-            _send(self.child, answer)
+            self._answer(answer)
+
+    def _answer(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the child's end is noticed elsewhere
+            self.child.send(message)
+        self._waits, self._stepped = False, time.monotonic()
+
+    def _require_all_take_part(self) -> None:
+        """Reports a process that has ended while this one waits for a word of it."""
+        others = range(1, self.place.count) if self._waits else range(self.place.count)
+        waiting = self.values.values() if self.place.rank == 0 else [others]
+        for found in waiting:
+            for rank in sorted(self.done.difference(found)):
+                self.done.discard(rank)
+                message = {"gone": [rank], "how": "ended before the others"}
+                self.hub.events.put(Event(rank, message))
 
     def _ended(self, code: int, crash: Any) -> int:
         """Decides what the end of the child means."""
+        own = self.place.rank
         if code == 0:
-            self.hub.send({"done": self.place.rank})
+            self.hub.send({"done": True})
             return 0
         if code in EXIT_CODES:  # the child has said itself what happened
-            self.hub.send({"gone": [self.place.rank], "how": f"ended with exit code {code}"})
+            self.hub.send({"gone": [own], "how": f"ended with exit code {code}"})
             if code == Interrupted.exit_code:
                 raise Interrupted
             return code
+        how = f"ended by {_signal_name(-code)}" if code < 0 else f"failed with exit code {code}"
+        if code == -signal.SIGKILL:  # a library that misses a peer aborts; it does not do this
+            how = "killed by SIGKILL, most often because the machine ran out of memory"
+            self.hub.send({"gone": [own], "how": how})
+            raise self._loss([own], how)
         # A collective fails at once when a peer dies, often before the news of it is here.
         until = time.monotonic() + 2.0
-        while time.monotonic() < until:
+        while (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                _, message = self.hub.events.get(timeout=0.1)
-                if "gone" in message and not set(message["gone"]) <= self.done:
-                    return self._lost(message, None)
-        self.hub.send({"gone": [self.place.rank], "how": f"failed with exit code {code}"})
-        crash.seek(0)
-        sys.stderr.write(crash.read().decode(errors="replace"))
-        return 1
-
-    def _lost(self, message: dict[str, Any], child: subprocess.Popen | None) -> int:
-        """Tells the others, and raises `Lost`, unless the child itself has something to say."""
-        self.hub.send(message)
-        if child is not None:  # the same error may be on its way in every process
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = child.wait(timeout=1.0)
-                if code in EXIT_CODES and code != Interrupted.exit_code:
-                    return code
-        raise Lost(
-            f"{_names(self.place, message['gone'])} has gone ({message['how']}); {self.kept}"
+                event = self.hub.events.get(timeout=left)
+                self._pass_on(*event)
+                if self._is_loss(event.message):
+                    return self._lost(event.message, None)
+        self.hub.send({"gone": [own], "how": how})
+        if terminal.wants_traceback():
+            crash.seek(0)
+            sys.stderr.write(crash.read().decode(errors="replace"))
+        raise Crashed(
+            self.fault
+            or f"{names(self.place, [own])} {how}: a fault of sama_jax or of a library; "
+            f"{terminal.TRACEBACK}=1 shows what it printed"
         )
 
+    def _lost(self, message: dict[str, Any], child: Process | None) -> int:
+        """Tells the others, and raises `Lost`, unless the child itself has something to say."""
+        if self.place.rank == 0:
+            self.hub.send(message)
+        if child is not None and message["gone"] != [self.place.rank]:
+            code = exit_code(child, 1.0)  # the same error may be on its way in every process
+            if code in EXIT_CODES and code not in (0, None, Interrupted.exit_code):
+                return code
+        raise self._loss(message["gone"], message["how"])
 
-def _send(sock: socket.socket, message: dict[str, Any]) -> None:
-    sock.sendall(json.dumps(message).encode() + b"\n")
+    def _loss(self, ranks: Sequence[int], how: str) -> Lost:
+        return Lost(f"{names(self.place, ranks)} has gone ({how}); {self.kept}")
 
 
-def _messages(sock: socket.socket):
-    """Yields the JSON lines of a connection until it closes, fails or is silent too long."""
-    rest = b""
-    with contextlib.suppress(OSError, ValueError):
-        while data := sock.recv(1 << 16):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

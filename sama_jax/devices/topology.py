@@ -5,6 +5,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
+from sama_jax.devices.place import whole_number
 from sama_jax.errors import UsageError
 
 GIB = 2**30
@@ -54,14 +55,15 @@ def read_topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind == "cpu":
-        if not shape.isdigit() or not 1 <= int(shape) <= 64:
+        count = whole_number(shape)
+        if count is None or not 1 <= count <= 64:
             raise UsageError(f"topology {name!r}: expected cpu:N with N from 1 to 64")
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return Topology(name, "cpu", int(shape), memory // int(shape), None, {})
+        return Topology(name, "cpu", count, memory // count, None, {})
     if kind not in CHIPS:
         raise UsageError(f"topology {name!r}: unknown chip; known: {', '.join(CHIPS)}, cpu")
     chip = CHIPS[kind]
-    if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), shape):
+    if not re.fullmatch("[1-9][0-9]{0,5}" + "x[1-9][0-9]{0,5}" * (chip.axes - 1), shape):
         example = "x".join(["4"] * chip.axes)
         raise UsageError(
             f"topology {name!r}: expected {chip.axes} sizes after the colon, as in {kind}:{example}"

@@ -5,11 +5,13 @@ Checks what was asked for, opens the output folder, and hands both to `training.
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sama_jax import rng
 from sama_jax.config import TrainSettings
@@ -18,6 +20,7 @@ from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
+from sama_jax.training.sequences import pad_token
 from sama_jax.weights import hub, loading, model_folder
 
 
@@ -49,7 +52,14 @@ def finetune(
         folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
         _require_trainable(folder.family, settings, str(base))
         tokenizer = TextTokenizer.from_folder(base, folder.model.vocab_size)
-        identity = {"command": "finetune", "base": folder.identity}
+        identity = {
+            "command": "finetune",
+            "base": folder.identity,
+            "tokenizer": tokenizer.fingerprint,
+            "mask_id": folder.model.mask_id,
+            "shift": folder.model.shift,
+            "pad_id": pad_token(folder.config) if settings.train_on_padding else None,
+        }
         run = runs.open_run(out, identity, settings, data, heldout, quiet)
         if run.finished:
             return run.manifest["result"]
@@ -60,6 +70,7 @@ def finetune(
             folder.config,
             tokenizer,
             lambda: loading.load(folder, loop.device()),
+            str(base),
         )
         return loop.train(start, run, settings, stop)
 
@@ -100,7 +111,8 @@ def pretrain(
         key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
         # Outside jit, initialisers run one by one: 20 s instead of 2.
         init = jax.jit(model.init)
-        start = loop.Start(model, family.weights, full, placed, lambda: init(key))
+        where = str(config)
+        start = loop.Start(model, family.weights, full, placed, lambda: init(key), where)
         return loop.train(start, run, settings, stop)
 
 
@@ -123,7 +135,10 @@ def _new_config(path: Path, tokenizer: Path | None) -> tuple[dict[str, Any], str
 
 
 def _require_trainable(family: FamilyConfig, settings: TrainSettings, where: str) -> None:
-    """Raises where settings ask for what this kind of model cannot do."""
+    """Raises where settings ask for what this kind of model, or float32, cannot do."""
+    for name, value in asdict(settings).items():
+        if isinstance(value, float) and not abs(value) <= np.finfo(np.float32).max:
+            raise UsageError(f"{name} is {value:g}: expected at most 3.4e+38")
     if settings.train_on_padding and family.kind != "diffusion":
         raise UsageError(
             f"{where}: train_on_padding is defined for diffusion models, this one is "

@@ -47,7 +47,7 @@ def interruptible(out: Path) -> Iterator[Stop]:
     try:
         yield stop
     except KeyboardInterrupt:
-        raise stop.error("work since the last checkpoint is lost") from None
+        raise stop.error("between two checkpoints; what has no checkpoint is lost") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from sama_jax import rng
 from sama_jax.arrays import Model, Params
 from sama_jax.config import TrainSettings
-from sama_jax.errors import DataError, UsageError
+from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.storage import files
 from sama_jax.texts.tokenizer import TextTokenizer
@@ -62,6 +62,8 @@ class Start(NamedTuple):
     tokenizer: TextTokenizer
     params: Callable[[], Params]
     """Loads or draws the first weights."""
+    where: str
+    """Where they come from, for messages."""
 
 
 def device() -> SingleDeviceSharding:
@@ -75,7 +77,7 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
     Returns the result that the manifest keeps.
     """
     sequences = _learnable(start, run, run.texts, settings, "training")
-    tokens, lengths = training_arrays(sequences, settings, start.config)
+    tokens, lengths = training_arrays(sequences, settings, start.config, start.model.vocab_size)
     held = _held_texts(start, run, settings, sequences)
     steps = math.ceil(settings.epochs * len(sequences) / settings.batch_size)
     abstract = jax.eval_shape(start.model.init, jax.random.key(0))
@@ -91,13 +93,21 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
         state = _restore(checkpoints, abstract, recipe)
         if state is None:
             params = jax.device_put(start.params(), device())
-            run.remember(nll_before=mean_nll(evaluate, params, held, "before", run.terminal))
+            run.remember(nll_before=_first_loss(start, params, evaluate, held, run))
             state = init_state(params, recipe)
+        elif "nll_before" not in run.manifest:
+            raise UsageError(
+                f"{run.out}: has a checkpoint, but no longer says what the loss was before it; "
+                "delete the folder to start over"
+            )
         elif int(state.step) < steps:
             run.terminal.say(f"continuing after step {int(state.step):,} of {steps:,}")
         loop = Loop(run, settings, recipe, steps, checkpoints, stop)
         state = loop.train(model, state, tokens, lengths)
     after = mean_nll(evaluate, state.params, held, "after", run.terminal)
+    if (names := not_finite(state.params)) or not math.isfinite(after):
+        what = f"after the last step the loss is {after}"
+        raise _diverged(settings, what + (f", with NaN or infinity in {names}" if names else ""))
     result = _result(loop, run, held, after)
     run.remember(result=result)
     saving.save_folder(run.out, state.params, start.model, start.config, run.out, start.weights)
@@ -107,6 +117,28 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
         "model folder now"
     )
     return result
+
+
+def _first_loss(
+    start: Start, params: Params, evaluate: Callable[..., Array], held: HeldOut, run: Run
+) -> float:
+    """Measures the loss before training. Raises `ModelError` if weights or loss are not finite."""
+    if names := not_finite(params):
+        raise ModelError(f"{start.where}: the weights hold NaN or infinity, in {names}")
+    found = mean_nll(evaluate, params, held, "before", run.terminal)
+    if not math.isfinite(found):
+        raise ModelError(
+            f"{start.where}: the loss before training is {found}, though all weights are finite; "
+            "the network overflows: is its config.json that of these weights?"
+        )
+    return found
+
+
+def _diverged(settings: TrainSettings, what: str) -> UsageError:
+    return UsageError(
+        f"{what}; lower learning_rate (now {settings.learning_rate:g}) or weight_decay (now "
+        f"{settings.weight_decay:g}), or use float32, in a new output folder"
+    )
 
 
 def _result(loop: "Loop", run: Run, held: HeldOut, after: float) -> dict[str, Any]:
@@ -168,6 +200,25 @@ def _restore(checkpoints: Checkpoints, params: Params, recipe: Recipe) -> TrainS
     return None if found is None else found[1]
 
 
+def _is_log_line(line: Any) -> bool:
+    """Tells whether this is a line of the log as `Loop` writes it."""
+    numbers = ("step", "loss", "seconds", "tokens")
+    return isinstance(line, dict) and all(type(line.get(k)) in (int, float) for k in numbers)
+
+
+@jax.jit
+def _are_finite(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
+
+
+def not_finite(params: Params) -> str:
+    """Names the parameters that hold NaN or an infinity, the first three of them; "" if none."""
+    found = jax.tree_util.tree_flatten_with_path(jax.device_get(_are_finite(params)))[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, ok in found if not ok]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 class Loop:
     """Runs the steps. It keeps the device busy by waiting for losses only every ten steps."""
 
@@ -197,7 +248,7 @@ class Loop:
 
         The state is on disk when this returns or raises `Interrupted`.
         """
-        first = int(state.step)
+        first = done = int(state.step)
         log = self._open_log(first)
         key = rng.run_key(self.settings.seed, rng.Purpose.TRAINING_MASKS)
         columns = np.arange(tokens.shape[1])[None, :]
@@ -217,19 +268,23 @@ class Loop:
                 self._pending.append(loss)
                 self.tokens += int(lengths[rows].sum())
                 save = done % self.settings.checkpoint_every == 0 or done == self.steps
-                save |= self.stop.requested
                 if save or done % LOG_EVERY == 0:
                     slow = self._flush(done, log) > SLOW_STEP
                     bar.note(f"loss {self.loss:.3f}, {self.tokens / self.seconds:,.0f} tokens/s")
                 elif slow:
                     loss.block_until_ready()  # so that progress and Ctrl-C keep up
                 bar.advance(1)
-                if save:
+                # Not before: nearly every signal comes while the host waits for the device.
+                stopped = self.stop.requested
+                if stopped and self._pending:
+                    self._flush(done, log)
+                if save or stopped:
                     self.checkpoints.save(done, state)
-                if self.stop.requested:
-                    self.checkpoints.wait()
-                    raise self.stop.error(f"saved after step {done:,} of {self.steps:,}")
-        self.checkpoints.wait()
+                if stopped:
+                    break
+            self.checkpoints.wait()
+        if self.stop.requested:  # `deferred` ends here: a signal to the end of it is not lost
+            raise self.stop.error(f"saved after step {done:,} of {self.steps:,}")
         return state
 
     def _flush(self, done: int, log: files.AppendOnly) -> float:
@@ -240,9 +295,9 @@ class Loop:
         self.seconds += elapsed
         self.loss, self._pending = float(values.mean()), []
         if not np.isfinite(values).all():
-            raise UsageError(
-                f"the loss is {self.loss} within the {len(values)} steps before step {done}; lower "
-                f"learning_rate (now {self.settings.learning_rate:g}) or use float32"
+            raise _diverged(
+                self.settings,
+                f"the loss is {self.loss} within the {len(values)} steps before step {done}",
             )
         log.append_json(
             {
@@ -258,7 +313,7 @@ class Loop:
     def _open_log(self, first: int) -> files.AppendOnly:
         """Opens the log without the lines of steps that are repeated; counters go on from it."""
         path = self.run.out / LOG
-        kept = [line for line in files.read_json_lines(path)[0] if line["step"] <= first]
+        kept = [x for x in files.read_json_lines(path)[0] if _is_log_line(x) and x["step"] <= first]
         files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         if kept:
             self.loss, self.seconds, self.tokens = (

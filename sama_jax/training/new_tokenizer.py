@@ -1,17 +1,19 @@
 """Gives a new model its tokenizer: trained on the texts or given, and named in its config."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sama_jax import untrusted
 from sama_jax.errors import ModelError
 from sama_jax.storage import files
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training.runs import Run
 
+MOST_IDS = 2**22
+"""Of a new model: sixteen times the largest vocabularies in use."""
 END, MASK = "<|endoftext|>", "<|mdm_mask|>"
 MASK_TOKENS = (MASK, "[MASK]", "<mask>")
 """Mask tokens that a given tokenizer may have."""
@@ -43,17 +45,17 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 def read_new_config(path: Path) -> dict[str, Any]:
     """Reads the config.json of a model to be made. Raises `ModelError`."""
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = untrusted.read_json(path)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; expected a model's config.json") from None
     except (ValueError, OSError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
+    if not isinstance(config, dict) or type(config.get("vocab_size")) is not int:
         raise ModelError(f"{path}: expected a JSON object with an integer vocab_size")
-    if config["vocab_size"] < 258:
+    if not 258 <= config["vocab_size"] <= MOST_IDS:
         raise ModelError(
-            f"{path}: vocab_size is {config['vocab_size']}; expected at least 258: 256 bytes, end "
-            "of text and mask"
+            f"{path}: vocab_size is {untrusted.printable(str(config['vocab_size']))}; expected at "
+            f"least 258 (256 bytes, end of text and mask) and at most {MOST_IDS}"
         )
     return config
 

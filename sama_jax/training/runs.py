@@ -1,11 +1,12 @@
 """Keeps the output folder of a training: what it was started with, and who may continue it."""
 
 import dataclasses
-import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sama_jax import untrusted
 from sama_jax.config import TrainSettings
 from sama_jax.errors import UsageError
 from sama_jax.storage import files
@@ -76,13 +77,12 @@ def _manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     path = out / MANIFEST
     if path.is_file():
         try:
-            manifest = json.loads(path.read_text("utf-8"))
-            before = manifest["identity"]
-        except (ValueError, KeyError, TypeError) as error:
+            manifest = _checked(untrusted.read_json(path), (out / folder_files.CONFIG).is_file())
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"{path}: not readable ({error}); choose another output folder"
             ) from None
-        _require_same_run(out, before, identity)
+        _require_same_run(out, manifest["identity"], identity)
         return manifest
     if (out / folder_files.CONFIG).is_file():
         raise UsageError(
@@ -94,6 +94,18 @@ def _manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             "new folder"
         )
     return None
+
+
+def _checked(manifest: Any, finished: bool) -> dict[str, Any]:
+    """Returns a manifest that has what a run goes on with. Raises `ValueError`."""
+    match manifest:
+        case {"identity": {"settings": {}}, "result": {}} if finished:
+            return manifest
+        case {"identity": {"settings": {}}} if not finished:
+            loss = manifest.get("nll_before", 0.0)
+            if type(loss) in (int, float) and math.isfinite(loss):
+                return manifest
+    raise ValueError("expected what a training has written about itself")
 
 
 def _require_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -111,8 +123,8 @@ def _require_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) ->
         )
 
 
-def _short(value: Any) -> Any:
-    return value[:16] if isinstance(value, str) else value
+def _short(value: Any) -> str:
+    return value[:16] if isinstance(value, str) else untrusted.printable(str(value))
 
 
 def copy_companions(base: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ from sama_jax.errors import DataError, ModelError
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import read_texts
 from sama_jax.texts.tokenizer import TextTokenizer
+from sama_jax.untrusted import printable
 
 MIN_WINDOW = 16
 """Tokens; a shorter remainder of a text cut into windows is dropped."""
@@ -90,8 +91,14 @@ def pad(
     return tokens, np.array([len(s) for s in sequences], np.int32)
 
 
+def pad_token(config: Mapping[str, Any]) -> Any:
+    """Returns what the config says of padding; null, as many say it, counts as absent."""
+    found = config.get("pad_token_id")
+    return config.get("eos_token_id") if found is None else found
+
+
 def training_arrays(
-    sequences: Sequence[Ids], settings: TrainSettings, config: Mapping[str, Any]
+    sequences: Sequence[Ids], settings: TrainSettings, config: Mapping[str, Any], vocab_size: int
 ) -> tuple[Int[np.ndarray, "n l"], Int[np.ndarray, " n"]]:
     """Pads the sequences for training: `(tokens, lengths)`.
 
@@ -103,11 +110,11 @@ def training_arrays(
     """
     if not settings.train_on_padding:
         return pad(sequences, padded_length(sequences), 0)
-    pad_id = config.get("pad_token_id", config.get("eos_token_id"))
-    if not isinstance(pad_id, int):
+    pad_id = pad_token(config)
+    if type(pad_id) is not int or not 0 <= pad_id < vocab_size:
         raise ModelError(
-            "train_on_padding needs a pad_token_id or eos_token_id in the model's config.json, "
-            f"found {pad_id!r}"
+            "train_on_padding needs a pad_token_id or eos_token_id in the model's config.json, one "
+            f"id below {vocab_size}, found {printable(repr(pad_id))}"
         )
     tokens, lengths = pad(sequences, settings.max_length, pad_id)
     return tokens, np.full_like(lengths, settings.max_length)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sama_jax.errors import ModelError
+from sama_jax.terminal import unguarded
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 """What is downloaded of a Hub repository: no code, no pickles."""
@@ -32,9 +33,10 @@ def resolve(name: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
             f"{name}: no such folder; to download it from the Hub, pip install 'sama-jax[hub]'"
         ) from None
     try:
-        found = huggingface_hub.snapshot_download(
-            match["id"], revision=match["revision"], allow_patterns=list(files)
-        )
+        with unguarded():  # it draws a progress bar
+            found = huggingface_hub.snapshot_download(
+                match["id"], revision=match["revision"], allow_patterns=list(files)
+            )
     except (OSError, ValueError, RuntimeError) as error:  # what its errors derive from
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ModelError(

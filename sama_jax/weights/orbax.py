@@ -8,6 +8,7 @@ nested dict that they are, for anyone's `ocp.load`.
 import contextlib
 import gc
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         self.folder = folder
         self._saving: Any = None
+        self._silence = contextlib.ExitStack()
         self._checkpointer = ocp.training.Checkpointer(
             str(folder.absolute()),
             preservation_policy=policies.LatestN(KEPT),
@@ -41,10 +43,12 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
+        self._silence.enter_context(_without_log())  # its threads log what they raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with self._silence:
+            self.close()
 
     @property
     def steps(self) -> list[int]:
@@ -60,19 +64,15 @@ class Checkpoints:
         self.wait()
         if step in self.steps:
             return
-        try:
+        with self._written():
             self._saving = self._checkpointer.save_async(step, _flat(state), force=True)
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     def wait(self) -> None:
         """Returns when the last save is on disk. Raises `OutputError`."""
         saving, self._saving = self._saving, None
-        try:
+        with self._written():
             if saving is not None:
                 saving.result()
-        except OSError as error:
-            raise self._unwritable(error) from None
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """Returns (step, state) of the newest readable checkpoint, None if there is none.
@@ -130,12 +130,17 @@ class Checkpoints:
                 + "\n  ".join(problems)
             )
 
-    def _unwritable(self, error: OSError) -> OutputError:
-        reason = error.strerror or _first_line(error)
-        return OutputError(
-            f"{self.folder}: cannot write a checkpoint ({reason}); free some space, then run the "
-            "same command again: it continues"
-        )
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Raises `OutputError` for a failed write; tensorstore reports it as `ValueError`."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or _os_error(error)
+            raise OutputError(
+                f"{self.folder}: cannot write a checkpoint ({reason}); free some space, then run "
+                "the same command again: it continues"
+            ) from None
 
 
 # --- parameters of a model ----------------------------------------------------------------------
@@ -235,6 +240,12 @@ def _flat(tree: Any) -> dict[str, Any]:
     """Returns `{"params.embed.embedding": leaf, ...}` in the order of the leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _os_error(error: Exception) -> str:
+    """Returns what the system said, of tensorstore's words about it."""
+    found = re.search(r"([^:\n]*) \[os_error_code=", str(error))
+    return found[1].strip() if found else _first_line(error)[:200]
 
 
 def _first_line(error: BaseException) -> str:

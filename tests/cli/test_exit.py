@@ -1,5 +1,6 @@
 """What a process ends with: exit codes, interruptions, memory that runs out."""
 
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -7,7 +8,7 @@ from importlib import import_module
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from wrong_inputs import ROOT, Box, assert_one_line, run_process
+from wrong_inputs import ROOT, Box, assert_one_line, run, run_process
 
 from sama_jax.cli import bench, entry
 from sama_jax.cli.running import failed_allocation
@@ -77,13 +78,52 @@ def test_memory_that_runs_out(monkeypatch, capsys, on_device: bool):
     assert "--models" not in said
 
 
-def test_other_errors_are_not_taken_for_memory(monkeypatch):
+class Panic(BaseException):
+    """As Rust's panics arrive: no `Exception`."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, RecursionError, OSError, Panic])
+def test_an_error_that_nobody_foresaw_is_one_line(kind, monkeypatch, capsys):
+    """Without its own words, which may be a text; and it is not taken for a lack of memory."""
+
     def wrong(_):
-        raise RuntimeError("NOT_FOUND: something else")
+        raise kind("NOT_FOUND: a private text")
 
     monkeypatch.setattr(bench, "run", wrong)
-    with pytest.raises(RuntimeError, match="something else"):
-        entry.main(["bench", "--model", "m", "--data", "d"])
+    assert entry.main(["bench", "--model", "m", "--data", "d"]) == 1
+    said = capsys.readouterr().err
+    where = r"tests/cli/test_exit\.py:\d+"
+    assert re.fullmatch(
+        f"sama-jax: a fault of sama_jax, please report it: {kind.__name__} in {where}; "
+        "SAMA_JAX_TRACEBACK=1 shows the whole of it\n",
+        said,
+    )
+    monkeypatch.setenv("SAMA_JAX_TRACEBACK", "1")
+    entry.main(["bench", "--model", "m", "--data", "d"])
+    assert "NOT_FOUND: a private text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--start-timeout", "nan"),
+        ("--start-timeout", "inf"),
+        ("--start-timeout", "0"),
+        ("--stall-timeout", "1e300"),
+        ("--coordinator", "x:²"),
+        ("--mesh", "data=²"),
+        ("--mesh", "data=" + "9" * 5000),
+    ],
+)
+def test_numbers_that_are_none(flag, value, box: Box, capsys):
+    more = ["--num-processes", "2", "--process-id", "0"] if flag == "--coordinator" else []
+    assert_one_line(run(capsys, [*box.command(), flag, value, *more]), 2, value[:9])
+
+
+@pytest.mark.parametrize("name", ["cpu:²", "cpu:" + "9" * 5000, "v5e:4x" + "9" * 5000, "v5e:٤x4"])
+def test_topologies_that_are_none(name, box: Box, capsys):
+    command = ["plan", "--model", str(box.target), "--topology", name]
+    assert_one_line(run(capsys, command), 2, "topology", name[:9])
 
 
 def test_the_line_about_memory_is_found_among_others():

@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 import tiny
 
-from sama_jax.devices import processes
+from sama_jax.devices import meeting, processes, secret
+from sama_jax.devices.child_process import Crashed
+from sama_jax.devices.place import Place, found_place, given_place
 from sama_jax.errors import UsageError
 from sama_jax.storage.loss_store import LossStore
 
 ROOT = Path(__file__).parents[2]
+SECRET = b"0123456789abcdef of the tests"
 PATIENCE = 500.0
 """Seconds for a step on a busy machine."""
 TEXTS = 24
@@ -48,6 +51,7 @@ def environment(inputs: Inputs) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         "PYTHONPATH": str(ROOT),
+        secret.VARIABLE: SECRET.decode(),
     }
 
 
@@ -195,7 +199,7 @@ def test_one_of_two_is_killed_and_one_process_goes_on(inputs, tmp_path):
     assert last.startswith("sama-jax: process 1 of 2 has gone (stopped, dead or unreachable)"), told
     assert "Traceback" not in told
     assert "Check failure" not in told
-    assert took < processes.LOST_SECONDS + 15, "the bound, and what a busy machine takes to end"
+    assert took < meeting.LOST_SECONDS + 15, "the bound, and what a busy machine takes to end"
     parts = [p.read_text().splitlines() for p in out.glob("parts/*.jsonl")]
     done = {json.loads(line)["id"] for part in parts for line in part}
     print(len(done), "of", MORE_TEXTS, "texts done when one was killed")
@@ -299,13 +303,19 @@ def test_sigterm_stops_all(inputs, tmp_path):
 # --- the meeting, without any work ---------------------------------------------------------------
 
 CHILD = """
-import sys, time
+import os, signal, sys, time
 from sama_jax.devices import processes
 peers = processes.join()
 for i in range(3):
     print(peers.rank, peers.gather(f"round {i}", [peers.rank, i]), flush=True)
 if "fail" in sys.argv and peers.rank == 1:
-    raise RuntimeError("a bug")
+    raise RuntimeError("a private text")
+for name in ("SIGKILL", "SIGSTOP", "SIGSEGV"):
+    if name in sys.argv and peers.rank == 1:
+        os.kill(os.getpid(), getattr(signal, name))
+if "leave" in sys.argv:
+    peers.rank == 1 and processes.leave(0)
+    peers.gather("one more", None)
 if "memory" in sys.argv and peers.rank == 1:
     processes.leave(71)
 if "hang" in sys.argv:
@@ -314,17 +324,18 @@ processes.leave(0)
 """
 
 
-def supervise(count: int, *flags: str) -> list[int | str]:
+def supervise(count: int, *flags: str, stall: float = 60.0) -> list[int | str]:
     """Exit codes, or errors, of supervisors in threads of this process."""
     port, results = free_port(), [0] * count
 
     def one(rank: int) -> None:
-        place = processes.Place(f"127.0.0.1:{port}", count, rank)
+        place, bounds = Place(f"127.0.0.1:{port}", count, rank), processes.Bounds(30, stall)
         try:
-            command = [sys.executable, "-c", CHILD, *flags]
-            results[rank] = processes.supervise(command, place, 30, "kept")
-        except processes.Lost as error:
-            results[rank] = str(error)
+            results[rank] = processes.supervise(
+                ["-c", CHILD, *flags], place, bounds, "kept", SECRET
+            )
+        except (meeting.Lost, Crashed) as error:
+            results[rank] = f"{error.exit_code}: {error}"
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
     for thread in threads:
@@ -343,53 +354,90 @@ def test_processes_tell_each_other_small_things(capfd):
     )
 
 
-def test_a_bug_in_one_process_is_shown_there_and_named_elsewhere(capfd):
+def test_a_bug_in_one_process_is_shown_there_and_named_elsewhere(capfd, monkeypatch):
     other, own = supervise(2, "fail", "hang")
-    assert own == 1
-    assert other == "process 1 of 2 has gone (failed with exit code 1); kept"
-    assert capfd.readouterr().err.count("RuntimeError: a bug") == 1
+    expected = "1: a fault of sama_jax, please report it: RuntimeError in"
+    assert str(own).startswith(expected)
+    assert other == "75: process 1 of 2 has gone (failed with exit code 1); kept"
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("SAMA_JAX_TRACEBACK", "1")
+    assert str(supervise(2, "fail", "hang")[1]).startswith(expected)
+    assert capfd.readouterr().err.count("RuntimeError: a private text") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "told"),
+    [
+        ("SIGKILL", 75, "killed by SIGKILL, most often because the machine ran out of memory"),
+        ("SIGSEGV", 1, "ended by SIGSEGV"),
+        ("SIGSTOP", 75, "stopped or stuck: no sign of life for 5 s"),
+        ("leave", 75, "ended before the others"),
+    ],
+)
+def test_a_child_that_is_killed_or_stopped_is_named_by_every_process(
+    how, code, told, capfd, monkeypatch
+):
+    monkeypatch.setattr(processes, "SILENT_SECONDS", 5.0)  # a busy machine is silent for 2 s
+    begin = time.monotonic()
+    zero, one, two = supervise(3, how, *[] if how == "leave" else ["hang"])
+    assert time.monotonic() - begin < 50
+    for said in (zero, two):
+        assert said == f"75: process 1 of 3 has gone ({told}); kept"
+    if how == "leave":
+        assert one == 0
+    else:
+        assert str(one).startswith(f"{code}: process 1 of 3 ")
+        assert told in str(one)
+    assert capfd.readouterr().err == ""
+
+
+def test_work_without_progress_is_named(capfd):
+    """The process lives and answers; its work stands still."""
+    found = [str(said) for said in supervise(2, "hang", stall=4.0)]
+    assert all("has gone (no progress for 4 s: --stall-timeout sets the bound)" in x for x in found)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_lack_of_memory_in_one_process_is_its_exit_code(capfd):
     other, own = supervise(2, "memory", "hang")
     assert own == 71
-    assert other == "process 1 of 2 has gone (ended with exit code 71); kept"
+    assert other == "75: process 1 of 2 has gone (ended with exit code 71); kept"
     assert capfd.readouterr().err == ""
 
 
 def test_a_silent_process_counts_as_lost(monkeypatch):
     """A host without power closes no connection."""
-    monkeypatch.setattr(processes, "LOST_SECONDS", 1.0)
-    port = free_port()
-    silent = socket.socket()
-
-    def connect() -> None:
-        while silent.connect_ex(("127.0.0.1", port)):
-            time.sleep(0.05)
-        silent.sendall(b'{"rank": 1, "count": 2}\n')
-
-    thread = threading.Thread(target=connect)
+    monkeypatch.setattr(meeting, "LOST_SECONDS", 1.0)
+    monkeypatch.setattr(meeting.Link, "_beat", lambda _: None)
+    port, found = free_port(), []
+    spoke = meeting.Spoke(Place(f"127.0.0.1:{port}", 2, 1), SECRET)
+    thread = threading.Thread(target=lambda: found.append(spoke.meet(time.monotonic() + 30, 30)))
     thread.start()
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    place, begin = processes.Place(f"127.0.0.1:{port}", 2, 0), time.monotonic()
-    with pytest.raises(processes.Lost, match="process 1 of 2 has gone"):
-        processes.supervise(command, place, 30, "kept")
+    place, begin = Place(f"127.0.0.1:{port}", 2, 0), time.monotonic()
+    with pytest.raises(meeting.Lost, match="process 1 of 2 has gone"):
+        processes.supervise(
+            ["-c", "import time; time.sleep(60)"], place, processes.Bounds(), "kept", SECRET
+        )
     assert 1.0 <= time.monotonic() - begin < 15
     thread.join()
-    silent.close()
+    assert found
+    spoke.close()
 
 
 def test_place_from_flags():
-    place = processes.given_place("host:12", 4, 3)
+    place = given_place("host:12", 4, 3)
     assert place == ("host:12", 4, 3)
-    assert processes.given_place(None, None, None) is None
+    assert given_place(None, None, None) is None
     for flags, message in (
         (("host:12", None, 1), "belong together"),
         (("host", 2, 1), "expected HOST:PORT"),
+        (("host:²", 2, 1), "expected HOST:PORT"),
+        (("host:" + "9" * 5000, 2, 1), "expected HOST:PORT"),
+        ((":12", 2, 1), "expected HOST:PORT"),
         (("host:12", 2, 2), "expected 0 to 1"),
     ):
         with pytest.raises(UsageError, match=message):
-            processes.given_place(*flags)
+            given_place(*flags)
 
 
 def test_place_from_the_environment():
@@ -399,18 +447,21 @@ def test_place_from_the_environment():
         "SLURM_NTASKS": "4",
         "SLURM_STEP_NODELIST": "gpu[007-009,012]",
     }
-    assert processes.found_place(slurm) == ("gpu007:23456", 4, 3)
-    assert processes.found_place({**slurm, "SLURM_STEP_NODELIST": "a1,b2"}).coordinator[:3] == "a1:"
+    assert found_place(slurm) == ("gpu007:23456", 4, 3)
+    assert found_place({**slurm, "SLURM_STEP_NODELIST": "a1,b2"}).coordinator[:3] == "a1:"
+    for wrong in ({"SLURM_PROCID": "²"}, {"SLURM_PROCID": "4"}, {"SLURM_JOB_ID": "x"}):
+        with pytest.raises(UsageError, match="cannot read Slurm's job"):
+            found_place({**slurm, **wrong})
     gke = {"TPU_WORKER_HOSTNAMES": "t-0.x,t-1.x", "TPU_WORKER_ID": "1"}
-    assert processes.found_place(gke) == ("t-0.x:8479", 2, 1)
+    assert found_place(gke) == ("t-0.x:8479", 2, 1)
     machine = {"worker-network-endpoints": "a:b:10.0.0.1,c:d:10.0.0.2", "agent-worker-number": "1"}
-    assert processes.found_place({}, machine.__getitem__) == ("10.0.0.1:8479", 2, 1)
+    assert found_place({}, machine.__getitem__) == ("10.0.0.1:8479", 2, 1)
 
     def nowhere(_):
         raise OSError
 
     with pytest.raises(UsageError, match="neither Slurm nor a Cloud TPU slice"):
-        processes.found_place({}, nowhere)
+        found_place({}, nowhere)
 
 
 def test_rows_of_a_mesh_belong_to_one_process_each():

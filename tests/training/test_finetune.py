@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from wrong_inputs import assert_one_line, run_process
 
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
@@ -164,6 +165,86 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder, finish
         assert result[name] == expected[name]
     log = (folder / "resumed" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [7, 10, 12]
+
+
+@pytest.mark.parametrize("step", [10, 12])
+def test_a_signal_during_the_wait_for_the_device_still_saves(step, folder, finished, monkeypatch):
+    """Nearly all come there. The last step is saved anyway; its signal is not lost."""
+    out, flush = f"waiting{step}", loop.Loop._flush
+
+    def wait(self, done, log):
+        seconds = flush(self, done, log)
+        if done == step:
+            signal.raise_signal(signal.SIGTERM)
+        return seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_flush", wait)
+        with pytest.raises(Interrupted, match=f"saved after step {step} of 12"):
+            tune(folder, out)
+    with Checkpoints(folder / out / "checkpoints") as checkpoints:
+        assert checkpoints.steps == [step]
+    tune(folder, out)
+    assert_same_weights(folder / out, finished[0])
+
+
+def test_another_tokenizer_is_another_run(folder):
+    base = shutil.copytree(folder / "base", folder / "changed")
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+
+    def again():
+        finetune.finetune(base, folder / "texts.jsonl", folder / "same", settings, quiet=True)
+
+    again()
+    tokenizer = base / "tokenizer.json"
+    changed = json.loads(tokenizer.read_text())
+    changed["model"]["merges"] = changed["model"]["merges"][:-1]
+    tokenizer.write_text(json.dumps(changed))
+    with pytest.raises(UsageError, match=r"belongs to another training run .*tokenizer was"):
+        again()
+
+
+def test_weights_that_are_not_finite_are_the_bases(folder):
+    base = shutil.copytree(folder / "base", folder / "nan")
+    tensors = load_file(base / "model.safetensors")
+    next(x for n, x in tensors.items() if n.endswith("wte.weight"))[200] = np.nan
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ModelError, match=r"nan: .*NaN"):
+        finetune.finetune(base, folder / "texts.jsonl", folder / "never2", SETTINGS, quiet=True)
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 1e38}, {"weight_decay": 1e30}])
+def test_a_single_step_that_diverges_stops_before_the_model_is_written(folder, wrong):
+    settings = dataclasses.replace(SETTINGS, epochs=1, batch_size=8, warmup_steps=0, **wrong)
+    out = folder / f"one{len(wrong)}{next(iter(wrong))}"
+    with pytest.raises(UsageError, match="lower learning_rate"):
+        tune(folder, out.name, settings)
+    assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 1e39}, {"weight_decay": 1e300}])
+def test_settings_beyond_float32_are_refused(folder, wrong):
+    with pytest.raises(UsageError, match=r"expected at most 3\.4e\+38"):
+        tune(folder, f"beyond{next(iter(wrong))}", dataclasses.replace(SETTINGS, **wrong))
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 10**5, "5", "{}", '{"identity": 5}', '{"identity": {"settings": {}}}']
+)
+def test_a_damaged_record_of_a_run_is_refused(content, folder, finished):
+    out = folder / "damaged"
+    shutil.copytree(finished[0], out, dirs_exist_ok=True)
+    (out / "train.json").write_text(content)
+    with pytest.raises(UsageError, match=r"train\.json: not readable"):
+        tune(folder, "damaged")
+
+
+def test_a_full_disk_is_said_in_one_line(folder):
+    """Orbax reports it in its own ways, which is no lack of memory."""
+    command = ["finetune", "--base", folder / "base", "--data", folder / "texts.jsonl"]
+    command += ["--out", folder / "full", "--max-length", 24, "--quiet"]
+    said = run_process([str(x) for x in command], limit=20_000)
+    assert_one_line(said, 74, "cannot write")
 
 
 def test_a_crash_resumes_from_the_last_checkpoint_bit_for_bit(folder, finished, monkeypatch):

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sama_jax.programs.bench import growth
+from sama_jax.terminal import results_console
 
 _ROWS = (
     # title, field, unit, format, PyTorch's field that compares the two
@@ -44,7 +44,7 @@ def print_table(found: dict[str, Any]) -> None:
             known = ratio is not None and other[ratio] is not None
             cells += [_cell(other.get(name), unit, form), _cell(other[ratio]) if known else ""]
         table.add_row(title, *cells)
-    Console().print(table)
+    results_console().print(table)
     shape, peak = max(found["matmul_peak"].items(), key=lambda item: item[1])
     each = ", ".join(f"{k} {v / 1e9:.0f}" for k, v in found["matmul_peak"].items())
     print(f"matmul peak: {peak / 1e9:.0f} GFLOP/s at {shape}; {each}")
@@ -75,7 +75,7 @@ def print_growth(points: list[dict[str, Any]]) -> None:
                 f"{flops_x:.2f}",
                 f"{time_x / flops_x:.2f}",
             )
-    Console().print(table)
+    results_console().print(table)
 
 
 def _table(columns: tuple[str, ...]) -> Table:
