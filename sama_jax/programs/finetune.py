@@ -137,7 +137,7 @@ def _new_config(path: Path, tokenizer: Path | None) -> tuple[dict[str, Any], str
 def _require_trainable(family: FamilyConfig, settings: TrainSettings, where: str) -> None:
     """Raises where settings ask for what this kind of model, or float32, cannot do."""
     for name, value in asdict(settings).items():
-        if isinstance(value, float) and not abs(value) <= np.finfo(np.float32).max:
+        if isinstance(value, float) and not abs(value) <= float(np.finfo(np.float32).max):
             raise UsageError(f"{name} is {value:g}: expected at most 3.4e+38")
     if settings.train_on_padding and family.kind != "diffusion":
         raise UsageError(

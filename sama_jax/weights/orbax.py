@@ -111,7 +111,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            with self._written():  # it raises what the last save has raised once more
+                self._checkpointer.close()
 
     def _require_fit(self, step: int, wanted: dict[str, Any], stored: Any) -> None:
         def shape(tree: Any, name: str) -> str:

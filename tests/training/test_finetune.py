@@ -213,13 +213,18 @@ def test_weights_that_are_not_finite_are_the_bases(folder):
         finetune.finetune(base, folder / "texts.jsonl", folder / "never2", SETTINGS, quiet=True)
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": 1e38}, {"weight_decay": 1e30}])
-def test_a_single_step_that_diverges_stops_before_the_model_is_written(folder, wrong):
-    settings = dataclasses.replace(SETTINGS, epochs=1, batch_size=8, warmup_steps=0, **wrong)
-    out = folder / f"one{len(wrong)}{next(iter(wrong))}"
-    with pytest.raises(UsageError, match="lower learning_rate"):
-        tune(folder, out.name, settings)
-    assert not (out / "config.json").exists()
+@pytest.mark.parametrize("spoil", ["loss", "weights"])
+def test_a_last_step_that_diverges_stops_before_the_model_is_written(spoil, folder, monkeypatch):
+    """Its loss was that of the step before."""
+    if spoil == "loss":
+        monkeypatch.setattr(loop, "mean_nll", lambda *x: float("nan" if x[3] == "after" else 1))
+    else:
+        found = iter(["", "embed.embedding"])
+        monkeypatch.setattr(loop, "not_finite", lambda _: next(found))
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+    with pytest.raises(UsageError, match=r"after the last step the loss is .* lower learning_rate"):
+        tune(folder, f"last_{spoil}", settings)
+    assert not (folder / f"last_{spoil}" / "config.json").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"learning_rate": 1e39}, {"weight_decay": 1e300}])
