@@ -1,20 +1,29 @@
 """Reads texts with their ids and labels, and reports what is odd about them.
 
-Nothing here changes a text. An error names up to ten unusable records in one message.
+Nothing here changes a text, but for lone surrogates. An error names up to ten unusable records in
+one message.
 """
 
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax.errors import DataError
-from sama_jax.texts.records import Row, rows_of
+from sama_jax.texts.records import Row, meant, rows_of, shown_names
+from sama_jax.untrusted import printable
 
 MAX_PROBLEMS = 10
 """Problems of single lines that one message lists; the rest are counted."""
+MAX_COUNTED = 10_000
+"""Problems after which nobody reads on."""
+
+_LABELS = (0, 1, "0", "1", "true", "false", "True", "False")
+"""Values by which a field of a similar name is taken for labels."""
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Text(NamedTuple):
@@ -68,11 +77,18 @@ def _checked(path: Path, label: int | None) -> Iterator[tuple[str | None, Text]]
     """Yields (given id, text) of every record; raises once for all unusable records."""
     problems: list[str] = []
     texts: list[tuple[str | None, Text]] = []
-    for row in rows_of(path, problems):
+    names: set[str] = set()
+    for row in rows_of(path):
         try:
+            if isinstance(row, str):
+                raise DataError(row)
+            if not names.issuperset(row.fields):
+                _check_names(row, names)
             texts += _parse_row(row, label)
         except DataError as error:
             problems.append(str(error))
+            if len(problems) > MAX_COUNTED:
+                break
     if problems:
         count, shown = len(problems), problems[:MAX_PROBLEMS]
         head = shown[0] if count == 1 else f"{path.name}: {count} problems, the first is {shown[0]}"
@@ -81,6 +97,22 @@ def _checked(path: Path, label: int | None) -> Iterator[tuple[str | None, Text]]
     if not texts:
         raise DataError(f"{path}: holds no texts; expected at least one record with a field 'text'")
     yield from texts
+
+
+def _check_names(row: Row, names: set[str]) -> None:
+    """Raises `DataError` for a field that stands for another name; puts the others into `names`."""
+    for name, value in row.fields.items():
+        field = meant(name)
+        if name == "member" and "nonmember" not in row.fields:
+            field = "label"
+        near = field is not None and name != field and row.fields.get(field) is None
+        if near and (name.strip().lower() == field or value in _LABELS):
+            raise DataError(
+                f"{row.where}: has a field '{printable(name)}'; write it '{field}' if it is "
+                "meant, else leave it out"
+            )
+        if (field is None or name == field) and len(names) < MAX_COUNTED:
+            names.add(name)
 
 
 def _parse_row(row: Row, forced: int | None) -> Iterator[tuple[str | None, Text]]:
@@ -92,27 +124,41 @@ def _parse_row(row: Row, forced: int | None) -> Iterator[tuple[str | None, Text]
                 yield None, Text("", text, _agree(label, forced, where), where)
         return
     if "text" not in fields:
-        names = ", ".join(map(str, fields)) or "none"
-        raise DataError(f"{where}: has no field 'text' (its fields: {names})")
+        raise DataError(f"{where}: has no field 'text' (its fields: {shown_names(fields)})")
     text = _text(fields["text"], "text", where)
     label, given = fields.get("label"), fields.get("id")
     if label is not None and (type(label) is not int or label not in (0, 1)):
         raise DataError(
-            f"{where}: label is {json.dumps(label, default=str)}, expected 1 (member), "
-            "0 (non-member) or null"
+            f"{where}: label is {_shown(label)}, expected 1 (member), 0 (non-member) or null"
         )
     if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
-        raise DataError(f"{where}: id is {json.dumps(given, default=str)}, expected a string")
+        raise DataError(f"{where}: id is {_shown(given)}, expected a string")
     if given == "":
         raise DataError(f"{where}: id is empty; give one or leave the field out")
-    yield None if given is None else str(given), Text("", text, _agree(label, forced, where), where)
+    given = None if given is None else str(given)
+    if given is not None and ("\0" in given or _SURROGATES.search(given)):
+        raise DataError(f"{where}: id {_shown(given)} holds a NUL or half a character")
+    yield given, Text("", text, _agree(label, forced, where), where)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value of a file for a message."""
+    try:
+        return printable(json.dumps(value, default=str))
+    except RecursionError:
+        return "nested deep"
 
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise DataError(f"{where}: '{column}' must be a string, found {kind}")
-    return value
+    return without_surrogates(value)
+
+
+def without_surrogates(text: str) -> str:
+    """Replaces lone surrogates, which no UTF-8 text holds but JSON can spell, by U+FFFD."""
+    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
 
 
 def _agree(label: int | None, forced: int | None, where: str) -> int | None:
@@ -131,8 +177,8 @@ def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
         first = givens.setdefault(given, text)
         if first.text != text.text:
             raise DataError(
-                f"{where}: id '{given}' stands for two different texts, at {first.where} and at "
-                f"{text.where}; give each its own id"
+                f"{where}: id '{printable(given)}' stands for two different texts, at "
+                f"{first.where} and at {text.where}; give each its own id"
             )
     taken: set[str] = set()
     texts: list[Text] = []

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer
 
 from sama_jax.arrays import Encoded
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts.read import Text
+from sama_jax.texts.read import Text, without_surrogates
 from sama_jax.untrusted import printable, read_bytes
 
 WHOLE_BYTES = 2**21
@@ -37,7 +36,6 @@ MAX_ADDED = 1024
 LONGEST = 65535
 """Tokens that any text is cut at."""
 
-_SURROGATES = re.compile("[\ud800-\udfff]")
 _PROBES = (
     "",
     "The quick brown fox jumps over 13 lazy dogs. it's I'LL don't",
@@ -144,7 +142,7 @@ class TextTokenizer:
 
     def token_id(self, name: str) -> int | None:
         """Returns the id of a token by its exact name, None if there is none."""
-        return self._tokenizer.token_to_id(_clean(name))
+        return self._tokenizer.token_to_id(without_surrogates(name))
 
     def encode(
         self,
@@ -179,7 +177,7 @@ class TextTokenizer:
     def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
         """Yields texts to be tokenised together, each with whether it is whole."""
         batch, characters = list[tuple[str, bool]](), 0
-        for text in map(_clean, texts):
+        for text in map(without_surrogates, texts):
             fitting, size = self._fitting(text)
             if batch and (characters + size > BATCH_CHARACTERS or len(batch) == BATCH_TEXTS):
                 yield batch
@@ -249,10 +247,6 @@ def _library(problem: str) -> Iterator[None]:
                 os.write(2, said)
         for end in (stderr, reading, writing):
             os.close(end)
-
-
-def _clean(text: str) -> str:
-    return _SURROGATES.sub("\ufffd", text)
 
 
 def _growth(tokenizer: Tokenizer, where: str) -> int:

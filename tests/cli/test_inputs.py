@@ -136,14 +136,14 @@ def test_many_bad_lines_are_listed_and_counted(box: Box, capsys):
 
 
 def test_an_input_that_may_not_be_read(box: Box, capsys, monkeypatch: pytest.MonkeyPatch):
-    real = Path.read_bytes
+    real = Path.open
 
-    def refused(path: Path) -> bytes:
+    def refused(path: Path, *mode: str, **options: str):
         if path == box.data:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return real(path)
+        return real(path, *mode, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(Path, "open", refused)
     said = run(capsys, box.command())
     assert_one_line(said, 3, "texts.jsonl", "Permission denied")
 
