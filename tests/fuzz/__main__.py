@@ -23,7 +23,7 @@ from fuzz.pool import SECONDS, Worker
 NAMES = (
     *("jsonl", "json", "csv", "gzip", "parquet", "config", "safetensors", "gguf", "adapter"),
     *("orbax", "pickle", "tokenizer", "replay", "store", "experiment"),
-    *("score", "report", "merge", "continue", "training", "checkpoint"),
+    *("score", "report", "merge", "continue", "training", "checkpoint", "port"),
 )
 """All readers; in `readers.READERS`, which imports JAX."""
 

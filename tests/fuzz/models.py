@@ -14,7 +14,7 @@ import tiny
 from checkpoints_convert import convert
 from fuzz import seeds
 from fuzz.reader import MAX_LENGTH, Reader, audit, write
-from sama_jax.texts.tokenizer import TextTokenizer, require_ids_fit
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import mask_token, model_folder, safetensors
 
 
@@ -31,7 +31,7 @@ def _open(root: Path) -> None:
     for name, tensor in folder.source.tensors.items():
         window = folder.source.window(name, (slice(None),) * len(tensor.shape))
         assert window.shape == tensor.shape
-    TextTokenizer.from_folder(root)
+    TextTokenizer.from_folder(root, folder.model.vocab_size)
 
 
 def _finite(arch: Any) -> None:
@@ -148,8 +148,7 @@ SAMPLES = ["", "karo mite sun", "zz[MASK] é ﬁ 𝔘 \ud800", "a" * 300, "\0\x1
 
 def _tokenize(root: Path) -> None:
     """Ids have rows, and equal texts equal ids."""
-    made = TextTokenizer.from_folder(root)
-    require_ids_fit(made, tiny.VOCAB, "folder")
+    made = TextTokenizer.from_folder(root, tiny.VOCAB)
     mask_token.tokenizer_mask(root)
     first, again = (made.encode(SAMPLES, MAX_LENGTH) for _ in range(2))
     for a, b in zip(first, again):

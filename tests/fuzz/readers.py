@@ -4,11 +4,11 @@ import os
 import time
 from pathlib import Path
 
-from fuzz import models, runs, texts
+from fuzz import models, port, runs, texts
 from fuzz.reader import Reader, write
 from sama_jax.errors import ModelError
 
-READERS = texts.READERS | models.READERS | runs.READERS
+READERS = texts.READERS | models.READERS | runs.READERS | port.READERS
 
 
 def _nothing(root: Path) -> None:
