@@ -6,6 +6,7 @@ be encoded is escaped.
 """
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -88,7 +89,7 @@ def guard_streams() -> None:
     """Lets whatever this process prints pass through `escape`, in any encoding of the streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Guarded):
+        if isinstance(stream, io.TextIOWrapper):  # not twice, and not a notebook's own
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, _Guarded(stream))
 

@@ -169,6 +169,15 @@ def test_special_libraries_stay_in_their_places(library):
             assert name.startswith(ONLY_IN[library] or "-"), f"{name} imports {library}"
 
 
+def test_what_is_printed_passes_one_place():
+    """Consoles of another make would let control characters of foreign names through."""
+    for name, path in MODULES.items():
+        if name != "sama_jax.terminal":
+            assert not re.search(
+                r"\bConsole\(|\bstd(out|err)\.buffer\b", path.read_text("utf-8")
+            ), name
+
+
 @pytest.mark.parametrize("prefix", NO_JAX)
 def test_plain_modules_do_not_import_jax(prefix):
     found = [name for name in MODULES if name.startswith(prefix)]

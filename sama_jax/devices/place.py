@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from sama_jax.errors import UsageError
 
+MOST_PROCESSES = 10_000
+"""Each is a connection and two threads of process 0."""
+
 
 class Place(NamedTuple):
     """Which process this is, of how many, and where they meet."""
@@ -35,6 +38,8 @@ def given_place(coordinator: str | None, count: int | None, rank: int | None) ->
     host, _, port = coordinator.rpartition(":")
     if not host or not 0 < (whole_number(port) or 0) < 65536:
         raise UsageError(f"--coordinator {coordinator}: expected HOST:PORT")
+    if not 0 < count <= MOST_PROCESSES:
+        raise UsageError(f"--num-processes {count}: expected 1 to {MOST_PROCESSES}")
     if not 0 <= rank < count:
         raise UsageError(f"--process-id {rank}: expected 0 to {count - 1} for --num-processes")
     return Place(coordinator, count, rank)

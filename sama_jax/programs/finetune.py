@@ -22,6 +22,7 @@ from sama_jax.training import loop, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
 from sama_jax.training.sequences import pad_token
 from sama_jax.weights import hub, loading, model_folder
+from sama_jax.weights.identity import arithmetic, model_identity
 
 
 def finetune(
@@ -54,10 +55,8 @@ def finetune(
         tokenizer = TextTokenizer.from_folder(base, folder.model.vocab_size)
         identity = {
             "command": "finetune",
-            "base": folder.identity,
+            **model_identity(folder),
             "tokenizer": tokenizer.fingerprint,
-            "mask_id": folder.model.mask_id,
-            "shift": folder.model.shift,
             "pad_id": pad_token(folder.config) if settings.train_on_padding else None,
         }
         run = runs.open_run(out, identity, settings, data, heldout, quiet)
@@ -99,6 +98,7 @@ def pretrain(
         _require_trainable(family, settings, str(config))
         identity = {
             "command": "pretrain",
+            **arithmetic(),
             "base": hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(),
             "tokenizer": tokenizer_name,
         }

@@ -203,7 +203,9 @@ def _restore(checkpoints: Checkpoints, params: Params, recipe: Recipe) -> TrainS
 def _is_log_line(line: Any) -> bool:
     """Tells whether this is a line of the log as `Loop` writes it."""
     numbers = ("step", "loss", "seconds", "tokens")
-    return isinstance(line, dict) and all(type(line.get(k)) in (int, float) for k in numbers)
+    return isinstance(line, dict) and all(
+        type(line.get(k)) in (int, float) and math.isfinite(line[k]) for k in numbers
+    )
 
 
 @jax.jit

@@ -1,10 +1,6 @@
-"""The coordinator's port: whoever has not the secret changes nothing, and ends nothing.
-
-SAMA_JAX_STRANGERS=1000 lets that many knock; a CI run does with fewer.
-"""
+"""The coordinator's port: whoever has not the secret changes nothing, and ends nothing."""
 
 import contextlib
-import json
 import os
 import random
 import socket
@@ -13,6 +9,7 @@ import threading
 import time
 
 import pytest
+from strangers import STRANGERS, free_port, knock
 
 from sama_jax.devices import lines, meeting, secret
 from sama_jax.devices.meeting import Hub, Lost, Spoke, understood
@@ -20,14 +17,6 @@ from sama_jax.devices.place import Place
 from sama_jax.errors import UsageError
 
 SECRET = b"0123456789abcdef of the tests"
-STRANGERS = int(os.environ.get("SAMA_JAX_STRANGERS", "150"))
-WELL_FORMED = {"who": [1, 3], "nonce": "00", "proof": "00"}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Run:
@@ -59,30 +48,6 @@ def run():
     made = Run(3)
     yield made
     made.close()
-
-
-def knock(port: int, kind: int, draw: random.Random) -> socket.socket:
-    """A stranger of one of nine kinds; the slow ones are left open."""
-    sock = socket.create_connection(("127.0.0.1", port), timeout=5)
-    hello = json.dumps(WELL_FORMED).encode()
-    said = [
-        draw.randbytes(draw.randint(1, 3000)),
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        draw.choice([b"5", b"[1]", b"null", b'{"who": {}}', b"[" * 900, b"9" * 900]) + b"\n",
-        hello + b"\n",
-        hello[: draw.randint(1, len(hello))],
-        b'{"code": 0}\n{"done": true}\n{"gone": [0], "how": "x"}\n{"gather": ["x"]}\n',
-        b"x" * 10**6,
-        b" ",
-        b"",
-    ][kind]
-    try:
-        sock.sendall(said)
-        if kind < 7:
-            sock.close()
-    except OSError:  # cut off while it spoke
-        sock.close()
-    return sock
 
 
 def test_strangers_change_nothing(run: Run):

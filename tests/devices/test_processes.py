@@ -4,10 +4,11 @@ Every process is ended by its handle; every wait has a limit, and what processes
 message of a failure.
 """
 
+import contextlib
 import json
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tiny
+from strangers import STRANGERS, free_port, knock
 
 from sama_jax.devices import meeting, processes, secret
 from sama_jax.devices.child_process import Crashed
@@ -53,12 +55,6 @@ def environment(inputs: Inputs) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         secret.VARIABLE: SECRET.decode(),
     }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def audit(inputs: Inputs, out: Path, *flags: object) -> subprocess.Popen[str]:
@@ -98,9 +94,11 @@ def audit(inputs: Inputs, out: Path, *flags: object) -> subprocess.Popen[str]:
     )
 
 
-def start(inputs: Inputs, outs: list[Path], *flags: object, ranks=(0, 1)) -> list[subprocess.Popen]:
+def start(
+    inputs: Inputs, outs: list[Path], *flags: object, ranks=(0, 1), port: int | None = None
+) -> list[subprocess.Popen]:
     """Processes of one run of two, each with its own --out."""
-    port = free_port()
+    port = port or free_port()
     return [
         audit(
             inputs,
@@ -213,10 +211,28 @@ def test_one_of_two_is_killed_and_one_process_goes_on(inputs, tmp_path):
     assert not any(p.poll() is None for p in running)
 
 
+def knock_all_along(port: int, running: list[subprocess.Popen]) -> None:
+    """Lets strangers knock as long as the processes run."""
+    draw, count, kept = random.Random(2), 0, []
+    while any(p.poll() is None for p in running):
+        with contextlib.suppress(OSError):  # nobody listens yet, or no longer
+            kept.append(knock(port, draw.randrange(9), draw))
+            count += 1
+        time.sleep(0.01 if count < STRANGERS else 0.2)
+    for sock in kept:
+        sock.close()
+    assert count > 10
+
+
 def test_a_mesh_over_two_processes_gives_the_same_scores(inputs, expected, tmp_path):
-    out = tmp_path / "run"
-    for code, told in finish(start(inputs, [out, out], "--mesh", "data=2,model=2")):
+    """With strangers at the port from the first moment to the last."""
+    out, port = tmp_path / "run", free_port()
+    running = start(inputs, [out, out], "--mesh", "data=2,model=2", port=port)
+    knocking = threading.Thread(target=knock_all_along, args=(port, running))
+    knocking.start()
+    for code, told in finish(running):
         assert code == 0, told
+    knocking.join()
     assert_same_scores(out, expected, tolerance=1e-5)
     total, distinct = records(out)
     assert total == distinct == TEXTS * 3
@@ -434,6 +450,8 @@ def test_place_from_flags():
         (("host:²", 2, 1), "expected HOST:PORT"),
         (("host:" + "9" * 5000, 2, 1), "expected HOST:PORT"),
         ((":12", 2, 1), "expected HOST:PORT"),
+        (("host:12", 10**9, 1), "expected 1 to 10000"),
+        (("host:12", 0, 0), "expected 1 to 10000"),
         (("host:12", 2, 2), "expected 0 to 1"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -188,6 +188,22 @@ def test_a_signal_during_the_wait_for_the_device_still_saves(step, folder, finis
     assert_same_weights(folder / out, finished[0])
 
 
+def test_a_broken_line_of_the_log_costs_that_line_alone(folder, finished, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=4)
+    interrupt_at(monkeypatch, 10)
+    with pytest.raises(Interrupted):
+        tune(folder, "broken", settings)
+    monkeypatch.undo()
+    log = folder / "broken" / "log.jsonl"
+    first, *rest = log.read_text().splitlines()
+    log.write_text(
+        "\n".join([first, "{broken", "5", '{"step": NaN}', '{"step": "x"}', *rest]) + "\n"
+    )
+    result = tune(folder, "broken", settings)
+    assert result["tokens"] == finished[1]["tokens"]
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [4, 8, 10, 11, 12]
+
+
 def test_another_tokenizer_is_another_run(folder):
     base = shutil.copytree(folder / "base", folder / "changed")
     settings = dataclasses.replace(SETTINGS, epochs=1)
@@ -202,6 +218,15 @@ def test_another_tokenizer_is_another_run(folder):
     tokenizer.write_text(json.dumps(changed))
     with pytest.raises(UsageError, match=r"belongs to another training run .*tokenizer was"):
         again()
+
+
+def test_other_random_bits_are_refused(folder):
+    with (
+        jax.threefry_partitionable(False),
+        pytest.raises(UsageError, match="expected JAX's own random bits"),
+    ):
+        tune(folder, "other_bits")
+    assert not (folder / "other_bits").exists()
 
 
 def test_weights_that_are_not_finite_are_the_bases(folder):
