@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from sama_jax.errors import UsageError
+from sama_jax.storage.files import require_free
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.trust_remote_code and (args.dump or args.against or args.plan):
         raise UsageError("--trust-remote-code only makes sense where PyTorch runs: leave it away")
 
+    require_free(args.dump, frozenset({"ids", "mask", "nll"}))
     import jax
 
     from checkpoints_convert.verify import exchange, live, plan

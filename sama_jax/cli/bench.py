@@ -41,9 +41,10 @@ def run(args: argparse.Namespace) -> None:
     from sama_jax.programs.bench.growth import run_growth
     from sama_jax.programs.bench.run import run_bench
     from sama_jax.programs.bench.table import print_growth, print_table
-    from sama_jax.storage.files import write_json
+    from sama_jax.storage.files import MADE_BY, require_free, write_json
     from sama_jax.texts.read import read_texts
 
+    require_free(args.json, "sama-jax bench")
     given = {
         "texts": read_texts(args.data).texts,
         "settings": settings,
@@ -53,5 +54,5 @@ def run(args: argparse.Namespace) -> None:
     measure, show = (run_growth, print_growth) if args.growth else (run_bench, print_table)
     found: Any = measure(job)
     if args.json:
-        write_json(args.json, found)
+        write_json(args.json, {MADE_BY: "sama-jax bench", **found})
     show(found)

@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--utilisation must lie between 0 and 1, got {args.utilisation}")
     settings = flags.settings_of(args, AuditSettings)
     from sama_jax.programs import capacity
-    from sama_jax.storage.files import write_json
+    from sama_jax.storage.files import MADE_BY, require_free, write_json
 
+    require_free(args.json, "sama-jax plan")
     given = {"settings": settings, "models": 2 if args.models == "together" else 1}
     found = capacity.run_plan(PlanJob(**(flags.values_of(args, PlanJob) | given)))
     print("\n".join(capacity.lines(found)))
     if args.json:
-        write_json(args.json, found)
+        write_json(args.json, {MADE_BY: "sama-jax plan", **found})

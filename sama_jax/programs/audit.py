@@ -38,6 +38,7 @@ from sama_jax.programs.audit_inputs import (
 from sama_jax.programs.audit_records import (
     OpenRun,
     open_run,
+    require_outputs,
     require_sama,
     save_replay,
     text_rows,
@@ -73,6 +74,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     """
     quiet = job.quiet or job.peers.rank > 0
     say = console(quiet)
+    require_outputs(job)
     wanted = wanted_attacks(job)
     inputs = read_inputs(job)
     chosen = choose_attacks(job, wanted, inputs)

@@ -27,6 +27,7 @@ from sama_jax.programs.audit_inputs import Chosen, Inputs, Prefixes, Tokenised
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.run_identity import digest, run_identity
 from sama_jax.storage import replay
+from sama_jax.storage.files import require_free
 from sama_jax.storage.run_folder import RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.weights.identity import matmul_precision
@@ -200,6 +201,15 @@ def save_replay(job: AuditJob, readings: Readings, inputs: Inputs, tokenised: To
     if job.save_losses:
         target, reference = (np.concatenate(found) for found in zip(*losses))
         replay.save_losses(job.save_losses, inputs.ids, target, reference)
+
+
+def require_outputs(job: AuditJob) -> None:
+    """Raises `UsageError` if a replay file would replace another file, or the other one."""
+    require_free(job.save_plan, frozenset({"ids", "tokens", "masks", "scored"}))
+    require_free(job.save_losses, frozenset({"ids", "target", "reference"}))
+    given = [p.resolve() for p in (job.plan, job.save_plan, job.save_losses) if p is not None]
+    if len(set(given)) < len(given):
+        raise UsageError("--plan, --save-plan and --save-losses must name different files")
 
 
 def require_sama(job: AuditJob, tasks: Tasks) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,39 @@ def encoded(text: str) -> bytes:
     That is how JSON spells them, so an id or a path that holds one is read back as it was.
     """
     return text.encode("utf-8", "backslashreplace")
+
+
+MADE_BY = "made_by"
+"""Field of the JSON files that a flag names, by which they are known again."""
+
+
+def require_free(path: Path | None, mark: str | frozenset[str]) -> None:
+    """Makes sure that writing a file that a flag names would replace nothing but one of its kind.
+
+    Args:
+      path: the file; None: the flag was not given.
+      mark: what the JSON file says of its maker, or the arrays of an npz file.
+
+    Raises:
+      UsageError: something else stands there, such as an input of the command.
+    """
+    if path is None or not os.path.lexists(path) or (path.is_file() and _has_mark(path, mark)):
+        return
+    raise UsageError(
+        f"{path}: exists and was not written by this command, so it is not replaced; give a new "
+        "name, or move it away"
+    )
+
+
+def _has_mark(path: Path, mark: str | frozenset[str]) -> bool:
+    try:
+        if isinstance(mark, str):
+            found = untrusted.read_json(path)
+            return isinstance(found, dict) and found.get(MADE_BY) == mark
+        with zipfile.ZipFile(path) as file:
+            return {f"{name}.npy" for name in mark} <= set(file.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 class AppendOnly:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from wrong_inputs import (
@@ -189,6 +190,41 @@ def test_an_output_below_a_file(box: Box, capsys):
     refuse(capsys, box, box.command(out=box.data), 74, str(box.data), "cannot write")
     store = box.data / "store"
     assert_one_line(run(capsys, box.command(store=store)), 74, str(store), "cannot write")
+
+
+@pytest.mark.parametrize("flag", ["save_plan", "save_losses"])
+@pytest.mark.parametrize("victim", ["data", "weights", "folder", "other npz"])
+def test_a_replay_file_replaces_nothing_of_the_user(flag: str, victim: str, box: Box, capsys):
+    np.savez(box.path / "mine.npz", precious=np.ones(3))
+    path = {
+        "data": box.data,
+        "weights": box.target / "model.safetensors",
+        "folder": box.target,
+        "other npz": box.path / "mine.npz",
+    }[victim]
+    before = contents(path) if path.is_dir() else path.read_bytes()
+    refuse(capsys, box, box.command(**{flag: path}), 2, str(path), "not replaced")
+    assert before == (contents(path) if path.is_dir() else path.read_bytes())
+
+
+def test_a_replay_file_replaces_one_of_its_kind(box: Box, capsys):
+    files = {"save_plan": box.path / "p.npz", "save_losses": box.path / "l.npz"}
+    assert run(capsys, box.command(**files)).code == 0
+    assert run(capsys, box.command(**files)).code == 0
+    swapped = {"save_plan": box.path / "l.npz"}
+    assert_one_line(run(capsys, box.command(**swapped)), 2, "l.npz", "not replaced")
+    same = {"plan": box.path / "p.npz", "save_plan": box.path / "p.npz"}
+    assert_one_line(run(capsys, box.command(**same)), 2, "must name different files")
+
+
+@pytest.mark.parametrize("command", ["bench", "plan"])
+def test_results_as_json_replace_nothing_of_the_user(command: str, box: Box, capsys):
+    mine = box.path / "mine.json"
+    mine.write_text('{"precious": 1}')
+    given = ["--model", str(box.target), "--json", str(mine)]
+    given += {"bench": ["--data", str(box.data)], "plan": ["--topology", "cpu:2"]}[command]
+    assert_one_line(run(capsys, [command, *given]), 2, "mine.json", "not replaced")
+    assert mine.read_text() == '{"precious": 1}'
 
 
 @pytest.mark.parametrize("flag", ["save_plan", "save_losses"])
