@@ -35,6 +35,11 @@ class Purpose(IntEnum):
     DISTANCE_MASKS = 13
 
 
+def _root(seed: int | Integer[Array, ""]) -> Key[Array, ""]:
+    """Builds the key of a seed, of this kind whatever JAX is set to."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def text_key_data(tokens: Int[np.ndarray, " n"]) -> TextKeyData:
     """Returns the first 64 bits of the SHA-256 of the ids as little-endian int32 (host)."""
     digest = hashlib.sha256(np.ascontiguousarray(tokens, dtype="<i4").tobytes()).digest()
@@ -49,12 +54,12 @@ def key_name(data: TextKeyData) -> str:
 
 def text_key(seed: int | Integer[Array, ""], data: TextKeyData) -> Key[Array, ""]:
     """Builds a text's root key. `fold_in` takes 32 bits, hence the two halves of the hash."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), data.high), data.low)
+    return jax.random.fold_in(jax.random.fold_in(_root(seed), data.high), data.low)
 
 
 def run_key(seed: int, purpose: Purpose) -> Key[Array, ""]:
     """Builds a key of the whole run, for what belongs to no text, such as initial weights."""
-    return jax.random.fold_in(jax.random.key(seed), int(purpose))
+    return jax.random.fold_in(_root(seed), int(purpose))
 
 
 def for_purpose(key: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:
@@ -106,12 +111,12 @@ def checked_bits() -> str:
     """Returns `BITS`, after drawing them.
 
     Raises:
-      UsageError: JAX is set to draw others, such as by `JAX_THREEFRY_PARTITIONABLE=0`,
-        `JAX_DEFAULT_PRNG_IMPL` or `JAX_ENABLE_X64`; masks would not be those of other runs.
+      UsageError: JAX is set to draw others, such as by `JAX_THREEFRY_PARTITIONABLE=0` or
+        `JAX_ENABLE_X64`; masks would not be those of other runs.
     """
     if bits_drawn() == BITS:
         return BITS
-    names = ("default_prng_impl", "threefry_partitionable", "random_seed_offset", "enable_x64")
+    names = ("threefry_partitionable", "random_seed_offset", "enable_x64")
     found = ", ".join(f"JAX_{n.upper()}={jax.config.values[f'jax_{n}']}" for n in names)
     raise UsageError(
         "expected JAX's own random bits, since masks and subsets are drawn from them and are part "
