@@ -400,10 +400,10 @@ def test_a_new_field_of_a_job_is_put_into_one_of_the_lists():
     assert {field.name for field in dataclasses.fields(AuditJob)} == COVERED | NEUTRAL
 
 
-def with_field(value: Any, name: str) -> Any:
+def with_field(of: Any, name: str, value: Any = "another") -> Any:
     """Copies a frozen dataclass with another value of a field, of whatever type it should be."""
-    other = copy.copy(value)
-    object.__setattr__(other, name, "another")
+    other = copy.copy(of)
+    object.__setattr__(other, name, value)
     return other
 
 
@@ -413,7 +413,7 @@ def test_every_field_of_a_model_is_part_of_its_identity(originals: Path):
     for field in dataclasses.fields(folder.model):  # pyright: ignore  a protocol
         if field.name in identity.NEUTRAL or field.name == "arch":
             continue
-        other = dataclasses.replace(folder, model=with_field(folder.model, field.name))
+        other = with_field(folder, "model", with_field(folder.model, field.name))
         assert identity.model_identity(other) != before, field.name
 
 
@@ -422,7 +422,7 @@ def test_every_field_of_an_architecture_is_part_of_the_identity(originals: Path)
     before = identity.model_identity(folder)
     for field in dataclasses.fields(folder.model.arch):  # pyright: ignore  a protocol
         arch = with_field(folder.model.arch, field.name)
-        other = model_folder.with_options(folder, arch=arch)
+        other = with_field(folder, "model", with_field(folder.model, "arch", arch))
         assert identity.model_identity(other) != before, field.name
 
 
@@ -461,10 +461,16 @@ def test_other_random_bits_are_refused(name: str, value: Any, box: Box, capsys):
 
 def test_keys_are_of_one_kind_whatever_jax_is_set_to():
     data = rng.text_key_data(np.arange(5))
-    before = jax.random.key_data(rng.text_key(3, data)), jax.random.key_data(rng.run_key(3, 4))
+    before = (
+        jax.random.key_data(rng.text_key(3, data)),
+        jax.random.key_data(rng.run_key(3, rng.Purpose.INITIAL_WEIGHTS)),
+    )
     jax.config.update("jax_default_prng_impl", "rbg")
     try:
-        after = jax.random.key_data(rng.text_key(3, data)), jax.random.key_data(rng.run_key(3, 4))
+        after = (
+            jax.random.key_data(rng.text_key(3, data)),
+            jax.random.key_data(rng.run_key(3, rng.Purpose.INITIAL_WEIGHTS)),
+        )
     finally:
         jax.config.update("jax_default_prng_impl", "threefry2x32")
     for a, b in zip(before, after):
