@@ -146,9 +146,9 @@ def fault_line(error: BaseException) -> str:
     """
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f.filename.startswith(isolation.HOME + os.sep)] or frames
-    where = f" in {os.path.relpath(ours[-1].filename, isolation.HOME)}:{ours[-1].lineno}"
+    where = [f" in {os.path.relpath(f.filename, isolation.HOME)}:{f.lineno}" for f in ours[-1:]]
     return (
-        f"a fault of sama_jax, please report it: {type(error).__name__}{where if ours else ''}; "
+        f"a fault of sama_jax, please report it: {type(error).__name__}{''.join(where)}; "
         f"{TRACEBACK}=1 shows the whole of it"
     )
 

@@ -155,9 +155,11 @@ class Hub(_Ends):
         self._strangers: collections.deque[socket.socket] = collections.deque()
         self._joining, self._closed = threading.Lock(), False
         self._host, _, port = place.coordinator.rpartition(":")
-        local = self._host in ("localhost", "127.0.0.1")
+        # Another name of this host may stand for an address that is not its own.
+        local = "127.0.0.1" if self._host == "localhost" else self._host
         try:
-            self._server = socket.create_server(("127.0.0.1" if local else "", int(port)))
+            bind = local if local.startswith("127.") else ""
+            self._server = socket.create_server((bind, int(port)))
         except OSError as error:
             raise UsageError(
                 f"--coordinator {place.coordinator}: process 0 cannot listen there ({error})"

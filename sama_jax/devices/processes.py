@@ -31,6 +31,7 @@ from sama_jax.devices.lines import LINE_BYTES, Lines
 from sama_jax.devices.meeting import Event, Hub, Lost, Meeting, Spoke, names
 from sama_jax.devices.place import Place
 from sama_jax.errors import EXIT_CODES, Interrupted
+from sama_jax.untrusted import printable
 
 CHILD = "SAMA_JAX_CHILD"
 """Environment variable of a child: its end of the pair, and of the file for crash reports."""
@@ -232,7 +233,7 @@ class _Watch:
             if isinstance(event, Ended):
                 return self._ended(event.code, crash)
             if event is not None:
-                self._pass_on(*event)
+                self._pass_on(event.rank, event.message)
                 if self._is_loss(event.message):
                     return self._lost(event.message, child)
 
@@ -337,7 +338,7 @@ class _Watch:
         raise self._loss(message["gone"], message["how"])
 
     def _loss(self, ranks: Sequence[int], how: str) -> Lost:
-        return Lost(f"{names(self.place, ranks)} has gone ({how}); {self.kept}")
+        return Lost(f"{names(self.place, ranks)} has gone ({printable(how, 200)}); {self.kept}")
 
 
 def _signal_name(number: int) -> str:

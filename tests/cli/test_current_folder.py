@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,14 @@ def test_a_source_tree_is_found_from_inside_and_a_path_of_ones_own_is_kept(tmp_p
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     isolation.isolate()  # an editable installation of the folder itself stays
     assert sys.path == ["/usr/lib/x", str(tmp_path)]
+
+
+def test_the_console_scripts_start_where_they_are_isolated():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {
+        "sama-jax": "sama_jax.__main__:main",
+        "checkpoints-convert": "checkpoints_convert.__main__:main",
+    }
 
 
 def test_both_start_files_import_nothing_before_they_are_isolated():
