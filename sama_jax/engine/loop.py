@@ -342,7 +342,8 @@ def _finish(
     outputs.append(ended.runner.fetch(ended.out)[: call.passes * len(call.job.channels)])
     if call.ends_job:
         values, positions = values_of(call, outputs)
-        require_finite(call.job, values, positions, run.ids)
+        held = run.setup.layout.held(len(call.job.batch.rows))
+        require_finite(call.job, values, np.where(held[:, None], positions, -1), run.ids)
         _store(run, readings, call.job, values, positions)
         outputs.clear()
     if call.ends_batch:

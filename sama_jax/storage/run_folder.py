@@ -8,6 +8,7 @@ that made it, so that no other run ever reads it.
 import contextlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
@@ -236,7 +237,8 @@ def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
         with writing(path):
             found = os.listdir(path) if os.path.isdir(path) else []
         # A run that died at once, or holds its lock just now, has left an empty log.
-        ours = [name for name in found if name == LOG and not os.path.getsize(path / name)]
+        logs = [name for name in found if re.fullmatch(r"log(-[0-9]{5})?\.jsonl", name)]
+        ours = [name for name in logs if not os.path.getsize(path / name)]
         if any(not name.endswith(".part") and name not in ours for name in found):
             raise UsageError(
                 f"{path}: is not empty and holds no {MANIFEST}; give --out a new folder"
