@@ -269,6 +269,11 @@ def tokenise(job: AuditJob, inputs: Inputs, prefixes: Prefixes, *, quiet: bool) 
         loaded = replay.load_plan(job.plan, settings.max_length)
         row_of = replay.match(loaded, inputs.ids, [view.ids for view in views], job.plan)
         replayed = ReplayedPlans(loaded.identity, loaded.plan, row_of)
+        suffixes = replay.store_suffixes(loaded)
+        views = [
+            view._replace(store_key=view.store_key + suffixes[row])
+            for view, row in zip(views, row_of)
+        ]
     scored = [None if t.id in prefixes.taken else view for t, view in zip(texts, views)]
     return Tokenised(encoded, views, table_of(scored), replayed)
 

@@ -8,9 +8,9 @@ places (docs/verify.md). No pickles on either side.
 
 import hashlib
 import io
+import math
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ import numpy as np
 from sama_jax.arrays import ProbePlan
 from sama_jax.errors import DataError, UsageError
 from sama_jax.storage.files import write_atomic
+from sama_jax.untrusted import printable, read_bytes
 
-WARN_BYTES = 2**30
+MAX_BYTES = 2**30
+"""Most bytes of all arrays of a file that is read."""
 
 _KINDS = {"ids": "U", "tokens": "iu", "masks": "b", "scored": "b", "subsets": "iu", "weights": "f"}
 """Arrays of a plan file and the kinds of their dtypes."""
@@ -91,8 +93,12 @@ def _strings(ids: list[str]) -> np.ndarray:
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
     size = sum(a.nbytes for a in arrays.values())
-    if size > WARN_BYTES:
-        print(f"{path}: {size / 2**30:.1f} GiB; replay files are for small n", file=sys.stderr)
+    if size > MAX_BYTES:
+        print(
+            f"{path}: {size / 2**30:.1f} GiB; replay files are for small n, and those of more than "
+            "1 GiB are not read back",
+            file=sys.stderr,
+        )
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomic(path, buffer.getvalue())
@@ -103,7 +109,7 @@ def load_plan(path: Path, max_length: int | None = None) -> Replay:
 
     Raises:
       UsageError: it was made with another `max_length` (None: any will do).
-      DataError: it is not a plan file.
+      DataError: it is not a plan file, or holds a plan that cannot be.
     """
     data, arrays = _load(path, _KINDS, "plan", "--save-plan")
     n, length = arrays["tokens"].shape if arrays["tokens"].ndim == 2 else (-1, -1)
@@ -124,16 +130,49 @@ def load_plan(path: Path, max_length: int | None = None) -> Replay:
         raise UsageError(
             f"{path}: the plan was made for --max-length {length}, this run has {max_length}"
         )
-    if (arrays["subsets"] >= length).any():
-        raise DataError(f"{path}: subsets hold positions beyond {length - 1}")
+    if 0 in (*arrays["subsets"].shape, length):
+        raise DataError(f"{path}: expected at least one text, pass, subset and position")
+    ids = [str(i) for i in arrays["ids"]]
+    if len(set(ids)) < n:
+        twice = next(i for i, name in enumerate(ids) if name in ids[:i])
+        raise DataError(f"{path}: text '{printable(ids[twice])}' stands twice in the plan")
     plan = ProbePlan(
         masks=arrays["masks"].astype(bool),
         scored=arrays["scored"].astype(bool),
         weights=arrays["weights"].astype(np.float32),
         subsets=arrays["subsets"].astype(np.int32),
     )
+    for row, name in enumerate(ids):
+        wrong = _wrong_in(arrays["tokens"][row], ProbePlan(*(part[row] for part in plan)))
+        if wrong:
+            raise DataError(f"{path}: the plan of text '{printable(name)}' cannot be: {wrong}")
     identity = "plan-" + hashlib.sha256(data).hexdigest()[:16]
-    return Replay([str(i) for i in arrays["ids"]], arrays["tokens"], plan, identity)
+    return Replay(ids, arrays["tokens"], plan, identity)
+
+
+def _wrong_in(tokens: np.ndarray, plan: ProbePlan) -> str | None:
+    """Says what is wrong with the plan of one text; None if nothing is."""
+    masks, scored, weights, subsets = (np.asarray(part) for part in plan)
+    size, length = int((tokens >= 0).sum()), len(tokens)
+    known = np.logical_or.accumulate(scored)
+    steps = np.arange(len(subsets))[:, None, None]
+    checks = {
+        "its tokens hold padding before the end": (tokens[:size] < 0).any(),
+        "masks reach beyond its tokens": masks[:, size:].any(),
+        "scored is not a part of masks": (scored & ~masks).any(),
+        "subsets hold positions beyond its tokens": (subsets < -1).any() or (subsets >= size).any(),
+        "weights must be finite and not negative": not (weights >= 0).all()
+        or np.isinf(weights).any(),
+        "all its weights are 0": masks.any() and not weights.any(),
+    }
+    found = next((what for what, wrong in checks.items() if wrong), None)
+    if found is None:
+        used = subsets >= 0
+        if (used & ~known[steps, np.clip(subsets, 0, length - 1)]).any():
+            return "subsets hold positions that no pass up to theirs scores"
+        if (weights[~used.any(axis=(1, 2))] > 0).any():
+            return "a pass with a weight has no subset"
+    return found
 
 
 def _load(
@@ -141,18 +180,39 @@ def _load(
 ) -> tuple[bytes, dict[str, Any]]:
     """Reads the bytes of an npz and its arrays of these names; checks their dtypes."""
     try:
-        data = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data)) as file:
-            wanted = [n for n in kinds if n not in optional or n in file.files]
-            arrays = {name: file[name] for name in wanted}
-        wrong = [f"{k} holds {a.dtype}" for k, a in arrays.items() if a.dtype.kind not in kinds[k]]
-        if wrong:
-            raise ValueError(", ".join(wrong))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        data = read_bytes(path, MAX_BYTES)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            held = set(archive.namelist())
+            wanted = [n for n in kinds if n not in optional or f"{n}.npy" in held]
+            sizes = {name: _announced(archive, name, kinds[name]) for name in wanted}
+            if sum(sizes.values()) > MAX_BYTES:
+                raise ValueError(f"{sum(sizes.values()):,} bytes, expected at most {MAX_BYTES:,}")
+            arrays = {}
+            for name in wanted:
+                with archive.open(f"{name}.npy") as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # zip files and npy headers can be wrong in too many ways to list
         raise DataError(
-            f"{path}: not a {what} file ({error}); {flag} writes one, see docs/replay.md"
+            f"{path}: not a {what} file ({printable(str(error) or type(error).__name__, 200)}); "
+            f"{flag} writes one, see docs/replay.md"
         ) from None
     return data, arrays
+
+
+def _announced(archive: zipfile.ZipFile, name: str, kinds: str) -> int:
+    """Returns the bytes of an array by its header alone. Raises `ValueError` if it is no npy."""
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        if version != (1, 0):  # others may have headers of gigabytes, and records of named fields
+            raise ValueError(f"{name} is an npy of version {version}, expected (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    if dtype.kind not in kinds:
+        raise ValueError(f"{name} holds {dtype}")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name} has shape {shape}")
+    return math.prod(shape) * dtype.itemsize
 
 
 def load_losses(path: Path, replay: Replay) -> Losses:
@@ -162,10 +222,12 @@ def load_losses(path: Path, replay: Replay) -> Losses:
     """
     optional = ("state_at", "target_states", "reference_states")
     _, arrays = _load(path, _LOSS_KINDS, "losses", "--save-losses", optional)
-    rows = {str(name): row for row, name in enumerate(arrays["ids"])}
+    rows = {str(name): row for row, name in enumerate(arrays["ids"].reshape(-1))}
     missing = [name for name in replay.ids if name not in rows]
     if missing:
-        raise DataError(f"{path}: has no losses of text '{missing[0]}'; save those of this plan")
+        raise DataError(
+            f"{path}: has no losses of text '{printable(missing[0])}'; save those of this plan"
+        )
     order = [rows[name] for name in replay.ids]
     scored, found = np.asarray(replay.plan.scored), []
     for name in ("target", "reference"):
@@ -180,8 +242,9 @@ def load_losses(path: Path, replay: Replay) -> Losses:
             raise DataError(f"{path}: {name} has no finite loss somewhere where the plan scores")
         found.append(values)
     states = {k: arrays[f"{k}_states"] for k in ("target", "reference") if f"{k}_states" in arrays}
-    at = arrays.get("state_at", np.zeros((0, 3), int)).reshape(-1, 3).copy()
-    if any(s.ndim != 3 or len(s) != len(at) for s in states.values()):
+    at = arrays.get("state_at", np.zeros((0, 3), int)).copy()
+    fit = all(s.ndim == 3 and len(s) == len(at) for s in states.values())
+    if at.shape != (at.size // 3, 3) or not fit:
         raise DataError(f"{path}: states must be [r, s, d], one for each of the r rows of state_at")
     shape = (len(rows), scored.shape[1], scored.shape[2])
     if len(at) and not ((at >= 0) & (at < shape)).all():
@@ -193,19 +256,40 @@ def load_losses(path: Path, replay: Replay) -> Losses:
     return Losses(target, reference, at[kept], {k: s[kept] for k, s in states.items()})
 
 
+def store_suffixes(replay: Replay) -> list[str]:
+    """Returns what each row's place in a loss store needs besides its tokens, mostly nothing.
+
+    Rows of equal tokens may be masked in different ways: those get a name of their plan's content.
+    """
+    names = [
+        hashlib.sha256(b"".join(np.ascontiguousarray(part[row]).tobytes() for part in replay.plan))
+        for row in range(len(replay.ids))
+    ]
+    plans: dict[bytes, set[str]] = {}
+    for tokens, name in zip(replay.tokens, names):
+        plans.setdefault(tokens.astype("<i8").tobytes(), set()).add(name.hexdigest())
+    return [
+        "@" + name.hexdigest()[:16] if len(plans[tokens.astype("<i8").tobytes()]) > 1 else ""
+        for tokens, name in zip(replay.tokens, names)
+    ]
+
+
 def match(replay: Replay, ids: list[str], token_ids: list[np.ndarray], where: Path) -> list[int]:
     """Finds the plan's row of each text, which must be there with the same tokens."""
     rows = {name: row for row, name in enumerate(replay.ids)}
     found = []
     for name, tokens in zip(ids, token_ids):
         if name not in rows:
-            raise DataError(f"{where}: text '{name}' is not in the plan; score the same texts")
+            raise DataError(
+                f"{where}: text '{printable(name)}' is not in the plan; score the same texts"
+            )
         planned = replay.tokens[rows[name]]
         planned = planned[planned >= 0]
         if not np.array_equal(planned, tokens):
             raise DataError(
-                f"{where}: text '{name}' has other tokens in the plan ({len(planned)} there, "
-                f"{len(tokens)} here); use the same tokenizer and --max-length"
+                f"{where}: text '{printable(name)}' has other tokens in the plan "
+                f"({len(planned)} there, {len(tokens)} here); use the same tokenizer and "
+                "--max-length"
             )
         found.append(rows[name])
     return found

@@ -625,7 +625,7 @@ def test_losses_of_another_plan_are_refused(audit, tmp_path):
         with pytest.raises(DataError, match=message):
             audit.verify(losses=change(audit.losses, tmp_path / "x.npz", **arrays))
     masks = ~np.load(audit.plan)["masks"]
-    with pytest.raises(DataError, match="masks must lie on tokens"):
+    with pytest.raises(DataError, match="masks reach beyond its tokens"):
         audit.verify(plan=change(audit.plan, tmp_path / "p.npz", masks=masks))
 
 

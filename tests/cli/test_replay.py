@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from wrong_inputs import (
     Box,
+    line,
     refuse,
+    run,
+    scores,
 )
 
 from sama_jax.cli import entry
@@ -81,7 +84,7 @@ PLANS: dict[str, tuple[Callable[[Path, Box], Path], list[str]]] = {
     ),
     "positions beyond the end": (
         lambda p, b: edit_plan(p, b.path / "p.npz", subsets=lambda a: np.full_like(a, 32)),
-        ["positions beyond 31"],
+        ["positions beyond its tokens"],
     ),
     "words for tokens": (
         lambda p, b: edit_plan(p, b.path / "p.npz", tokens=lambda a: a.astype("U4")),
@@ -98,3 +101,35 @@ PLANS: dict[str, tuple[Callable[[Path, Box], Path], list[str]]] = {
 def test_plan_files(case: str, plan: Path, box: Box, capsys):
     make, fragments = PLANS[case]
     refuse(capsys, box, box.command(plan=make(plan, box)), 3, *fragments)
+
+
+def test_equal_texts_may_have_plans_of_their_own(box: Box, capsys):
+    """Beside a twin with other masks, a text scores as it does alone."""
+    texts = {"a": "karo mite sunka dalfer", "b": "vilo gra", "c": "karo mite sunka dalfer"}
+    data = box.lines(*(line(text, id=name) for name, text in texts.items()), name="twins.jsonl")
+
+    def score(out: str, path: Path, **more: Any) -> dict[str, dict[str, float]]:
+        changes = {"data": path, "out": box.path / out, "attacks": "sama,loss", **more}
+        assert run(capsys, box.command(**changes)).code == 0
+        return {row["id"]: row["scores"] for row in scores(box.path / out)}
+
+    score("first", data, save_plan=box.path / "p.npz")
+    size = int((np.load(box.path / "p.npz")["tokens"][2] >= 0).sum())
+
+    def moved(masks: np.ndarray) -> np.ndarray:
+        masks[2, :, :size] = np.roll(masks[2, :, :size], 1, axis=-1)
+        return masks
+
+    def moved_too(subsets: np.ndarray) -> np.ndarray:
+        subsets[2] = np.where(subsets[2] >= 0, (subsets[2] + 1) % size, -1)
+        return subsets
+
+    changes = {"masks": moved, "scored": moved, "subsets": moved_too}
+    path = edit_plan(box.path / "p.npz", box.path / "q.npz", **changes)
+    saved = box.path / "m.npz"
+    together = score("together", data, plan=path, save_losses=saved)
+    alone = score("alone", box.lines(line(texts["c"], id="c"), name="c.jsonl"), plan=path)
+    assert together["c"] == alone["c"]
+    assert together["a"]["loss"] == together["c"]["loss"]
+    losses = np.load(saved)["target"]
+    np.testing.assert_array_equal(np.isfinite(losses), np.load(path)["scored"])
