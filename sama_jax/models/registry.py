@@ -14,10 +14,14 @@ from typing import Any
 from sama_jax.arrays import Model
 from sama_jax.errors import ModelError, nearest
 from sama_jax.models import families
-from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.family import UNLIMITED, Family, FamilyConfig
+from sama_jax.models.families.fields import Fields, shown
 
 ENTRY_POINTS = "sama_jax.models.families"
 """Group of entry points of other packages: each names a module that lists its `FAMILIES`."""
+LENGTHS = ("max_sequence_length", "max_position_embeddings", "n_positions", "model_length")
+LENGTHS += ("block_size",)
+"""Fields that say how many tokens a model was made for; the least one counts."""
 
 
 def known_families() -> dict[str, Family]:
@@ -57,17 +61,23 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     family = next(matching, known.get(kind) if isinstance(kind, str) else None)
     if family is None:
         raise ModelError(
-            f"{where}: model_type is {kind!r}, which is not a supported family"
-            + nearest(str(kind), known)
+            f"{where}: model_type is {shown(kind)}, which is not a supported family"
+            + nearest(str(kind)[:99], known)
         )
     architectures = config.get("architectures") or []
     listed = architectures if isinstance(architectures, list) else [architectures]
     if architectures and not any(name in listed for name in family.architectures):
         raise ModelError(
-            f"{where}: model_type is '{family.model_type}' but architectures is {architectures}; "
+            f"{where}: model_type is '{family.model_type}' but architectures is "
+            f"{shown(architectures)}; "
             f"expected one of {list(family.architectures)}"
         )
+    fields = Fields(config, where)
     try:
-        return family.read(config, where)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+        read = family.read(fields)
+        known_lengths = [n for n in LENGTHS if fields.get(n) is not None]
+        lengths = fields.sizes(*known_lengths, limit=2**31 - 1)
+        fields.refuse_rest()
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{where}: a field has an unusable value ({error})") from None
+    return read._replace(max_length=min(lengths, default=UNLIMITED))

@@ -341,7 +341,7 @@ def test_absent_fields_take_the_defaults_of_the_config_class(classes, prefix):
 def test_rotary_parameters_of_transformers_4_and_5_are_read_alike():
     scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
     old = {"model_type": "llama", "rope_theta": 10000.0, "rope_scaling": scaling}
-    new = {"model_type": "llama", "rope_theta": 5.0, "rope_parameters": LLAMA3}
+    new = {"model_type": "llama", "rope_parameters": LLAMA3}
     plain = read_config({"model_type": "llama"}, "here").arch
     assert read_config(old, "here").arch == read_config(new, "here").arch != plain
 
@@ -360,7 +360,11 @@ REFUSED = {
     "gelu": ("dream", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "mrope": ("dream", {"use_mrope": True}, "use_mrope is True"),
     "yarn": ("llama", {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
-    "llama3": ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "llama3 needs positive"),
+    "llama3": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3"}},
+        "factor is None; expected a pos",
+    ),
     "theta": ("llama", {"rope_theta": -1}, "rope_theta is -1"),
     "nested": ("qwen3", {"rope_parameters": {"full_attention": {}}}, "not one set"),
     "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -266,8 +266,8 @@ def test_absent_fields_take_the_class_defaults():
     ("config", "complaint"),
     [
         (MOE(architectures=["LLaDAModelLM"]), "architectures is ['LLaDAModelLM']"),
-        (MOE(rope_theta=None), "unusable value"),
-        ({k: v for k, v in MOE().items() if k != "rope_theta"}, "rope_theta is -1.0"),
+        (MOE(rope_theta=None), "rope_theta is None; expected a positive number"),
+        ({k: v for k, v in MOE().items() if k != "rope_theta"}, "rope_theta is None"),
         (MOE(num_experts=0), "num_experts is 0"),
         ({k: v for k, v in MOE().items() if k != "num_experts"}, "num_experts is None"),
         (MOE(num_experts_per_tok=17), "17 active experts do not fit"),
@@ -281,6 +281,7 @@ def test_absent_fields_take_the_class_defaults():
         (TWO(partial_rotary_factor=0.3), "rotates 7 of a head's 24 channels"),
         (TWO(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (TWO(score_function="softmax"), "score_function is 'softmax'"),
+        (TWO(rotary_dim=24), "rotary_dim is 24, but partial_rotary_factor rotates 12"),
         (TWO(n_group=5), "32 experts do not make 5 groups"),
         (TWO(n_group=32), "32 experts do not make 32 groups of two or more"),
         (TWO(topk_group=9), "8 active experts do not fit into 9 of 8 groups"),

@@ -498,7 +498,7 @@ def _sedd(**changes: Any) -> dict[str, Any]:
 REFUSED = {
     "graph.type is 'uniform'": _sedd(graph={"type": "uniform"}),
     "noise.type is 'geometric'": _sedd(noise={"type": "geometric"}),
-    "sections model, graph and noise": _sedd(noise=None),
+    "noise is None; expected an object": _sedd(noise=None),
     "n_blocks is None": _sedd(model={"hidden_size": 64, "cond_dim": 24, "n_heads": 4}),
     "tokens is '50257'": _sedd(tokens="50257"),
     "n_heads 5 must divide hidden_dim 64": oracle_dit.mdlm_config(n_heads=5),

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from sama_jax.errors import ModelError
-from sama_jax.models.families.family import Family, FamilyConfig, Kind, check_sizes
+from sama_jax.models.families.family import Family, FamilyConfig, Kind
+from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.rope import read_rope
 from sama_jax.models.families.weight_table import Table, plain_rule
-from sama_jax.models.layers import Llama3Scaling
 from sama_jax.models.transformer import Architecture, TransformerModel
 
 _SIZES = (
@@ -48,6 +48,7 @@ _LLAMA: dict[str, Any] = {
 }
 _QWEN2 = {
     **_LLAMA,
+    "use_sliding_window": False,
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "num_key_value_heads": 32,
@@ -62,7 +63,6 @@ _ONLY = {
     "hidden_act": "silu",
     "use_sliding_window": False,
     "use_mrope": False,
-    "partial_rotary_factor": 1.0,
 }
 
 
@@ -78,92 +78,45 @@ class Dialect(NamedTuple):
     """RMS norm of each query and key head."""
 
 
-def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any], where: str) -> Any:
-    """Reads a `rope_type` default or llama3; the others change what positions mean otherwise."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ModelError(
-            f"{where}: rope_type is {kind!r}; expected 'default' or 'llama3', the others are not "
-            "supported"
-        )
-    original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-    numbers = {
-        "factor": rope.get("factor"),
-        "low_freq_factor": rope.get("low_freq_factor"),
-        "high_freq_factor": rope.get("high_freq_factor"),
-        "original_max_position_embeddings": original,
-    }
-    wrong = {k: v for k, v in numbers.items() if type(v) not in (int, float) or not v > 0}
-    if wrong or not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
-        raise ModelError(
-            f"{where}: rope_type llama3 needs positive numbers, low_freq_factor below "
-            f"high_freq_factor; found {numbers}"
-        )
-    return Llama3Scaling(*numbers.values())
-
-
-def _read_rope(config: Mapping[str, Any], default: Any, where: str) -> tuple[float, Any]:
-    """Reads (theta, scaling): transformers 5 has both in `rope_parameters`, 4 as two fields."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-        raise ModelError(f"{where}: rotary parameters {rope} are not one set for all layers")
-    theta = rope.get("rope_theta", config.get("rope_theta", default))
-    if type(theta) not in (int, float) or not theta > 0:
-        raise ModelError(f"{where}: rope_theta is {theta!r}; expected a positive number")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']} is not 1")
-    return float(theta), _scaling(rope, config, where)
-
-
-def read_decoder(dialect: Dialect, config: dict[str, Any], where: str) -> FamilyConfig:
+def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
     """Reads any of these configs; `dialect` holds the differences."""
-    known = {**dialect.defaults, **config}
-    wrong = [f"{k} is {config[k]!r}" for k, v in _ONLY.items() if config.get(k, v) != v]
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        wrong.append(f"layer_types is {config['layer_types']!r} (sliding windows)")
-    if wrong:
-        raise ModelError(f"{where}: not supported: " + "; ".join(wrong))
-    if known.get("num_key_value_heads") is None:
-        known["num_key_value_heads"] = known.get("num_attention_heads")
-    if known.get("head_dim") is None:
-        check_sizes(known, ("hidden_size", "num_attention_heads"), where)
-        known["head_dim"] = known["hidden_size"] // known["num_attention_heads"]
-    check_sizes(known, _SIZES, where)
-    heads, kv_heads, size = (
-        known[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    config, by_config = config.with_defaults(dialect.defaults), dialect.biases == "config"
+    config.only({**_ONLY, "is_causal": dialect.kind == "autoregressive"})
+    if "use_sliding_window" in dialect.defaults:
+        config.get("sliding_window")  # without effect, since it is not used
+    rows, width, inner, layers, heads, kv_heads, size = config.sizes(
+        *_SIZES, null=("num_key_value_heads", "head_dim")
     )
-    if heads % kv_heads or size % 2:
-        raise ModelError(
-            f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads}, head size "
-            f"{size} do not fit: heads must be a multiple of key/value heads, the size even"
+    kv_heads, size = kv_heads or heads, size or width // heads
+    if heads % kv_heads or size % 2 or not size:
+        config.refuse(
+            f"num_attention_heads {heads}, num_key_value_heads {kv_heads}, head size {size} do not "
+            "fit: heads must be a multiple of key/value heads, the size even"
         )
-    if type(known.get("rms_norm_eps")) not in (int, float):
-        raise ModelError(f"{where}: rms_norm_eps is {known.get('rms_norm_eps')!r}; give a number")
-    theta, scaling = _read_rope(config, dialect.defaults.get("rope_theta"), where)
-    by_config = dialect.biases == "config"
-    attention_bias = by_config and bool(known["attention_bias"])
+    rope = read_rope(config, llama3=True)
+    if rope.share != 1:
+        config.refuse(f"partial_rotary_factor is {shown(rope.share)}, only 1 is supported")
+    attention_bias = by_config and config.flag("attention_bias")
     arch = Architecture(
-        vocab_size=known["vocab_size"],
-        width=known["hidden_size"],
-        num_layers=known["num_hidden_layers"],
+        vocab_size=rows,
+        width=width,
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=size,
-        mlp_width=known["intermediate_size"],
-        tied=bool(known["tie_word_embeddings"]),
-        norm_eps=float(known["rms_norm_eps"]),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        mlp_width=inner,
+        tied=config.flag("tie_word_embeddings"),
+        norm_eps=config.positive("rms_norm_eps"),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         rope_float32=False,
         qkv_bias=dialect.biases == "qkv" or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=by_config and bool(known["mlp_bias"]),
+        mlp_bias=by_config and config.flag("mlp_bias"),
         qk_norm="head" if dialect.norm_heads else None,
         block_length=1 if dialect.kind == "autoregressive" else None,
     )
-    mask_id = known.get("mask_token_id")
+    mask_id = config.get("mask_token_id")
     if mask_id is None and dialect.kind == "autoregressive":
         mask_id = 0  # never used: attacks on next-token models mask nothing
     return FamilyConfig(

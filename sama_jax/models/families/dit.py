@@ -5,11 +5,12 @@ louaaron/Score-Entropy-Discrete-Diffusion.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from sama_jax.errors import ModelError
 from sama_jax.models.dit import DitArchitecture, DitModel
-from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.fields import Fields, shown
 from sama_jax.models.families.weight_table import Rule, Table
 
 MDLM_DEFAULTS: dict[str, Any] = {
@@ -24,62 +25,49 @@ MDLM_DEFAULTS: dict[str, Any] = {
 with 128."""
 
 
-def read_mdlm(config: dict[str, Any], where: str) -> FamilyConfig:
+def read_mdlm(config: Fields) -> FamilyConfig:
     """Reads kuleshov-group/mdlm-owt's `config.json`. The mask is the last row, which MDLM
     appends to a tokenizer without one; `mask_token_id` replaces it."""
-    full = {**MDLM_DEFAULTS, **config}
-    if type(full["time_conditioning"]) is not bool:
-        raise ModelError(f"{where}: time_conditioning is {full['time_conditioning']!r}, not a bool")
-    arch = _architecture(
-        full, where, full["vocab_size"], "hidden_dim", timed=full["time_conditioning"]
-    )
-    mask_id = full.get("mask_token_id")
-    mask_id = arch.vocab_size - 1 if mask_id is None else mask_id
+    config = config.with_defaults(MDLM_DEFAULTS)
+    rows, timed = config.size("vocab_size"), config.flag("time_conditioning")
+    arch = _architecture(config, rows, "hidden_dim", timed=timed)
+    mask_id = config.get("mask_token_id")
+    mask_id = rows - 1 if mask_id is None else mask_id
     return FamilyConfig("mdlm", arch, MDLM_WEIGHTS, DitModel, mask_id, shift=False)
 
 
-def is_sedd(config: dict[str, Any]) -> bool:
+def is_sedd(config: Mapping[str, Any]) -> bool:
     """Tells SEDD, which publishes its training configuration: `graph` and `tokens`, no type."""
     return "model_type" not in config and {"model", "graph", "noise", "tokens"} <= config.keys()
 
 
-def read_sedd(config: dict[str, Any], where: str) -> FamilyConfig:
+def read_sedd(config: Fields) -> FamilyConfig:
     """Reads louaaron/sedd-small's `config.json`: `tokens`, `model.*`, `graph.type`, `noise.type`.
 
     There are no defaults. The mask token is the row after the tokenizer's. `scale_by_sigma` only
     adds a constant to all scores, so both values are accepted.
     """
-    for section in ("model", "graph", "noise"):
-        if not isinstance(config.get(section), dict):
-            raise ModelError(f"{where}: expected SEDD's sections model, graph and noise")
     for section, have in (("graph", "absorb"), ("noise", "loglinear")):
-        if config[section].get("type") != have:
-            raise ModelError(
-                f"{where}: {section}.type is {config[section].get('type')!r}, only '{have}' is "
-                "supported"
-            )
-    check_sizes(config, ("tokens",), where)
-    rows = config["tokens"] + 1
-    arch = _architecture(config["model"], f"{where}, model", rows, "hidden_size", timed=True)
-    return FamilyConfig("sedd", arch, SEDD_WEIGHTS, DitModel, config["tokens"], shift=False)
+        kind = config.section(section).get("type")
+        if kind != have:
+            config.refuse(f"{section}.type is {shown(kind)}, only '{have}' is supported")
+    tokens, model = config.size("tokens"), config.section("model")
+    model.get("scale_by_sigma")
+    arch = _architecture(model, tokens + 1, "hidden_size", timed=True)
+    model.refuse_rest()
+    return FamilyConfig("sedd", arch, SEDD_WEIGHTS, DitModel, tokens, shift=False)
 
 
-def _architecture(
-    config: dict[str, Any], where: str, rows: int, width: str, *, timed: bool
-) -> DitArchitecture:
-    sizes = {**config, "vocab_size": rows}
-    check_sizes(sizes, ("vocab_size", width, "cond_dim", "n_blocks", "n_heads"), where)
-    if config[width] % (2 * config["n_heads"]):
-        raise ModelError(
-            f"{where}: n_heads {config['n_heads']} must divide {width} {config[width]} into even "
-            "sizes"
-        )
+def _architecture(config: Fields, rows: int, width_name: str, *, timed: bool) -> DitArchitecture:
+    width, condition, layers, heads = config.sizes(width_name, "cond_dim", "n_blocks", "n_heads")
+    if width % (2 * heads):
+        config.refuse(f"n_heads {heads} must divide {width_name} {width} into even sizes")
     return DitArchitecture(
         vocab_size=rows,
-        width=config[width],
-        num_layers=config["n_blocks"],
-        num_heads=config["n_heads"],
-        condition_width=config["cond_dim"],
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        condition_width=condition,
         timed=timed,
     )
 

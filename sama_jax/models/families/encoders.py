@@ -9,16 +9,17 @@ and the next-sentence head, is ignored by name.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from sama_jax.errors import ModelError
 from sama_jax.models.encoders import (
     BertArchitecture,
     BertModel,
     ModernBertArchitecture,
     ModernBertModel,
 )
-from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.fields import Fields, shown
 from sama_jax.models.families.weight_table import Rule, Table, plain_rule
 
 # Defaults of transformers' config classes (5.24).
@@ -87,100 +88,111 @@ _SIZES = (
 )
 
 
-def read_bert(config: dict[str, Any], where: str) -> FamilyConfig:
+def read_bert(config: Fields) -> FamilyConfig:
     """Reads transformers' BERT. The mask id is the tokenizer's."""
-    full = {**BERT_DEFAULTS, **config}
-    _refuse_others(full, _BERT_ONLY, "BERT", where)
-    check_sizes(full, (*_SIZES, "max_position_embeddings", "type_vocab_size"), where)
+    config = config.with_defaults(BERT_DEFAULTS)
+    config.only(_BERT_ONLY)
+    longest, token_types = config.sizes("max_position_embeddings", "type_vocab_size")
     arch = BertArchitecture(
-        **_shared(full, 1, where),
-        norm_eps=float(full["layer_norm_eps"]),
-        max_length=full["max_position_embeddings"],
-        token_types=full["type_vocab_size"],
+        **_shared(config, 1),
+        norm_eps=config.positive("layer_norm_eps"),
+        max_length=longest,
+        token_types=token_types,
     )
     return FamilyConfig(
         "bert",
         arch,
         BERT_WEIGHTS,
         BertModel,
-        full.get("mask_token_id"),
+        config.get("mask_token_id"),
         shift=False,
         kind="masked",
     )
 
 
-def read_modernbert(config: dict[str, Any], where: str) -> FamilyConfig:
+def read_modernbert(config: Fields) -> FamilyConfig:
     """Reads transformers' ModernBERT, in the words of version 4 (`global_attn_every_n_layers`,
     `global_rope_theta`) or 5 (`layer_types`, `rope_parameters`). The mask id is the tokenizer's."""
-    full = {**MODERNBERT_DEFAULTS, **config}
-    _refuse_others(full, _MODERNBERT_ONLY, "ModernBERT", where)
-    check_sizes(full, (*_SIZES, "local_attention", "global_attn_every_n_layers"), where)
-    layers, every = full["num_hidden_layers"], full["global_attn_every_n_layers"]
-    if layers < 2:
-        raise ModelError(f"{where}: num_hidden_layers is {layers}, expected 2 or more")
-    local = tuple(bool(i % every) for i in range(layers))
-    if full["layer_types"] is not None:
-        kinds = {"full_attention": False, "sliding_attention": True}
-        types = list(full["layer_types"])
-        if len(types) != layers or not set(types) <= kinds.keys():
-            raise ModelError(
-                f"{where}: layer_types is {types}, expected {layers} of {', '.join(kinds)}"
-            )
-        local = tuple(kinds[kind] for kind in types)
+    config = config.with_defaults(MODERNBERT_DEFAULTS)
+    config.only(_MODERNBERT_ONLY)
+    sizes = _shared(config, 2)
+    if sizes["num_layers"] < 2:
+        config.refuse(f"num_hidden_layers is {sizes['num_layers']}, expected 2 or more")
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or set(rope) - _LAYER_KINDS.keys():
+        config.refuse(
+            f"rope_parameters is {shown(rope)}; expected one set for each of "
+            + " and ".join(_LAYER_KINDS)
+        )
     arch = ModernBertArchitecture(
-        **_shared(full, 2, where),
-        norm_eps=float(full["norm_eps"]),
-        local=local,
-        reach=full["local_attention"] // 2,
-        global_theta=_theta(full, "full_attention", "global_rope_theta", where),
-        local_theta=_theta(full, "sliding_attention", "local_rope_theta", where),
+        **sizes,
+        norm_eps=config.positive("norm_eps"),
+        local=_local_layers(config, sizes["num_layers"]),
+        reach=config.size("local_attention") // 2,
+        global_theta=_theta(config, rope, "full_attention", "global_rope_theta"),
+        local_theta=_theta(config, rope, "sliding_attention", "local_rope_theta"),
     )
     return FamilyConfig(
         "modernbert",
         arch,
         MODERNBERT_WEIGHTS,
         ModernBertModel,
-        full.get("mask_token_id"),
+        config.get("mask_token_id"),
         False,
         "masked",
     )
 
 
-def _theta(config: dict[str, Any], kind: str, older: str, where: str) -> float:
-    """Returns the rotary base of one kind of layers; `rope_parameters` goes first."""
-    rope = (config["rope_parameters"] or {}).get(kind) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ModelError(
-            f"{where}: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}, only 'default' "
-            "is supported"
+_LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
+
+
+def _local_layers(config: Fields, layers: int) -> tuple[bool, ...]:
+    """Returns by layer whether it is local: by its list, else every layer but each third."""
+    every, types = config.size("global_attn_every_n_layers"), config.get("layer_types")
+    by_number = tuple(bool(i % every) for i in range(layers))
+    if types is None:
+        return by_number
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= set(_LAYER_KINDS):
+        config.refuse(
+            f"layer_types is {shown(types)}, expected {layers} of {', '.join(_LAYER_KINDS)}"
         )
-    return float(rope.get("rope_theta", config[older]))
+    local = tuple(_LAYER_KINDS[kind] for kind in types)
+    if config.states("global_attn_every_n_layers") and local != by_number:
+        config.refuse(
+            f"layer_types and global_attn_every_n_layers {every} do not agree; remove the wrong one"
+        )
+    return local
 
 
-def _refuse_others(config: dict[str, Any], only: dict[str, Any], name: str, where: str) -> None:
-    wrong = [
-        f"{field} is {config[field]!r}, only {have!r} is supported"
-        for field, have in only.items()
-        if config[field] != have
-    ]
-    if wrong:
-        raise ModelError(f"{where}: unsupported {name} variant: " + "; ".join(wrong))
+def _theta(config: Fields, rope: Mapping[str, Any], kind: str, older: str) -> float:
+    """Returns the rotary base of one kind of layers, by `rope_parameters` or its older name."""
+    theta = config.positive(older)
+    inside = rope.get(kind) or {}
+    if not isinstance(inside, dict):
+        config.refuse(f"rope_parameters.{kind} is {shown(inside)}, expected an object")
+    fields = Fields(inside, f"{config.where}, rope_parameters.{kind}", {"rope_theta": theta})
+    fields.only({"rope_type": "default"})
+    found = fields.positive("rope_theta")
+    fields.refuse_rest(all_matter=True)
+    if config.states(older) and found != theta:
+        config.refuse(f"{older} is {theta}, but rope_parameters.{kind} says {found}")
+    return found
 
 
-def _shared(config: dict[str, Any], parity: int, where: str) -> dict[str, int]:
+def _shared(config: Fields, parity: int) -> dict[str, int]:
     """Reads the sizes that both have; a head's must be a multiple of `parity` (2 for rotation)."""
-    width, heads = config["hidden_size"], config["num_attention_heads"]
+    rows, width, layers, heads, inner = config.sizes(*_SIZES)
     if width % (parity * heads):
-        raise ModelError(
-            f"{where}: num_attention_heads {heads} must divide hidden_size {width}"
+        config.refuse(
+            f"num_attention_heads {heads} must divide hidden_size {width}"
             + (" into even sizes" if parity == 2 else "")
         )
     return {
-        "vocab_size": config["vocab_size"],
+        "vocab_size": rows,
         "width": width,
-        "num_layers": config["num_hidden_layers"],
+        "num_layers": layers,
         "num_heads": heads,
-        "mlp_width": config["intermediate_size"],
+        "mlp_width": inner,
     }
 
 

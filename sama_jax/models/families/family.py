@@ -4,12 +4,16 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from sama_jax.arrays import Architecture, Model
-from sama_jax.errors import ModelError
+from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.weight_table import Table
 
 Kind = Literal["diffusion", "autoregressive", "masked"]
 """How a model was trained to predict: noise levels from both sides, next token, or a fixed share of
 masked tokens. Attacks name the kinds that they are defined for."""
+
+
+UNLIMITED = 2**20
+"""Tokens of a text for a model whose config sets no limit."""
 
 
 class FamilyConfig(NamedTuple):
@@ -29,6 +33,8 @@ class FamilyConfig(NamedTuple):
     """True if the raw output at position i - 1 predicts the token at i."""
     kind: Kind = "diffusion"
     block_group_size: int = 1
+    max_length: int = UNLIMITED
+    """Tokens that the model was made for; the registry reads it."""
 
 
 class Family(NamedTuple):
@@ -36,17 +42,9 @@ class Family(NamedTuple):
 
     model_type: str
     """What a `config.json` says it is."""
-    read: Callable[[dict[str, Any], str], FamilyConfig]
-    """(parsed config.json, its path for messages) -> architecture. Raises `ModelError`."""
+    read: Callable[[Fields], FamilyConfig]
+    """The fields of a `config.json` -> architecture. Raises `ModelError`."""
     architectures: tuple[str, ...]
     """Class names that a config's `architectures` may hold."""
     matches: Callable[[dict[str, Any]], bool] | None = None
     """Knows a config that names another `model_type`, or none; it goes before `model_type`."""
-
-
-def check_sizes(config: dict[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Raises `ModelError` unless all these fields are positive integers."""
-    wrong = [n for n in names if type(config.get(n)) is not int or config[n] < 1]
-    if wrong:
-        found = "; ".join(f"{name} is {config.get(name)!r}" for name in wrong)
-        raise ModelError(f"{where}: expected positive integers, but {found}")

@@ -7,8 +7,9 @@ GSAI-ML/LLaDA-8B-Instruct.
 import re
 from typing import Any
 
-from sama_jax.errors import ModelError
 from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.rope import read_rope
 from sama_jax.models.families.weight_table import Table, plain_rule
 from sama_jax.models.transformer import Architecture, TransformerModel
 
@@ -56,78 +57,60 @@ _LLADA_ONLY = {
     "attention_layer_norm_with_affine": True,
 }
 
-# Sizes: field -> whether it may be null, because another field then decides.
-_LLADA_SIZES = {
-    "d_model": False,
-    "n_heads": False,
-    "n_layers": False,
-    "mlp_ratio": False,
-    "vocab_size": False,
-    "block_group_size": False,
-    "n_kv_heads": True,
-    "mlp_hidden_size": True,
-    "embedding_size": True,
-}
+_LLADA_SIZES = (
+    *("d_model", "n_heads", "n_layers", "mlp_ratio", "vocab_size", "block_group_size"),
+    *("n_kv_heads", "mlp_hidden_size", "embedding_size"),
+)
 
 
-def read_llada(config: dict[str, Any], where: str) -> FamilyConfig:
+def read_llada(config: Fields) -> FamilyConfig:
     """Reads dense LLaDA: 8B-Base, -Instruct, 1.5 and the SAMA repository's small ones."""
-
-    def get(name: str) -> Any:
-        return config.get(name, LLADA_DEFAULTS[name])
-
-    wrong = [
-        f"{name} is {get(name)!r}{'' if name in config else ' (class default, field is absent)'}, "
-        f"only {have!r} is supported"
-        for name, have in _LLADA_ONLY.items()
-        if get(name) != have
-    ]
-    if wrong:
-        raise ModelError(f"{where}: unsupported LLaDA variant: " + "; ".join(wrong))
-    wrong = [
-        f"{name} is {get(name)!r}"
-        for name, optional in _LLADA_SIZES.items()
-        if not (optional and get(name) is None) and (type(get(name)) is not int or get(name) < 1)
-    ]
-    if wrong:
-        raise ModelError(f"{where}: expected positive integers, but " + "; ".join(wrong))
-    width, heads = get("d_model"), get("n_heads")
-    kv_heads = get("n_kv_heads") or (1 if get("multi_query_attention") else heads)
+    config = config.with_defaults(LLADA_DEFAULTS)
+    config.only(_LLADA_ONLY)
+    config.get("alibi_bias_max")  # without alibi it has no effect
+    width, heads, layers, ratio, rows, group, kv_heads, inner, embedded = config.sizes(
+        *_LLADA_SIZES, null=("n_kv_heads", "mlp_hidden_size", "embedding_size")
+    )
+    one = config.flag("multi_query_attention", null=False)
+    kv_heads = kv_heads or (1 if one else heads)
     if width % heads or heads % kv_heads or (width // heads) % 2:
-        raise ModelError(
-            f"{where}: d_model {width}, n_heads {heads}, n_kv_heads {kv_heads} do not fit: heads "
-            "must divide d_model into even sizes and be a multiple of n_kv_heads"
+        config.refuse(
+            f"d_model {width}, n_heads {heads}, n_kv_heads {kv_heads} do not fit: heads must "
+            "divide d_model into even sizes and be a multiple of n_kv_heads"
         )
-    norm_bias = get("bias_for_layer_norm")
+    rope = read_rope(config)
+    if rope.share != 1:
+        config.refuse(f"partial_rotary_factor is {shown(rope.share)}, only 1 is supported")
+    bias = config.flag("include_bias")
     arch = Architecture(
-        vocab_size=get("embedding_size") or get("vocab_size"),
+        vocab_size=embedded or rows,
         width=width,
-        num_layers=get("n_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=width // heads,
-        mlp_width=get("mlp_hidden_size") or get("mlp_ratio") * width,
-        tied=bool(get("weight_tying")),
-        norm_eps=float(get("rms_norm_eps")),
-        rope_theta=float(get("rope_theta")),
-        qkv_bias=bool(get("include_bias") or get("include_qkv_bias")),
-        o_bias=bool(get("include_bias")),
-        mlp_bias=bool(get("include_bias")),
-        head_bias=bool(get("include_bias")),
-        norm_bias=bool(get("include_bias") if norm_bias is None else norm_bias),
-        qk_norm="whole" if get("attention_layer_norm") else None,
-        scale_embedding=bool(get("input_emb_norm")),
-        scale_logits=bool(get("scale_logits")),
-        rope_float32=bool(get("rope_full_precision")),
+        mlp_width=inner or ratio * width,
+        tied=config.flag("weight_tying"),
+        norm_eps=config.positive("rms_norm_eps"),
+        rope_theta=rope.theta,
+        qkv_bias=config.flag("include_qkv_bias") or bias,
+        o_bias=bias,
+        mlp_bias=bias,
+        head_bias=bias,
+        norm_bias=config.flag("bias_for_layer_norm", null=bias),
+        qk_norm="whole" if config.flag("attention_layer_norm") else None,
+        scale_embedding=config.flag("input_emb_norm"),
+        scale_logits=config.flag("scale_logits"),
+        rope_float32=config.flag("rope_full_precision"),
     )
     return FamilyConfig(
         "llada",
         arch,
         LLADA_WEIGHTS,
         TransformerModel,
-        get("mask_token_id"),
+        config.get("mask_token_id"),
         shift=False,
-        block_group_size=get("block_group_size"),
+        block_group_size=group,
     )
 
 

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sama_jax.errors import ModelError
-from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.fields import SIZE_LIMIT, Fields, shown
+from sama_jax.models.families.rope import read_rope
 from sama_jax.models.families.weight_table import Rule, Table
 from sama_jax.models.moe import Experts
 from sama_jax.models.transformer import Architecture, TransformerModel
@@ -23,34 +24,35 @@ BLOCK_LENGTH = 32
 """LLaDA2's attention block; not in its config but the default of its `generate`."""
 
 
-def _refuse(config: dict[str, Any], names: tuple[tuple[str, Any], ...], where: str) -> None:
-    """Raises `ModelError` unless every (field, value) has that value, its class default too."""
-    wrong = [
-        f"{name} is {config[name]!r}, only {only!r} is supported"
-        for name, only in names
-        if config.get(name, only) != only
-    ]
-    if wrong:
-        raise ModelError(f"{where}: unsupported variant: " + "; ".join(wrong))
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_SIZES += ("num_key_value_heads",)
+
+DENSE_LIMIT = 64
+"""Dense layers before those with experts: each is a part of the program of its own."""
 
 
-def _mask_id(config: dict[str, Any]) -> int:
+def _mask_id(config: Fields) -> Any:
     named = config.get("mask_token_id")
     return MASK_ID if named is None else named
 
 
-def _rotary_size(head_size: int, factor: float, where: str) -> int:
-    """Channels of a head that are rotated: an even number of them."""
-    size = int(head_size * factor)
+def _rotary_size(config: Fields, head_size: int, share: Any) -> int:
+    """Returns the channels of a head that are rotated: an even number of them."""
+    size = int(head_size * share) if type(share) in (int, float) and abs(share) < 2**16 else 0
     if not 0 < size <= head_size or size % 2:
-        raise ModelError(
-            f"{where}: partial_rotary_factor {factor!r} rotates {size} of a head's {head_size} "
+        config.refuse(
+            f"partial_rotary_factor {shown(share)} rotates {size} of a head's {head_size} "
             "channels; expected an even number of them"
+        )
+    if config.get("rotary_dim", size) not in (None, size):
+        config.refuse(
+            f"rotary_dim is {shown(config.get('rotary_dim'))}, but partial_rotary_factor rotates "
+            f"{size} channels; remove the wrong one"
         )
     return size
 
 
-def _check_fit(arch: Architecture, experts: Experts, where: str) -> None:
+def _check_fit(config: Fields, arch: Architecture, experts: Experts) -> None:
     size, rest = divmod(experts.count, experts.groups)
     kept = min(experts.kept_groups, experts.groups)
     wrong = []
@@ -68,13 +70,11 @@ def _check_fit(arch: Architecture, experts: Experts, where: str) -> None:
             f"{experts.active} active experts do not fit into {experts.kept_groups} of "
             f"{experts.groups} groups of {size}"
         )
-    if not arch.rope_theta > 0:
-        wrong.append(f"rope_theta is {arch.rope_theta}, expected a positive number")
     if wrong:
-        raise ModelError(f"{where}: " + "; ".join(wrong))
+        config.refuse("; ".join(wrong))
 
 
-def is_lladamoe(config: dict[str, Any]) -> bool:
+def is_lladamoe(config: Mapping[str, Any]) -> bool:
     """Tells LLaDA-MoE from dense models: the Hub's config says `llada`, dllm's `lladamoe`."""
     named = config.get("architectures")
     listed = named if isinstance(named, list) else [named]
@@ -82,68 +82,80 @@ def is_lladamoe(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "llada" and ("num_experts" in config or is_named)
 
 
-def read_lladamoe(config: dict[str, Any], where: str) -> FamilyConfig:
+LLADA_MOE_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "shared_expert_intermediate_size": None,
+    "moe_router_enable_expert_bias": False,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "qk_layernorm": False,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def read_lladamoe(config: Fields) -> FamilyConfig:
     """Reads inclusionAI/LLaDA-MoE-7B-A1B. Defaults: `configuration_lladamoe.py` in `ZHZisZZ/dllm`.
 
     Fields whose class default is -1, which cannot build a network, must be present; only an absent
     `partial_rotary_factor` counts as 1. `norm_topk_prob` and `moe_router_score_function` are not
     read, since the authors' block ignores them.
     """
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    sizes += ("num_experts", "num_experts_per_tok", "expert_intermediate_size")
-    check_sizes(config, sizes, where)
-    _refuse(config, (("hidden_act", "silu"), ("clip_qkv", None), ("rope_scaling", None)), where)
-    width, layers, heads = (config[name] for name in sizes[1:4])
-    first_dense = _first_dense(config.get("moe_layer_freq"), layers, where)
-    if first_dense:
-        check_sizes(config, ("dense_intermediate_size",), where)
-    if width % heads:
-        raise ModelError(f"{where}: {heads} heads do not divide hidden_size {width}")
-    experts = Experts(
-        count=config["num_experts"],
-        active=config["num_experts_per_tok"],
-        width=config["expert_intermediate_size"],
-        gate="softmax",
-        bias=bool(config.get("moe_router_enable_expert_bias")),
-        shared_width=config.get("shared_expert_intermediate_size") or 0,
+    config = config.with_defaults(LLADA_MOE_DEFAULTS)
+    rows, width, layers, heads, kv_heads = config.sizes(*_SIZES, null=("num_key_value_heads",))
+    count, active, inner = config.sizes(
+        "num_experts", "num_experts_per_tok", "expert_intermediate_size"
     )
-    bias = bool(config.get("attention_bias", False))
+    config.only({"hidden_act": "silu", "clip_qkv": None})
+    first_dense = _first_dense(config, layers)
+    if width % heads:
+        config.refuse(f"{heads} heads do not divide hidden_size {width}")
+    experts = Experts(
+        count=count,
+        active=active,
+        width=inner,
+        gate="softmax",
+        bias=config.flag("moe_router_enable_expert_bias", null=False),
+        shared_width=config.count("shared_expert_intermediate_size", SIZE_LIMIT),
+    )
+    bias, rope = config.flag("attention_bias"), read_rope(config)
     arch = Architecture(
-        vocab_size=config["vocab_size"],
+        vocab_size=rows,
         width=width,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
+        num_kv_heads=kv_heads or heads,
         head_size=width // heads,
-        mlp_width=config["dense_intermediate_size"] if first_dense else experts.width,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-        rope_theta=float(config.get("rope_theta", -1)),
+        mlp_width=config.size("dense_intermediate_size") if first_dense else experts.width,
+        tied=config.flag("tie_word_embeddings"),
+        norm_eps=config.positive("rms_norm_eps"),
+        rope_theta=rope.theta,
         rope_float32=False,
-        rotary_size=_rotary_size(width // heads, config.get("partial_rotary_factor", 1), where),
+        rotary_size=_rotary_size(config, width // heads, rope.share),
         qkv_bias=bias,
         o_bias=bias,
-        qk_norm="head" if config.get("qk_layernorm") else None,
+        qk_norm="head" if config.flag("qk_layernorm", null=False) else None,
         experts=experts,
         first_dense=first_dense,
     )
-    _check_fit(arch, experts, where)
+    _check_fit(config, arch, experts)
     return FamilyConfig(
         "lladamoe", arch, LLADA_MOE_WEIGHTS, TransformerModel, _mask_id(config), shift=False
     )
 
 
-def _first_dense(frequency: Any, layers: int, where: str) -> int:
-    """Layers before the first with experts; `frequency` has a number a layer, 0 is a dense one."""
+def _first_dense(config: Fields, layers: int) -> int:
+    """Layers before the first with experts: `moe_layer_freq` has 0 for each dense layer."""
+    frequency = config.get("moe_layer_freq")
     if not isinstance(frequency, list) or len(frequency) != layers:
-        raise ModelError(
-            f"{where}: moe_layer_freq is {frequency!r}; expected {layers} numbers, one a layer"
+        config.refuse(
+            f"moe_layer_freq is {shown(frequency)}; expected {layers} numbers, one a layer"
         )
     dense = [f == 0 for f in frequency]
     first = dense.index(False) if False in dense else layers
-    if any(dense[first:]):
-        raise ModelError(
-            f"{where}: moe_layer_freq is {frequency}; dense layers are supported at the start only"
+    if any(dense[first:]) or DENSE_LIMIT < first < layers:
+        config.refuse(
+            f"moe_layer_freq is {shown(frequency)}; dense layers are supported at the start only, "
+            f"up to {DENSE_LIMIT}"
         )
     return first
 
@@ -175,53 +187,54 @@ LLADA2_DEFAULTS: dict[str, Any] = {
 }
 
 
-def read_llada2(config: dict[str, Any], where: str) -> FamilyConfig:
+def read_llada2(config: Fields) -> FamilyConfig:
     """Reads inclusionAI/LLaDA2.0-mini and 2.1-mini; experts stacked if dFactory merged them.
 
     `norm_topk_prob` and `moe_router_enable_expert_bias` are not read: the authors' router always
     normalises and always has a bias.
     """
-    c = {**LLADA2_DEFAULTS, **config}
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    sizes += ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group")
-    sizes += ("topk_group", "intermediate_size") if c["first_k_dense_replace"] else ("topk_group",)
-    check_sizes(c, sizes, where)
-    _refuse(config, (("hidden_act", "silu"), ("rope_scaling", None)), where)
-    _refuse(config, (("score_function", "sigmoid"),), where)
-    heads = c["num_attention_heads"]
-    head_size = c["head_dim"] or c["hidden_size"] // heads
+    config = config.with_defaults(LLADA2_DEFAULTS)
+    config.only({"hidden_act": "silu", "score_function": "sigmoid", "use_sliding_window": False})
+    rows, width, layers, heads = config.sizes(*_SIZES[:4])
+    kv_heads = config.count("num_key_value_heads", SIZE_LIMIT) or heads
+    head_size = config.count("head_dim", SIZE_LIMIT) or width // heads
+    count, active, groups, kept_groups, inner = config.sizes(
+        "num_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"
+    )
     experts = Experts(
-        count=c["num_experts"],
-        active=c["num_experts_per_tok"],
-        width=c["moe_intermediate_size"],
+        count=count,
+        active=active,
+        width=inner,
         gate="sigmoid",
         bias=True,
-        shared_width=(c["num_shared_experts"] or 0) * c["moe_intermediate_size"],
-        groups=c["n_group"],
-        kept_groups=c["topk_group"],
-        scale=float(c["routed_scaling_factor"]),
+        shared_width=config.count("num_shared_experts") * inner,
+        groups=groups,
+        kept_groups=kept_groups,
+        scale=config.positive("routed_scaling_factor"),
     )
+    rope = read_rope(config, share=LLADA2_DEFAULTS["partial_rotary_factor"])
+    first_dense = config.count("first_k_dense_replace", DENSE_LIMIT)
     arch = Architecture(
-        vocab_size=c["vocab_size"],
-        width=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
+        vocab_size=rows,
+        width=width,
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=c["num_key_value_heads"] or heads,
+        num_kv_heads=kv_heads,
         head_size=head_size,
-        mlp_width=c["intermediate_size"] if c["first_k_dense_replace"] else experts.width,
-        tied=bool(c["tie_word_embeddings"]),
-        norm_eps=float(c["rms_norm_eps"]),
-        rope_theta=float(c["rope_theta"]),
+        mlp_width=config.size("intermediate_size") if first_dense else experts.width,
+        tied=config.flag("tie_word_embeddings"),
+        norm_eps=config.positive("rms_norm_eps"),
+        rope_theta=rope.theta,
         rope_float32=False,
-        rotary_size=_rotary_size(head_size, c["partial_rotary_factor"], where),
-        qkv_bias=bool(c["use_qkv_bias"]),
-        o_bias=bool(c["use_bias"]),
-        qk_norm="head" if c["use_qk_norm"] else None,
+        rotary_size=_rotary_size(config, head_size, rope.share),
+        qkv_bias=config.flag("use_qkv_bias"),
+        o_bias=config.flag("use_bias"),
+        qk_norm="head" if config.flag("use_qk_norm") else None,
         block_length=BLOCK_LENGTH,
         experts=experts,
-        first_dense=c["first_k_dense_replace"],
+        first_dense=first_dense,
     )
-    _check_fit(arch, experts, where)
+    _check_fit(config, arch, experts)
     merged = config.get("model_type") == "llada2_moe_veomni"
     return FamilyConfig(
         "llada2_merged" if merged else "llada2",

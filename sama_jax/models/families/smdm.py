@@ -9,53 +9,48 @@ Source of the names: `lit_gpt/diffmodel.py` of `ML-GSAI/SMDM`, from its modules;
 
 from typing import Any
 
-from sama_jax.errors import ModelError
-from sama_jax.models.families.family import Family, FamilyConfig, check_sizes
+from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.weight_table import Fused, Rule, Table
 from sama_jax.models.transformer import Architecture, TransformerModel
 
-_SIZES = ("n_layer", "n_head", "n_embd", "intermediate_size", "vocab_size")
-_OPTIONAL_SIZES = ("n_query_groups", "padded_vocab_size")
-
 # What all published models share; another value is another network.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "rotary_percentage": (1.0,),
-    "parallel_residual": (False,),
-    "shared_attention_norm": (False,),
-    "bias": (False,),
-    "condense_ratio": (1,),
+_ONLY: dict[str, Any] = {
+    "rotary_percentage": 1.0,
+    "rope_base": 10000,
+    "parallel_residual": False,
+    "shared_attention_norm": False,
+    "bias": False,
+    "condense_ratio": 1,
     "_norm_class": ("FusedRMSNorm", "RMSNorm"),
-    "_mlp_class": ("LLaMAMLP",),
+    "_mlp_class": "LLaMAMLP",
 }
 
 
-def read_smdm(config: dict[str, Any], where: str) -> FamilyConfig:
+def read_smdm(config: Fields) -> FamilyConfig:
     """Reads Diff_LLaMA_*: the mask token is the row behind the vocabulary, and has no logit."""
-    wrong = [
-        f"{k} is {config[k]!r}" for k, have in _ONLY.items() if config.get(k, have[0]) not in have
-    ]
-    if wrong:
-        raise ModelError(f"{where}: not supported: " + "; ".join(wrong))
-    check_sizes(config, (*_SIZES, *(n for n in _OPTIONAL_SIZES if n in config)), where)
-    heads, width = config["n_head"], config["n_embd"]
-    groups = config.get("n_query_groups", heads)
-    rows = config.get("padded_vocab_size", config["vocab_size"])
+    config.only(_ONLY)
+    layers, heads, width, inner, vocabulary = config.sizes(
+        "n_layer", "n_head", "n_embd", "intermediate_size", "vocab_size"
+    )
+    config = config.with_defaults({"n_query_groups": heads, "padded_vocab_size": vocabulary})
+    groups, rows = config.sizes("n_query_groups", "padded_vocab_size")
     if width % heads or heads % groups or (width // heads) % 2:
-        raise ModelError(
-            f"{where}: n_embd {width}, n_head {heads}, n_query_groups {groups} do not fit: heads "
-            "must divide n_embd into even sizes and be a multiple of n_query_groups"
+        config.refuse(
+            f"n_embd {width}, n_head {heads}, n_query_groups {groups} do not fit: heads must "
+            "divide n_embd into even sizes and be a multiple of n_query_groups"
         )
     arch = Architecture(
         vocab_size=rows + 1,
         head_rows=rows,
         width=width,
-        num_layers=config["n_layer"],
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=groups,
         head_size=width // heads,
-        mlp_width=config["intermediate_size"],
+        mlp_width=inner,
         tied=False,
-        norm_eps=float(config.get("norm_eps", 1e-5)),
+        norm_eps=config.positive("norm_eps", 1e-5),
         rope_theta=10000.0,
         rope_table="bfloat16",
     )

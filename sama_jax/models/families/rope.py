@@ -1,0 +1,77 @@
+"""Reads rotary parameters, which configs state in three places.
+
+transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters` with all of
+them. Some files have both; which one counts depends on the version, so they must agree.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.layers import Llama3Scaling
+
+
+class Rope(NamedTuple):
+    """Holds the rotary parameters of all layers."""
+
+    theta: float
+    scaling: Llama3Scaling | None
+    share: float
+    """Of a head's channels, that are rotated."""
+
+
+def read_rope(config: Fields, *, llama3: bool = False, share: float = 1.0) -> Rope:
+    """Reads them from wherever they stand; a theta that stands nowhere is the class default.
+
+    Args:
+      config: a whole `config.json`.
+      llama3: whether the family's code stretches frequencies as Llama 3 does.
+      share: the class default of `partial_rotary_factor`.
+    """
+    said: dict[str, Any] = {}
+    for section in ("rope_scaling", "rope_parameters"):
+        inside = config.get(section) or {}
+        if not isinstance(inside, dict) or any(isinstance(v, dict) for v in inside.values()):
+            config.refuse(f"{section} is {shown(inside)}: not one set for all layers")
+        for name, value in inside.items():
+            _add(config, said, "rope_type" if name == "type" else name, value)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        value = config.get(name)
+        if config.states(name) and not (value is None and name in said):
+            _add(config, said, name, value)
+    original = config.get("max_position_embeddings")
+    defaults = {
+        "rope_theta": config.get("rope_theta"),
+        "partial_rotary_factor": share,
+        "original_max_position_embeddings": original,
+    }
+    rope = Fields(said, config.where, defaults)
+    theta, rotated = rope.positive("rope_theta"), rope.get("partial_rotary_factor")
+    scaling = _scaling(rope, llama3=llama3)
+    rope.refuse_rest(all_matter=True)
+    return Rope(theta, scaling, rotated)
+
+
+def _add(config: Fields, said: dict[str, Any], name: str, value: Any) -> None:
+    if name in said and said[name] != value:
+        config.refuse(
+            f"{name} is {shown(said[name])} in one place and {shown(value)} in another (rope_theta,"
+            " rope_scaling, rope_parameters); which one counts depends on the version of "
+            "transformers: remove the wrong one"
+        )
+    said[name] = value
+
+
+def _scaling(rope: Fields, *, llama3: bool) -> Llama3Scaling | None:
+    """Reads a `rope_type` default or llama3; the others change what positions mean otherwise."""
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3" or not llama3:
+        known = "'default' or 'llama3'" if llama3 else "'default'"
+        rope.refuse(f"rope_type is {shown(kind)}; expected {known}, others are not supported")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    numbers: Mapping[str, float] = {name: rope.positive(name) for name in names}
+    if not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+        rope.refuse(f"rope_type llama3 needs low_freq_factor below high_freq_factor: {numbers}")
+    return Llama3Scaling(*numbers.values())
