@@ -6,11 +6,10 @@ one, and the same command starts it over.
 """
 
 import contextlib
-import hashlib
-import json
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sama_jax import __version__
+from sama_jax import __version__, untrusted
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.errors import ModelError, UsageError
@@ -34,17 +33,18 @@ from sama_jax.weights import (
     folder_files,
     hub,
     loading,
-    mask_token,
     model_folder,
     orbax,
     pickled,
     safetensors,
     saving,
+    special_tokens,
+    stored_bytes,
     tensor_map,
 )
 from sama_jax.weights.folder_files import CONFIG, PARAMS, RECORD
 from sama_jax.weights.model_folder import ModelFolder
-from sama_jax.weights.orbax_source import OrbaxSource
+from sama_jax.weights.orbax_source import OrbaxSource, files_below
 
 HOST_BASE_BYTES = 0.35 * 2**30
 """Python, JAX and Orbax themselves."""
@@ -185,41 +185,46 @@ def _opened(
 ) -> Iterator[ModelFolder]:
     """Opens and checks the source, an adapter merged.
 
-    Pickles are first rewritten next to `out`, and what was rewritten is removed in the end.
+    Pickles are first rewritten to a new folder next to `out`, which is removed in the end.
     """
     path = hub.resolve(src)
     # Only then, since many repositories hold both formats.
     if allow_pickle and not safetensors.has_weights(path):
         path = hub.resolve(src, (*hub.HUB_FILES, *hub.PICKLES))
-    rewritten = out.with_name(out.name + ".unpickled")
     unpickle = allow_pickle and path.is_dir() and pickled.has_only_pickles(path)
-    try:
+    with contextlib.ExitStack() as stack:
         if unpickle:
-            with writing(rewritten):
-                shutil.rmtree(rewritten, ignore_errors=True)
-                pickled.rewrite(path, rewritten)
-        path = rewritten if unpickle else path
-        if mask_id is None and _names_no_mask(path):
-            mask_id = 0  # a place holder
-        folder = model_folder.open_folder(
-            path, mask_id=mask_id, dtype="float32", adapter=adapter, merge=True
-        )
-        _check_tokenizer(folder)
-        yield folder
-    except ModelError as error:
-        if not unpickle:
-            raise
-        raise ModelError(str(error).replace(str(rewritten), str(src))) from None  # it goes away
-    finally:
-        if unpickle:
-            shutil.rmtree(rewritten, ignore_errors=True)
+            with writing(out):
+                beside = out.resolve()  # `out` may be `.`
+                beside.parent.mkdir(parents=True, exist_ok=True)
+                made = tempfile.TemporaryDirectory(
+                    prefix=f"{beside.name[:99]}.unpickled-", dir=beside.parent
+                )
+                rewritten = Path(stack.enter_context(made))
+        try:
+            if unpickle:
+                with writing(out):
+                    pickled.rewrite(path, rewritten)
+                path = rewritten
+            if mask_id is None and _names_no_mask(path):
+                mask_id = 0  # a place holder
+            folder = model_folder.open_folder(
+                path, mask_id=mask_id, dtype="float32", adapter=adapter, merge=True
+            )
+            _check_tokenizer(folder)
+            yield folder
+        except ModelError as error:
+            if not unpickle:
+                raise
+            named = str(error).replace(str(rewritten), str(src))  # it goes away
+            raise ModelError(named) from None
 
 
 def _names_no_mask(path: Path) -> bool:
     """Returns whether neither config nor tokenizer know a mask token (BERT without tokenizer)."""
     where = str(path / CONFIG)
     family = read_config(folder_files.read_json_config(path), where)
-    return family.mask_id is None and mask_token.known_mask(path, family) is None
+    return family.mask_id is None and special_tokens.known_mask(path, family) is None
 
 
 def _check_tokenizer(folder: ModelFolder) -> None:
@@ -308,6 +313,9 @@ def _local_bytes(folder: ModelFolder, dtypes: dict[str, Any], place: Any) -> dic
 def _announce(src: str | Path, folder: ModelFolder, total: int, host: float, quiet: bool) -> None:
     if quiet:
         return
+    for name in folder_files.foreign_links(folder.path):
+        left_out = untrusted.printable(name, 200)
+        print(f"note: {left_out} is not copied: a link that leads out of {src}", file=sys.stderr)
     free = ""
     with contextlib.suppress(OSError):
         if match := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
@@ -333,27 +341,23 @@ def size(num_bytes: float) -> str:
 
 def _record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> dict[str, Any]:
     """Makes the content of `conversion.json`."""
-    identity = folder.identity
-    if dtype != "keep":
-        identity = hashlib.sha256(f"{identity} {dtype}".encode()).hexdigest()[:16]
     return {
         "format": kind,
         "source": str(src),
         "source_identity": folder.identity,
         "dtype": dtype,
-        "identity": identity,
-        "architecture": repr(folder.family.arch),
         "sama_jax": __version__,
         "files": [file.name for file in folder_files.companions(folder.path)],
     }
 
 
 def _record_sizes(out: Path, record: dict[str, Any]) -> None:
-    """Writes the record again with the size of each of Orbax's files."""
+    """Writes the record again with the sizes of Orbax's files and the SHA-256 of their bytes."""
     if jax.process_index() == 0:
-        files = sorted(file for file in (out / PARAMS).rglob("*") if file.is_file())
-        sizes = {str(f.relative_to(out / PARAMS)): f.stat().st_size for f in files}
-        write_json(out / RECORD, {**record, "sizes": sizes})
+        files = files_below(out / PARAMS)
+        sizes = {name: file.stat().st_size for name, file in files}
+        digest = stored_bytes.digest(files)
+        write_json(out / RECORD, {**record, "sizes": sizes, "digest": digest})
 
 
 def _claim(out: Path, record: dict[str, Any], quiet: bool) -> bool:
@@ -386,9 +390,9 @@ def _is_finished(out: Path, record: dict[str, Any]) -> bool:
     if not names:
         return False
     try:
-        before = json.loads((out / RECORD).read_text("utf-8"))
+        before = folder_files.read_object(out / RECORD)
         files = {*before["files"], RECORD, CONFIG, PARAMS}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ModelError, KeyError, TypeError):
         raise UsageError(
             f"{out}: is not empty and holds no conversion (no readable {RECORD}); give a new folder"
         ) from None

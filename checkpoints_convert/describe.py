@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax.errors import ModelError
+from sama_jax.models.families.family import UNLIMITED
 from sama_jax.models.registry import read_config
 from sama_jax.texts.tokenizer import TextTokenizer
+from sama_jax.untrusted import printable
 from sama_jax.weights import folder_files, hub, model_folder
 from sama_jax.weights.orbax_source import OrbaxSource
+
+CARD_BYTES = 2**20
+"""Read of a model card; its front matter stands at its beginning."""
 
 
 def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
@@ -21,7 +26,7 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
       `path`, `loadable`, `refused` (messages), and as far as they are known `family`, `kind`,
       `architecture`, `mask_id`, `shift`, `max_length` (None: its config sets no limit),
       `parameters`, `stored_dtypes` {dtype: tensors}, `storage`, `bfloat16_bytes`, `float32_bytes`,
-      `identity`, `licence`, `converted_from`.
+      `licence`, `converted_from`.
     """
     found: dict[str, Any] = {"path": str(src), "loadable": False, "refused": []}
     try:
@@ -46,16 +51,16 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
     orbax = isinstance(folder.source, OrbaxSource)
     found |= {
         "mask_id": folder.model.mask_id,
-        "max_length": None if folder.max_length == 2**20 else folder.max_length,
+        "max_length": None if folder.max_length == UNLIMITED else folder.max_length,
         "parameters": folder.num_params,
         "stored_dtypes": {name: names.count(name) for name in sorted(set(names))},
         "storage": "orbax" if orbax else "safetensors",
         "bfloat16_bytes": 2 * folder.num_params,
         "float32_bytes": 4 * folder.num_params,
-        "identity": folder.identity,
     }
-    if record := folder_files.json_object(path / folder_files.RECORD):
-        found["converted_from"] = record.get("source")
+    record = folder_files.object_if_there(path / folder_files.RECORD)
+    if isinstance(record.get("source"), str):
+        found["converted_from"] = printable(record["source"], 300)
     try:
         TextTokenizer.from_folder(path, folder.model.vocab_size)
     except ModelError as error:
@@ -74,11 +79,12 @@ def _licence(path: Path) -> str | None:
     """Returns the licence by the model card's front matter, else the name of a licence file."""
     card = path / "README.md"
     if card.is_file():
-        text = card.read_text("utf-8", errors="replace")
+        with card.open("rb") as file:
+            text = file.read(CARD_BYTES).decode("utf-8", errors="replace")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
         stated = re.findall(r"^license(?:_name)?:[ \t]*(\S.*)$", front[1] if front else "", re.M)
         if stated:
-            return ", ".join(value.strip().strip("'\"") for value in stated)
+            return printable(", ".join(value.strip().strip("'\"") for value in stated), 200)
     files = sorted(f.name for f in path.glob("LICEN[CS]E*"))
     return f"see {files[0]}" if files else None
 
@@ -108,7 +114,6 @@ def print_description(found: dict[str, Any]) -> None:
             "stored": f"{dtypes} ({found['storage']})",
             "parameters": f"{found['parameters']:,}",
             "memory": f"{memory[0]} in bfloat16, {memory[1]} in float32",
-            "identity": found["identity"],
         }
     if found.get("converted_from"):
         lines["converted from"] = found["converted_from"]

@@ -93,6 +93,6 @@ MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "truncated header": (lambda f: cut(f / WEIGHTS, 0.01), [WEIGHTS, "not a complete safetensors"]),
     "empty weights": (lambda f: cut(f / WEIGHTS, 0), [WEIGHTS, "not a complete safetensors"]),
     "no tokenizer": (lambda f: drop(f / "tokenizer.json"), ["no usable tokenizer"]),
-    "truncated tokenizer": (lambda f: cut(f / "tokenizer.json", 0.5), ["not a usable tokenizer"]),
+    "truncated tokenizer": (lambda f: cut(f / "tokenizer.json", 0.5), ["tokenizer.json: not"]),
     "large tokenizer": (large_tokenizer, ["largest id", "300 rows"]),
 }

@@ -36,8 +36,7 @@ def pad_id(target: model_folder.ModelFolder, settings: AuditSettings) -> int | N
     """Returns the token of visible padding, for both models, or None where padding is hidden."""
     if settings.padding != "visible":
         return None
-    config = target.config
-    return int(config.get("pad_token_id", config.get("eos_token_id", 0)) or 0)
+    return target.pad_id or 0
 
 
 def loss_identity(

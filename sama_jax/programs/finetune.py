@@ -20,7 +20,6 @@ from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
-from sama_jax.training.sequences import pad_token
 from sama_jax.weights import hub, loading, model_folder
 from sama_jax.weights.identity import arithmetic, model_identity
 
@@ -57,7 +56,7 @@ def finetune(
             "command": "finetune",
             **model_identity(folder),
             "tokenizer": tokenizer.fingerprint,
-            "pad_id": pad_token(folder.config) if settings.train_on_padding else None,
+            "pad_id": folder.pad_id if settings.train_on_padding else None,
         }
         run = runs.open_run(out, identity, settings, data, heldout, quiet)
         if run.finished:

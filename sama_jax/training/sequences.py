@@ -13,7 +13,7 @@ from sama_jax.errors import DataError, ModelError
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import read_texts
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.untrusted import printable
+from sama_jax.weights.special_tokens import padding_token
 
 MIN_WINDOW = 16
 """Tokens; a shorter remainder of a text cut into windows is dropped."""
@@ -91,30 +91,24 @@ def pad(
     return tokens, np.array([len(s) for s in sequences], np.int32)
 
 
-def pad_token(config: Mapping[str, Any]) -> Any:
-    """Returns what the config says of padding; null, as many say it, counts as absent."""
-    found = config.get("pad_token_id")
-    return config.get("eos_token_id") if found is None else found
-
-
 def training_arrays(
-    sequences: Sequence[Ids], settings: TrainSettings, config: Mapping[str, Any], vocab_size: int
+    sequences: Sequence[Ids], settings: TrainSettings, config: Mapping[str, Any], rows: int
 ) -> tuple[Int[np.ndarray, "n l"], Int[np.ndarray, " n"]]:
     """Pads the sequences for training: `(tokens, lengths)`.
 
     With `train_on_padding` every row counts as `max_length` tokens, filled up with the end-of-text
-    id of the model's `config`.
+    id of the model's `config`, one of the `rows` of the embedding.
 
     Raises:
       ModelError: the config has no such id.
     """
     if not settings.train_on_padding:
         return pad(sequences, padded_length(sequences), 0)
-    pad_id = pad_token(config)
-    if type(pad_id) is not int or not 0 <= pad_id < vocab_size:
+    pad_id = padding_token(config, rows, "the model's config.json")
+    if pad_id is None:
         raise ModelError(
-            "train_on_padding needs a pad_token_id or eos_token_id in the model's config.json, one "
-            f"id below {vocab_size}, found {printable(repr(pad_id))}"
+            "train_on_padding needs a pad_token_id or eos_token_id in the model's config.json, "
+            "found neither"
         )
     tokens, lengths = pad(sequences, settings.max_length, pad_id)
     return tokens, np.full_like(lengths, settings.max_length)

@@ -1,15 +1,22 @@
 """Checks a folder's tensors against its family's table, exhaustively on both sides."""
 
+import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Rule, Table
+from sama_jax.untrusted import printable
 from sama_jax.weights.placing import slabs
 from sama_jax.weights.safetensors import DTYPES, INDEX
 from sama_jax.weights.source import Source
-from sama_jax.weights.tensor_map import leaf_paths, sources
+from sama_jax.weights.tensor_map import lead_axes, leaf_paths, rule_of, sources
+
+LISTED = 200
+"""Problems that a message lists; a folder may hold a million tensors that do not fit."""
 
 
 def check(source: Source, table: Table, num_layers: int, abstract: Any, where: str) -> None:
@@ -51,17 +58,53 @@ def check(source: Source, table: Table, num_layers: int, abstract: Any, where: s
         if n in allowed and t.dtype not in DTYPES.values()
     ]
     if problems:
-        unlisted = source.unlisted()
-        hint = f" {INDEX} does not list {', '.join(unlisted)}." if unlisted else ""
         raise ModelError(
             f"{where}: {len(problems)} tensors do not fit its config.json; is it another model, or "
-            f"an incomplete copy?{hint}\n" + "\n".join(sorted(problems))
+            f"an incomplete copy?{_hint(source)}\n" + listing(problems)
         )
+
+
+def listing(problems: Iterable[str]) -> str:
+    """Returns the lines of a list of problems, sorted and cut after `LISTED`."""
+    lines = [f"  {printable(line.strip(), 300)}" for line in sorted(problems)]
+    rest = len(lines) - LISTED
+    return "\n".join(lines[:LISTED] + ([f"  and {rest:,} more"] if rest > 0 else []))
+
+
+def _hint(source: Source) -> str:
+    """Returns what the names of the tensors tell about how the folder came about."""
+    names = [tensor.name for tensor in source.tensors.values()]
+    if any(name.startswith("base_model.model.") for name in names):
+        return (
+            " Names that begin with base_model.model. are a state of PEFT's wrapper: merge the "
+            "adapter (merge_and_unload) and save the result."
+        )
+    if any(re.search(r"\.(absmax|quant_map|qweight|weight_scale(_inv)?)$", n) for n in names):
+        return " Its weights are quantised: save them in bfloat16 or float32."
+    unlisted = source.unlisted()
+    return f" {INDEX} does not list {printable(', '.join(unlisted), 300)}." if unlisted else ""
+
+
+def require_possible(abstract: Any, table: Table, num_layers: int, held: int, where: str) -> None:
+    """Raises `ModelError` if one parameter alone needs more tensors than the files hold.
+
+    So that whatever the config claims, what is listed afterwards is as large as the files.
+    """
+    leaves = leaf_paths(abstract)
+    for path, leaf in leaves.items():
+        needed = math.prod(leaf.shape[: lead_axes(rule_of(path, leaves, table, num_layers))])
+        if needed > held:
+            raise ModelError(
+                f"{where}: its config.json promises {needed:,} tensors for {path}, but the files "
+                f"hold {held:,} in all; is it another model's config?"
+            )
 
 
 def _equal(source: Source, a: str, b: str) -> bool:
     if b not in source.tensors or source.tensors[a].shape != source.tensors[b].shape:
         return False
+    if not {source.tensors[a].dtype, source.tensors[b].dtype} <= set(DTYPES.values()):
+        return True  # reported by its dtype, which NumPy may not have
     box = tuple(map(range, source.tensors[a].shape))
     parts = slabs(source.tensors[a], Rule(a), box)  # the same of b
     return all(np.array_equal(source.window(a, s.index), source.window(b, s.index)) for s in parts)

@@ -1,27 +1,39 @@
 """Names the files of a model folder and reads those that hold JSON."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from sama_jax import untrusted
 from sama_jax.errors import ModelError
-from sama_jax.weights import safetensors
 
 CONFIG = "config.json"
 PARAMS = "orbax"
 """Subfolder of the parameters where Orbax keeps them, not safetensors."""
 RECORD = "conversion.json"
 """Where a converted folder comes from; written first, so that an unfinished one can be told."""
+LONGEST_NAME = 255
+"""Bytes of a file's name, on Linux."""
 
 
-def json_object(file: Path) -> dict[str, Any]:
-    """Reads a file's JSON object; empty if there is none to read."""
+def read_object(file: Path) -> dict[str, Any]:
+    """Reads a file's JSON object. Raises `ModelError`."""
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = untrusted.read_json(file)
+    except FileNotFoundError:
+        raise ModelError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ModelError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def object_if_there(file: Path) -> dict[str, Any]:
+    """Reads a file's JSON object; empty if there is no such file. Raises `ModelError`."""
+    return read_object(file) if os.path.lexists(file) else {}
 
 
 def read_json_config(path: Path) -> dict[str, Any]:
@@ -36,28 +48,70 @@ def read_json_config(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path / CONFIG):
         raise ModelError(
             f"{path}: has no {CONFIG}; expected a Hugging Face model folder ({CONFIG}, "
-            f"{safetensors.SINGLE}, tokenizer.json)"
+            "model.safetensors, tokenizer.json)"
         )
-    return read_config_file(path / CONFIG)
+    return read_object(path / CONFIG)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a `config.json`, wherever it lies. Raises `ModelError`."""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; expected a model's {CONFIG}") from None
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
+    if not os.path.lexists(path):
+        raise ModelError(f"{path}: no such file; expected a model's {CONFIG}")
+    return read_object(path)
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """Returns the file that another file of the folder names; None for a name that leads out."""
+    parts = name.split("/")
+    if not name.isprintable() or any(p in ("", ".", "..") for p in parts):
+        return None
+    if any(len(os.fsencode(p)) > LONGEST_NAME for p in parts) or len(parts) > 9:
+        return None
+    return folder / name
+
+
+def listed_files(index: Path) -> list[Path]:
+    """Returns the files that an index of weights lists, by name. Raises `ModelError`."""
+    folder, listed = index.parent, read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
+        raise ModelError(f"{index}: not an index of weights; expected names in its weight_map")
+    names = sorted(set(listed.values()))
+    files = [inside(folder, name) for name in names]
+    wrong = [untrusted.printable(name) for name, file in zip(names, files) if file is None]
+    if wrong:
+        raise ModelError(
+            f"{index}: names {len(wrong)} files that are not below its folder; first {wrong[0]!r}"
+        )
+    found = [file for file in files if file is not None]
+    missing = [file.name for file in found if not file.is_file()]
+    if missing or not found:
+        raise ModelError(
+            f"{folder}: {len(missing)} shards named in {index.name} are missing: "
+            + untrusted.printable(", ".join(missing), 500)
+        )
+    return found
 
 
 def companions(path: Path) -> list[Path]:
-    """Lists what is neither config nor weights: tokenizer, generation settings, licence."""
+    """Lists what is neither config nor weights: tokenizer, generation settings, licence.
+
+    Links that lead out of the folder are left out: whoever copies a folder would otherwise copy
+    whatever they point to.
+    """
     files = (f for f in sorted(path.iterdir()) if f.is_file() and f.name != CONFIG)
-    return [f for f in files if not _is_weights(f)]
+    return [f for f in files if not _is_weights(f) and not _leads_out(f)]
+
+
+def foreign_links(path: Path) -> list[str]:
+    """Names the files that `companions` leaves out because they are links that lead out."""
+    return [f.name for f in sorted(path.iterdir()) if f.is_file() and _leads_out(f)]
+
+
+def _leads_out(file: Path) -> bool:
+    target, home = file.resolve(), file.parent.resolve()
+    # A Hub cache keeps contents in blobs/, and links to them in snapshots/REVISION/.
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    return not (target.is_relative_to(home) or target.is_relative_to(blobs))
 
 
 def _is_weights(file: Path) -> bool:

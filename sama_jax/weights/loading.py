@@ -78,6 +78,8 @@ def read_params(
     shapes, layout = folder.abstract_params, (folder.family.weights, folder.model.num_layers)
     leaves = leaf_paths(shapes)
     ours = folder.source if isinstance(folder.source, OrbaxSource) else None
+    if ours:
+        _ = ours.digest  # refuses damage, which Orbax would load
     stored = leaf_paths(ours.params) if ours else {}
 
     def target(path: str) -> jax.ShapeDtypeStruct:

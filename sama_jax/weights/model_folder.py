@@ -5,7 +5,6 @@ tokenizer files; never imports torch, never runs code from a folder.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,12 +17,17 @@ import jax.numpy as jnp
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
-from sama_jax.weights import checks, peft, safetensors
-from sama_jax.weights.folder_files import CONFIG, PARAMS, RECORD, json_object, read_json_config
+from sama_jax.untrusted import printable
+from sama_jax.weights import checks, peft, stored_bytes
+from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
 from sama_jax.weights.hub import resolve
-from sama_jax.weights.mask_token import known_mask
-from sama_jax.weights.orbax_source import OrbaxSource
+from sama_jax.weights.orbax_source import OrbaxSource, read_stored
 from sama_jax.weights.source import Source, open_source
+from sama_jax.weights.special_tokens import known_mask, padding_token
+
+ORBAX_TENSORS = 2**18
+"""Most tensors of one parameter that is kept stacked: a model of 61 layers and 384 experts has
+23,424."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +41,42 @@ class ModelFolder:
     source: Source
     abstract_params: Params = field(repr=False)
     """Shapes of the parameter tree, float32; without an adapter."""
-    identity: str
-    """16 hex digits over architecture, headers, sizes and sampled bytes of the weight files, and
-    over all of an adapter."""
-    base_identity: str
-    """The same without the adapter: folders that share it can share their weights."""
     adapter: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """A LoRA adapter that stands beside the weights, as `peft.leaves` makes it (host)."""
+    adapter_identity: str = ""
+    """Of an adapter, beside or merged: over all of its bytes and scales."""
+
+    @property
+    def identity(self) -> str:
+        """Returns 32 hex digits over all stored bytes, an adapter's too, and what they are read as.
+
+        Every byte of the files is read when it is first asked for. Raises `ModelError`.
+        """
+        read_as = self.family._replace(weights=None, network=None, mask_id=None)  # pyright: ignore
+        return _name(self.source.digest, repr(read_as), self.adapter_identity)
+
+    @property
+    def base_identity(self) -> str:
+        """Returns a name that folders share if they are the same files, but for an adapter beside.
+
+        Reads no weights.
+        """
+        merged = "" if self.adapter else self.adapter_identity
+        return _name(stored_bytes.same_files(self.source.files), repr(self.family.arch), merged)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Returns the id of visible padding; None if the config names none.
+
+        Raises `ModelError` for one that is not in the embedding.
+        """
+        rows, where = self.family.arch.vocab_size, str(self.path / CONFIG)
+        return padding_token(self.config, rows, where)
 
     @property
     def max_length(self) -> int:
         """Returns how many tokens the model was made for; 2^20 if its config does not say."""
-        names = ("max_sequence_length", "max_position_embeddings", "n_positions", "model_length")
-        names += ("block_size",)
-        found = [self.config[n] for n in names if isinstance(self.config.get(n), int)]
-        return min(found, default=2**20)
+        return self.family.max_length
 
     @property
     def num_params(self) -> int:
@@ -104,13 +129,11 @@ def open_folder(
             f"{path}: has position embeddings for {limit} tokens, but texts may have {longest}; "
             f"give --max-length {limit} or less"
         )
-    shapes = build_model(family, 0, jnp.dtype("float32"))  # they depend on the architecture alone
-    abstract = jax.eval_shape(lambda: shapes.init(jax.random.key(0)))  # starts no backend
-    source = _open_source(path, family, abstract)
+    source, abstract = _open_source(path, family)
     mask = known_mask(path, family) if mask_id is None else mask_id
-    if not isinstance(mask, int) or not 0 <= mask < family.arch.vocab_size:
+    if type(mask) is not int or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
-            f"{path}: the mask token id is {mask!r}, but the embedding has "
+            f"{path}: the mask token id is {printable(repr(mask))}, but the embedding has "
             f"{family.arch.vocab_size} rows; give the right one with --mask-id"
         )
     if dtype == "auto":
@@ -118,8 +141,7 @@ def open_folder(
         dtype = stored if stored == "bfloat16" else "float32"
     model = with_attention(attention, build_model(family, mask, jnp.dtype(dtype)))
     checks.check(source, family.weights, model.num_layers, abstract, str(path))
-    identity = _identity(path, repr(family.arch))
-    folder = ModelFolder(path, config, family, model, source, abstract, identity, identity)
+    folder = ModelFolder(path, config, family, model, source, abstract)
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
 
 
@@ -150,24 +172,34 @@ def _cuda() -> bool:
     return found is not None and int(found[1]) >= 8
 
 
-def _open_source(path: Path, family: FamilyConfig, abstract: Params) -> Source:
-    """Opens the tensors of a folder, in safetensors or kept by Orbax."""
-    if not (path / PARAMS).is_dir():
-        return open_source(path, family.weights, family.block_group_size)
-    sizes = json_object(path / RECORD).get("sizes", {})
-    files = {name: path / PARAMS / name for name in sizes}
-    found = {name: file.stat().st_size for name, file in files.items() if file.is_file()}
-    wrong = [
-        f"  {name}: expected {size} bytes, found {found.get(name, 'no file')}"
-        for name, size in sizes.items()
-        if found.get(name) != size
-    ]
-    if wrong:
+def _open_source(path: Path, family: FamilyConfig) -> tuple[Source, Params]:
+    """Opens the tensors of a folder, and returns the shapes of its parameters.
+
+    Nothing is built that the files have no room for, whatever the config claims.
+    """
+    stored, layout = None, (family.weights, family.arch.num_layers)
+    if (path / PARAMS).is_dir():
+        stored = read_stored(path)
+        held, apart = len(jax.tree.leaves(stored.params)), 1 + family.arch.stacked_layers
+    else:
+        source = open_source(path, family.weights, family.block_group_size)
+        held, apart = len(source.tensors), 1
+    if family.arch.num_layers > held * apart:
         raise ModelError(
-            f"{path / PARAMS}: {len(wrong)} files of its Orbax checkpoint are missing or "
-            "incomplete; copy or convert the model again\n" + "\n".join(wrong)
+            f"{path}: its config.json promises {family.arch.num_layers:,} layers, but the files "
+            f"hold {held:,} tensors in all; is it another model's config?"
         )
-    return OrbaxSource(path / PARAMS, family.weights, family.arch.num_layers, abstract)
+    shapes = build_model(family, 0, jnp.dtype("float32"))  # they depend on the architecture alone
+    abstract = jax.eval_shape(lambda: shapes.init(jax.random.key(0)))  # starts no backend
+    most = held if stored is None else ORBAX_TENSORS
+    checks.require_possible(abstract, *layout, most, str(path))
+    if stored is not None:
+        source = OrbaxSource(stored, *layout, abstract)
+    return source, abstract
+
+
+def _name(*parts: str) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
@@ -175,42 +207,13 @@ def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
     family, abstract = folder.family, folder.abstract_params
     layout = (family.weights, folder.model.num_layers, abstract)
     adapter = peft.open_adapter(resolve(path), folder.source, *layout, family.block_group_size)
-    digest = hashlib.sha256(f"{folder.identity} {adapter.identity} {merge}".encode())
-    identity = digest.hexdigest()[:16]
+    identity = f"{adapter.identity} {'merged' if merge else 'beside'}"
     if merge:
         source = peft.merge(folder.source, adapter, *layout)
-        return replace(folder, source=source, identity=identity, base_identity=identity)
+        return replace(folder, source=source, adapter_identity=identity)
     leaves = peft.leaves(adapter, *layout, folder.model.lora_paths)
     lora = tuple((name, a.shape[-1]) for name, (a, _) in leaves.items())
-    return replace(with_options(folder, lora=lora), identity=identity, adapter=leaves)
-
-
-def _identity(path: Path, architecture: str, samples: int = 4, block: int = 4096) -> str:
-    """Hashes a few blocks of every tensor instead of 16 GB.
-
-    Small tensors, the norms among them, are hashed whole, so that training any of them shows. An
-    Orbax folder has the identity of what it was made from, unless dtype or architecture changed.
-    """
-    if (path / PARAMS).is_dir():
-        record = json_object(path / RECORD)
-        if record.get("architecture") == architecture and "identity" in record:
-            return str(record["identity"])
-        return hashlib.sha256(f"{record} {architecture}".encode()).hexdigest()[:16]
-    digest = hashlib.sha256(architecture.encode())
-    for file in safetensors.weight_files(path):
-        with file.open("rb") as handle:
-            header = handle.read(int.from_bytes(handle.read(8), "little"))
-            digest.update(header)
-            for name, entry in sorted(json.loads(header).items()):
-                if name == "__metadata__":
-                    continue
-                start, end = entry["data_offsets"]
-                whole = end - start <= samples * block
-                for i in range(1 if whole else samples):
-                    skip = i * (end - start - block) // (samples - 1)
-                    handle.seek(8 + len(header) + start + skip)
-                    digest.update(handle.read(end - start if whole else block))
-    return digest.hexdigest()[:16]
+    return replace(with_options(folder, lora=lora), adapter=leaves, adapter_identity=identity)
 
 
 def with_options(folder: ModelFolder, **changes: Any) -> ModelFolder:

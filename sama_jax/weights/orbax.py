@@ -148,6 +148,8 @@ class Checkpoints:
 
 CHUNK_BYTES = 32 * 2**20
 """A leaf is stored in pieces of about this size, so that another mesh reads little in vain."""
+CLAIMED = 64
+"""Bytes of arrays for each stored one: pieces that are all zero are not stored, weights are."""
 
 
 def save_params(folder: Path, params: Any) -> None:
@@ -180,7 +182,12 @@ def stored_params(folder: Path) -> Any:
         stored = ocp.metadata(str(folder.absolute())).metadata
         if not stored:
             raise ValueError("it has no readable arrays")
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
+        claimed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        found = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        if claimed > CLAIMED * found:
+            raise ValueError(f"its arrays claim {claimed:,} bytes, its files have {found:,}")
+        return shapes
 
 
 def load_params(folder: Path, abstract: Any) -> Any:

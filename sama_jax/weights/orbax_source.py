@@ -4,8 +4,9 @@ So what reads tensors by name (checks, adapters, `to-hf`, `verify`) reads both. 
 does not go through here: Orbax reads each device's part itself.
 """
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,20 +14,73 @@ import numpy as np
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.weights import orbax
+from sama_jax.weights.checks import listing
+from sama_jax.weights.folder_files import PARAMS, RECORD, read_object
 from sama_jax.weights.source import Source, SourceTensor
 from sama_jax.weights.tensor_map import export_tensors, leaf_paths
 
 TOGETHER_BYTES = 32 * 2**20
 
 
+class Stored(NamedTuple):
+    """Describes the Orbax checkpoint of a model folder, as its record does."""
+
+    folder: Path
+    params: Any
+    """Shapes and stored dtypes."""
+    files: list[tuple[str, Path]]
+    digest: str
+    """SHA-256 of the files when they were written."""
+
+
+def files_below(folder: Path) -> list[tuple[str, Path]]:
+    """Returns all files of a checkpoint by their paths in it, in order."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [(str(file.relative_to(folder)), file) for file in found]
+
+
+def read_stored(model: Path) -> Stored:
+    """Reads what a converted folder holds, no array of it.
+
+    Raises:
+      ModelError: no readable record, or other files than the record names.
+    """
+    folder = model / PARAMS
+    if not (model / RECORD).is_file():
+        raise ModelError(
+            f"{model}: has {PARAMS}/ but no {RECORD}, which says what it holds; copy the folder "
+            "whole or convert the model again"
+        )
+    record = read_object(model / RECORD)
+    sizes, digest = record.get("sizes"), record.get("digest")
+    if not isinstance(sizes, dict) or not isinstance(digest, str):
+        raise ModelError(
+            f"{model / RECORD}: does not say which bytes {PARAMS}/ holds (sizes, digest); convert "
+            "the model again"
+        )
+    files = files_below(folder)
+    found = {name: file.stat().st_size for name, file in files}
+    wrong = [
+        f"  {name}: expected {sizes.get(name, 'no file')}, found {found.get(name, 'no file')}"
+        for name in sorted({*sizes, *found})
+        if found.get(name) != sizes.get(name)
+    ]
+    if wrong:
+        raise ModelError(
+            f"{folder}: {len(wrong)} files of its Orbax checkpoint are missing, incomplete or not "
+            "its own; copy or convert the model again\n" + listing(wrong)
+        )
+    return Stored(folder, orbax.stored_params(folder), files, digest)
+
+
 class OrbaxSource(Source):
     """Holds the parameters of the tensor that was read last, and small ones behind them."""
 
-    def __init__(self, folder: Path, table: Table, num_layers: int, abstract: Any):
+    def __init__(self, stored: "Stored", table: Table, num_layers: int, abstract: Any):
         """Raises `ModelError` unless the parameters have the shapes of `abstract`."""
+        folder, self.params = stored.folder, stored.params
         self.folder = folder
-        self.params = orbax.stored_params(folder)
-        """Shapes and stored dtypes."""
+        self._stored = stored
         self._leaves = leaf_paths(self.params)
         self._held: dict[str, np.ndarray] = {}
         self._wanted: set[str] = set()
@@ -41,6 +95,22 @@ class OrbaxSource(Source):
             },
             {},
         )
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """All files of the checkpoint, by their paths in it."""
+        return self._stored.files
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all stored bytes. Raises `ModelError` if it is not the recorded one."""
+        found = super().digest
+        if found != self._stored.digest:
+            raise ModelError(
+                f"{self.folder}: is damaged: its bytes are not those that {RECORD} records; "
+                "convert the model again"
+            )
+        return found
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a window of a tensor in its stored dtype, one thread at a time.
@@ -87,5 +157,5 @@ class OrbaxSource(Source):
         if problems:
             raise ModelError(
                 f"{self.folder}: {len(problems)} parameters do not fit its config.json; convert "
-                "the model again\n" + "\n".join(sorted(problems))
+                "the model again\n" + listing(problems)
             )

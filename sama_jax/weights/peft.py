@@ -11,7 +11,6 @@ compared with PEFT 0.21.2, which the tests run.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,6 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
+from sama_jax.untrusted import printable
+from sama_jax.weights.checks import listing
+from sama_jax.weights.folder_files import read_object
 from sama_jax.weights.source import Source
 from sama_jax.weights.tensor_map import leaf_paths, rule_of, sources
 
@@ -36,7 +38,7 @@ _USED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pa
 _SILENT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("task_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
 )
 # Any other field must be off, also one that a later PEFT adds. Initialisations that are not in this
 # list change the base (PiSSA, OLoRA, CorDA, LoftQ, ...) or the forward pass.
@@ -88,18 +90,13 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path}: has no {CONFIG}; expected an adapter folder of PEFT ({CONFIG}, {WEIGHTS})"
         )
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    config = read_object(file)
     if config.get("peft_type") != "LORA":
         raise ModelError(
-            f"{file}: peft_type is {config.get('peft_type')!r}, only 'LORA' is supported"
+            f"{file}: peft_type is {_shown(config.get('peft_type'))}, only 'LORA' is supported"
         )
     refused = [
-        f"{name} is {value!r}"
+        f"{printable(name)} is {_shown(value)}"
         for name, value in config.items()
         if name not in _USED + _SILENT and not _is_off(name, value)
     ]
@@ -108,7 +105,15 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file}: only plain LoRA is supported, but {'; '.join(refused)}. Merge it with PEFT "
             "(merge_and_unload) and use the merged folder"
         )
+    if type(config.get("use_rslora", False)) is not bool:
+        raise ModelError(
+            f"{file}: use_rslora is {_shown(config['use_rslora'])}; expected true or false"
+        )
     return config
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value))
 
 
 def _is_off(name: str, value: Any) -> bool:
@@ -157,10 +162,10 @@ def open_adapter(
             problems += made
     if problems:
         base = config.get("base_model_name_or_path")
-        told = f" (it was trained on {base!r})" if base else ""
+        told = f" (it was trained on {_shown(base)})" if base else ""
         raise ModelError(
             f"{path}: {len(problems)} adapter tensors do not fit the base model; is it an adapter "
-            f"for another one{told}?\n" + "\n".join(sorted(problems))
+            f"for another one{told}?\n" + listing(problems)
         )
     if not modules:
         raise ModelError(f"{path / WEIGHTS}: holds no LoRA tensor; expected lora_A and lora_B")
@@ -213,9 +218,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
             digest = hashlib.file_digest(handle, "sha256")
         with safe_open(file, framework="numpy") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, digest  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
+        # The last three: a type that NumPy has not, such as 8-bit floats.
         raise ModelError(
-            f"{file}: not a complete safetensors file ({error}); download or save it again"
+            f"{file}: not a complete safetensors file of floating-point numbers "
+            f"({printable(str(error), 200)}); download or save it again"
         ) from None
 
 
@@ -282,6 +289,26 @@ def _low_rank(
     return LowRank(module, a, np.float32(scale) * b, scale, embedding)
 
 
+# Of the regular expressions that PEFT allows as keys, those that end in bounded time: names, dots,
+# digits and classes, at most two quantifiers, and alternatives in at most two groups.
+_PATTERN = re.compile(
+    r"\^?(?:[\w-]|\\?\.[*+]?|\\d[*+]?|\[[\w-]{1,40}\][*+]?|\((?:\?:)?|\)|\|){1,300}\$?"
+)
+_PATTERNS = 2**14
+"""Most keys: one for each module of a large model."""
+
+
+def _matches(key: str, module: str) -> bool:
+    """Returns whether a pattern fits the end of a module's name. Raises `ValueError`."""
+    open_ended = sum(map(key.count, "*+"))
+    if not _PATTERN.fullmatch(key) or open_ended > 2 or key.count("(") > 2:
+        raise ValueError(
+            f"pattern {printable(key)!r}; expected a module's name, or a regular expression with "
+            "at most two quantifiers (of single characters) and two groups"
+        )
+    return re.match(rf"(.*\.)?({key})$", module) is not None
+
+
 def _rank_and_scale(config: dict[str, Any], module: str, where: Path) -> tuple[int, float]:
     """Returns r and alpha / r of a module.
 
@@ -289,18 +316,24 @@ def _rank_and_scale(config: dict[str, Any], module: str, where: Path) -> tuple[i
     """
 
     def get(pattern: str, default: str) -> Any:
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
+        patterns = config.get(pattern) or {}
+        if not isinstance(patterns, dict) or len(patterns) > _PATTERNS:
+            raise ValueError(f"{pattern}: expected an object of at most {_PATTERNS:,} patterns")
+        for key, value in patterns.items():
+            if _matches(key, module):
                 return value
         return config.get(default, 8)  # the default of PEFT's class, for both
 
     try:
         rank, alpha = get("rank_pattern", "r"), get("alpha_pattern", "lora_alpha")
-        if type(rank) is not int or rank < 1 or not math.isfinite(alpha):
-            raise ValueError(f"rank {rank!r} and alpha {alpha!r} for {module}")
-    except (re.error, AttributeError, TypeError, ValueError) as error:
+        if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float):
+            raise ValueError(f"rank {_shown(rank)} and alpha {_shown(alpha)} for {module}")
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not abs(scale) <= np.finfo(np.float32).max:
+            raise ValueError(f"scale {scale} for {module}, which is no float32")
+    except (re.error, OverflowError, ValueError) as error:
         raise ModelError(f"{where / CONFIG}: unusable rank or alpha ({error})") from None
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, scale
 
 
 # --- the two uses --------------------------------------------------------------------------------
@@ -312,6 +345,16 @@ class _MergedSource(Source):
     def __init__(self, base: Source, modules: dict[str, LowRank]):
         super().__init__(base.tensors, {})
         self.base, self.modules = base, modules
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """The base's files."""
+        return self.base.files
+
+    @property
+    def digest(self) -> str:
+        """The base's; the adapter has a name of its own."""
+        return self.base.digest
 
     def window(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads float32 where something is added, so the only rounding is the reader's cast."""

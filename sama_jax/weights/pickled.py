@@ -13,7 +13,8 @@ from typing import Any
 import ml_dtypes
 
 from sama_jax.errors import ModelError
-from sama_jax.weights import safetensors
+from sama_jax.untrusted import printable
+from sama_jax.weights import folder_files, safetensors
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -25,18 +26,13 @@ def has_only_pickles(folder: Path) -> bool:
 
 
 def rewrite(folder: Path, out: Path) -> None:
-    """Copies `folder` with safetensors for pickles; one file of the source at a time is in memory.
+    """Copies `folder` to `out`, which exists, with safetensors for pickles.
 
-    Raises `ModelError`.
+    One file of the source at a time is in memory. Raises `ModelError`.
     """
     files = _files(folder)
-    missing = [f.name for f in files if not f.is_file()]
-    if missing:
-        raise ModelError(f"{folder}: shards named in {INDEX} are missing: {', '.join(missing)}")
-    out.mkdir(parents=True)
-    for file in folder.iterdir():
-        if file.is_file() and file.suffix not in (".bin", ".pt", ".pth") and file.name != INDEX:
-            shutil.copyfile(file, out / file.name)
+    for file in (folder / folder_files.CONFIG, *folder_files.companions(folder)):
+        shutil.copyfile(file, out / file.name)
     weight_map: dict[str, str] = {}
     for i, file in enumerate(files, 1):
         name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
@@ -51,11 +47,7 @@ def rewrite(folder: Path, out: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text("utf-8"))
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{folder / INDEX}: not an index of weights ({error})") from None
+        return folder_files.listed_files(folder / INDEX)
     return [folder / SINGLE] if (folder / SINGLE).is_file() else []
 
 
@@ -70,22 +62,39 @@ def _load(file: Path) -> dict[str, safetensors.Pending]:
         mapped = zipfile.is_zipfile(file)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damage can fail in any way in there
-        reason = str(error).strip().split("\n")[0]
+        reason = printable(str(error).strip().split("\n")[0], 200)
         raise ModelError(
             f"{file}: not read by torch's weights-only loading ({type(error).__name__}: {reason})"
         ) from None
     if not isinstance(found, dict):
         raise ModelError(f"{file}: expected a dictionary of tensors, found {type(found).__name__}")
-    wrong = [str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    wrong = {printable(repr(k)): type(v).__name__ for k, v in found.items() if not _is_plain(k, v)}
     if wrong:
-        raise ModelError(f"{file}: expected tensors only, but not so: {', '.join(wrong)}")
+        name, kind = next(iter(wrong.items()))
+        raise ModelError(
+            f"{file}: {len(wrong)} entries are no plain tensors with a name (first {name}: "
+            f"{kind}); expected dense tensors of integers or of {', '.join(safetensors.DTYPES)}"
+        )
+    return {name: _pending(tensor) for name, tensor in found.items()}
 
-    def pending(tensor: Any) -> safetensors.Pending:
-        plain = tensor.detach()
-        if tensor.dtype == torch.bfloat16:  # NumPy's view of it, bit for bit
-            values = plain.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        else:
-            values = plain.numpy()
-        return safetensors.Pending(values.shape, values.dtype, lambda: values)
 
-    return {name: pending(tensor) for name, tensor in found.items()}
+def _is_plain(name: Any, tensor: Any) -> bool:
+    """Returns whether safetensors can hold a tensor."""
+    import torch
+
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        return False
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return dense and not tensor.is_quantized and kind in safetensors.CODES
+
+
+def _pending(tensor: Any) -> safetensors.Pending:
+    import torch
+
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype == torch.bfloat16:  # NumPy's view of it, bit for bit
+        values = plain.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    else:
+        values = plain.numpy()
+    return safetensors.Pending(values.shape, values.dtype, lambda: values)

@@ -14,15 +14,18 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors
 import numpy as np
 
 from sama_jax.errors import ModelError
+from sama_jax.weights.folder_files import listed_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """Floating-point types that weights may have: the format's code -> NumPy's name."""
-_CODES = {
+CODES = {
     **{name: code for code, name in DTYPES.items()},
-    **{"int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8"},
+    **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"},
 }
+"""NumPy's name -> the format's code of what can be written."""
 
 
 def has_weights(folder: Path) -> bool:
@@ -33,15 +36,7 @@ def has_weights(folder: Path) -> bool:
 def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a folder, as its index lists them. Raises `ModelError`."""
     if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text("utf-8"))
-            names = sorted(set(map(os.fspath, index["weight_map"].values())))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{folder / INDEX}: not a safetensors index ({error})") from None
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise ModelError(f"{folder}: shards named in {INDEX} are missing: {', '.join(missing)}")
-        return [folder / n for n in names]
+        return listed_files(folder / INDEX)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     hint = ""
@@ -114,7 +109,7 @@ def write_file(
     start = 0
     for name, tensor in ordered:
         header[name] = {
-            "dtype": _CODES[str(tensor.dtype)],
+            "dtype": CODES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [start, start + tensor.nbytes],
         }
@@ -124,7 +119,7 @@ def write_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in ordered:
-            values = np.ascontiguousarray(tensor.make(), tensor.dtype)
+            values = np.asarray(tensor.make(), tensor.dtype, order="C")  # keeps 0 axes, too
             assert values.shape == tensor.shape, name
             file.write(values.reshape(-1).view(np.uint8).data)
             if progress:

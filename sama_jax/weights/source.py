@@ -3,6 +3,7 @@
 Nothing is unpickled and no code of a folder is run.
 """
 
+import functools
 import re
 import threading
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
+from sama_jax.untrusted import printable
+from sama_jax.weights import stored_bytes
 from sama_jax.weights.safetensors import DTYPES, weight_files
 
 
@@ -44,10 +47,22 @@ class Source:
         try:
             values = self._handles[tensor.file].get_slice(tensor.name)[index]
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{tensor.file}: cannot read tensor {tensor.name} ({error})") from None
+            raise ModelError(
+                f"{tensor.file}: cannot read tensor {printable(tensor.name)} ({error})"
+            ) from None
         with self._lock:
             self.bytes_read += values.nbytes
         return values
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """The files that hold the tensors, by names that do not depend on where the folder is."""
+        return [(file.name, file) for file in self._handles]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all stored bytes, computed when it is first asked for."""
+        return stored_bytes.digest(self.files)
 
     def unlisted(self) -> list[str]:
         """Returns the names of weight files that the folder's index does not list."""
@@ -76,16 +91,20 @@ def open_source(folder: Path, table: Table, block_group_size: int = 1) -> Source
                     continue
                 for pattern, advice in refused:
                     if re.search(pattern, key):
-                        raise ModelError(f"{file}: tensor {name}: {advice}")
+                        raise ModelError(f"{file}: tensor {printable(name)}: {advice}")
                 if key in tensors:
                     first = tensors[key]
-                    twice.append(f"{first.name} ({first.file.name}) and {name} ({file.name})")
+                    pair = (first.name, first.file.name), (name, file.name)
+                    twice.append(" and ".join(f"{printable(n, 120)} ({f})" for n, f in pair))
                 dtype = DTYPES.get(piece.get_dtype(), piece.get_dtype())
                 tensors[key] = SourceTensor(file, name, tuple(piece.get_shape()), str(dtype))
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{file}: not a complete safetensors file ({error}); download or save it again"
+                f"{file}: not a complete safetensors file ({printable(str(error), 200)}); download "
+                "or save it again"
             ) from None
     if twice:
-        raise ModelError(f"{folder}: the same tensor twice: " + "; ".join(twice))
+        raise ModelError(
+            f"{folder}: the same tensor twice ({len(twice)} tensors): " + "; ".join(twice[:20])
+        )
     return Source(tensors, handles)

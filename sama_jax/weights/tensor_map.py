@@ -35,7 +35,7 @@ def sources(
 ) -> Iterator[tuple[tuple[int, ...], str, tuple[int, ...]]]:
     """Yields (place on the leading axes, source name, source shape) of every layer and expert."""
     rule, shape = rule_of(path, leaves, table, num_layers), leaves[path].shape
-    lead = _lead_axes(rule)
+    lead = lead_axes(rule)
     inner = swap(shape[lead:]) if rule.transpose else shape[lead:]
     if rule.fused:
         inner = (math.prod(rule.fused.view), *inner[1:])
@@ -48,7 +48,7 @@ def swap(axes: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*axes[:-2], axes[-1], axes[-2])
 
 
-def _lead_axes(rule: Rule) -> int:
+def lead_axes(rule: Rule) -> int:
     """Returns how many leading axes of a parameter count layers and experts."""
     return ("{i}" in rule.source) + ("{e}" in rule.source)
 

@@ -34,7 +34,15 @@ from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.devices.strategy import local_layout
 from sama_jax.errors import ModelError
-from sama_jax.weights import loading, model_folder, placing, safetensors, tensor_map
+from sama_jax.weights import (
+    loading,
+    model_folder,
+    orbax_source,
+    placing,
+    safetensors,
+    stored_bytes,
+    tensor_map,
+)
 from sama_jax.weights.hub import resolve
 from sama_jax.weights.source import Source
 
@@ -322,7 +330,6 @@ def test_an_orbax_folder_loads_onto_any_mesh_in_any_dtype(made, tmp_path):
     for dtype in ("float32", "bfloat16"):
         plain = model_folder.open_folder(source, dtype=dtype)
         kept = model_folder.open_folder(tmp_path / "orbax", dtype=dtype)
-        assert kept.identity == plain.identity
         told: list[int] = []
         loaded = load(kept, told)
         assert_same_parameters(loaded, loading.load(plain, ONE_DEVICE))
@@ -340,21 +347,74 @@ def test_buffers_of_an_orbax_folder_keep_their_dtype(made, tmp_path):
     assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"float32", "bfloat16"}
 
 
-def test_identity_changes_with_dtype_and_architecture(made, tmp_path):
+def test_an_orbax_folder_is_known_by_its_own_bytes(made, tmp_path):
     source = made("llada")
-    for dtype in ("keep", "float32", "bfloat16"):
+    for dtype in ("keep", "bfloat16"):
         convert.to_orbax(source, tmp_path / dtype, dtype=dtype, quiet=True)
-    original, keep, same, rounded = (
-        model_folder.open_folder(p).identity
-        for p in (source, *(tmp_path / d for d in ("keep", "float32", "bfloat16")))
-    )
-    assert original == keep == same != rounded
+    shutil.copytree(tmp_path / "keep", tmp_path / "copy")
+    names = {
+        p.name: model_folder.open_folder(p).identity
+        for p in (source, *(tmp_path / d for d in ("keep", "bfloat16", "copy")))
+    }
+    assert names["copy"] == names["keep"]
+    assert len(set(names.values())) == 3
     broken_folders.edit_config(tmp_path / "keep", rope_theta=3.0)
-    assert model_folder.open_folder(tmp_path / "keep").identity != original
+    assert model_folder.open_folder(tmp_path / "keep").identity not in names.values()
+
+
+def record_again(out: Path) -> None:
+    """Makes the record fit whatever lies in `orbax/` now."""
+    files = orbax_source.files_below(out / "orbax")
+    record = json.loads((out / "conversion.json").read_text())
+    record |= {"sizes": {n: f.stat().st_size for n, f in files}}
+    (out / "conversion.json").write_text(
+        json.dumps(record | {"digest": stored_bytes.digest(files)})
+    )
+
+
+def flip(out: Path) -> None:
+    """Flips bytes of the largest file: Orbax loads them without a word."""
+    file = max(orbax_source.files_below(out / "orbax"), key=lambda f: f[1].stat().st_size)[1]
+    content = bytearray(file.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 50)
+    content[middle] = bytes(b ^ 1 for b in content[middle])
+    file.write_bytes(content)
+
+
+def test_flipped_bytes_are_refused_before_they_are_loaded(source, tmp_path):
+    out = tmp_path / "out"
+    convert.to_orbax(source, out, quiet=True)
+    before = model_folder.open_folder(out).identity
+    flip(out)
+    folder = model_folder.open_folder(out)
+    for use in (lambda: folder.identity, lambda: loading.load(folder, ONE_DEVICE)):
+        with pytest.raises(ModelError, match="is damaged: its bytes are not those that"):
+            use()
+    assert run("to-hf", out, tmp_path / "hf") == 4
+    record_again(out)  # whoever does this on purpose has another model
+    assert model_folder.open_folder(out).identity != before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fragment"),
+    [
+        (lambda f: (f / "conversion.json").unlink(), "no conversion.json"),
+        (lambda f: (f / "conversion.json").write_text("{"), "not readable as JSON"),
+        (lambda f: (f / "conversion.json").write_text("[" * 10**5), "nested too deep"),
+        (lambda f: (f / "conversion.json").write_text("{}"), "does not say which bytes"),
+        (lambda f: (f / "orbax" / "more").write_text("x"), "1 files of its Orbax checkpoint"),
+    ],
+)
+def test_an_orbax_folder_without_its_record_is_refused(source, tmp_path, spoil, fragment):
+    out = tmp_path / "out"
+    convert.to_orbax(source, out, quiet=True)
+    spoil(out)
+    with pytest.raises(ModelError, match=fragment):
+        model_folder.open_folder(out)
 
 
 def test_audit_reads_an_orbax_folder(source, tmp_path, capsys):
-    """As target, with the folder it was made from as reference: one set of weights."""
+    """As target, with the folder it was made from as reference."""
     texts = tiny.write_texts(tmp_path / "texts.jsonl", tiny.texts(4, (8, 20)))
     convert.to_orbax(source, tmp_path / "orbax", quiet=True)
     flags = ["--target", tmp_path / "orbax", "--reference", source, "--data", texts]
@@ -530,7 +590,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         shard_left_out,
         ["tensors do not fit", "does not list model-", "missing    transformer.ln_f.weight"],
     ),
-    "an empty Orbax folder": (lambda f: (f / "orbax").mkdir(), ["not a complete Orbax"]),
+    "an empty Orbax folder": (lambda f: (f / "orbax").mkdir(), ["no conversion.json"]),
 }
 
 
@@ -586,7 +646,7 @@ def test_a_checkpoint_that_orbax_cannot_read_is_one_line(source, tmp_path):
     out = tmp_path / "out"
     convert.to_orbax(source, out, quiet=True)
     (out / "orbax" / "state" / "manifest.ocdbt").unlink()
-    broken_folders.drop(out / "conversion.json")  # without the sizes
+    record_again(out)
     command = [sys.executable, "-m", "checkpoints_convert", "inspect", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 4

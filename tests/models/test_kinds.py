@@ -25,7 +25,7 @@ from sama_jax.programs import demo, experiment, finetune
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, step
 from sama_jax.training.sequences import pad
-from sama_jax.weights import loading, mask_token, model_folder
+from sama_jax.weights import loading, model_folder, special_tokens
 
 VOCAB = 300
 CONFIGS = {
@@ -157,7 +157,7 @@ def test_the_tokenizer_beside_a_model_names_its_tokens(box):
         assert (written.mask_token_id, written.pad_token_id) == (VOCAB - 1, VOCAB - 2)
         tokens, valid = batch(box, name)
         assert written(TEXTS[0])["input_ids"] == tokens[0][valid[0]].tolist()
-    assert mask_token.tokenizer_mask(box / "bert") == VOCAB - 1
+    assert special_tokens.tokenizer_mask(box / "bert") == VOCAB - 1
     config = json.loads((box / "llama" / "config.json").read_text())
     assert "mask_token_id" not in config
     assert {config[f"{n}_token_id"] for n in ("bos", "eos", "pad")} == {VOCAB - 2}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -427,10 +428,13 @@ def test_target_and_reference_share_the_very_arrays(tmp_path):
 
 
 def test_only_equal_weights_in_equal_dtypes_are_shared(saved, tmp_path):
+    """The same files are, wherever they are named; a copy is not, since nothing compares it."""
+    shutil.copytree(saved.base, tmp_path / "links", copy_function=os.link)
     shutil.copytree(saved.base, tmp_path / "copy")
     oracle.random_folder(tmp_path / "other", small(), seed=9)
     folders = [
         model_folder.open_folder(saved.base, adapter=saved.adapter),
+        model_folder.open_folder(tmp_path / "links"),
         model_folder.open_folder(tmp_path / "copy"),
         model_folder.open_folder(tmp_path / "other"),
         model_folder.open_folder(saved.base, dtype="bfloat16"),
@@ -438,7 +442,7 @@ def test_only_equal_weights_in_equal_dtypes_are_shared(saved, tmp_path):
     ]
     first, *others = loading.load_together(folders, ONE_DEVICE)
     shared = [p["final_norm"]["scale"] is first["final_norm"]["scale"] for p in others]
-    assert shared == [True, False, False, False]
+    assert shared == [True, False, False, False, False]
 
 
 def test_layers_without_an_adapter_and_smaller_ranks_are_zeros(tmp_path):
@@ -517,7 +521,9 @@ def test_identity_covers_the_adapters_bytes_and_scales_and_nothing_else(made):
     first = identity(made)
     found = {plain.identity, first, identity(made, merge=True)}
     assert len(found) == 3
-    assert model_folder.open_folder(made.base, adapter=made.adapter).base_identity == plain.identity
+    adapted = model_folder.open_folder(made.base, adapter=made.adapter)
+    merged = model_folder.open_folder(made.base, adapter=made.adapter, merge=True)
+    assert adapted.base_identity == plain.base_identity != merged.base_identity
     edit(made.adapter, inference_mode=False, lora_dropout=0.5, base_model_name_or_path="x/y")
     assert identity(made) == first
     # The ends of names, but no whole parts of them.

@@ -140,7 +140,7 @@ _BLOCK = {
 
 def _plain_blocks(name: str, block_group_size: int) -> str:
     """Turns block groups (`transformer.block_groups.{g}.{j}.`) into plain blocks."""
-    if match := re.match(r"^transformer\.block_groups\.(\d+)\.(\d+)\.(.+)$", name):
+    if match := re.match(r"^transformer\.block_groups\.(\d{1,9})\.(\d{1,9})\.(.+)$", name):
         group, within, rest = int(match[1]), int(match[2]), match[3]
         return f"transformer.blocks.{group * block_group_size + within}.{rest}"
     return name

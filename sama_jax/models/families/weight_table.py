@@ -81,10 +81,12 @@ def plain_rule(
     return rule
 
 
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|model\.)+")
+_WRAPPERS = re.compile(
+    r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|_forward_module\.|model\.)+"
+)
 _INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def clean_name(name: str) -> str:
-    """Removes what DataParallel, torch.compile, FSDP, Opacus and the Hub class put into names."""
+    """Removes what DataParallel, torch.compile, FSDP, Opacus, DeepSpeed and the Hub class add."""
     return _INFIXES.sub("", _WRAPPERS.sub("", name))

@@ -1,0 +1,96 @@
+"""Finds a model's mask and padding tokens in its config and in its tokenizer's files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sama_jax.errors import ModelError
+from sama_jax.models.registry import FamilyConfig
+from sama_jax.texts.tokenizer import TextTokenizer
+from sama_jax.untrusted import printable
+from sama_jax.weights.folder_files import CONFIG, object_if_there
+
+MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>")
+"""Mask tokens of published models whose tokenizers do not call them `mask_token`."""
+
+
+def known_mask(path: Path, family: FamilyConfig) -> Any:
+    """Returns the mask id of the config, else of the tokenizer.
+
+    Raises `ModelError` if they disagree.
+    """
+    told = None if family.kind == "autoregressive" else tokenizer_mask(path)
+    if family.mask_id is None or told in (None, family.mask_id):
+        return told if family.mask_id is None else family.mask_id
+    raise ModelError(
+        f"{path}: the mask token id is {printable(repr(family.mask_id))} by {CONFIG} (or its "
+        f"class's default), but {told} by the tokenizer's files; say with --mask-id which one is "
+        "right"
+    )
+
+
+def tokenizer_mask(path: Path) -> int | None:
+    """Returns the id of the mask token by the tokenizer's JSON files; None if they name none.
+
+    It is what they call `mask_token`; else, since many leave that out, an added token of a usual
+    name.
+    """
+    added = _added_tokens(path)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = object_if_there(path / file).get("mask_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        if isinstance(name, str):
+            if name in added:
+                return added[name]
+            try:
+                return TextTokenizer.from_folder(path, None).token_id(name)
+            except ModelError:  # whoever needs the tokenizer itself will say so
+                return None
+    found = {name: added[name] for name in MASK_NAMES if name in added}
+    if len(set(found.values())) > 1:
+        raise ModelError(f"{path}: the tokenizer has several mask tokens: {found}; give --mask-id")
+    return next(iter(found.values()), None)
+
+
+def _added_tokens(path: Path) -> dict[str, int]:
+    """Returns the ids of tokens added to the tokenizer's vocabulary, by any of its files."""
+    decoder = object_if_there(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed = object_if_there(path / "tokenizer.json").get("added_tokens") or []
+    try:
+        found = {
+            **object_if_there(path / "added_tokens.json"),
+            **{token["content"]: int(i) for i, token in decoder.items()},
+            **{token["content"]: token["id"] for token in listed},
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path}: cannot read the tokenizer's added tokens ({printable(repr(error))})"
+        ) from None
+    wrong = [name for name, i in found.items() if type(i) is not int or not isinstance(name, str)]
+    if wrong:
+        raise ModelError(
+            f"{path}: the tokenizer's added token {printable(str(wrong[0]))!r} has the id "
+            f"{printable(repr(found[wrong[0]]))}; expected an integer"
+        )
+    return found
+
+
+def padding_token(config: Mapping[str, Any], rows: int, where: str) -> int | None:
+    """Returns the id that visible padding consists of; None if the config names none.
+
+    It is `pad_token_id`, else `eos_token_id`, the first where that is a list; null counts as
+    absent. Raises `ModelError` unless it is one of the embedding's `rows`.
+    """
+    for name in ("pad_token_id", "eos_token_id"):
+        value = config.get(name)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is None:
+            continue
+        if type(value) is not int or not 0 <= value < rows:
+            raise ModelError(
+                f"{where}: {name} is {printable(repr(value))}, but the embedding has {rows} rows; "
+                "correct it, or remove it from the config"
+            )
+        return value
+    return None
