@@ -13,7 +13,7 @@ import numpy as np
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
-from sama_jax.weights import orbax
+from sama_jax.weights import orbax, stored_bytes
 from sama_jax.weights.checks import listing
 from sama_jax.weights.folder_files import PARAMS, RECORD, read_object
 from sama_jax.weights.source import Source, SourceTensor
@@ -104,7 +104,7 @@ class OrbaxSource(Source):
     @functools.cached_property
     def digest(self) -> str:
         """The SHA-256 of all stored bytes. Raises `ModelError` if it is not the recorded one."""
-        found = super().digest
+        found = stored_bytes.digest(self.files)
         if found != self._stored.digest:
             raise ModelError(
                 f"{self.folder}: is damaged: its bytes are not those that {RECORD} records; "
