@@ -15,7 +15,7 @@ from checkpoints_convert import convert
 from fuzz import seeds
 from fuzz.reader import MAX_LENGTH, Reader, audit, write
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.weights import mask_token, model_folder, safetensors
+from sama_jax.weights import model_folder, safetensors, special_tokens
 
 
 def _families(root: Path) -> None:
@@ -149,7 +149,7 @@ SAMPLES = ["", "karo mite sun", "zz[MASK] é ﬁ 𝔘 \ud800", "a" * 300, "\0\x1
 def _tokenize(root: Path) -> None:
     """Ids have rows, and equal texts equal ids."""
     made = TextTokenizer.from_folder(root, tiny.VOCAB)
-    mask_token.tokenizer_mask(root)
+    special_tokens.tokenizer_mask(root)
     first, again = (made.encode(SAMPLES, MAX_LENGTH) for _ in range(2))
     for a, b in zip(first, again):
         assert np.array_equal(a.ids, b.ids), "ids differ from call to call"
