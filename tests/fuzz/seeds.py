@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dream": {**DECODER, "model_type": "Dream", "architectures": ["DreamModel"]},
     "illada": {**DECODER, "model_type": "illada", "architectures": ["ILLaDAForCausalLM"]},
     "a2d_qwen3": {**DECODER, "model_type": "a2d-qwen3", "attention_bias": True},
-    "qwen2": {**DECODER, "model_type": "qwen2", "rope_parameters": {"rope_theta": 1e6}},
+    "qwen2": {**DECODER, "model_type": "qwen2", "rope_parameters": {"rope_theta": 1e4}},
     "llama": {**DECODER, "model_type": "llama", "rope_parameters": LLAMA3},
     "smdm": {
         "model_type": "smdm",
