@@ -93,6 +93,9 @@ def fill_store(
       UsageError: the processes of the run cannot do it together.
       ModelError: a model is read at the wrong position.
     """
+    if readings.store.damaged_bytes:
+        damaged = f"{readings.store.damaged_bytes:,} bytes of the loss store are damaged"
+        say.print(f"note: {damaged}; what is missing is computed anew")
     run = _Run(setup, folder, ids, Programs(setup.layout), Costs())
     _agree(setup, readings)
     readings = make_ready_views(setup, readings)

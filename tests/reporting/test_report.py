@@ -166,3 +166,13 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
         report.write_report(folder)
     assert (folder / "report.md").read_text() == old
     assert not list(folder.rglob("*.part"))
+
+
+def test_control_characters_in_a_manifest_reach_no_terminal(tmp_path):
+    make_folder(tmp_path, make_rows(n=2))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    changes = {"notes": ["\x1b[31mred \x07"], "command": "sama-jax \x1b]0;title\x07", "seed": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | changes))
+    text = report.write_report(tmp_path).read_text()
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "\\x1b" in text
