@@ -12,11 +12,22 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from sama_jax.errors import UsageError, nearest
+from sama_jax.untrusted import printable
 
 Schedule = Literal["paper", "code_linear", "geometric"]
 Nesting = Literal["nested", "fresh"]
@@ -42,38 +53,76 @@ class Flag(NamedTuple):
     """The flag itself, such as `--lr`. None: the field's name with dashes."""
 
 
+class Between(NamedTuple):
+    """Smallest and largest value of a number, in its annotation; both may be taken."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Between(1, 65535)]
+"""A number of things of one text, which has at most 65,535 tokens."""
+Weight = Annotated[float, Between(-1e6, 1e6)]
+"""A factor of losses and the like, which are single-precision numbers."""
+Seed = Annotated[int, Between(0, 2**32 - 1), Flag("of masks and subsets")]
+Length = Annotated[int, Between(1, 65535), Flag("tokens that a text is cut at", "TOKENS")]
+Share = Annotated[float, Between(0, 1)]
+"""A part of something."""
+CountOrNone = Annotated[int, Between(0, 65535)]
+"""The same; 0 leaves it to another setting."""
+PLAN_NUMBERS = 2**24
+"""Most positions in the subsets of one text: the plans of 8 texts then take 512 MiB."""
+LOSS_NUMBERS = 2**25
+"""Most losses of one text under one attack: those of 8 texts then take 1 GiB."""
+
+
 def _check(settings: Any) -> None:
-    """Raises `UsageError` unless every field holds a finite value of its declared type."""
-    for name, hint in get_type_hints(type(settings)).items():
+    """Raises `UsageError` unless every field holds a value of its declared type and range."""
+    for name, annotated in get_type_hints(type(settings), include_extras=True).items():
+        hint, *said = get_args(annotated) if get_origin(annotated) is Annotated else [annotated]
         value, words = getattr(settings, name), get_args(hint)
         if words and value not in words:
-            raise UsageError(f"setting {name} is {value!r}{nearest(str(value), words)}")
+            raise UsageError(f"setting {name} is {_shown(value)}{_nearest(value, words)}")
+        if hint is str and not isinstance(value, str):
+            raise UsageError(f"setting {name} must be a word, got {_shown(value)}")
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if hint is int and not is_whole:
-            raise UsageError(f"setting {name} must be a whole number, got {value!r}")
+            raise UsageError(f"setting {name} must be a whole number, got {_shown(value)}")
         if hint is float and not (is_whole or (isinstance(value, float) and math.isfinite(value))):
-            raise UsageError(f"setting {name} must be a finite number, got {value!r}")
+            raise UsageError(f"setting {name} must be a finite number, got {_shown(value)}")
         if hint is bool and not isinstance(value, bool):
-            raise UsageError(f"setting {name} must be true or false, got {value!r}")
+            raise UsageError(f"setting {name} must be true or false, got {_shown(value)}")
+        for limit in said:
+            if isinstance(limit, Between) and not limit.low <= value <= limit.high:
+                raise UsageError(
+                    f"setting {name} must lie in {limit.low}..{limit.high}, got {_shown(value)}"
+                )
 
 
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed must lie in 0..2^32-1, got {seed}")
+def _nearest(value: Any, words: Iterable[str]) -> str:
+    return nearest(value[:60] if isinstance(value, str) else "", words)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value for a message: cut, and nothing of what it may contain."""
+    plain = value is None or isinstance(value, (bool, float, str, int))
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a number of more than 60 digits"
+    return printable(repr(value)) if plain else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamaSettings:
     """Sets SAMA's probes and votes. Each switch of the published code and the paper is a field."""
 
-    steps: int = 16
+    steps: Count = 16
     """T, mask densities a text is probed at (per repeat)."""
-    subsets: int = 128
+    subsets: Count = 128
     """N, random subsets that vote in each step."""
-    subset_size: int = 10
+    subset_size: Count = 10
     """m, tokens in a subset; a step with fewer masked tokens votes with all of them."""
-    min_density: float = 0.05
-    max_density: float = 0.50
+    min_density: Share = 0.05
+    max_density: Share = 0.50
     schedule: Schedule = "paper"
     """`paper`: (t-1)/(T-1), ends included; `code_linear`: t/(T+1), ends excluded; `geometric`."""
     nesting: Nesting = "nested"
@@ -86,7 +135,7 @@ class SamaSettings:
     """`per_text`: a step that masks nothing new is not recorded. (The published code decides this
     by batch, which makes a score depend on its batch mates: only a replayed plan can do that.)"""
     ties: Ties = "zero"
-    repeats: int = 1
+    repeats: Count = 1
     exclude_special: bool = False
     """Never masks tokens that the tokenizer added (begin, end)."""
     exclude_position0_when_shifted: bool = False
@@ -94,8 +143,12 @@ class SamaSettings:
 
     def __post_init__(self):
         _check(self)
-        if self.steps < 1 or self.subsets < 1 or self.subset_size < 1 or self.repeats < 1:
-            raise UsageError("steps, subsets, subset_size and repeats must be at least 1")
+        numbers = self.passes * self.subsets * self.subset_size
+        if numbers > PLAN_NUMBERS:
+            raise UsageError(
+                f"steps times repeats times subsets times subset_size is {numbers:,}, expected at "
+                f"most {PLAN_NUMBERS:,}"
+            )
         if not 0 < self.min_density <= self.max_density <= 1:
             raise UsageError(
                 "expected 0 < min_density <= max_density <= 1, got "
@@ -136,18 +189,16 @@ PRESETS: dict[str, SamaSettings] = {
 class LikelihoodSettings:
     """Sets the Monte-Carlo likelihood bound that Loss, ZLIB and Ratio read."""
 
-    passes: int = 0
+    passes: CountOrNone = 0
     """Forward passes a text; 0 takes the run's budget."""
     estimator: Estimator = "exact"
     """`exact`: k of L tokens masked, k spread evenly over 1..L, weight L/k (LLaDA's evaluation);
     `bernoulli`: each token with probability p, weight 1/p (published code)."""
-    eps: float = 1e-3
+    eps: Share = 1e-3
     """Smallest Bernoulli probability."""
 
     def __post_init__(self):
         _check(self)
-        if self.passes < 0:
-            raise UsageError(f"likelihood.passes must be 0 or more, got {self.passes}")
         if not 0 < self.eps < 1:
             raise UsageError(f"likelihood.eps must lie between 0 and 1, got {self.eps}")
 
@@ -156,66 +207,60 @@ class LikelihoodSettings:
 class TailSettings:
     """Sets Min-K%, Min-K%++ and the other means over the lowest values of a text."""
 
-    fraction: float = 0.2
+    fraction: Share = 0.2
     """Share of a text's tokens that count, the lowest ones; at least one token."""
-    parts: int = 4
+    parts: Count = 4
     """Disjoint masks that together cover a text once: each masks one part in `parts`."""
 
     def __post_init__(self):
         _check(self)
-        if not 0 < self.fraction <= 1:
-            raise UsageError(f"tail.fraction must lie in 0..1, got {self.fraction}")
-        if self.parts < 1:
-            raise UsageError(f"tail.parts must be at least 1, got {self.parts}")
+        if self.fraction == 0:
+            raise UsageError("expected tail.fraction > 0, got 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixSettings:
     """Sets ReCaLL and CON-ReCall, which put other texts, visible, before the scored one."""
 
-    shots: int = 7
+    shots: Count = 7
     """Texts of each class that make a prefix."""
-    tokens: int = 256
+    tokens: Count = 256
     """Longest prefix; what is too much is cut off at its beginning."""
-    gamma: float = 1.0
+    gamma: Weight = 1.0
     """Weight of the member prefix in CON-ReCall."""
 
     def __post_init__(self):
         _check(self)
-        if self.shots < 1 or self.tokens < 1:
-            raise UsageError("prefix.shots and prefix.tokens must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComplementSettings:
     """Sets `complement`: disjoint masks cover a text once; the lowest differences count."""
 
-    parts: int = 0
+    parts: CountOrNone = 0
     """Masks; 0 takes the run's budget of passes."""
-    fraction: float = 0.2
+    fraction: Share = 0.2
     """Share of the tokens, those with the lowest differences, that the score averages."""
 
     def __post_init__(self):
         _check(self)
-        if self.parts < 0 or not 0 < self.fraction <= 1:
-            raise UsageError("expected complement.parts >= 0 and 0 < complement.fraction <= 1")
+        if self.fraction == 0:
+            raise UsageError("expected complement.fraction > 0, got 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItsSettings:
     """Sets ITS, which masks tokens that attend little to each other (`Chrisqcwx/DLLM-MIA`)."""
 
-    attention: float = 1.0
+    attention: Weight = 1.0
     """a, weight of the attention between tokens."""
-    balance: float = 0.1
+    balance: Weight = 0.1
     """lambda, weight of how often a token was masked already."""
-    least: int = 3
+    least: Count = 3
     """A token is drawn among this many of the lowest weights."""
 
     def __post_init__(self):
         _check(self)
-        if self.least < 1:
-            raise UsageError(f"its.least must be at least 1, got {self.least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,26 +275,30 @@ class AuditSettings:
     prefix: PrefixSettings = field(default_factory=PrefixSettings)
     complement: ComplementSettings = field(default_factory=ComplementSettings)
     its: ItsSettings = field(default_factory=ItsSettings)
-    passes: Annotated[int, Flag("forward passes of every attack", "Q")] = 0
+    passes: Annotated[int, Between(0, 65535), Flag("forward passes of every attack", "Q")] = 0
     """Passes that each attack other than SAMA may spend on a text. 0: as many as SAMA."""
-    max_length: Annotated[int, Flag("tokens that a text is cut at", "TOKENS")] = 512
-    seed: Annotated[int, Flag("of masks and subsets")] = 42
+    max_length: Length = 512
+    seed: Seed = 42
     dtype: Annotated[Dtype, Flag("auto: float32 on CPUs, else as stored")] = "auto"
     attention: Attention = "auto"
     """`auto`: cuDNN's on one NVIDIA GPU in bfloat16 (`model_folder.with_attention`), else `xla`,
     what XLA makes of it."""
     padding: Annotated[Padding, Flag("visible: for set-ups that attend to it")] = "hidden"
-    pad_to: Annotated[int, Flag("length of visible padding; 0: max_length", "TOKENS")] = 0
+    pad_to: Annotated[
+        int, Between(0, 65535), Flag("length of visible padding; 0: max_length", "TOKENS")
+    ] = 0
 
     def __post_init__(self):
         if self.sama is _OF_PRESET:
             object.__setattr__(self, "sama", preset(self.preset))
         _check(self)
-        if not 1 <= self.max_length <= 65535:
-            raise UsageError(f"max_length must lie in 1..65535, got {self.max_length}")
-        if self.passes < 0:
-            raise UsageError(f"passes must be 0 or more, got {self.passes}")
-        _check_seed(self.seed)
+        parts = self.complement.parts, self.tail.parts
+        most = max(self.sama.passes, self.budget, self.likelihood_passes, *parts)
+        if most * self.max_length > LOSS_NUMBERS:
+            raise UsageError(
+                f"{most} passes over {self.max_length} tokens are more than {LOSS_NUMBERS:,} "
+                "losses of a text: lower the passes of an attack, or max_length"
+            )
         if self.pad_to and self.padding == "hidden":
             raise UsageError("pad_to has no effect while padding is hidden; add --padding visible")
         if self.pad_to and self.pad_to < self.max_length:
@@ -303,14 +352,18 @@ class AuditSettings:
 class TrainSettings:
     """Sets masked-diffusion training (LLaDA, `GUIDELINES.md`): loss, optimiser, schedule."""
 
-    epochs: Annotated[float, Flag("passes over the texts")] = 4.0
-    batch_size: Annotated[int, Flag("sequences in a step", "ROWS")] = 16
-    learning_rate: Annotated[float, Flag("peak learning rate", "RATE", "--lr")] = 5e-5
-    weight_decay: float = 0.1
-    warmup_steps: int = -1
+    epochs: Annotated[float, Between(0, 1e6), Flag("passes over the texts")] = 4.0
+    batch_size: Annotated[int, Between(1, 65535), Flag("sequences in a step", "ROWS")] = 16
+    learning_rate: Annotated[
+        float, Between(0, 1000), Flag("peak learning rate", "RATE", "--lr")
+    ] = 5e-5
+    weight_decay: Annotated[float, Between(0, 1000)] = 0.1
+    warmup_steps: Annotated[int, Between(-1, 10**9)] = -1
     """-1: a tenth of all steps, at most 500."""
-    grad_clip: float = 1.0
-    max_length: Annotated[int, Flag("tokens that a text is cut at", "TOKENS")] = 512
+    grad_clip: Annotated[float, Between(0, 1e9)] = 1.0
+    max_length: Annotated[
+        int, Between(2, 65535), Flag("tokens that a text is cut at", "TOKENS")
+    ] = 512
     dtype: Annotated[
         Literal["float32", "bfloat16"],
         Flag("of activations; parameters and optimiser state are float32"),
@@ -319,26 +372,18 @@ class TrainSettings:
     """Pads to `max_length`; padding is seen, masked and learned."""
     windows: bool = False
     """Cuts long texts into consecutive windows instead of truncating them."""
-    eps: float = 1e-3
-    seed: Annotated[int, Flag("of parameters, order and masks")] = 42
-    checkpoint_every: int = 200
+    eps: Share = 1e-3
+    seed: Annotated[int, Between(0, 2**32 - 1), Flag("of parameters, order and masks")] = 42
+    checkpoint_every: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between checkpoints."""
 
     def __post_init__(self):
         _check(self)
-        _check_seed(self.seed)
-        for name in ("epochs", "batch_size", "learning_rate", "grad_clip", "checkpoint_every"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.weight_decay < 0 or self.warmup_steps < -1:
-            raise UsageError(
-                "expected weight_decay >= 0 and warmup_steps >= -1, got "
-                f"{self.weight_decay} and {self.warmup_steps}"
-            )
+        for name in ("epochs", "learning_rate", "grad_clip"):
+            if getattr(self, name) == 0:
+                raise UsageError(f"{name} must be positive, got 0")
         if not 0 < self.eps < 1:
             raise UsageError(f"eps must lie between 0 and 1, got {self.eps}")
-        if not 2 <= self.max_length <= 65535:
-            raise UsageError(f"max_length must lie in 2..65535, got {self.max_length}")
 
     @classmethod
     def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> "TrainSettings":
@@ -348,8 +393,8 @@ class TrainSettings:
 
 def preset(name: str) -> SamaSettings:
     """Returns the SAMA settings of a named preset. Raises `UsageError`."""
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset '{name}'{nearest(name, PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UsageError(f"unknown preset {_shown(name)}{_nearest(name, PRESETS)}")
     return PRESETS[name]
 
 
@@ -357,8 +402,8 @@ def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
     """Returns `--passes Q` as overrides: the budget of every attack, SAMA's steps included."""
     if passes is None:
         return []
-    if passes < 1:
-        raise UsageError("--passes must be at least 1")
+    if type(passes) is not int or passes < 1:
+        raise UsageError(f"--passes must be at least 1, got {_shown(passes)}")
     if passes % sama.repeats:
         raise UsageError(
             f"--passes {passes}: the preset repeats its steps {sama.repeats} times; give a "

@@ -18,6 +18,9 @@ from sama_jax.errors import UsageError
 STANDARD = "sama,loss,loss:sum,zlib,ratio"
 """The attacks of an audit unless told otherwise: three plans' worth of passes."""
 
+MOST = 10**7
+"""Of texts, rows or rounds: no run has more."""
+
 Flags = argparse._ActionsContainer
 """Where flags are added: a parser or a group of one."""
 
@@ -68,7 +71,8 @@ def _hint(field: Field[Any]) -> tuple[Any, Flag]:
     """Returns a field's type, without None, and what is said about its flag."""
     hint, flag = field.type, Flag()
     if get_origin(hint) is Annotated:
-        hint, flag = get_args(hint)
+        hint, *said = get_args(hint)
+        flag = next((part for part in said if isinstance(part, Flag)), flag)
     if isinstance(hint, UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     return hint, flag
@@ -85,10 +89,12 @@ def settings_of(args: argparse.Namespace, kind: type[Made], **more: Any) -> Made
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raises `UsageError` if a number that was given is 0 or less."""
+    """Raises `UsageError` if a number that was given is 0 or less, or no number of anything."""
     for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= MOST:
+            least = "at least 1" if value < 1 else f"at most {MOST:,}"
+            raise UsageError(f"--{name.replace('_', '-')} must be {least}, got {value}")
 
 
 # --- flags of several commands --------------------------------------------------------------------

@@ -29,7 +29,7 @@ USAGE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "number is a word": ({"set": "sama.steps=x"}, ["sama.steps", "int", "'x'"]),
     "word is unknown": ({"set": "sama.nesting=nestd"}, ["nesting", "did you mean 'nested'?"]),
     "flag is a word": ({"set": "sama.exclude_special=maybe"}, ["true or false", "'maybe'"]),
-    "steps 0": ({"set": "sama.steps=0"}, ["steps", "at least 1"]),
+    "steps 0": ({"set": "sama.steps=0"}, ["steps must lie in 1..65535, got 0"]),
     "density": ({"set": "sama.min_density=0.9"}, ["min_density", "0.9"]),
     "density nan": ({"set": "sama.max_density=nan"}, ["max_density", "nan"]),
     "preset by --set": ({"set": "preset=paper"}, ["preset", "--preset"]),
@@ -61,14 +61,14 @@ def test_flags_and_settings(case: str, box: Box, capsys):
 
 
 TRAINING: dict[str, tuple[list[str], list[str]]] = {
-    "epochs nan": (["--epochs", "nan"], ["epochs", "finite", "nan"]),
+    "epochs nan": (["--epochs", "nan"], ["epochs", "number", "nan"]),
     "epochs 0": (["--epochs", "0"], ["epochs must be positive"]),
-    "rate": (["--lr", "inf"], ["learning_rate", "finite"]),
-    "batch size": (["--batch-size", "0"], ["batch_size must be positive"]),
+    "rate": (["--lr", "inf"], ["--lr", "number", "inf"]),
+    "batch size": (["--batch-size", "0"], ["batch_size must lie in 1..65535"]),
     "seed": (["--seed", "-1"], ["seed", "-1"]),
     "never a checkpoint": (["--set", "checkpoint_every=0"], ["checkpoint_every", "0"]),
-    "clip": (["--set", "grad_clip=-1"], ["grad_clip must be positive"]),
-    "decay": (["--set", "weight_decay=-0.1"], ["weight_decay >= 0", "-0.1"]),
+    "clip": (["--set", "grad_clip=-1"], ["grad_clip must lie in 0.."]),
+    "decay": (["--set", "weight_decay=-0.1"], ["weight_decay must lie in 0..1000", "-0.1"]),
     "eps": (["--set", "eps=1"], ["eps must lie between 0 and 1"]),
 }
 

@@ -9,8 +9,12 @@ import pytest
 from sama_jax.config import (
     PRESETS,
     AuditSettings,
+    ComplementSettings,
+    ItsSettings,
+    LikelihoodSettings,
     PrefixSettings,
     SamaSettings,
+    TailSettings,
     TrainSettings,
     from_dict,
     override,
@@ -69,6 +73,52 @@ def test_training_settings_take_fields_then_overrides():
     made = TrainSettings.of(overrides=["epochs=2", "eps=0.1"], epochs=1.0, windows=True)
     assert (made.epochs, made.eps, made.windows) == (2.0, 0.1, True)
     assert override(made, []) == made
+
+
+NUMBERS = [
+    (kind, name)
+    for kind in (
+        AuditSettings,
+        ComplementSettings,
+        ItsSettings,
+        LikelihoodSettings,
+        PrefixSettings,
+        SamaSettings,
+        TailSettings,
+        TrainSettings,
+    )
+    for name, hint in get_type_hints(kind).items()
+    if hint in (int, float)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_every_number_has_a_smallest_and_a_largest_value(kind, name):
+    for value in (-(10**12), 10**12, 10**400, math.nan, math.inf, None, "3", [3], True):
+        with pytest.raises(UsageError, match=f"setting {name} must") as caught:
+            kind(**{name: value})
+        assert len(str(caught.value)) < 200
+
+
+def test_sizes_that_are_too_large_together_are_refused():
+    SamaSettings(steps=16, subsets=1024, subset_size=1024)
+    with pytest.raises(UsageError, match="is 16,793,600, expected at most 16,777,216"):
+        SamaSettings(steps=16, subsets=1025, subset_size=1024)
+    AuditSettings.of(passes=512, max_length=65535)
+    for fields in ({"passes": 1024}, {"overrides": ["likelihood.passes=1024"]}):
+        with pytest.raises(UsageError, match="1024 passes over 65535 tokens"):
+            AuditSettings.of(max_length=65535, **fields)
+
+
+@pytest.mark.parametrize("value", [["x"] * 10**6, {"a": 1}, "x" * 10**6, None, 3])
+def test_a_word_of_another_kind_is_told_briefly(value):
+    for make in (SamaSettings, AuditSettings):
+        name = "nesting" if make is SamaSettings else "dtype"
+        with pytest.raises(UsageError, match=f"setting {name} is ") as caught:
+            make(**{name: value})
+        assert len(str(caught.value)) < 200
+    with pytest.raises(UsageError, match="unknown preset"):
+        AuditSettings(preset=value)
 
 
 def test_a_hash_sees_every_field():
