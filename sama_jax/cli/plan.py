@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plans and prints."""
-    flags.at_least_one(args, "texts", "max_length")
+    flags.at_least_one(args, "texts", "max_length", "rows")
     if not 0 < args.utilisation <= 1:
         raise UsageError(f"--utilisation must lie between 0 and 1, got {args.utilisation}")
     settings = flags.settings_of(args, AuditSettings)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 from sama_jax import terminal
 from sama_jax.devices import processes
+from sama_jax.devices.child_process import failed_allocation
 from sama_jax.errors import (
     EXIT_CODES,
     Interrupted,
@@ -156,17 +156,6 @@ def _shortage(args: argparse.Namespace) -> Iterator[None]:
         if reason is None:
             raise
         raise OutOfMemory(f"out of memory ({reason}); {_smaller(args)}") from error
-
-
-def failed_allocation(error: Exception) -> str | None:
-    """Returns what an allocation that failed says, in one line; None for any other error.
-
-    JAX's own class is not imported here. Where XLA tries kernels out, its first line is another.
-    """
-    if isinstance(error, MemoryError):
-        return str(error) or "MemoryError"
-    found = re.search(r"RESOURCE_EXHAUSTED[^\n]*", str(error))
-    return found and found[0]
 
 
 def _smaller(args: argparse.Namespace) -> str:

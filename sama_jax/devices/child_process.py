@@ -8,15 +8,17 @@ process of this package is started. Standard library only.
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from sama_jax import isolation
+from sama_jax import isolation, terminal
 from sama_jax.errors import OutOfMemory, SamaError
 
 Process = subprocess.Popen[Any]
@@ -107,9 +109,12 @@ class Child:
         if not line:
             raise self._end()
         answer = json.loads(line)
+        if "fault" in answer:
+            raise Crashed(f"the {self.name} process has met {answer['fault']}")
         if "error" in answer:
             kinds = {kind.__name__: kind for kind in SamaError.__subclasses__()}
-            raise kinds[answer["error"]](answer["message"])
+            advice = f"; {self._advice}" if answer["error"] == OutOfMemory.__name__ else ""
+            raise kinds[answer["error"]](answer["message"] + (advice if self._advice else ""))
         return answer["answer"]
 
     def _end(self) -> SamaError:
@@ -146,6 +151,17 @@ def _ticking(tick: Callable[[float], None] | None) -> Iterator[None]:
         thread.join()
 
 
+def failed_allocation(error: Exception) -> str | None:
+    """Returns what an allocation that failed says, in one line; None for any other error.
+
+    JAX's own class is not imported here. Where XLA tries kernels out, its first line is another.
+    """
+    if isinstance(error, MemoryError):
+        return str(error) or "MemoryError"
+    found = re.search(r"RESOURCE_EXHAUSTED[^\n]*", str(error))
+    return found and found[0]
+
+
 def serve(answer: Callable[[Any], Any]) -> None:
     """Answers the questions of a `Child` until it asks no more; the child's `main` calls this.
 
@@ -158,4 +174,12 @@ def serve(answer: Callable[[Any], Any]) -> None:
             found = {"answer": answer(json.loads(line))}
         except SamaError as error:
             found = {"error": type(error).__name__, "message": str(error)}
+        except Exception as error:
+            reason = failed_allocation(error)
+            if terminal.wants_traceback():
+                traceback.print_exc()
+            if reason is not None:
+                found = {"error": OutOfMemory.__name__, "message": f"out of memory ({reason})"}
+            else:
+                found = {"fault": terminal.fault_line(error)}
         print(json.dumps(found), file=answers, flush=True)

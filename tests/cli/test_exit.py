@@ -120,6 +120,11 @@ def test_numbers_that_are_none(flag, value, box: Box, capsys):
     assert_one_line(run(capsys, [*box.command(), flag, value, *more]), 2, value[:9])
 
 
+def test_a_batch_that_no_memory_holds(box: Box, capsys):
+    said = run(capsys, box.command(batch_size=10**20))
+    assert_one_line(said, 2, "--batch-size must be at most 10,000,000")
+
+
 @pytest.mark.parametrize("name", ["cpu:²", "cpu:" + "9" * 5000, "v5e:4x" + "9" * 5000, "v5e:٤x4"])
 def test_topologies_that_are_none(name, box: Box, capsys):
     command = ["plan", "--model", str(box.target), "--topology", name]

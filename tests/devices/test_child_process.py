@@ -19,6 +19,10 @@ def answer(question):
     os.write(1, b"noise of a library\\n")
     if question == "fail":
         raise DataError("line 3: expected a text")
+    if question == "bug":
+        raise KeyError("a private text")
+    if question == "memory":
+        raise MemoryError("too much")
     if question == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if question == "crash":
@@ -63,6 +67,20 @@ def test_a_killed_child_is_a_lack_of_memory(body):
         pytest.raises(OutOfMemory, match=r"the test process was killed .* memory; give less"),
     ):
         one.ask("kill")
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_the_child_goes_on(body, capfd):
+    with Child("test", body, advice="give less") as one:
+        with pytest.raises(
+            Crashed, match=r"the test process has met a fault .* KeyError in"
+        ) as bug:
+            one.ask("bug")
+        with pytest.raises(OutOfMemory, match=r"out of memory \(too much\); give less"):
+            one.ask("memory")
+        assert one.ask("again")["asked"] == "again"
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "private" not in said + str(bug.value)
 
 
 def test_a_crash_says_the_code_and_the_last_line(body):
