@@ -212,9 +212,10 @@ print(seen["/jax/compilation_cache/cache_misses"], seen["/jax/compilation_cache/
 
 def test_a_second_process_compiles_nothing_with_the_cache(inputs, tmp_path):
     model, texts = inputs
+    other = tiny.folder(tmp_path / "other", n_layers=2, seed=1)
     counts = []
     for run in ("first", "second"):
-        command = ["audit", "--target", str(model), "--reference", str(model), "--data", str(texts)]
+        command = ["audit", "--target", str(model), "--reference", str(other), "--data", str(texts)]
         command += ["--out", str(tmp_path / run), "--compile-cache", str(tmp_path / "cache")]
         command += ["--attacks", "sama,loss", "--no-figures", "--quiet", *tiny.SETTINGS]
         done = subprocess.run(
