@@ -4,16 +4,18 @@ A file is a mapping with
 
     summary   one line
     models    `demo` (made here, see `sama-jax demo`), `demo:llama` or `demo:bert` (the same of a
-              next-token or a masked language model), or {target: DIR, reference: DIR}
+              next-token or a masked language model), or {target: DIR, reference: DIR}; with
+              {adapter: DIR} a LoRA adapter on the target (left out: on the reference)
     data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}, and
               {prefixes: FILE} where attacks want them
     runs      list of {name, attacks: [..], models, data, set: [key=value, ..]} with any setting
               that is no group (preset, passes, max_length, seed, ..); `models` and `data` of a
-              run go before those of the file
+              run go before those of the file. The name is that of a folder
     compare   list of [attack, attack]: AUC of the second minus the first, paired, in every run
               that has both
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +32,35 @@ from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import Row
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import Texts, read_split, read_texts
+from sama_jax.untrusted import printable, read_bytes
 
-_FIELDS = {"summary", "models", "data", "runs", "compare"}
+MAX_BYTES = 2**18
+"""Most bytes of a file: 1,000 runs."""
+MAX_FIELDS = 100
+"""Most fields of a mapping. Merges (`<<`) of merges would double them each time."""
+
 _SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
-_RUN_FIELDS = {"name", "attacks", "models", "data", "set"} | _SETTINGS
+_MODELS = dict.fromkeys(("target", "reference", "adapter"), (str, "a folder"))
+_DATA = dict.fromkeys(("data", "members", "nonmembers", "prefixes"), (str, "a file"))
+_INPUTS = {
+    "models": ((str, dict), "a name, or a mapping of folders"),
+    "data": (dict, "a mapping of files"),
+}
+_FIELDS = {
+    **_INPUTS,
+    "summary": (str, "a line"),
+    "runs": ([dict], "a list `runs` of mappings"),
+    "compare": ([[str]], "a list of pairs of attacks"),
+}
+_RUN_FIELDS = {
+    **_INPUTS,
+    "name": (str, "a word"),
+    "attacks": ([str], "a list of names"),
+    "set": ([str], "a list of key=value"),
+    # `run_settings` checks these.
+    **dict.fromkeys(_SETTINGS, (object, "a value")),
+}
+"""Field -> what it must be, as a type, and in words."""
 _DEMOS = {"demo": "llada", **{f"demo:{name}": name for name in demo.NETWORKS if name != "llada"}}
 """What `models` may be called -> the network of the demo."""
 
@@ -62,39 +89,89 @@ def find(name: str) -> Path:
     raise UsageError(f"unknown experiment '{name}'{nearest(name, available())}")
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for mappings of bounded size."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_FIELDS:
+            raise ValueError(f"a mapping has more than {MAX_FIELDS} fields")
+
+
 def read(path: Path) -> dict[str, Any]:
-    """Reads and checks an experiment. Raises `DataError`."""
+    """Reads and checks an experiment.
+
+    Raises:
+      DataError: it is none, or something in it is of a wrong kind.
+      UsageError: a setting of a run cannot be.
+    """
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())  # YAML's own has several lines
-        raise DataError(f"{path}: not readable as YAML ({reason})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("runs"), list):
-        raise DataError(f"{path}: expected a mapping with a list `runs`")
-    _known(found, _FIELDS, str(path))
-    for number, run in enumerate(found["runs"]):
-        if not isinstance(run, dict) or not run.get("name") or not run.get("attacks"):
-            raise DataError(f"{path}: run {number} needs a name and attacks")
-        _known(run, _RUN_FIELDS, f"{path}, run {run['name']}")
-    full = {"summary": "", "models": "demo", "compare": [], **found}
-    for models in (full["models"], *(run["models"] for run in full["runs"] if "models" in run)):
-        folders = isinstance(models, dict) and {"target", "reference"} <= set(models)
-        if not folders and models not in list(_DEMOS):
+        found = yaml.load(read_bytes(path, MAX_BYTES).decode(), _Loader)
+    except Exception as error:  # PyYAML raises what Python does for a value that is not as tagged
+        reason = " ".join(str(error).split()) or type(error).__name__  # its own has several lines
+        raise DataError(f"{path}: not readable as YAML ({printable(reason, 300)})") from None
+    _check(found, _FIELDS, ("runs",), str(path))
+    full = {"summary": "", "models": "demo", "data": {}, "compare": [], **found}
+    names = ["losses", "experiment.json"]  # stand beside the runs' folders
+    for number, run in enumerate(full["runs"]):
+        _check(run, _RUN_FIELDS, ("name", "attacks"), f"{path}: run {number}")
+        where = f"{path}: run {number} ('{printable(run['name'])}')"
+        if not re.fullmatch(r"[\w+-][\w.+-]{,99}", run["name"]) or run["name"] in names:
             raise DataError(
-                f"{path}: models are {models!r}; expected {', '.join(_DEMOS)}, or target and "
-                "reference folders"
+                f"{where}: its name must be a folder's of its own: letters, digits, . _ + -"
             )
+        names.append(run["name"])
+        models, data = (run.get(k, full[k]) for k in ("models", "data"))
+        _check_models(models, where)
+        _check(data, _DATA, (), f"{where}, data")
+        try:
+            run_settings(run, _base_settings(models))
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
     for pair in full["compare"]:
-        if not any({*pair} <= {*run["attacks"]} or "all" in run["attacks"] for run in full["runs"]):
-            raise DataError(f"{path}: compare {pair}: no run has both attacks")
+        known = [{*pair} <= {*run["attacks"]} or "all" in run["attacks"] for run in full["runs"]]
+        if len(pair) != 2 or not any(known):
+            shown = printable(", ".join(pair))
+            raise DataError(f"{path}: compare [{shown}]: no run has both attacks")
     return full
 
 
-def _known(found: dict[str, Any], fields: set[str], where: str) -> None:
-    """Raises `DataError` for a field that nothing reads."""
-    for name in found:
+def _check(found: Any, fields: dict[str, Any], needed: Sequence[str], where: str) -> None:
+    """Raises `DataError` unless a mapping has the fields that it needs, each of its kind."""
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: expected a mapping with {', '.join(needed or fields)}")
+    for name, value in found.items():
         if name not in fields:
-            raise DataError(f"{where}: unknown field '{name}'{nearest(str(name), sorted(fields))}")
+            shown = str(name)[:60]
+            raise DataError(
+                f"{where}: unknown field '{printable(shown)}'{nearest(shown, sorted(fields))}"
+            )
+        kind, words = fields[name]
+        if not _is(value, kind):
+            raise DataError(f"{where}: expected {name} to be {words}")
+    missing = [name for name in needed if not found.get(name)]
+    if missing:
+        raise DataError(f"{where} needs {' and '.join(needed)}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Tells whether a value is of a type, or a list of such values."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is(entry, kind[0]) for entry in value)
+    return isinstance(value, kind)
+
+
+def _check_models(models: Any, where: str) -> None:
+    """Raises `DataError` unless these are a demo, or folders."""
+    if isinstance(models, dict):
+        _check(models, _MODELS, ("reference",), f"{where}, models")
+        if not {"target", "adapter"} & set(models):
+            raise DataError(f"{where}: models need a target, or an adapter on the reference")
+    elif models not in _DEMOS:
+        raise DataError(
+            f"{where}: models are '{printable(models)}'; expected {', '.join(_DEMOS)}, or target "
+            "and reference folders"
+        )
 
 
 def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -111,11 +188,11 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
     result: dict[str, Any] = {"experiment": path.stem, "runs": {}}
     for run in plan["runs"]:
         terminal.say(f"run {run['name']}")
-        models, files = (run.get(k, plan.get(k)) for k in ("models", "data"))
-        given = _inputs(models, files or {}, runs, quiet)
+        given = _inputs(*(run.get(k, plan[k]) for k in ("models", "data")), runs, quiet)
         job = AuditJob(
             target=given.target,
             reference=given.reference,
+            adapter=given.adapter,
             texts=given.texts,
             prefixes=given.prefixes,
             out=out / run["name"],
@@ -143,6 +220,7 @@ class _Inputs(NamedTuple):
 
     target: Path
     reference: Path
+    adapter: Path | None
     texts: Texts
     prefixes: Texts | None
     settings: config.AuditSettings
@@ -154,7 +232,7 @@ def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inp
         made = demo.prepare(runs / "demo", network=_DEMOS[models], quiet=quiet)
         texts = read_split(made.members, made.nonmembers)
         prefixes = read_texts(made.prefixes)
-        return _Inputs(made.target, made.base, texts, prefixes, demo.audit_settings())
+        return _Inputs(made.target, made.base, None, texts, prefixes, _base_settings(models))
     if "data" in files:
         texts = read_texts(Path(files["data"]))
     elif {"members", "nonmembers"} <= set(files):
@@ -162,8 +240,15 @@ def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inp
     else:
         raise DataError("data: expected a file `data`, or files `members` and `nonmembers`")
     prefixes = read_texts(Path(files["prefixes"])) if "prefixes" in files else None
-    folders = Path(models["target"]), Path(models["reference"])
-    return _Inputs(*folders, texts, prefixes, config.AuditSettings())
+    reference = Path(models["reference"])
+    adapter = Path(models["adapter"]) if "adapter" in models else None
+    target = Path(models.get("target", reference))
+    return _Inputs(target, reference, adapter, texts, prefixes, _base_settings(models))
+
+
+def _base_settings(models: Any) -> config.AuditSettings:
+    """Returns the settings that go with these models."""
+    return demo.audit_settings() if isinstance(models, str) else config.AuditSettings()
 
 
 def run_settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSettings:

@@ -50,10 +50,10 @@ def test_every_experiment_that_is_shipped_can_be_run():
     [
         ("runs: [", "not readable as YAML"),
         ("runs: 3", "a list `runs`"),
-        ("runs: [{name: a}]", "run 0 needs a name and attacks"),
+        ("runs: [{name: a}]", "run 0 needs name and attacks"),
         ("runs: [{name: a, attacks: [sama], sead: 3}]", "did you mean 'seed'"),
         ("run: 3\nruns: []", "did you mean 'runs'"),
-        ("models: llada\nruns: []", "models are 'llada'"),
+        ("models: llada\nruns: [{name: a, attacks: [a]}]", "models are 'llada'"),
         ("compare: [[a, b]]\nruns: [{name: a, attacks: [a]}]", "no run has both"),
     ],
 )
@@ -64,6 +64,82 @@ def test_wrong_files_are_one_line(text: str, words: str, tmp_path: Path):
         experiment.read(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+GOOD = {"name": "a", "attacks": ["sama"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "!!bool x",
+        "!!timestamp x",
+        "[" * 5000,
+        "runs: [3]",
+        "runs: {}",
+        "a: &a {" + ", ".join(f"k{i}: 1" for i in range(40)) + "}\nruns: [{<<: [*a, *a, *a]}]",
+        "x" * 2**19,
+        *(
+            json.dumps({"runs": [{**GOOD, **change}]})
+            for change in [
+                *(
+                    {"name": n}
+                    for n in (3, [], "", ".", "..", "/x", "a/b", "../x", "losses", "a\n")
+                ),
+                *({"attacks": a} for a in ("sama", [3], [["sama"]], {}, [])),
+                *({"set": s} for s in ("a=1", [1], {}, None)),
+                *({"models": m} for m in (3, [], {}, {"target": "x"}, {"reference": "x"})),
+                {"models": {"target": "x", "reference": 3}},
+                {"models": {"target": "x", "reference": "y", "adaptor": "z"}},
+                *({"data": d} for d in (3, "x", {"data": 3}, {"date": "x"})),
+            ]
+        ),
+        json.dumps({"runs": [GOOD, GOOD]}),
+        *(json.dumps({"runs": [GOOD], "compare": c}) for c in (3, [3], ["sama"], [["sama"]])),
+        *(json.dumps({"runs": [GOOD], "summary": s}) for s in (3, ["x"], None)),
+    ],
+)
+def test_values_of_a_wrong_kind_are_one_line(text: str, tmp_path: Path):
+    path = tmp_path / "e.yaml"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        experiment.read(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["preset", "passes", "max_length", "seed", "dtype", "padding"])
+@pytest.mark.parametrize("value", ["x", [], {}, -1, 10**9, None, 1.5])
+def test_settings_of_a_wrong_kind_are_found_before_anything_runs(name, value, tmp_path: Path):
+    if (name, value) == ("seed", 10**9) or (name, value) == ("passes", None):
+        return
+    (tmp_path / "e.yaml").write_text(json.dumps({"runs": [{**GOOD, name: value}]}))
+    with pytest.raises(UsageError, match=r"run 0 \('a'\): "):
+        experiment.read(tmp_path / "e.yaml")
+
+
+def test_an_adapter_of_an_experiment_is_used(tmp_path: Path, monkeypatch):
+    """Each run gets the folders that its models name."""
+    tiny.write_texts(tmp_path / "t.jsonl", tiny.texts(2))
+    jobs = []
+
+    class Stop(Exception):
+        pass
+
+    def run_audit(job):
+        jobs.append(job)
+        raise Stop
+
+    monkeypatch.setattr(experiment.audit, "run_audit", run_audit)
+    for models in ({"reference": "r", "adapter": "d"}, {"reference": "r", "target": "t"}):
+        whole = {"models": models, "data": {"data": str(tmp_path / "t.jsonl")}, "runs": [GOOD]}
+        (tmp_path / "e.yaml").write_text(json.dumps(whole))
+        with pytest.raises(Stop):
+            experiment.run_experiment(str(tmp_path / "e.yaml"), tmp_path, quiet=True)
+    found = [(str(j.target), str(j.reference), j.adapter and str(j.adapter)) for j in jobs]
+    assert found == [("r", "r", "d"), ("t", "r", None)]
 
 
 def test_an_experiment_runs_compares_and_continues(tmp_path: Path, monkeypatch, capsys):
