@@ -31,6 +31,7 @@ from sama_jax.programs.audit_inputs import (
     Tokenised,
     choose_attacks,
     read_inputs,
+    token_notes,
     tokenise,
     view_sources,
     wanted_attacks,
@@ -79,6 +80,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     inputs = read_inputs(job)
     chosen = choose_attacks(job, wanted, inputs)
     tokenised = tokenise(job, inputs, chosen.prefixes, quiet=quiet)
+    found = token_notes(inputs.texts, tokenised.encoded)
+    inputs = inputs._replace(notes=inputs.notes + found)
     tasks = tasks_of(chosen.attacks, job.settings, inputs.store_keys, tokenised.replayed)
     require_sama(job, tasks)
     announce(say, inputs, chosen, tokenised, job.settings.max_length)

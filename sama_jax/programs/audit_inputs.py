@@ -143,6 +143,22 @@ def data_notes(texts: Texts) -> list[str]:
     return notes
 
 
+def token_notes(texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[str]:
+    """Says whether different texts of both classes have become equal, as cutting does."""
+    seen: dict[bytes, dict[int, set[str]]] = {}
+    for text, tokens in zip(texts, encoded):
+        if text.label is not None and len(tokens.ids):
+            of_label = seen.setdefault(tokens.ids.tobytes(), {})
+            of_label.setdefault(text.label, set()).add(text.text)
+    both = [found for found in seen.values() if len(found) == 2 and found[0] != found[1]]
+    if not both:
+        return []
+    return [
+        f"texts of both classes that have the same tokens, after they are cut: {len(both)}; no "
+        "attack can be right about both"
+    ]
+
+
 def common_tokenizer(
     target: model_folder.ModelFolder,
     reference: model_folder.ModelFolder,

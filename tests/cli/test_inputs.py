@@ -182,6 +182,18 @@ def test_a_text_in_both_files_under_strict(box: Box, capsys):
     assert json.loads((box.out / "manifest.json").read_text())["finished"] is True
 
 
+def test_texts_of_both_classes_that_cutting_makes_equal_are_reported(box: Box, capsys):
+    """They differ behind the last token that is kept."""
+    begin = "karo mite sunka dalfer " * 40
+    texts = [line(f"{begin} {end}", id=f"x{end}", label=end) for end in (0, 1)]
+    others = [line(f"mite {i}", id=f"m{i}", label=i % 2) for i in range(4)]
+    path = box.lines(*others, *texts)
+    said = run(capsys, box.command(data=path, attacks="loss", strict=True))
+    note = "texts of both classes that have the same tokens, after they are cut: 1"
+    assert_one_line(said, 5, "--strict", note)
+    assert note in json.loads((box.out / "manifest.json").read_text())["notes"][0]
+
+
 def test_strict_is_silent_about_good_texts(box: Box, finished: Path, capsys):
     said = run(capsys, box.command(strict=True))
     assert (said.code, said.err) == (0, "")
