@@ -27,6 +27,7 @@ from sama_jax.models.families.weight_table import Table
 from sama_jax.untrusted import printable
 from sama_jax.weights.checks import listing
 from sama_jax.weights.folder_files import read_object
+from sama_jax.weights.safetensors import require_unique_names
 from sama_jax.weights.source import Source
 from sama_jax.weights.tensor_map import leaf_paths, rule_of, sources
 
@@ -218,6 +219,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256")
         with safe_open(file, framework="numpy") as handle:
+            require_unique_names(file)
             return {name: handle.get_tensor(name) for name in handle.keys()}, digest  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
         # The last three: a type that NumPy has not, such as 8-bit floats.
@@ -286,8 +288,12 @@ def _low_rank(
             problems.append(f"  dtype      {sides[side]}: {tensor.dtype} is not supported")
     if problems:
         return problems
-    a, b = (tensors[sides[side]].astype(np.float32) for side in "AB")
-    return LowRank(module, a, np.float32(scale) * b, scale, embedding)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        a, b = (tensors[sides[side]].astype(np.float32) for side in "AB")
+        b = np.float32(scale) * b
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return [f"  values     {sides['A']}: it, its B or their scale is not finite in float32"]
+    return LowRank(module, a, b, scale, embedding)
 
 
 # Of the regular expressions that PEFT allows as keys, those that end in bounded time: names, dots,

@@ -48,6 +48,24 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
 
 
+def require_unique_names(file: Path) -> None:
+    """Raises `ModelError` if a header names a tensor twice: readers take the last in silence.
+
+    The library has read the header before, so it is sound otherwise, and at most 100 MB.
+    """
+
+    def plain(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("two tensors or fields of one name")
+
+    with file.open("rb") as handle:
+        header = handle.read(int.from_bytes(handle.read(8), "little"))
+    try:
+        json.loads(header, object_pairs_hook=plain)
+    except ValueError as error:
+        raise ModelError(f"{file}: its header is not sound ({error}); save it again") from None
+
+
 class Pending(NamedTuple):
     """Describes a tensor that is made when it is written."""
 

@@ -16,7 +16,7 @@ from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.untrusted import printable
 from sama_jax.weights import stored_bytes
-from sama_jax.weights.safetensors import DTYPES, weight_files
+from sama_jax.weights.safetensors import DTYPES, require_unique_names, weight_files
 
 
 class SourceTensor(NamedTuple):
@@ -84,6 +84,7 @@ def open_source(folder: Path, table: Table, block_group_size: int = 1) -> Source
     for file in weight_files(folder):
         try:
             handle = handles[file] = safe_open(file, framework="numpy")
+            require_unique_names(file)
             for name in handle.keys():  # noqa: SIM118  safe_open is not iterable
                 piece = handle.get_slice(name)
                 key = table.name_of(name, block_group_size)

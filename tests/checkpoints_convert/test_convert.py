@@ -461,7 +461,10 @@ def half_finished(source: Path, out: Path, command: str) -> None:
         patch.setattr(convert, "finish", stop)
         patch.setattr(safetensors, "write_file", write_one)
         with pytest.raises(Killed):
-            run(command, source, out, *(["--max-shard", "9KB"] if command == "to-hf" else []))
+            if command == "to-hf":
+                convert.to_hf(source, out, max_shard_bytes=9000, quiet=True)
+            else:
+                convert.to_orbax(source, out, quiet=True)
 
 
 @pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
@@ -747,6 +750,74 @@ def test_code_in_a_pickle_is_not_run(tmp_path, capsys):
     assert said.count("\n") == 1
     assert not marker.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2).to(torch.float8_e4m3fn),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, device="meta"),
+        "text",
+    ],
+    ids=["complex", "float8", "sparse", "meta", "str"],
+)
+def test_what_is_no_plain_tensor_in_a_pickle_is_named(tmp_path, capsys, odd):
+    folder = tmp_path / "source"
+    oracle.write_folder(folder, oracle.config(**LLADA), {})
+    (folder / "model.safetensors").unlink()
+    for name in ("\x1b[31m", ("a", 1)):
+        torch.save({name: odd}, folder / "pytorch_model.bin")
+        assert run("to-hf", folder, tmp_path / "out", "--allow-pickle") == 4
+        said = capsys.readouterr().err
+        assert "1 entries are no plain tensors" in said or "weights-only loading" in said
+        assert said.count("\n") == 1
+        assert "\x1b" not in said
+
+
+def test_small_integers_and_numbers_in_a_pickle_are_read(tmp_path, capsys):
+    """And then refused as what they are: tensors that do not belong to the model."""
+    folder = tmp_path / "source"
+    oracle.write_folder(folder, oracle.config(**LLADA), {})
+    (folder / "model.safetensors").unlink()
+    kinds = (torch.int8, torch.int16, torch.uint16, torch.bool, torch.float64)
+    odd = {f"odd.{i}": torch.zeros(2, dtype=kind) for i, kind in enumerate(kinds)}
+    torch.save({**odd, "number": torch.tensor(1.0)}, folder / "pytorch_model.bin")
+    assert run("to-hf", folder, tmp_path / "out", "--allow-pickle") == 4
+    said = capsys.readouterr().err
+    assert "unexpected odd.1 [2]" in said
+    assert "unexpected number []" in said
+
+
+def test_pickles_are_rewritten_in_a_folder_of_their_own(tmp_path, capsys, monkeypatch):
+    """What lies beside OUT is the user's, whatever its name; OUT may be the current folder."""
+    config, folder = oracle.config(**LLADA), tmp_path / "source"
+    oracle.write_folder(folder, config, {})
+    (folder / "model.safetensors").unlink()
+    pickle_weights(folder, dict(oracle.random_module(config, 0).state_dict()), 1)
+    out, mine = tmp_path / "out", tmp_path / "out.unpickled"
+    for path in (out, mine):
+        path.mkdir()
+        (path / "precious.txt").write_text("mine")
+    assert run("to-hf", folder, out, "--allow-pickle", "--quiet") == 2
+    monkeypatch.chdir(out)
+    assert run("to-hf", folder, Path("."), "--allow-pickle", "--quiet") == 2
+    (out / "precious.txt").unlink()
+    assert run("to-hf", folder, Path("."), "--allow-pickle", "--quiet") == 0
+    assert model_folder.open_folder(out)
+    assert (mine / "precious.txt").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out", "out.unpickled"}
+
+
+@pytest.mark.parametrize("command", ["to-hf", "to-orbax"])
+def test_a_link_that_leads_out_is_not_copied_and_is_named(command, source, tmp_path, capsys):
+    (tmp_path / "id_rsa").write_text("PRIVATE")
+    (source / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    assert run(command, source, tmp_path / "out") == 0
+    assert "note: notes.txt is not copied" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 # --- names ---------------------------------------------------------------------------------------

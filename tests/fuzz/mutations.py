@@ -153,7 +153,11 @@ def write_json(draw: random.Random, tree: Any) -> bytes:
 
 
 def _json(draw: random.Random, old: bytes) -> bytes:
-    return write_json(draw, spoil_tree(draw, json.loads(old)))
+    try:
+        tree = json.loads(old)
+    except RecursionError:  # spoilt once before
+        return old
+    return write_json(draw, spoil_tree(draw, tree))
 
 
 def _lines(draw: random.Random, old: bytes) -> bytes:
@@ -250,7 +254,7 @@ def _safetensors(draw: random.Random, old: bytes) -> bytes:
         at = 4 * draw.randrange(max(len(rest) // 4, 1))
         rest = rest[:at] + bad * draw.choice([1, 100]) + rest[at + 4 :]
     elif kind == "extra":
-        header[draw.choice(["\x1b[31m", "x" * 3000, "model.norm.weight", ""])] = dict(entry)
+        header[draw.choice(["\x1b[31m", "x" * 3000, "model.norm.weight", ""])] = entry
     elif kind == "tree":
         header = spoil_tree(draw, header)
     text = write_json(draw, header)

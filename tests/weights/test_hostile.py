@@ -199,6 +199,24 @@ def test_a_tied_head_of_another_type_is_named(folder, dtype):
         model_folder.open_folder(folder)
 
 
+def twice(file: Path) -> None:
+    """Names the first tensor of a file twice, with another type of the same size."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    name, entry = next((n, e) for n, e in header.items() if n != "__metadata__")
+    again = json.dumps({name: {**entry, "dtype": "I32"}})[1:-1]
+    text = ("{" + again + "," + json.dumps(header)[1:]).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(folder, adapter):
+    twice(adapter / "adapter_model.safetensors")
+    assert "two tensors or fields of one name" in refusal(folder, adapter=adapter)
+    twice(folder / SINGLE)
+    assert "two tensors or fields of one name" in refusal(folder)
+
+
 def test_names_of_tensors_do_not_reach_the_terminal_raw(folder):
     tensors = load_file(folder / SINGLE)
     more = {f"\x1b[31m{i}" + "x" * 5000: np.zeros(1, np.float32) for i in range(500)}
@@ -369,3 +387,13 @@ def test_an_adapter_of_another_type_is_refused(folder, adapter, dtype):
     else:
         save_file({n: t.astype(dtype) for n, t in load_file(file).items()}, file)
     assert refusal(folder, adapter=adapter)
+
+
+@pytest.mark.parametrize(("side", "value"), [("A", np.nan), ("B", np.inf), ("B", 3e38)])
+def test_an_adapter_that_is_not_finite_is_refused(folder, adapter, side, value):
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if f"lora_{side}" in name)][0, 0] = value
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match="its B or their scale is not finite"):
+        model_folder.open_folder(folder, adapter=adapter)
