@@ -1,5 +1,6 @@
 """The converter's commands: exact round trips, every byte read once, refusals, interruptions."""
 
+import functools
 import json
 import os
 import pickle
@@ -460,11 +461,10 @@ def half_finished(source: Path, out: Path, command: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "finish", stop)
         patch.setattr(safetensors, "write_file", write_one)
+        to_hf = functools.partial(convert.to_hf, max_shard_bytes=9000)
+        convert_it = to_hf if command == "to-hf" else convert.to_orbax
         with pytest.raises(Killed):
-            if command == "to-hf":
-                convert.to_hf(source, out, max_shard_bytes=9000, quiet=True)
-            else:
-                convert.to_orbax(source, out, quiet=True)
+            convert_it(source, out, quiet=True)
 
 
 @pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
