@@ -11,23 +11,24 @@ store and is written into every result. Sources: arXiv 2601.20125 for `paper`, t
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 from sama_jax.errors import UsageError, nearest
-from sama_jax.untrusted import printable
+from sama_jax.ranges import (
+    Between,
+    Count,
+    CountOrNone,
+    Flag,
+    Length,
+    Seed,
+    Share,
+    Weight,
+    check,
+    near,
+    shown,
+)
 
 Schedule = Literal["paper", "code_linear", "geometric"]
 Nesting = Literal["nested", "fresh"]
@@ -40,75 +41,13 @@ Padding = Literal["hidden", "visible"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn"]
 
-Settings = TypeVar("Settings")
-"""One of the frozen dataclasses below."""
-
-
-class Flag(NamedTuple):
-    """How a field appears on the command line, as `Annotated[int, Flag("what it does", "N")]`."""
-
-    help: str = ""
-    metavar: str | None = None
-    name: str | None = None
-    """The flag itself, such as `--lr`. None: the field's name with dashes."""
-
-
-class Between(NamedTuple):
-    """Smallest and largest value of a number, in its annotation; both may be taken."""
-
-    low: float
-    high: float
-
-
-Count = Annotated[int, Between(1, 65535)]
-"""A number of things of one text, which has at most 65,535 tokens."""
-Weight = Annotated[float, Between(-1e6, 1e6)]
-"""A factor of losses and the like, which are single-precision numbers."""
-Seed = Annotated[int, Between(0, 2**32 - 1), Flag("of masks and subsets")]
-Length = Annotated[int, Between(1, 65535), Flag("tokens that a text is cut at", "TOKENS")]
-Share = Annotated[float, Between(0, 1)]
-"""A part of something."""
-CountOrNone = Annotated[int, Between(0, 65535)]
-"""The same; 0 leaves it to another setting."""
 PLAN_NUMBERS = 2**24
 """Most positions in the subsets of one text: the plans of 8 texts then take 512 MiB."""
 LOSS_NUMBERS = 2**25
 """Most losses of one text under one attack: those of 8 texts then take 1 GiB."""
 
-
-def _check(settings: Any) -> None:
-    """Raises `UsageError` unless every field holds a value of its declared type and range."""
-    for name, annotated in get_type_hints(type(settings), include_extras=True).items():
-        hint, *said = get_args(annotated) if get_origin(annotated) is Annotated else [annotated]
-        value, words = getattr(settings, name), get_args(hint)
-        if words and value not in words:
-            raise UsageError(f"setting {name} is {_shown(value)}{_nearest(value, words)}")
-        if hint is str and not isinstance(value, str):
-            raise UsageError(f"setting {name} must be a word, got {_shown(value)}")
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if hint is int and not is_whole:
-            raise UsageError(f"setting {name} must be a whole number, got {_shown(value)}")
-        if hint is float and not (is_whole or (isinstance(value, float) and math.isfinite(value))):
-            raise UsageError(f"setting {name} must be a finite number, got {_shown(value)}")
-        if hint is bool and not isinstance(value, bool):
-            raise UsageError(f"setting {name} must be true or false, got {_shown(value)}")
-        for limit in said:
-            if isinstance(limit, Between) and not limit.low <= value <= limit.high:
-                raise UsageError(
-                    f"setting {name} must lie in {limit.low}..{limit.high}, got {_shown(value)}"
-                )
-
-
-def _nearest(value: Any, words: Iterable[str]) -> str:
-    return nearest(value[:60] if isinstance(value, str) else "", words)
-
-
-def _shown(value: Any) -> str:
-    """Returns a value for a message: cut, and nothing of what it may contain."""
-    plain = value is None or isinstance(value, (bool, float, str, int))
-    if isinstance(value, int) and abs(value) >= 10**60:
-        return "a number of more than 60 digits"
-    return printable(repr(value)) if plain else f"a {type(value).__name__}"
+Settings = TypeVar("Settings")
+"""One of the frozen dataclasses below."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +81,7 @@ class SamaSettings:
     """Never masks position 0 of a model whose logits are shifted: its loss is meaningless there."""
 
     def __post_init__(self):
-        _check(self)
+        check(self)
         numbers = self.passes * self.subsets * self.subset_size
         if numbers > PLAN_NUMBERS:
             raise UsageError(
@@ -198,7 +137,7 @@ class LikelihoodSettings:
     """Smallest Bernoulli probability."""
 
     def __post_init__(self):
-        _check(self)
+        check(self)
         if not 0 < self.eps < 1:
             raise UsageError(f"likelihood.eps must lie between 0 and 1, got {self.eps}")
 
@@ -213,7 +152,7 @@ class TailSettings:
     """Disjoint masks that together cover a text once: each masks one part in `parts`."""
 
     def __post_init__(self):
-        _check(self)
+        check(self)
         if self.fraction == 0:
             raise UsageError("expected tail.fraction > 0, got 0")
 
@@ -230,7 +169,7 @@ class PrefixSettings:
     """Weight of the member prefix in CON-ReCall."""
 
     def __post_init__(self):
-        _check(self)
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +182,7 @@ class ComplementSettings:
     """Share of the tokens, those with the lowest differences, that the score averages."""
 
     def __post_init__(self):
-        _check(self)
+        check(self)
         if self.fraction == 0:
             raise UsageError("expected complement.fraction > 0, got 0")
 
@@ -260,7 +199,7 @@ class ItsSettings:
     """A token is drawn among this many of the lowest weights."""
 
     def __post_init__(self):
-        _check(self)
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +230,7 @@ class AuditSettings:
     def __post_init__(self):
         if self.sama is _OF_PRESET:
             object.__setattr__(self, "sama", preset(self.preset))
-        _check(self)
+        check(self)
         parts = self.complement.parts, self.tail.parts
         most = max(self.sama.passes, self.budget, self.likelihood_passes, *parts)
         if most * self.max_length > LOSS_NUMBERS:
@@ -378,7 +317,7 @@ class TrainSettings:
     """Optimiser steps between checkpoints."""
 
     def __post_init__(self):
-        _check(self)
+        check(self)
         for name in ("epochs", "learning_rate", "grad_clip"):
             if getattr(self, name) == 0:
                 raise UsageError(f"{name} must be positive, got 0")
@@ -394,7 +333,7 @@ class TrainSettings:
 def preset(name: str) -> SamaSettings:
     """Returns the SAMA settings of a named preset. Raises `UsageError`."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise UsageError(f"unknown preset {_shown(name)}{_nearest(name, PRESETS)}")
+        raise UsageError(f"unknown preset {shown(name)}{near(name, PRESETS)}")
     return PRESETS[name]
 
 
@@ -403,7 +342,7 @@ def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
     if passes is None:
         return []
     if type(passes) is not int or passes < 1:
-        raise UsageError(f"--passes must be at least 1, got {_shown(passes)}")
+        raise UsageError(f"--passes must be at least 1, got {shown(passes)}")
     if passes % sama.repeats:
         raise UsageError(
             f"--passes {passes}: the preset repeats its steps {sama.repeats} times; give a "

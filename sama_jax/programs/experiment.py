@@ -40,8 +40,10 @@ MAX_FIELDS = 100
 """Most fields of a mapping. Merges (`<<`) of merges would double them each time."""
 
 _SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
-_MODELS = dict.fromkeys(("target", "reference", "adapter"), (str, "a folder"))
-_DATA = dict.fromkeys(("data", "members", "nonmembers", "prefixes"), (str, "a file"))
+_MODELS: dict[str, Any] = dict.fromkeys(("target", "reference", "adapter"), (str, "a folder"))
+_DATA: dict[str, Any] = dict.fromkeys(
+    ("data", "members", "nonmembers", "prefixes"), (str, "a file")
+)
 _INPUTS = {
     "models": ((str, dict), "a name, or a mapping of folders"),
     "data": (dict, "a mapping of files"),
@@ -188,7 +190,8 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
     result: dict[str, Any] = {"experiment": path.stem, "runs": {}}
     for run in plan["runs"]:
         terminal.say(f"run {run['name']}")
-        given = _inputs(*(run.get(k, plan[k]) for k in ("models", "data")), runs, quiet)
+        models, files = (run.get(k, plan[k]) for k in ("models", "data"))
+        given = _inputs(models, files, runs, quiet)
         job = AuditJob(
             target=given.target,
             reference=given.reference,
