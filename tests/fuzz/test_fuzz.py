@@ -1,10 +1,12 @@
-"""The harness reads good input, and notices what no reader may do."""
+"""Some spoilt inputs for every reader, the same in every run; `python -m fuzz` tries more."""
 
 import pytest
 
-from fuzz.__main__ import NAMES
+from fuzz.__main__ import NAMES, SLOW
 from fuzz.pool import Worker
 
+COUNTS = dict.fromkeys(NAMES, 25) | dict.fromkeys(SLOW, 6)
+"""Inputs of each reader."""
 PATIENCE = 60.0
 """Seconds an input may take here, where others use the machine: what hangs does so for good."""
 CULPRITS = ["traceback", "message", "code", "memory", "hang", "died", "wrong"]
@@ -20,6 +22,13 @@ def worker(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_good_input_is_read(worker: Worker, name: str):
     assert worker.ask(name, -1)["kind"] == "fine"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_spoilt_input_is_read_or_refused_in_one_line(worker: Worker, name: str):
+    found = {number: worker.ask(name, number) for number in range(COUNTS[name])}
+    bad = {number: answer for number, answer in found.items() if answer["kind"] != "fine"}
+    assert not bad, f"python -m fuzz --reader {name} --count 1 --seed {min(bad)}: {bad[min(bad)]}"
 
 
 @pytest.mark.parametrize("kind", CULPRITS)
