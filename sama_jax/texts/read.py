@@ -169,7 +169,10 @@ def _agree(label: int | None, forced: int | None, where: str) -> int | None:
 
 
 def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
-    """Gives every text an id of its own and reports repetitions."""
+    """Gives every text an id of its own and reports repetitions.
+
+    The id is the given one, or that of the text, with `#2`, `#3`, ... where another record has it.
+    """
     givens: dict[str, Text] = {}
     for given, text in found:
         if given is None:
@@ -180,10 +183,20 @@ def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
                 f"{where}: id '{printable(given)}' stands for two different texts, at "
                 f"{first.where} and at {text.where}; give each its own id"
             )
+    of_text = {text: content_id(text) for text in {t.text for given, t in found if given is None}}
     taken: set[str] = set()
+    last: dict[str, int] = {}
     texts: list[Text] = []
     for given, text in found:
-        identity = _free(given or content_id(text.text), given is not None, taken, givens)
+        base = of_text[text.text] if given is None else given
+        identity = base
+        if base in taken or (given is None and base in givens):
+            # Counted on from the last one: of a text that stands there 100,000 times, trying
+            # every number anew would take hours.
+            number = last.get(base, 1) + 1
+            while (identity := f"{base}#{number}") in taken or identity in givens:
+                number += 1
+            last[base] = number
         taken.add(identity)
         texts.append(text._replace(id=identity))
     return collect(texts)
@@ -203,13 +216,3 @@ def collect(texts: list[Text]) -> Texts:
 def content_id(text: str) -> str:
     """Returns the id of a text that has none: 16 hex digits of the SHA-256 of its UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _free(base: str, is_given: bool, taken: set[str], givens: dict[str, Text]) -> str:
-    """Returns `base`, or `base#2`, `base#3`, ...: never an id that another record has."""
-    if base not in taken and (is_given or base not in givens):
-        return base
-    number = 2
-    while f"{base}#{number}" in taken or f"{base}#{number}" in givens:
-        number += 1
-    return f"{base}#{number}"

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import threading
+import time
 import tracemalloc
 
 import pyarrow
@@ -224,3 +225,12 @@ def test_lines_of_csv_end_in_any_way(end, tmp_path):
     found = read_texts(tmp_path / "t.csv").texts
     assert [(t.text, t.label) for t in found] == [(f"a{end}b\u2028c", 1), ("d", 0)]
     assert [t.where for t in found] == ["t.csv:2", "t.csv:4"]
+
+
+def test_a_text_that_stands_there_very_often_gets_ids_at_once(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "karo"}\n' * 30_000)
+    begin = time.process_time()
+    found = read_texts(path)
+    assert time.process_time() - begin < 10  # trying every number anew took 60 s
+    assert found.texts[-1].id == f"{found.texts[0].id}#30000"
