@@ -118,7 +118,7 @@ class AppendOnly:
         self.path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+            self._file = open(path, "ab", buffering=0, opener=_at_once)  # noqa: SIM115
             if not _lock(self._file):
                 self._file.close()
                 raise UsageError(
@@ -150,6 +150,11 @@ class AppendOnly:
     def close(self) -> None:
         """Closes the file, and lets other processes append to it."""
         self._file.close()
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file; a named pipe, which would wait until somebody reads it, is an `OSError`."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _lock(file: Any) -> bool:

@@ -18,7 +18,7 @@ from sama_jax.errors import UsageError
 from sama_jax.storage.files import AppendOnly, read_json_lines, write_atomic, write_json, writing
 from sama_jax.storage.loss_store import LossStore
 from sama_jax.storage.shapes import Shape, fits, misfit
-from sama_jax.untrusted import read_json
+from sama_jax.untrusted import printable, read_json
 
 MANIFEST = "manifest.json"
 SCORES = "scores.jsonl"
@@ -247,9 +247,13 @@ def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     before = manifest.get("run", {})
     changed = [k for k in run | before if run.get(k) != before.get(k)]
     if changed:
+        shown = [
+            f"{printable(k)} was {printable(repr(before.get(k)))}, is {printable(repr(run.get(k)))}"
+            for k in changed[:5]
+        ] + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])
         raise UsageError(
             f"{path}: belongs to another run; give --out a new folder. Differences: "
-            + "; ".join(f"{k} was {before.get(k)!r}, is {run.get(k)!r}" for k in changed)
+            + "; ".join(shown)
         )
     return manifest
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax.errors import DataError, UsageError
-from sama_jax.untrusted import parse_json
+from sama_jax.untrusted import parse_json, printable
 
 FIELDS = ("text", "id", "label", "member", "nonmember")
 LABEL_SYNONYMS = ("labels", "is_member", "ismember", "membership", "member")
@@ -298,7 +298,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:  # damaged bytes make pyarrow raise nearly anything
-        first = str(error).split("\n")[0]
+        first = printable(str(error).split("\n")[0], 200)
         raise DataError(f"{path}: not a complete parquet file ({first}); copy it again") from None
 
 

@@ -116,7 +116,10 @@ def _require_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) ->
     old, new = flat(before), flat(now)
     changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     if changed:
-        shown = "; ".join(f"{k} was {_short(old.get(k))}, is {_short(new.get(k))}" for k in changed)
+        shown = "; ".join(
+            f"{untrusted.printable(k)} was {_short(old.get(k))}, is {_short(new.get(k))}"
+            for k in changed[:10]
+        )
         raise UsageError(
             f"{out}: belongs to another training run ({shown}); choose another output folder, or "
             "delete this one to start over"
@@ -124,7 +127,7 @@ def _require_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) ->
 
 
 def _short(value: Any) -> str:
-    return value[:16] if isinstance(value, str) else untrusted.printable(str(value))
+    return untrusted.printable(value if isinstance(value, str) else repr(value), 16)
 
 
 def copy_companions(base: Path, out: Path) -> None:

@@ -39,7 +39,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="stop after this time")
     parser.add_argument("--count", type=int, help="inputs in all (default: 200, or no limit)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first input")
-    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds an input may take")
+    parser.add_argument(
+        "--limit", type=float, default=SECONDS, help="seconds of the processor an input may take"
+    )
     parser.add_argument("--keep", type=Path, help="leave good and spoilt inputs in this folder")
     parser.add_argument("--findings", type=Path, help="write every finding there, a JSON line each")
     given = parser.parse_args()

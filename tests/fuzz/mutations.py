@@ -28,12 +28,12 @@ NASTY: list[Any] = [
 """Values that somebody may put where another one is expected."""
 
 
-def spoil(draw: random.Random, root: Path, names: list[str]) -> None:
+def spoil(draw: random.Random, root: Path, names: list[str], *, pipes: bool = True) -> None:
     """Spoils one file of a folder, now and then two; `names` are those to choose from."""
     for _ in range(1 if draw.random() < 0.8 else 2):
         path = root / draw.choice(names)
         if not path.is_file() or draw.random() < 0.04:
-            _replace(draw, path)
+            _replace(draw, path, pipes)
         else:
             path.write_bytes(content(draw, path.name, path.read_bytes()))
 
@@ -45,11 +45,11 @@ def content(draw: random.Random, name: str, old: bytes) -> bytes:
         return spoil_bytes(draw, old)
     try:
         return inside(draw, old)
-    except (ValueError, KeyError, IndexError, zipfile.BadZipFile, struct.error):
+    except (ValueError, TypeError, AttributeError, LookupError, zipfile.BadZipFile, struct.error):
         return spoil_bytes(draw, old)  # it was spoilt before
 
 
-def _replace(draw: random.Random, path: Path) -> None:
+def _replace(draw: random.Random, path: Path, pipes: bool) -> None:
     """Puts something else in the place of a file."""
     kind = draw.choice(["gone", "empty", "folder", "pipe", "zero", "loop", "dangling"])
     if path.is_dir() and not path.is_symlink():
@@ -61,7 +61,8 @@ def _replace(draw: random.Random, path: Path) -> None:
     elif kind == "folder":
         path.mkdir()
     elif kind == "pipe":
-        os.mkfifo(path)
+        if pipes:
+            os.mkfifo(path)
     elif kind != "gone":
         targets = {"zero": "/dev/zero", "loop": path.name, "dangling": "nowhere"}
         path.symlink_to(targets[kind])

@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 5.0
-"""What one input may take."""
+"""What one input may take of the processor."""
 
 
 class Worker:
@@ -39,7 +39,7 @@ class Worker:
         self._process.stdin.write(job + "\n")  # pyright: ignore
         self._process.stdin.flush()  # pyright: ignore
         # Making the good input may take longer than an input; the worker bounds the latter itself.
-        ready, _, _ = select.select([self._process.stdout], [], [], 120 + 10 * seconds)
+        ready, _, _ = select.select([self._process.stdout], [], [], 300 + 40 * seconds)
         line = self._process.stdout.readline() if ready else ""  # pyright: ignore
         if line:
             return json.loads(line)
@@ -75,7 +75,7 @@ class Worker:
         code = process.wait()
         self._log.seek(0)
         log = self._log.read().decode(errors="replace")
-        timed = "Timeout (" in log or took > 120
+        timed = "Timeout (" in log or took > 300
         frames = [x.strip() for x in log.splitlines() if x.strip().startswith("File ")]
         own = [x for x in frames if "sama_jax/" in x or "checkpoints_convert/" in x]
         self.close()

@@ -28,6 +28,8 @@ class Reader(NamedTuple):
     """Looks at what a command left that ended with 0."""
     extra: Callable[[random.Random, Path], Any] | None = None
     """Spoils in a way of its own; used for one input in five."""
+    pipes: bool = True
+    """Whether a pipe may stand in the place of a file; who reads texts waits for one, as `cat`."""
     patience: float = 1.0
     """Times the limit of seconds: more where a good input computes something."""
 
@@ -38,7 +40,8 @@ def spoil(reader: Reader, draw: random.Random, root: Path) -> None:
         reader.extra(draw, root)
         return
     found = sorted(str(f.relative_to(root)) for p in reader.spoilt for f in root.glob(p))
-    mutations.spoil(draw, root, [name for name in found if (root / name).is_file()])
+    names = [name for name in found if (root / name).is_file()]
+    mutations.spoil(draw, root, names, pipes=reader.pipes)
 
 
 def good(root: Path) -> None:

@@ -7,8 +7,8 @@ from fuzz.pool import Worker
 
 COUNTS = dict.fromkeys(NAMES, 25) | dict.fromkeys(SLOW, 6)
 """Inputs of each reader."""
-PATIENCE = 60.0
-"""Seconds an input may take here, where others use the machine: what hangs does so for good."""
+PATIENCE = 10.0
+"""Seconds of the processor that an input may take here."""
 CULPRITS = ["traceback", "message", "code", "memory", "hang", "died", "wrong"]
 
 

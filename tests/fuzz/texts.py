@@ -118,9 +118,11 @@ def _audit_texts(root: Path, good: Path) -> list[str]:
 
 
 READERS = {
-    "jsonl": Reader(_jsonl, ("*",), _read_texts, _audit_texts),
-    "json": Reader(_json, ("*",), _read_texts, _audit_texts),
-    "csv": Reader(_csv, ("*",), _read_texts, _audit_texts),
-    "gzip": Reader(_gzip, ("*",), _read_texts, _audit_texts, extra=_spoil_gzip),
-    "parquet": Reader(_parquet, ("*",), _read_texts, _audit_texts, extra=_spoil_parquet),
+    "jsonl": Reader(_jsonl, ("*",), _read_texts, _audit_texts, pipes=False),
+    "json": Reader(_json, ("*",), _read_texts, _audit_texts, pipes=False),
+    "csv": Reader(_csv, ("*",), _read_texts, _audit_texts, pipes=False),
+    "gzip": Reader(_gzip, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_gzip),
+    "parquet": Reader(
+        _parquet, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_parquet
+    ),
 }

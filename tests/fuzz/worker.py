@@ -157,8 +157,11 @@ def attempt(scratch: Path, name: str, number: int, seconds: float, keep: bool) -
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + EXTRA_BYTES, -1))
-    faulthandler.dump_traceback_later(seconds * readers.READERS[name].patience, exit=True)
-    start = time.monotonic()
+    limit = seconds * readers.READERS[name].patience
+    # What takes no time of this process, such as a wait for a pipe, is given longer: others may
+    # have the processor.
+    faulthandler.dump_traceback_later(6 * limit, exit=True)
+    start = time.process_time()
     try:
         read(scratch, name, number, keep)
     except Finding as found:
@@ -175,12 +178,14 @@ def attempt(scratch: Path, name: str, number: int, seconds: float, keep: bool) -
         if isinstance(error, AssertionError) and checked:
             kind = "wrong"
     finally:
-        took = time.monotonic() - start
+        took = time.process_time() - start
         faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     peak = max(status("VmHWM") - before, 0)
     if peak > EXTRA_BYTES and kind == "fine":
         kind, detail = "memory", f"{peak / 2**30:.2f} GiB"
+    if took > limit and kind == "fine":
+        kind, detail = "hang", f"{took:.1f} s of the processor"
     if trace and not detail:
         detail = trace.strip().splitlines()[-1]
     where = [line.strip() for line in trace.splitlines() if 'File "' in line]
