@@ -39,9 +39,11 @@ def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ValueError(f"expected at most {limit:,} bytes, found {size:,}")
-        content = file.read(limit + 1)
-    if len(content) > limit:  # it has grown, or says 0 as those in /proc do
-        raise ValueError(f"expected at most {limit:,} bytes")
+        # As much is allocated as is asked for. It may have grown, and those in /proc say 0.
+        bound = min(limit, size + 2**20)
+        content = file.read(bound + 1)
+    if len(content) > bound:
+        raise ValueError(f"expected at most {bound:,} bytes")
     return content
 
 

@@ -230,6 +230,8 @@ def _yaml(draw: random.Random, old: bytes) -> bytes:
     bomb = "a0: &a0 [x]\n" + "".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
     )
+    if b"&a0" in old:  # it is the bomb already: whoever expands it does not end
+        return spoil_bytes(draw, old)
     if draw.random() < 0.08:
         return bomb.encode() + b"models: *a29\n" + old
     text = yaml.safe_dump(spoil_tree(draw, yaml.safe_load(old)), allow_unicode=draw.random() < 0.5)
