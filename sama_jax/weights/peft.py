@@ -10,7 +10,6 @@ with scale = alpha / r, or alpha / sqrt(r) under `use_rslora`. Names, scales and
 compared with PEFT 0.21.2, which the tests run.
 """
 
-import functools
 import hashlib
 import math
 import re
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.untrusted import printable
+from sama_jax.weights import adapter_patterns
 from sama_jax.weights.checks import listing
 from sama_jax.weights.folder_files import read_object
 from sama_jax.weights.safetensors import require_unique_names
@@ -296,43 +296,6 @@ def _low_rank(
     return LowRank(module, a, b, scale, embedding)
 
 
-# Of the regular expressions that PEFT allows as keys, those that end in bounded time: names, dots,
-# digits and classes, with few quantifiers and groups of alternatives. On a module's name of 60
-# characters the slowest takes 20 ms, a plain name 1 us.
-_PATTERN = re.compile(
-    r"\^?(?:[\w-]|\\?\.[*+]?|\\d[*+]?|\[[\w.-]{1,40}\][*+]?|\((?:\?:)?|\)|\|){1,300}\$?"
-)
-_OPEN = 3
-"""Most quantifiers and groups of a key."""
-_PATTERNS, _OPEN_PATTERNS = 2**14, 16
-"""Most keys, one for each module of a large model, and most of them with quantifiers or groups."""
-
-
-def _openness(key: str) -> int:
-    return sum(map(key.count, "*+("))
-
-
-@functools.lru_cache(_PATTERNS)
-def _pattern(key: str) -> re.Pattern[str]:
-    """Returns what fits the end of a module's name. Raises `ValueError`."""
-    if not _PATTERN.fullmatch(key) or _openness(key) > _OPEN:
-        raise ValueError(
-            f"pattern {printable(key)!r}; expected a module's name, or a regular expression with "
-            f"at most {_OPEN} quantifiers (of single characters) and groups"
-        )
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-def _checked_patterns(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns the patterns of a field. Raises `ValueError` if they are too many, or no object."""
-    patterns = config.get(name) or {}
-    if not isinstance(patterns, dict) or len(patterns) > _PATTERNS:
-        raise ValueError(f"{name}: expected an object of at most {_PATTERNS:,} patterns")
-    if sum(_openness(key) > 0 for key in patterns) > _OPEN_PATTERNS:
-        raise ValueError(f"{name}: more than {_OPEN_PATTERNS} keys are regular expressions")
-    return patterns
-
-
 def _rank_and_scale(config: dict[str, Any], module: str, where: Path) -> tuple[int, float]:
     """Returns r and alpha / r of a module.
 
@@ -340,8 +303,8 @@ def _rank_and_scale(config: dict[str, Any], module: str, where: Path) -> tuple[i
     """
 
     def get(pattern: str, default: str) -> Any:
-        for key, value in _checked_patterns(config, pattern).items():
-            if _pattern(key).match(module):
+        for key, value in adapter_patterns.checked(config, pattern).items():
+            if adapter_patterns.compiled(key).match(module):
                 return value
         return config.get(default, 8)  # the default of PEFT's class, for both
 

@@ -4,7 +4,6 @@ transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_paramet
 them. Some files have both; which one counts depends on the version, so they must agree.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sama_jax.models.families.fields import Fields, shown
@@ -70,8 +69,7 @@ def _scaling(rope: Fields, *, llama3: bool) -> Llama3Scaling | None:
     if kind != "llama3" or not llama3:
         known = "'default' or 'llama3'" if llama3 else "'default'"
         rope.refuse(f"rope_type is {shown(kind)}; expected {known}, others are not supported")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    numbers: Mapping[str, float] = {name: rope.positive(name) for name in names}
-    if not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
-        rope.refuse(f"rope_type llama3 needs low_freq_factor below high_freq_factor: {numbers}")
-    return Llama3Scaling(*numbers.values())
+    factor, low, high = map(rope.positive, ("factor", "low_freq_factor", "high_freq_factor"))
+    if not low < high:
+        rope.refuse(f"rope_type llama3: low_freq_factor {low} is not below high_freq_factor {high}")
+    return Llama3Scaling(factor, low, high, rope.size("original_max_position_embeddings"))
