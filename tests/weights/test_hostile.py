@@ -356,9 +356,7 @@ def test_patterns_mean_what_they_mean_to_peft(folder, adapter, pattern, fits):
 def test_the_slowest_patterns_that_are_read_take_no_time():
     start, module = time.monotonic(), "model.layers.61.mlp.experts.383.shared.down_proj"
     for key in (".*.+(|.|a|[a-z])Z", "(a|.|a)(.|a|.).*Z", ".*.*.*Z", "[a-z.]+[a-z.]+Z"):
-        assert not adapter_patterns.compiled(key).match(
-            "model.layers.61.mlp.experts.383.shared.down_proj"
-        )
+        assert not adapter_patterns.compiled(key).match(module)
     assert time.monotonic() - start < SECONDS
 
 
