@@ -7,6 +7,7 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from strangers import STRANGERS, free_port, knock
@@ -48,6 +49,13 @@ def run():
     made = Run(3)
     yield made
     made.close()
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_strangers_change_nothing(run: Run):
@@ -109,13 +117,14 @@ def test_who_is_refused_is_told_at_once(run: Run):
 
 
 def test_a_process_that_came_and_went_before_the_start_may_come_again():
-    run = Run(3, wait=10.0)
+    run = Run(3)
     run.threads[0].start()
     early = run.end(1)
     assert isinstance(early, Spoke)
-    early._connect(time.monotonic() + 10)
+    early._connect(time.monotonic() + 20)
+    wait_for(lambda: 1 in run.ends[0].links)
     early.links[0].lines.sock.shutdown(socket.SHUT_RDWR)
-    time.sleep(0.3)
+    wait_for(lambda: 1 not in run.ends[0].links)
     for thread in run.threads[1:]:
         thread.start()
     for thread in run.threads:
