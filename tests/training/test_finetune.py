@@ -252,12 +252,6 @@ def test_a_last_step_that_diverges_stops_before_the_model_is_written(spoil, fold
     assert not (folder / f"last_{spoil}" / "config.json").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": 1e39}, {"weight_decay": 1e300}])
-def test_settings_beyond_float32_are_refused(folder, wrong):
-    with pytest.raises(UsageError, match=r"expected at most 3\.4e\+38"):
-        tune(folder, f"beyond{next(iter(wrong))}", dataclasses.replace(SETTINGS, **wrong))
-
-
 @pytest.mark.parametrize(
     "content", ["[" * 10**5, "5", "{}", '{"identity": 5}', '{"identity": {"settings": {}}}']
 )
@@ -388,10 +382,11 @@ def test_nonmembers_of_a_labelled_file_are_not_trained_on(folder, finished):
         tune(folder, "never", texts="nonmembers.jsonl")
 
 
-def test_a_diverging_loss_stops_without_a_checkpoint(folder):
-    settings = dataclasses.replace(SETTINGS, learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(UsageError, match=r"the loss is nan .* lower learning_rate \(now 1e\+30\)"):
-        tune(folder, "diverged", settings)
+def test_a_diverging_loss_stops_without_a_checkpoint(folder, monkeypatch):
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *x: (step(*x)[0], jnp.float32(np.nan)))
+    with pytest.raises(UsageError, match=r"the loss is nan .* lower learning_rate \(now 0\.01\)"):
+        tune(folder, "diverged")
     with Checkpoints(folder / "diverged" / "checkpoints") as checkpoints:
         assert checkpoints.steps == []
 
