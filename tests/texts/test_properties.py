@@ -21,6 +21,8 @@ from sama_jax.texts.tokenizer import TextTokenizer
 
 FIELDS = ("id", "text", "label")
 words = st.text(st.characters(codec="utf-8"), max_size=12)
+names = words.filter(lambda name: name and "\0" not in name)
+"""Ids: one that holds a NUL is refused, since arrays of strings would lose it."""
 odd = st.sampled_from(
     ["", " ", '"', "a,b", "a\nb", "a\r\nb", "'", "\u2028", "\ufeffx", "{", "[]", "😀"]
 )
@@ -29,7 +31,7 @@ odd = st.sampled_from(
 @st.composite
 def records(draw) -> list[dict[str, Any]]:
     texts = draw(st.lists(words | odd, min_size=1, max_size=6))
-    ids = draw(st.lists(words.filter(bool), min_size=len(texts), max_size=len(texts), unique=True))
+    ids = draw(st.lists(names, min_size=len(texts), max_size=len(texts), unique=True))
     labels = st.sampled_from([0, 1, None])
     return [
         {"id": name if draw(st.booleans()) else None, "text": text, "label": draw(labels)}
