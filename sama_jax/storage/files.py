@@ -11,7 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sama_jax import untrusted
 from sama_jax.errors import DataError, OutputError, UsageError
@@ -45,6 +45,18 @@ def readable(path: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason})") from None
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for reading. Raises `DataError` where it cannot be read, or is a pipe."""
+    with readable(path):
+        try:
+            file = untrusted.open_file(path)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}, and it is none; move it away") from None
+        with file:
+            yield file
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from sama_jax.storage.files import AppendOnly, readable
+from sama_jax.storage.files import AppendOnly, opened, readable
 from sama_jax.storage.shapes import fits
 from sama_jax.untrusted import parse_json
 
@@ -109,7 +109,7 @@ class LossStore:
         they are computed anew.
         """
         end = start
-        with readable(path), path.open("rb") as file:
+        with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             at = start
             while at < size:

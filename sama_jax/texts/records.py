@@ -283,7 +283,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
         raise UsageError(
             f"{path}: reading parquet needs pyarrow; pip install 'sama-jax[parquet]'"
         ) from None
-    number = 0
+    number = total = 0
     try:
         source = stream if stream.seekable() else pyarrow.BufferReader(stream.read())
         file = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
@@ -294,6 +294,12 @@ def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
         for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
             for record in zip(*(_values(batch.column(name)) for name in wanted)):
                 number += 1
+                total += sum(len(value) for value in record if isinstance(value, str))
+                if total > max(UNPACKED_BYTES, UNPACKED_RATIO * os.path.getsize(path)):
+                    raise DataError(
+                        f"{path}: holds texts of more than {UNPACKED_RATIO} times its size, most "
+                        "of them repeated; keep each once"
+                    )
                 yield Row(dict(zip(wanted, record)), f"{path.name}:row {number}")
     except DataError:
         raise

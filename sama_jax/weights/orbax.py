@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 
 from sama_jax.errors import ModelError, OutputError, UsageError
+from sama_jax.untrusted import printable
 
 KEPT = 2
 
@@ -86,15 +88,10 @@ class Checkpoints:
         """
         wanted, reasons = _flat(abstract), []
         for step in self.steps:
-            try:
-                stored = self._checkpointer.metadata(step).metadata
-                if stored:  # else it is damaged, and `load` says how
-                    self._require_fit(step, wanted, stored)
-                leaves = self._checkpointer.load(step, wanted)
-            except UsageError:
-                raise
-            except Exception as error:  # a damaged folder can fail in any way inside Orbax
-                reasons.append(f"step {step}: {_first_line(error)}")
+            with _without_log():
+                leaves = self._leaves(step, wanted, reasons)
+                gc.collect()  # what failed says so when it is dropped
+            if leaves is None:
                 continue
             return step, jax.tree.unflatten(
                 jax.tree.structure(abstract), [leaves[name] for name in wanted]
@@ -105,6 +102,20 @@ class Checkpoints:
                 "from the start\n  " + "\n  ".join(reasons)
             )
         return None
+
+    def _leaves(self, step: int, wanted: dict[str, Any], reasons: list[str]) -> Any:
+        """Reads one checkpoint; None if it is damaged, which `reasons` then tells."""
+        try:
+            _require_regular(self.folder / str(step))
+            stored = self._checkpointer.metadata(step).metadata
+            if stored:  # else it is damaged, and `load` says how
+                self._require_fit(step, wanted, stored)
+            return self._checkpointer.load(step, wanted)
+        except UsageError:
+            raise
+        except Exception as error:  # a damaged folder can fail in any way inside Orbax
+            reasons.append(f"step {step}: {printable(_first_line(error), 200)}")
+            return None
 
     def close(self) -> None:
         """Waits for the last save and releases Orbax's threads."""
@@ -179,6 +190,7 @@ def stored_params(folder: Path) -> Any:
     """
     ocp = _orbax()  # outside: a broken installation is not a damaged folder
     with _damage(folder), _without_log():
+        _require_regular(folder)
         stored = ocp.metadata(str(folder.absolute())).metadata
         if not stored:
             raise ValueError("it has no readable arrays")
@@ -201,6 +213,7 @@ def load_params(folder: Path, abstract: Any) -> Any:
         lambda x: ocp.PLACEHOLDER if x is None else x, abstract, is_leaf=lambda x: x is None
     )
     with _damage(folder), _without_log(), _context(abstract):
+        _require_regular(folder)
         return ocp.load(str(folder.absolute()), wanted)
 
 
@@ -213,6 +226,13 @@ def _context(tree: Any) -> Any:
         context.memory.write_concurrent_bytes = max(largest, 2 * CHUNK_BYTES)
         context.memory.read_concurrent_bytes = max(2 * largest, 2 * CHUNK_BYTES)
     return context
+
+
+def _require_regular(folder: Path) -> None:
+    """Raises `ValueError` for a pipe or a device, which Orbax would wait for or read for ever."""
+    for path in folder.rglob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path.name} is no regular file")
 
 
 @contextlib.contextmanager
@@ -232,6 +252,8 @@ def _without_log() -> Iterator[None]:
     """Silences Orbax and asyncio: they log in many lines what an exception says in one."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
+    # Python tells of an unfinished coroutine that it drops, with a traceback.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -240,6 +262,7 @@ def _without_log() -> Iterator[None]:
         gc.collect()  # asyncio logs a failed task when it is collected
         raise
     finally:
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 

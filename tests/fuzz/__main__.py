@@ -70,6 +70,8 @@ def main() -> int:
                 if given.findings:
                     with given.findings.open("a") as file:
                         file.write(json.dumps(findings[-1]) + "\n")
+    except KeyboardInterrupt:
+        pass
     finally:
         worker.close()
         if given.keep is None:
