@@ -223,6 +223,8 @@ def load_losses(path: Path, replay: Replay) -> Losses:
     optional = ("state_at", "target_states", "reference_states")
     _, arrays = _load(path, _LOSS_KINDS, "losses", "--save-losses", optional)
     rows = {str(name): row for row, name in enumerate(arrays["ids"].reshape(-1))}
+    if len(rows) != arrays["ids"].size:
+        raise DataError(f"{path}: holds the losses of a text twice; save those of one plan")
     missing = [name for name in replay.ids if name not in rows]
     if missing:
         raise DataError(

@@ -180,9 +180,9 @@ READERS = {
     "replay": Reader(_replay, ("*.npz",), _read_replay, extra=_spoil_replay),
     "store": Reader(_stores, ("*.bin",), _read_store),
     "experiment": Reader(_experiment, ("*.yaml",), _read_experiment),
-    "score": Reader(_run, RUN_FILES, command=_score, check=_all_rows),
-    "report": Reader(_run, RUN_FILES, command=_report),
-    "merge": Reader(_run, RUN_FILES, command=_merge, check=_all_rows),
+    "score": Reader(_run, RUN_FILES, command=_score, check=_all_rows, patience=6),
+    "report": Reader(_run, RUN_FILES, command=_report, patience=6),
+    "merge": Reader(_run, RUN_FILES, command=_merge, check=_all_rows, patience=6),
     "continue": Reader(_run, RUN_FILES, command=_continue, check=_all_rows, patience=6),
     "training": Reader(
         _training, ("tuned/train.json", "tuned/log.jsonl"), command=_finetune, patience=6

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sama_jax.arrays import ProbePlan
 from sama_jax.errors import DataError
 from sama_jax.storage import replay
 
@@ -171,3 +172,17 @@ def test_losses_that_cannot_be_are_refused(change, tmp_path):
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "p.npz")
     assert "regular file" in refused(tmp_path / "p.npz")
+
+
+def test_losses_that_hold_a_text_twice_are_refused(tmp_path):
+    plan = ProbePlan(
+        masks=np.ones((1, 1, 2), bool),
+        scored=np.ones((1, 1, 2), bool),
+        weights=np.ones((1, 1), np.float32),
+        subsets=np.zeros((1, 1, 1, 1), np.int32),
+    )
+    made = replay.Replay(["a"], np.zeros((1, 2), np.int32), plan, "plan")
+    values = np.zeros((2, 1, 2), np.float32)
+    replay.save_losses(tmp_path / "losses.npz", ["a", "a"], values, values)
+    with pytest.raises(DataError, match="twice"):
+        replay.load_losses(tmp_path / "losses.npz", made)
