@@ -7,7 +7,6 @@ one, and the same command starts it over.
 
 import contextlib
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -18,15 +17,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from sama_jax import __version__, untrusted
+from checkpoints_convert.output import claim, finish, make_record, record_sizes
+from sama_jax import untrusted
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.models.registry import read_config
-from sama_jax.storage.files import write_json, writing
+from sama_jax.storage.files import writing
 from sama_jax.terminal import ByteBar, duration
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import (
@@ -39,12 +38,11 @@ from sama_jax.weights import (
     safetensors,
     saving,
     special_tokens,
-    stored_bytes,
     tensor_map,
 )
-from sama_jax.weights.folder_files import CONFIG, PARAMS, RECORD
+from sama_jax.weights.folder_files import CONFIG, PARAMS
 from sama_jax.weights.model_folder import ModelFolder
-from sama_jax.weights.orbax_source import OrbaxSource, files_below
+from sama_jax.weights.orbax_source import OrbaxSource
 
 HOST_BASE_BYTES = 0.35 * 2**30
 """Python, JAX and Orbax themselves."""
@@ -98,8 +96,8 @@ def to_orbax(
         dtype = dtype if wanted != kept else "keep"
         _refuse_float64(folder, wanted)
         place = _places(folder, mesh)
-        record = _record(folder, "orbax", src, dtype)
-        if _claim(out, record, quiet):
+        record = make_record(folder, "orbax", src, dtype)
+        if claim(out, record, quiet):
             return Converted(out, folder.num_params, 0, 0, 0.0)
         sizes = _local_bytes(folder, wanted, place)
         # Orbax makes a copy of one leaf at a time to write it.
@@ -114,7 +112,7 @@ def to_orbax(
         if not quiet:
             print(f"writing {out / PARAMS}", file=sys.stderr)
         orbax.save_params(out / PARAMS, params)
-        _record_sizes(out, record)
+        record_sizes(out, record)
         finish(folder, out, folder.config, dtype)
         seconds = time.monotonic() - start
         return Converted(out, folder.num_params, folder.source.bytes_read, total, seconds)
@@ -149,10 +147,10 @@ def to_hf(
             t.dtype == np.dtype(s.dtype)
             for t, s in zip(tensors.values(), folder.source.tensors.values())
         )
-        record = _record(folder, "hf", src, "keep" if kept else dtype)
+        record = make_record(folder, "hf", src, "keep" if kept else dtype)
         if adapter is not None:
             record["adapter"] = str(adapter)
-        if _claim(out, record, quiet):
+        if claim(out, record, quiet):
             return Converted(out, folder.num_params, 0, 0, 0.0)
         total = sum(t.nbytes for t in tensors.values())
         largest = max(t.nbytes for t in tensors.values())
@@ -334,100 +332,3 @@ def size(num_bytes: float) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.2f} {name}"
     return f"{num_bytes / 1e3:.0f} kB"
-
-
-# --- the output ----------------------------------------------------------------------------------
-
-
-def _record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> dict[str, Any]:
-    """Makes the content of `conversion.json`."""
-    return {
-        "format": kind,
-        "source": str(src),
-        "source_identity": folder.identity,
-        "dtype": dtype,
-        "sama_jax": __version__,
-        "files": [file.name for file in folder_files.companions(folder.path)],
-    }
-
-
-def _record_sizes(out: Path, record: dict[str, Any]) -> None:
-    """Writes the record again with the sizes of Orbax's files and the SHA-256 of their bytes."""
-    if jax.process_index() == 0:
-        files = files_below(out / PARAMS)
-        sizes = {name: file.stat().st_size for name, file in files}
-        digest = stored_bytes.digest(files)
-        write_json(out / RECORD, {**record, "sizes": sizes, "digest": digest})
-
-
-def _claim(out: Path, record: dict[str, Any], quiet: bool) -> bool:
-    """Empties `out` of an unfinished conversion and writes the record. True if it is finished.
-
-    Raises `UsageError` if it holds anything else.
-    """
-    finished = _is_finished(out, record)
-    _together("checked")  # no process looks at what another one has begun
-    if finished:
-        if not quiet:
-            print(f"{out}: finished before, nothing to do", file=sys.stderr)
-        return True
-    if jax.process_index() == 0:
-        with writing(out):
-            if out.is_dir():
-                for item in out.iterdir():
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
-        write_json(out / RECORD, record)
-    _together("claimed")
-    return False
-
-
-def _is_finished(out: Path, record: dict[str, Any]) -> bool:
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise UsageError(f"{out}: is a file; give a new folder for the output")
-    names = {item.name for item in out.iterdir()}
-    if not names:
-        return False
-    try:
-        before = folder_files.read_object(out / RECORD)
-        files = {*before["files"], RECORD, CONFIG, PARAMS}
-    except (ModelError, KeyError, TypeError):
-        raise UsageError(
-            f"{out}: is not empty and holds no conversion (no readable {RECORD}); give a new folder"
-        ) from None
-    if CONFIG in names:
-        same = ("format", "source_identity", "dtype")
-        changed = [k for k in same if before.get(k) != record[k]]
-        differs = [f"{k} was {before.get(k)!r}, is {record[k]!r}" for k in changed]
-        if differs:
-            raise UsageError(
-                f"{out}: holds another conversion ({'; '.join(differs)}); give a new folder"
-            )
-        return True
-    ours = re.compile(rf"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|{PARAMS}\..*|.*\.part")
-    foreign = sorted(name for name in names - files if not ours.fullmatch(name))
-    if foreign:
-        raise UsageError(
-            f"{out}: holds an unfinished conversion and other files ({', '.join(foreign)}); move "
-            "them away or give a new folder"
-        )
-    return False
-
-
-def finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -> None:
-    """Copies tokenizer and other files, then writes `config.json`, atomically."""
-    if jax.process_index() == 0:
-        with writing(out):
-            for file in folder_files.companions(folder.path):
-                shutil.copyfile(file, out / file.name)
-        if dtype != "keep":
-            names = [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]
-            config = {**config, **dict.fromkeys(names, dtype)}
-        write_json(out / CONFIG, config)
-    _together("finished")
-
-
-def _together(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoints_convert {name}")

@@ -534,6 +534,45 @@ def test_a_finished_conversion_is_not_done_again(command, source, tmp_path, caps
     assert run(command, source, tmp_path / "out", "--dtype", "bfloat16") == 2
 
 
+def changed_config(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def flip_weights(folder: Path) -> None:
+    file = max(folder.rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        ("source", lambda folder: changed_config(folder, mask_token_id=5)),
+        ("source", lambda folder: changed_config(folder, pad_token_id=7)),
+        ("source", lambda folder: (folder / "generation_config.json").write_text("{}")),
+        ("out", lambda folder: changed_config(folder, mask_token_id=5)),
+        ("out", lambda folder: (folder / "tokenizer.json").unlink()),
+        ("out", flip_weights),
+    ],
+)
+@pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
+def test_a_finished_conversion_of_what_has_changed_is_no_success(
+    command: str, where: str, change: Any, source: Path, tmp_path: Path, capsys
+):
+    copy, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(source, copy)
+    assert run(command, copy, out) == 0
+    change({"source": copy, "out": out}[where])
+    before = contents(out)
+    capsys.readouterr()
+    assert run(command, copy, out) == 2
+    said = capsys.readouterr().err
+    assert "holds another conversion" in said or "no longer those that the conversion" in said
+    assert contents(out) == before
+
+
 def test_memory_and_time_are_told_beforehand(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loading, "read_params", lambda *_: sys.exit(9))
     assert run("to-orbax", source, tmp_path / "out") == 9
