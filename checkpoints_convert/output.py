@@ -104,7 +104,11 @@ def _is_finished(out: Path, record: dict[str, Any]) -> bool:
 
 
 def finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -> None:
-    """Copies tokenizer and other files, then writes `config.json`, atomically."""
+    """Copies tokenizer and other files, then writes `config.json`, atomically.
+
+    Raises `ModelError` if the source has changed meanwhile.
+    """
+    folder.source.require_unchanged()
     if jax.process_index() == 0:
         with writing(out):
             for file in folder_files.companions(folder.path):

@@ -6,8 +6,6 @@ pickles. Neither side needs the other's framework.
 """
 
 import io
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +13,18 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 
-from checkpoints_convert.verify.ours import PARITY, RANKS, TOLERANCE, WHY, Ours, token_losses
+from checkpoints_convert.verify.ours import (
+    PARITY,
+    RANKS,
+    TOLERANCE,
+    WHY,
+    Ours,
+    require_finite,
+    token_losses,
+)
 from sama_jax.errors import DataError
 from sama_jax.storage.files import write_atomic
+from sama_jax.storage.replay import read_arrays
 
 _KINDS = {"ids": "iu", "mask": "b", "nll": "f", "key_valid": "b"}
 
@@ -34,6 +41,7 @@ class Exchange(NamedTuple):
 def write_losses(path: Path, ours: Ours, ids: np.ndarray, mask: np.ndarray, valid: np.ndarray):
     """Writes our losses of `ids`."""
     nll = token_losses(ours, ids, mask, valid)
+    require_finite(ours, nll[valid])
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -56,17 +64,13 @@ def read_losses(path: Path, vocab_size: int) -> Exchange:
         )
 
     try:
-        data = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(data)), np.load(io.BytesIO(data)) as file:
-            found = {name: file[name] for name in _KINDS if name in file.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        _, found = read_arrays(path, _KINDS, optional=_KINDS)
+    except ValueError as error:
         raise refuse(f"not a file of losses ({error})") from None
     for name in ("ids", "mask", "nll"):
         if name not in found:
             raise refuse(f"holds no {name}")
     for name, array in found.items():
-        if array.dtype.kind not in _KINDS[name]:
-            raise refuse(f"{name} holds {array.dtype}")
         if array.ndim != 2 or array.shape != found["ids"].shape:
             raise refuse(f"{name} has shape {list(array.shape)}, ids {list(found['ids'].shape)}")
     valid = found.get("key_valid", np.ones_like(found["mask"]))

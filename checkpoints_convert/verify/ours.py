@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
 from sama_jax.core import losses
-from sama_jax.errors import ParityError
+from sama_jax.errors import ModelError, ParityError
 from sama_jax.weights import loading, model_folder
 
 PARITY = ParityError.exit_code
@@ -51,6 +51,16 @@ def open_ours(
     folder = model_folder.open_folder(path, mask_id=mask_id, dtype=dtype, adapter=adapter)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return Ours(folder, loading.load(folder, device))
+
+
+def require_finite(ours: Ours, values: Float[np.ndarray, "*n"]) -> None:
+    """Raises `ModelError` if a loss of ours is no number: there is nothing to compare."""
+    broken = int((~np.isfinite(values)).sum())
+    if broken:
+        raise ModelError(
+            f"{ours.folder.path}: {broken} of {values.size} losses are not finite; its weights, "
+            "its adapter or its config.json are broken"
+        )
 
 
 def token_losses(

@@ -15,7 +15,15 @@ from jaxtyping import Float
 from rich.table import Table
 
 from checkpoints_convert.verify import live
-from checkpoints_convert.verify.ours import PARITY, TOLERANCE, WHY, Ours, in_units, open_ours
+from checkpoints_convert.verify.ours import (
+    PARITY,
+    TOLERANCE,
+    WHY,
+    Ours,
+    in_units,
+    open_ours,
+    require_finite,
+)
 from sama_jax.arrays import ForwardBatch, Params
 from sama_jax.core import losses, votes
 from sama_jax.errors import DataError
@@ -83,6 +91,8 @@ def verify_plan(
 
 
 def _check_tokens(path: Path, probes: replay.Replay, ours: Ours) -> None:
+    if not np.asarray(probes.plan.scored).any():
+        raise DataError(f"{path}: scores no token, so there is nothing to compare")
     if probes.tokens.max(initial=0) >= ours.model.vocab_size:
         raise DataError(
             f"{path}: tokens hold {probes.tokens.max()}, but the embedding of {ours.folder.path} "
@@ -111,7 +121,9 @@ def plan_losses(ours: Ours, probes: replay.Replay) -> Float[np.ndarray, "n t l"]
         )
         values = np.asarray(_score(ours.model, slots, ours.params, batch)).swapaxes(0, 1)
         for row, found in zip(part, values):
-            out[row][scored[row]] = found[~np.isnan(found)]
+            read = np.arange(slots) < scored[row].sum(axis=-1, keepdims=True)
+            require_finite(ours, found[read])
+            out[row][scored[row]] = found[read]
     return out
 
 

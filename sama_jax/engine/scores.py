@@ -59,7 +59,7 @@ def score_rows(
                 a.name: float(scores[a.name][i]) if usable[a.name][row] else None for a in todo[row]
             }
             line = _line(readings, ids[row], values)
-            if details is not None and usable[wanted[0].name][row]:
+            if details is not None and values.get("sama") is not None:
                 line["votes"] = details[i]
             lines.append(line)
         folder.append_scores(lines)

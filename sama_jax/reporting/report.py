@@ -38,6 +38,12 @@ def write_report(folder: Path, *, figures: bool = True) -> Path:
     """
     manifest = _read(folder, MANIFEST, MANIFEST_SHAPE)
     rows = _read(folder, SCORES, ROW_SHAPE)
+    texts = (manifest.get("run") or {}).get("texts", len(rows))
+    if texts != len(rows) or len({row["id"] for row in rows}) < len(rows):
+        raise UsageError(
+            f"{folder / SCORES} has {len(rows)} lines, not one for each of {texts} texts; repeat "
+            "the audit that made the folder to write it anew"
+        )
     if (folder / METRICS).exists():
         metrics = _read(folder, METRICS, _METRICS)
     else:

@@ -11,6 +11,7 @@ import io
 import math
 import sys
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,30 @@ def _wrong_in(tokens: np.ndarray, plan: ProbePlan) -> str | None:
 def _load(
     path: Path, kinds: dict[str, str], what: str, flag: str, optional: tuple[str, ...] = ()
 ) -> tuple[bytes, dict[str, Any]]:
-    """Reads the bytes of an npz and its arrays of these names; checks their dtypes."""
+    """Reads the bytes of an npz and its arrays of these names. Raises `DataError`."""
+    try:
+        return read_arrays(path, kinds, optional)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not a {what} file ({error}); {flag} writes one, see docs/replay.md"
+        ) from None
+
+
+def read_arrays(
+    path: Path, kinds: dict[str, str], optional: Collection[str] = ()
+) -> tuple[bytes, dict[str, Any]]:
+    """Reads an npz file: its bytes, and its arrays of these names.
+
+    Nothing is unpacked before all headers have been read: a file of 3 MB may announce gigabytes.
+
+    Args:
+      path: the file.
+      kinds: name of an array -> the kinds of dtype that it may have.
+      optional: names that may be missing.
+
+    Raises:
+      ValueError: it is none, or one array is missing, of another kind, or too large.
+    """
     try:
         data = read_bytes(path, MAX_BYTES)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -194,10 +218,7 @@ def _load(
     except MemoryError:
         raise
     except Exception as error:  # zip files and npy headers can be wrong in too many ways to list
-        raise DataError(
-            f"{path}: not a {what} file ({printable(str(error) or type(error).__name__, 200)}); "
-            f"{flag} writes one, see docs/replay.md"
-        ) from None
+        raise ValueError(printable(str(error) or type(error).__name__, 200)) from None
     return data, arrays
 
 

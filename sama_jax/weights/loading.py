@@ -89,9 +89,12 @@ def read_params(
         return jax.ShapeDtypeStruct(leaves[path].shape, dtype, sharding=sharding)
 
     abstract = jax.tree.unflatten(jax.tree.structure(shapes), list(map(target, leaves)))
-    if not ours:
-        return placing.load_params(folder.source, *layout, abstract, progress)
-    params = orbax.load_params(ours.folder, abstract)
-    if progress:
+    if ours:
+        params = orbax.load_params(ours.folder, abstract)
+    else:
+        params = placing.load_params(folder.source, *layout, abstract, progress)
+    jax.block_until_ready(params)
+    folder.source.require_unchanged()
+    if ours and progress:
         progress(sum(x.nbytes for x in jax.tree.leaves(params)))
     return params

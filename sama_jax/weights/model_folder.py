@@ -18,7 +18,7 @@ from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.untrusted import printable
-from sama_jax.weights import checks, peft, stored_bytes
+from sama_jax.weights import checks, peft
 from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
 from sama_jax.weights.hub import resolve
 from sama_jax.weights.orbax_source import OrbaxSource, read_stored
@@ -62,7 +62,7 @@ class ModelFolder:
         Reads no weights.
         """
         merged = "" if self.adapter else self.adapter_identity
-        return _name(stored_bytes.same_files(self.source.files), repr(self.family.arch), merged)
+        return _name(self.source.stamp, repr(self.family.arch), merged)
 
     @property
     def pad_id(self) -> int | None:

@@ -31,6 +31,8 @@ class Stored(NamedTuple):
     files: list[tuple[str, Path]]
     digest: str
     """SHA-256 of the files when they were written."""
+    stamp: str
+    """What `same_files` said of the files before they were read."""
 
 
 def files_below(folder: Path) -> list[tuple[str, Path]]:
@@ -70,7 +72,8 @@ def read_stored(model: Path) -> Stored:
             f"{folder}: {len(wrong)} files of its Orbax checkpoint are missing, incomplete or not "
             "its own; copy or convert the model again\n" + listing(wrong)
         )
-    return Stored(folder, orbax.stored_params(folder), files, digest)
+    stamp = stored_bytes.same_files(files)
+    return Stored(folder, orbax.stored_params(folder), files, digest, stamp)
 
 
 class OrbaxSource(Source):
@@ -94,6 +97,7 @@ class OrbaxSource(Source):
                 for name, made in self._pending.items()
             },
             {},
+            stored.stamp,
         )
 
     @property
@@ -105,6 +109,7 @@ class OrbaxSource(Source):
     def digest(self) -> str:
         """The SHA-256 of all stored bytes. Raises `ModelError` if it is not the recorded one."""
         found = stored_bytes.digest(self.files)
+        self.require_unchanged()
         if found != self._stored.digest:
             raise ModelError(
                 f"{self.folder}: is damaged: its bytes are not those that {RECORD} records; "

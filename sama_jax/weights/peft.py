@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.untrusted import printable
-from sama_jax.weights import adapter_patterns
+from sama_jax.weights import adapter_patterns, stored_bytes
 from sama_jax.weights.checks import listing
 from sama_jax.weights.folder_files import read_object
 from sama_jax.weights.safetensors import require_unique_names
@@ -216,11 +216,15 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
             hint = "; its weights are pickled (.bin), which are never read: save as safetensors"
         raise ModelError(f"{path}: has no {WEIGHTS}{hint}")
     try:
+        stamp = stored_bytes.same_files([(WEIGHTS, file)])
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256")
         with safe_open(file, framework="numpy") as handle:
             require_unique_names(file)
-            return {name: handle.get_tensor(name) for name in handle.keys()}, digest  # noqa: SIM118
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        if stored_bytes.same_files([(WEIGHTS, file)]) != stamp:
+            raise ValueError("it has changed while it was read")
+        return tensors, digest
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
         # The last three: a type that NumPy has not, such as 8-bit floats.
         raise ModelError(
@@ -327,7 +331,7 @@ class _MergedSource(Source):
     """Reads the base's tensors with the adapter added where it has something to add."""
 
     def __init__(self, base: Source, modules: dict[str, LowRank]):
-        super().__init__(base.tensors, {})
+        super().__init__(base.tensors, {}, base.stamp)
         self.base, self.modules = base, modules
 
     @property

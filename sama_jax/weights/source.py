@@ -31,8 +31,9 @@ class SourceTensor(NamedTuple):
 class Source:
     """Holds the tensors of a model folder by their canonical names, and opens each file once."""
 
-    def __init__(self, tensors: dict[str, SourceTensor], handles: dict[Path, Any]):
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, SourceTensor], handles: dict[Path, Any], stamp: str):
+        """Holds tensors and open files; `stamp` is what `same_files` said before."""
+        self.tensors, self.stamp = tensors, stamp
         self.bytes_read = 0
         """Bytes that `window` has returned."""
         self._handles = handles
@@ -62,7 +63,21 @@ class Source:
     @functools.cached_property
     def digest(self) -> str:
         """The SHA-256 of all stored bytes, computed when it is first asked for."""
-        return stored_bytes.digest(self.files)
+        found = stored_bytes.digest(self.files)
+        self.require_unchanged()
+        return found
+
+    def require_unchanged(self) -> None:
+        """Raises `ModelError` if a file is another one than when the folder was opened.
+
+        Then its numbers would stand under the identity of what was there before.
+        """
+        if stored_bytes.same_files(self.files) != self.stamp:
+            where = self.files[0][1].parent
+            raise ModelError(
+                f"{where}: its weights have changed since they were opened; wait until nothing "
+                "writes there any more, then run the same command again"
+            )
 
     def unlisted(self) -> list[str]:
         """Returns the names of weight files that the folder's index does not list."""
@@ -81,7 +96,9 @@ def open_source(folder: Path, table: Table, block_group_size: int = 1) -> Source
     tensors: dict[str, SourceTensor] = {}
     handles: dict[Path, Any] = {}
     twice = []
-    for file in weight_files(folder):
+    files = weight_files(folder)
+    stamp = stored_bytes.same_files([(file.name, file) for file in files])
+    for file in files:
         try:
             handle = handles[file] = safe_open(file, framework="numpy")
             require_unique_names(file)
@@ -108,4 +125,4 @@ def open_source(folder: Path, table: Table, block_group_size: int = 1) -> Source
         raise ModelError(
             f"{folder}: the same tensor twice ({len(twice)} tensors): " + "; ".join(twice[:20])
         )
-    return Source(tensors, handles)
+    return Source(tensors, handles, stamp)

@@ -47,7 +47,13 @@ def _chunk(path: Path, start: int) -> bytes:
 
 
 def same_files(files: Sequence[tuple[str, Path]]) -> str:
-    """Names files by where they lie, their size and time, without reading them."""
-    stats = [path.stat() for _, path in files]
+    """Names files by where they lie, their size and time, without reading them.
+
+    Raises `ModelError` if one is gone.
+    """
+    try:
+        stats = [path.stat() for _, path in files]
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read ({error.strerror})") from None
     found = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
     return hashlib.sha256(repr(found).encode()).hexdigest()

@@ -561,7 +561,7 @@ def flip_weights(folder: Path) -> None:
 def test_a_finished_conversion_of_what_has_changed_is_no_success(
     command: str, where: str, change: Any, source: Path, tmp_path: Path, capsys
 ):
-    copy, out = tmp_path / "source", tmp_path / "out"
+    copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(source, copy)
     assert run(command, copy, out) == 0
     change({"source": copy, "out": out}[where])

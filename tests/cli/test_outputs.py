@@ -227,6 +227,16 @@ def test_results_as_json_replace_nothing_of_the_user(command: str, box: Box, cap
     assert mine.read_text() == '{"precious": 1}'
 
 
+def test_votes_are_written_whatever_was_scored_before(box: Box, finished: Path, capsys):
+    """Also where another attack has no score: `lowercase` has none for a text without capitals."""
+    shutil.copytree(finished, box.out)
+    new = {"out": box.path / "new", "store": box.out / "losses", "attacks": "lowercase,sama"}
+    for command in (box.command(include_votes=True), box.command(**new, include_votes=True)):
+        assert run(capsys, command).code == 0
+    for out in (box.out, box.path / "new"):
+        assert all("votes" in row for row in scores(out) if row["scores"]["sama"] is not None)
+
+
 @pytest.mark.parametrize("flag", ["save_plan", "save_losses"])
 def test_a_replay_file_that_cannot_be_written(flag: str, box: Box, finished: Path, capsys):
     said = run(capsys, box.command(**{flag: box.data / "x.npz"}))

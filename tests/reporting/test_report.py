@@ -168,6 +168,19 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     assert not list(folder.rglob("*.part"))
 
 
+def test_lines_that_lack_or_stand_twice_are_no_report(tmp_path):
+    make_folder(tmp_path, make_rows(n=3))
+    scores, manifest = tmp_path / "scores.jsonl", tmp_path / "manifest.json"
+    lines = scores.read_text().splitlines(keepends=True)
+    found = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(found | {"run": {"texts": len(lines)}}))
+    report.write_report(tmp_path)
+    for damaged in (lines[:-1], [*lines, lines[0]], [*lines[:-1], lines[0]], []):
+        scores.write_text("".join(damaged))
+        with pytest.raises(UsageError, match="not one for each of 6 texts"):
+            report.write_report(tmp_path)
+
+
 def test_control_characters_in_a_manifest_reach_no_terminal(tmp_path):
     make_folder(tmp_path, make_rows(n=2))
     manifest = json.loads((tmp_path / "manifest.json").read_text())

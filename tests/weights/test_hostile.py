@@ -14,8 +14,9 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from checkpoints_convert import convert
 from sama_jax.errors import ModelError
-from sama_jax.weights import adapter_patterns, folder_files, model_folder, orbax, saving
+from sama_jax.weights import adapter_patterns, folder_files, loading, model_folder, orbax, saving
 from sama_jax.weights.safetensors import INDEX, SINGLE
 from sama_jax.weights.special_tokens import padding_token
 
@@ -397,3 +398,24 @@ def test_an_adapter_that_is_not_finite_is_refused(folder, adapter, side, value):
     save_file(tensors, file)
     with pytest.raises(ModelError, match="its B or their scale is not finite"):
         model_folder.open_folder(folder, adapter=adapter)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+@pytest.mark.parametrize("orbax", [True, False])
+def test_weights_that_change_behind_their_identity_are_refused(
+    tmp_path: Path, orbax: bool, replaced: bool
+):
+    """A trainer that saves over a checkpoint: in place, or by a new file of the same name."""
+    path = tiny.folder(tmp_path / "a")
+    if orbax:
+        path = convert.to_orbax(path, tmp_path / "b", quiet=True).out
+    folder = model_folder.open_folder(path)
+    assert folder.identity
+    file = max((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    written = file.with_name("new") if replaced else file
+    written.write_bytes(content)
+    written.replace(file)
+    with pytest.raises(ModelError, match="have changed since they were opened"):
+        loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
