@@ -239,7 +239,7 @@ def publish(
     notes += [f"texts without a usable token: {empty}"] if empty else []
     folder.write_manifest(notes=notes, finished=True, cost=cost)
     folder.log("finished", texts=len(joined))
-    report.write_report(job.out, figures=job.figures)
+    report.write_report(job.out, figures=job.figures, metrics=metrics)
     if job.strict and notes:
         raise ValidityError(f"{job.out}: finished, but under --strict: " + "; ".join(notes))
     return AuditResult(joined, metrics, folder.manifest["cost"], job.out)

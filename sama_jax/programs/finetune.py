@@ -56,19 +56,19 @@ def finetune(
             "tokenizer": tokenizer.fingerprint,
             "pad_id": folder.pad_id if settings.train_on_padding else None,
         }
-        run = runs.open_run(out, identity, settings, data, heldout, quiet)
-        if run.finished:
-            return run.manifest["result"]
-        runs.copy_companions(base, out)
-        start = loop.Start(
-            folder.model,
-            folder.family.weights,
-            folder.config,
-            tokenizer,
-            lambda: loading.load(folder, loop.device()),
-            str(base),
-        )
-        return loop.train(start, run, settings, stop)
+        with runs.open_run(out, identity, settings, data, heldout, quiet) as run:
+            if run.finished:
+                return run.manifest["result"]
+            runs.copy_companions(base, out)
+            start = loop.Start(
+                folder.model,
+                folder.family.weights,
+                folder.config,
+                tokenizer,
+                lambda: loading.load(folder, loop.device()),
+                str(base),
+            )
+            return loop.train(start, run, settings, stop)
 
 
 def pretrain(
@@ -99,18 +99,18 @@ def pretrain(
             "base": hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(),
             "tokenizer": tokenizer_name,
         }
-        run = runs.open_run(out, identity, settings, data, heldout, quiet)
-        if run.finished:
-            return run.manifest["result"]
-        model = build_model(family, family.mask_id or 0, jnp.dtype("float32"))
-        sizes = full["vocab_size"], model.vocab_size
-        placed = new_tokenizer.place_tokenizer(tokenizer, run, *sizes)
-        key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
-        # Outside jit, initialisers run one by one: 20 s instead of 2.
-        init = jax.jit(model.init)
-        where = str(config)
-        start = loop.Start(model, family.weights, full, placed, lambda: init(key), where)
-        return loop.train(start, run, settings, stop)
+        with runs.open_run(out, identity, settings, data, heldout, quiet) as run:
+            if run.finished:
+                return run.manifest["result"]
+            model = build_model(family, family.mask_id or 0, jnp.dtype("float32"))
+            sizes = full["vocab_size"], model.vocab_size
+            placed = new_tokenizer.place_tokenizer(tokenizer, run, *sizes)
+            key = rng.run_key(settings.seed, rng.Purpose.INITIAL_WEIGHTS)
+            # Outside jit, initialisers run one by one: 20 s instead of 2.
+            init = jax.jit(model.init)
+            where = str(config)
+            start = loop.Start(model, family.weights, full, placed, lambda: init(key), where)
+            return loop.train(start, run, settings, stop)
 
 
 def _new_config(path: Path, tokenizer: Path | None) -> tuple[dict[str, Any], str]:

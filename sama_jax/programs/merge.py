@@ -53,7 +53,11 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
     for index, (rows, _) in zip(indexes, found):
         if rows != found[0][0]:
             raise DataError(f"{index}: lists other texts than {indexes[0]}; copy both again")
-    views = {view: made for _, known in found for view, made in known.items()}
+    views: dict[str, Any] = {}
+    for index, (_, known) in zip(indexes, found):
+        for view, made in known.items():
+            if views.setdefault(view, made) != made:
+                raise DataError(f"{index}: has other views than {indexes[0]}; copy both again")
     for view in views.values():  # before anything is copied
         table_from_description(view, str(indexes[0]))
     for number, (part, manifest) in enumerate(zip(parts, manifests)):

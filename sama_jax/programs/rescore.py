@@ -19,7 +19,7 @@ from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import TextTable, table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
-from sama_jax.programs.run_identity import flat_settings
+from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
 from sama_jax.storage.files import read_whole_json_lines, write_json
 from sama_jax.storage.run_folder import MANIFEST, METRICS, SCORES, RunFolder, read_manifest
@@ -72,7 +72,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         write_json(path / METRICS, metrics)
         folder.write_manifest(finished=True)
         folder.log("scored", attacks=[a.name for a in chosen], passes_run=0)
-        report.write_report(path)
+        report.write_report(path, metrics=metrics)
     finally:
         folder.close()
     say.print(f"{len(chosen)} attacks scored, 0 forward passes")
@@ -87,10 +87,12 @@ def _settings(path: Path, manifest: dict[str, Any]) -> AuditSettings:
         raise DataError(f"{path / MANIFEST}: its settings cannot be read ({error})") from None
     run = manifest.get("run", {})
     other = [name for name, value in flat_settings(settings).items() if run.get(name) != value]
-    if other or not isinstance(run.get("texts"), int) or "store_keys" not in manifest:
+    if manifest.get("store_keys") != store_keys_of(run):
+        other.append("store_keys")
+    if other or not isinstance(run.get("texts"), int):
         raise DataError(
             f"{path / MANIFEST}: is damaged or made by another version "
-            f"({', '.join(other[:3]) or 'texts, store_keys'}); run the audit into a new folder"
+            f"({', '.join(other[:3]) or 'texts'}); run the audit into a new folder"
         )
     return settings
 
@@ -103,7 +105,8 @@ def _kept_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not (path / SCORES).is_file():
         return rows
     before = read_whole_json_lines(path / SCORES, "the scores of an audit")
-    if [line.get("id") for line in before] != [row["id"] for row in rows]:
+    known = [{k: line[k] for k in row.keys() & line.keys()} for line, row in zip(before, rows)]
+    if known != rows or len(before) != len(rows):
         raise DataError(
             f"{path / SCORES}: does not hold the texts of {INDEX}; run the audit's own command "
             "again, which makes both anew"

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from sama_jax.arrays import Encoded
-from sama_jax.config import AuditSettings
+from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.engine.roles import ModelRole, loss_identity, pad_id
+from sama_jax.engine.tasks import ROLES
 from sama_jax.texts.read import Text
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.weights.identity import arithmetic
+from sama_jax.weights.identity import ARITHMETIC, arithmetic
 
 
 def run_identity(
@@ -37,6 +38,16 @@ def run_identity(
         **common,
         **flat_settings(settings),
     }
+
+
+def store_keys_of(run: Mapping[str, Any]) -> dict[str, str]:
+    """Returns role -> the name of that model's losses in the store, from a run's identity alone."""
+    common = {name: run.get(name) for name in ARITHMETIC}
+    found = {}
+    for role in ROLES:
+        own = {k.removeprefix(f"{role}."): v for k, v in run.items() if k.startswith(f"{role}.")}
+        found[role] = settings_hash(own | common)
+    return found
 
 
 def flat_settings(settings: AuditSettings) -> dict[str, Any]:

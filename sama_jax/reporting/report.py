@@ -1,6 +1,6 @@
 """Writes the report of a finished run, `report.md` and `figures/`, from its folder alone.
 
-Reads `scores.jsonl`, `manifest.json` and `metrics.json` (computed if absent).
+Reads `scores.jsonl` and `manifest.json`; computes the metrics from the scores.
 """
 
 from pathlib import Path
@@ -8,29 +8,18 @@ from typing import Any
 
 from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting.markdown import markdown
-from sama_jax.reporting.results import compute_metrics
+from sama_jax.reporting.results import Metrics, compute_metrics
 from sama_jax.storage.files import read_whole_json_lines, write_atomic
-from sama_jax.storage.run_folder import MANIFEST, MANIFEST_SHAPE, METRICS, ROW_SHAPE, SCORES
+from sama_jax.storage.run_folder import MANIFEST, MANIFEST_SHAPE, ROW_SHAPE, SCORES
 from sama_jax.storage.shapes import Shape, misfit
 from sama_jax.untrusted import read_json
 
-_METRICS: Shape = {
-    "attacks": {
-        str: {
-            "auc": (float, None),
-            "auc_ci": ([float], None),
-            "tpr_at_fpr": {str: ({"tpr": float, "ci": [float]}, None)},
-            "notes?": [str],
-        }
-    },
-    "paired?": {str: {"difference": float, "ci": [float]}},
-}
 
-
-def write_report(folder: Path, *, figures: bool = True) -> Path:
+def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None = None) -> Path:
     """Writes `report.md` of a run folder and, if wanted, its figures; returns the report's path.
 
-    A run without labels gets a report of its scores alone.
+    A run without labels gets a report of its scores alone. The metrics are computed from the
+    scores, unless they are given because they just have been.
 
     Raises:
       UsageError: `folder` is not a finished run.
@@ -44,9 +33,7 @@ def write_report(folder: Path, *, figures: bool = True) -> Path:
             f"{folder / SCORES} has {len(rows)} lines, not one for each of {texts} texts; repeat "
             "the audit that made the folder to write it anew"
         )
-    if (folder / METRICS).exists():
-        metrics = _read(folder, METRICS, _METRICS)
-    else:
+    if metrics is None:
         metrics = compute_metrics(rows, int(manifest.get("seed") or 0))
     if figures:
         from sama_jax.reporting import figures as pictures  # Matplotlib: a second to import

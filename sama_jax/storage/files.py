@@ -6,6 +6,7 @@ that grows is cut back to its last complete line when it is opened again.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import zipfile
@@ -86,6 +87,27 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+_SEAL = "seal"
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Adds a checksum to an object, so that a digit that changes on a disk does not pass."""
+    return value | {_SEAL: _checksum(value)}
+
+
+def unsealed(value: Any) -> dict[str, Any] | None:
+    """Returns the object that `sealed` was given; None if this is not what it gave."""
+    if not isinstance(value, dict):
+        return None
+    rest = {name: item for name, item in value.items() if name != _SEAL}
+    return rest if value.get(_SEAL) == _checksum(rest) else None
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 MADE_BY = "made_by"
 """Field of the JSON files that a flag names, by which they are known again."""
 
@@ -131,7 +153,7 @@ class AppendOnly:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0, opener=_at_once)  # noqa: SIM115
-            if not _lock(self._file):
+            if not _lock(self._file.fileno()):
                 self._file.close()
                 raise UsageError(
                     f"{path}: another process is writing to it; wait for it to end, or choose "
@@ -169,8 +191,28 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
-def _lock(file: Any) -> bool:
-    """Claims an open file until it is closed or the process ends.
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other processes that ask in the same way out of it.
+
+    Raises `UsageError` if one of them has it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(handle):
+            raise UsageError(
+                f"{folder}: another process is writing to it; wait for it to end, or choose "
+                "another folder"
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Claims an open file or folder until it is closed or the process ends.
 
     Returns:
       False if another process has it; True where the system or file system knows no locks.
@@ -178,7 +220,7 @@ def _lock(file: Any) -> bool:
     try:
         import fcntl
 
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):

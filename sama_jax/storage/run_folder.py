@@ -15,7 +15,15 @@ from typing import Any, Required, TypedDict, cast
 
 from sama_jax.config import settings_hash
 from sama_jax.errors import UsageError
-from sama_jax.storage.files import AppendOnly, read_json_lines, write_atomic, write_json, writing
+from sama_jax.storage.files import (
+    AppendOnly,
+    read_json_lines,
+    sealed,
+    unsealed,
+    write_atomic,
+    write_json,
+    writing,
+)
 from sama_jax.storage.loss_store import LossStore
 from sama_jax.storage.shapes import Shape, fits, misfit
 from sama_jax.untrusted import printable, read_json
@@ -155,8 +163,9 @@ class RunFolder:
         for part in sorted((self.path / "parts").glob("scores-*.jsonl")):
             for line in read_json_lines(part)[0]:
                 # Any other line is passed over: its scores are made anew from the loss store.
-                if fits(line, _SCORES) and line["run"] == self._run:
-                    self._merge(line)
+                whole = unsealed(line)
+                if whole and fits(whole, _SCORES) and whole["run"] == self._run:
+                    self._merge(whole)
 
     def log(self, event: str, **values: Any) -> None:
         """Appends one line to log.jsonl."""
@@ -180,7 +189,7 @@ class RunFolder:
 
     def append_scores(self, lines: list[dict[str, Any]]) -> None:
         """Appends `{"id", "scores", "passes", ...}` lines, in one write."""
-        self._scores.append_json(*({"run": self._run} | line for line in lines))
+        self._scores.append_json(*(sealed({"run": self._run} | line) for line in lines))
         for line in lines:
             self._merge(line)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax.errors import DataError
-from sama_jax.storage.files import read_whole_json_lines, write_atomic
+from sama_jax.storage.files import read_whole_json_lines, sealed, unsealed, write_atomic
 from sama_jax.storage.shapes import misfit
 
 INDEX = "texts.jsonl"
@@ -26,7 +26,7 @@ def write_index(
     for i, row in enumerate(rows):
         known = {name: row[name] for name in _FIELDS if name in row}
         known["views"] = {view: found[i] for view, found in views.items()}
-        lines.append(json.dumps(known, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(sealed(known), ensure_ascii=False) + "\n")
     write_atomic(path, "".join(lines))
 
 
@@ -62,8 +62,13 @@ def read_index(
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected the output folder of a finished audit")
-    rows = read_whole_json_lines(path, "the index of an audit")
     again = "copy it again, or run the audit's own command again, which makes it anew"
+    rows = []
+    for number, line in enumerate(read_whole_json_lines(path, "the index of an audit"), 1):
+        row = unsealed(line)
+        if row is None:
+            raise DataError(f"{path}: line {number} is not as it was written; {again}")
+        rows.append(row)
     if texts is not None and len(rows) != texts:
         raise DataError(f"{path}: expected {texts} lines, found {len(rows)}; {again}")
     names = rows[0].get("views") if rows else {}

@@ -1,8 +1,10 @@
 """Keeps the output folder of a training: what it was started with, and who may continue it."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from sama_jax.storage import files
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import read_texts
 from sama_jax.training.sequences import digest, training_texts
-from sama_jax.weights import folder_files
+from sama_jax.weights import folder_files, safetensors, stored_bytes
 
 MANIFEST, LOG, CHECKPOINTS = "train.json", "log.jsonl", "checkpoints"
 
@@ -38,6 +40,7 @@ class Run(NamedTuple):
         files.write_json(self.out / MANIFEST, self.manifest)
 
 
+@contextlib.contextmanager
 def open_run(
     out: Path,
     identity: dict[str, Any],
@@ -45,7 +48,7 @@ def open_run(
     data: Path,
     heldout: Path | None,
     quiet: bool,
-) -> Run:
+) -> Iterator[Run]:
     """Reads the texts and opens `out`, new or left by the same run.
 
     Raises:
@@ -63,13 +66,32 @@ def open_run(
         "heldout": None if held is None else digest(held),
         "settings": given,
     }
-    manifest = _manifest(out, identity)
-    run = Run(out, manifest or {}, texts, held, terminal)
-    if manifest is None:
-        run.remember(identity=identity)
-    elif run.finished:
-        terminal.say(f"{out}: this training is finished already; nothing to do")
-    return run
+    _manifest(out, identity)  # before anything is made in the folder of another run
+    with files.only_writer(out):
+        manifest = _manifest(out, identity)  # another one may have taken the folder meanwhile
+        run = Run(out, manifest or {}, texts, held, terminal)
+        if manifest is None:
+            run.remember(identity=identity)
+        elif run.finished:
+            _require_whole(run)
+            terminal.say(f"{out}: this training is finished already; nothing to do")
+        yield run
+
+
+def weights_digest(out: Path) -> str:
+    """Returns the SHA-256 of the weights that a training has written."""
+    files = safetensors.weight_files(out)
+    return stored_bytes.digest([(file.name, file) for file in files])
+
+
+def _require_whole(run: Run) -> None:
+    """Raises `UsageError` if the weights are not those that the training wrote."""
+    written = run.manifest.get("weights")
+    if written is not None and written != weights_digest(run.out):
+        raise UsageError(
+            f"{run.out}: this training is finished, but its weights are no longer those that it "
+            "wrote; delete the folder to train again, or choose another one"
+        )
 
 
 def _manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -19,6 +19,10 @@ _XLA = ("fast_math", "precision", "approx", "tf32", "algsimp")
 """Parts of the names of XLA's flags that change numbers, not only speed or logs."""
 
 
+ARITHMETIC = ("backend", "matmul_precision", "xla_flags", "random_bits")
+"""The names of what `arithmetic` returns."""
+
+
 def model_identity(folder: ModelFolder) -> dict[str, str]:
     """Returns, by name, all that a model's losses depend on besides its tokens and masks.
 

@@ -95,6 +95,9 @@ def test_damaged_lines_of_scores_are_made_anew(
     lines = part.read_bytes().splitlines(keepends=True)
     stale = json.loads(lines[3]) | {"run": "0123456789abcdef"}
     stale["scores"] = dict.fromkeys(stale["scores"], 0.125)
+    flipped = json.loads(lines[4])
+    flipped["scores"]["sama"] = 0.125
+    lines[4] = json.dumps(flipped).encode() + b"\n"
     part.write_bytes(foreign + b"".join(lines[2:]) + json.dumps(stale).encode() + b"\n")
     assert run(capsys, box.command()).code == 0
     assert scores(box.out) == scores(finished)
@@ -156,6 +159,8 @@ def cut(lines: list[bytes]) -> bytes:
         lambda lines: b"".join([*lines[:-1], lines[0]]),
         lambda lines: b"".join([*lines[:-1], lines[-1].replace(b'"tokens": ', b'"tokens": -')]),
         lambda lines: b"".join([*lines[:-1], lines[-1].replace(b'"key": "', b'"key": "x')]),
+        lambda lines: b"".join([*lines[:-1], lines[-1].replace(b'_bytes": ', b'_bytes": 1')]),
+        lambda lines: b"".join([*lines[:-1], lines[-1].replace(b'"label": 0', b'"label": 1')]),
     ],
 )
 @pytest.mark.parametrize("command", ["score", "merge"])

@@ -72,12 +72,13 @@ def test_report_computes_metrics_that_the_run_did_not_write(tmp_path):
     assert (with_file / "report.md").read_text() == (without / "report.md").read_text()
 
 
-def test_report_prefers_the_metrics_of_the_run(tmp_path):
+def test_report_computes_its_numbers_from_the_scores(tmp_path):
     folder = make_folder(tmp_path, make_rows())
+    before = report.write_report(folder).read_text()
     content = json.loads((folder / "metrics.json").read_text())
     content["attacks"]["sama"]["auc"] = 0.123456
     (folder / "metrics.json").write_text(json.dumps(content))
-    assert "0.123" in report.write_report(folder).read_text()
+    assert report.write_report(folder).read_text() == before
 
 
 @pytest.mark.parametrize(

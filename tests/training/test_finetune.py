@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from wrong_inputs import assert_one_line, run_process
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.programs import finetune
+from sama_jax.storage import files
 from sama_jax.terminal import Terminal
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, new_tokenizer, runs, sequences, step
@@ -355,6 +357,29 @@ def test_another_run_in_the_same_folder_is_refused(folder, finished):
     with pytest.raises(UsageError, match="heldout was None"):
         tune(folder, "whole", heldout=folder / "texts.jsonl")
     tune(folder, "whole", dataclasses.replace(SETTINGS, checkpoint_every=5))  # changes no number
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone(folder, tmp_path):
+    out = tmp_path / "out"
+    with files.only_writer(out):
+        (out / "checkpoints").mkdir()
+        with pytest.raises(UsageError, match=r"not empty|another process is writing"):
+            tune(folder, out)
+        shutil.rmtree(out / "checkpoints")
+        with pytest.raises(UsageError, match="another process is writing"):
+            tune(folder, out)
+        assert not list(out.iterdir())
+    with files.only_writer(out):
+        pass
+
+
+def test_weights_that_changed_after_the_training_are_no_finished_run(folder, finished, tmp_path):
+    copy = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match="no longer those that it wrote"):
+        tune(folder, copy)
 
 
 def test_a_model_from_elsewhere_is_not_overwritten(folder, finished):
