@@ -29,7 +29,7 @@ from sama_jax.engine.tasks import ROLES, Task, Tasks, stages
 from sama_jax.engine.views import ViewSources, make_view
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.storage.loss_store import make_record
-from sama_jax.storage.run_folder import RunFolder
+from sama_jax.storage.run_folder import RunFolder, noted
 from sama_jax.terminal import ProgressBar
 from sama_jax.untrusted import printable
 
@@ -69,6 +69,7 @@ class Filled(NamedTuple):
     """With the views that were made on the way."""
     costs: Costs
     notes: list[str]
+    """What was noticed about the models, now or in an earlier part of the run."""
 
 
 def fill_store(
@@ -105,7 +106,7 @@ def fill_store(
         line = estimate(readings.tasks, readings.tables, left, setup.roles, setup.shapes, rate)
         say.print(line)
     turns = [[role] for role in ROLES] if setup.in_turn else [[*ROLES]]
-    params, notes = held or {}, []
+    params = held or {}
     for stage in stages(readings.tasks):
         if any(task.view not in readings.tables for task in stage):
             setup.peers.gather("guides", None)
@@ -125,14 +126,15 @@ def fill_store(
                         probe_ids=setup.probe_ids,
                         quiet=setup.quiet,
                     )
-                    notes = notes + noticed
+                    for note in noticed:
+                        folder.keep_note(note)
                 if rows:
                     run_batches(run, readings, tasks, roles, rows, params)
         turns.reverse()  # the model that is in memory goes first
     if run.costs.programs:
         say.print(f"{run.costs.programs} programs compiled in {run.costs.compile_seconds:.1f} s")
     score_rows(readings, folder, ids, range(len(ids)), include_votes=setup.include_votes)
-    return Filled(readings, run.costs, notes)
+    return Filled(readings, run.costs, noted(folder.path))
 
 
 class _Run(NamedTuple):

@@ -4,6 +4,7 @@ Batches are independent and their results are appended as they are made, so a ru
 at any moment and continued by the same command.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,7 +48,7 @@ from sama_jax.programs.audit_records import (
 )
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage.files import write_json
-from sama_jax.storage.run_folder import METRICS, Row
+from sama_jax.storage.run_folder import METRICS, Row, RunFolder, noted
 from sama_jax.terminal import console
 from sama_jax.weights import model_folder
 
@@ -80,7 +81,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     inputs = read_inputs(job)
     chosen = choose_attacks(job, wanted, inputs)
     tokenised = tokenise(job, inputs, chosen.prefixes, quiet=quiet)
-    found = token_notes(inputs.texts, tokenised.encoded)
+    mask_id = inputs.roles["target"].folder.model.mask_id
+    found = token_notes(inputs.texts, tokenised.encoded, mask_id)
     inputs = inputs._replace(notes=inputs.notes + found)
     tasks = tasks_of(chosen.attacks, job.settings, inputs.store_keys, tokenised.replayed)
     require_sama(job, tasks)
@@ -216,8 +218,10 @@ def publish(
         mesh.disconnect()
         if not run.shared:
             update_index(job, rows, readings.tables)
-            folder.write_manifest(cost=cost)
+            notes = _notes(inputs, tokenised, folder)
+            folder.write_manifest(notes=notes, cost=cost)
             say.print(_HINT)
+            _require_no_notes(job, notes)
             return None
         if job.peers.rank > 0:
             return None
@@ -234,12 +238,22 @@ def publish(
     metrics = results.compute_metrics(joined, job.settings.seed)
     write_json(job.out / METRICS, metrics)
     save_replay(job, readings, inputs, tokenised)
-    empty = sum(not view.maskable.any() for view in tokenised.views)
-    notes = inputs.notes + filled.notes
-    notes += [f"texts without a usable token: {empty}"] if empty else []
+    notes = _notes(inputs, tokenised, folder)
     folder.write_manifest(notes=notes, finished=True, cost=cost)
     folder.log("finished", texts=len(joined))
     report.write_report(job.out, figures=job.figures, metrics=metrics)
+    _require_no_notes(job, notes)
+    return AuditResult(joined, metrics, folder.manifest["cost"], job.out)
+
+
+def _notes(inputs: Inputs, tokenised: Tokenised, folder: RunFolder) -> list[str]:
+    """Returns all that was noticed, by any process and in any part of the run."""
+    empty = sum(not view.maskable.any() for view in tokenised.views)
+    notes = inputs.notes + noted(folder.path)
+    return notes + ([f"texts without a usable token: {empty}"] if empty else [])
+
+
+def _require_no_notes(job: AuditJob, notes: Sequence[str]) -> None:
+    """Raises `ValidityError` under --strict if something was noticed."""
     if job.strict and notes:
         raise ValidityError(f"{job.out}: finished, but under --strict: " + "; ".join(notes))
-    return AuditResult(joined, metrics, folder.manifest["cost"], job.out)

@@ -143,7 +143,19 @@ def data_notes(texts: Texts) -> list[str]:
     return notes
 
 
-def token_notes(texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[str]:
+def token_notes(texts: Sequence[Text], encoded: Sequence[Encoded], mask_id: int) -> list[str]:
+    """Says what is noticed about the tokens: mask tokens, and what cutting has made equal."""
+    notes = _equal_after_cutting(texts, encoded)
+    spelled = sum(bool((one.ids == mask_id).any()) for one in encoded)
+    if spelled:
+        notes.append(
+            f"texts that spell the mask token: {spelled}; the models read it there as masked, "
+            "though it is not"
+        )
+    return notes
+
+
+def _equal_after_cutting(texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[str]:
     """Says whether different texts of both classes have become equal, as cutting does."""
     seen: dict[bytes, dict[int, set[str]]] = {}
     for text, tokens in zip(texts, encoded):

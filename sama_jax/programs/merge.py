@@ -17,7 +17,7 @@ from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.rescore import run_score, store_of
 from sama_jax.storage.files import write_json, writing
-from sama_jax.storage.run_folder import MANIFEST, read_manifest
+from sama_jax.storage.run_folder import MANIFEST, noted, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.terminal import console
 
@@ -50,8 +50,9 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
     if not indexes:
         raise DataError(f"{parts[0]}: has no {INDEX}; no process of this run has finished")
     found = [read_index(index, texts) for index in indexes]
-    for index, (rows, _) in zip(indexes, found):
-        if rows != found[0][0]:
+    rows = found[0][0]
+    for index, (other, _) in zip(indexes, found):
+        if other != rows:
             raise DataError(f"{index}: lists other texts than {indexes[0]}; copy both again")
     views: dict[str, Any] = {}
     for index, (_, known) in zip(indexes, found):
@@ -64,10 +65,12 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
         store = store_of(part, manifest)
         _copy(part / "parts", "scores-*.jsonl", out / "parts", number, len(parts))
         _copy(store, "losses-*.bin", out / "losses", number, len(parts))
-    write_index(out / INDEX, found[0][0], views)
+    write_index(out / INDEX, rows, views)
     costs = [m["cost"] for m in manifests if m.get("cost")]
     manifest = {k: v for k, v in manifests[0].items() if k not in _OWN}
-    manifest |= {"finished": False, "cost": sum_costs(costs)}
+    found = [*(m.get("notes") or [] for m in manifests), *(noted(part) for part in parts)]
+    notes = dict.fromkeys(note for some in found for note in some)
+    manifest |= {"finished": False, "cost": sum_costs(costs), "notes": list(notes)}
     write_json(out / MANIFEST, manifest)
     say.print(f"{len(parts)} parts copied to {out}")
     names = [a for a in manifest["attacks"] if not attack_suite.select([a])[0].needs_texts]

@@ -94,7 +94,8 @@ def run_nll(
     output = RunFolder(out, run, {"model": str(model)}, None)
     try:
         readings = Readings(tasks, settings, tables, keys, output.store)
-        readings = fill_store(setup, readings, output, [t.id for t in texts.texts], say).readings
+        filled = fill_store(setup, readings, output, [t.id for t in texts.texts], say)
+        readings = filled.readings
         rows: list[dict[str, Any]] = []
         for start in range(0, len(views), PLAN_ROWS):
             chunk = list(range(start, min(start + PLAN_ROWS, len(views))))
@@ -103,9 +104,11 @@ def run_nll(
                 tokens = int(views[i].maskable.sum())
                 rows.append(_row(texts.texts[i], encoded[i].truncated, tokens, mean, error))
         write_atomic(out / RESULT, json_lines(rows))
-        output.write_manifest(finished=True)
+        output.write_manifest(finished=True, notes=filled.notes)
     finally:
         output.close()
+    for note in filled.notes:  # also of an earlier part of the run, and where progress is quiet
+        console().print(f"note: {note}")
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sama_jax import __version__
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, from_dict
@@ -87,6 +88,12 @@ def _settings(path: Path, manifest: dict[str, Any]) -> AuditSettings:
         raise DataError(f"{path / MANIFEST}: its settings cannot be read ({error})") from None
     run = manifest.get("run", {})
     other = [name for name, value in flat_settings(settings).items() if run.get(name) != value]
+    if run.get("version", __version__) != __version__:
+        raise UsageError(
+            f"{path}: was made by sama_jax {run['version']}, this is {__version__}: scores of two "
+            "versions would stand side by side; audit into a new --out with --store "
+            f"{store_of(path, manifest)}, which reads the stored losses"
+        )
     if manifest.get("store_keys") != store_keys_of(run):
         other.append("store_keys")
     if other or not isinstance(run.get("texts"), int):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sama_jax import __version__
 from sama_jax.arrays import Encoded
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.engine.roles import ModelRole, loss_identity, pad_id
@@ -30,6 +31,7 @@ def run_identity(
     found = {name: loss_identity(role.folder, settings, pad) for name, role in roles.items()}
     common = arithmetic()
     return {
+        "version": __version__,  # another one may compute other scores of the same losses
         "data": digest(texts),
         "texts": len(texts),
         "tokens": token_digest(encoded),

@@ -172,6 +172,11 @@ class RunFolder:
         seconds = round(time.time() - self._started, 3)
         self._log.append_json({"event": event, "seconds": seconds} | values)
 
+    def keep_note(self, note: str) -> None:
+        """Keeps what was noticed for whoever finishes the run, this process or another one."""
+        if note not in noted(self.path):
+            self.log("note", note=note)
+
     def has_scores(
         self, text_id: str, attacks: list[str], values: list[float | None] | None = None
     ) -> bool:
@@ -265,6 +270,16 @@ def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
             + "; ".join(shown)
         )
     return manifest
+
+
+def noted(path: Path) -> list[str]:
+    """Returns what the processes of a run have noticed, in all parts of it, each once."""
+    found: dict[str, None] = {}
+    for log in sorted(path.glob("log*.jsonl")):
+        for line in read_json_lines(log)[0]:
+            if fits(line, {"event": str, "note": str}) and line["event"] == "note":
+                found[line["note"]] = None
+    return list(found)
 
 
 def json_lines(rows: list[dict[str, Any]]) -> str:

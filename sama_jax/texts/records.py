@@ -228,8 +228,9 @@ def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
         start = reader.line_num + 1
         for record in reader:
             where, start = f"{path.name}:{start}", reader.line_num + 1
-            if None in record:
-                yield f"{where}: more fields than the header has; quote the text"
+            if None in record or None in record.values():
+                more = "more" if None in record else "fewer"
+                yield f"{where}: {more} fields than the header has; quote the text"
                 continue
             yield Row(_csv_fields(record), where)
     except csv.Error as error:

@@ -329,11 +329,9 @@ def require_same_ids(
         if np.array_equal(a.ids, b.ids):
             continue
         at = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), len(a.ids))
-        begin = max(min(at, len(a.ids), len(b.ids)) - 2, 0)
         raise ModelError(
             "target and reference must tokenise alike, but they differ at token "
-            f"{at} of text '{text.id}' ({text.where}): from token {begin} on "
-            f"{a.ids[begin : begin + 6].tolist()} by {target.where}, "
-            f"{b.ids[begin : begin + 6].tolist()} by {reference.where}; "
-            "use the model that the target was fine-tuned from"
+            f"{at} of text '{text.id}' ({text.where}), which has {len(a.ids)} tokens by "
+            f"{target.where} and {len(b.ids)} by {reference.where}; use the model that the target "
+            "was fine-tuned from"
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sama_jax import untrusted
+from sama_jax import __version__, untrusted
 from sama_jax.config import TrainSettings
 from sama_jax.errors import UsageError
 from sama_jax.storage import files
@@ -62,6 +62,7 @@ def open_run(
     del given["checkpoint_every"]  # when states are saved changes no number
     identity = {
         **identity,
+        "version": __version__,
         "data": digest(texts),
         "heldout": None if held is None else digest(held),
         "settings": given,

@@ -19,7 +19,10 @@ _XLA = ("fast_math", "precision", "approx", "tf32", "algsimp")
 """Parts of the names of XLA's flags that change numbers, not only speed or logs."""
 
 
-ARITHMETIC = ("backend", "matmul_precision", "xla_flags", "random_bits")
+LOSSES = 1
+"""What this package computes as a loss. Raise it with any change of a mask, of a plan, or of a
+network that changes numbers by more than rounding: no stored loss of another number is read."""
+ARITHMETIC = ("backend", "losses", "matmul_precision", "random_bits", "xla_flags")
 """The names of what `arithmetic` returns."""
 
 
@@ -53,6 +56,7 @@ def arithmetic() -> dict[str, str]:
     flags = os.environ.get("XLA_FLAGS", "").split()
     return {
         "backend": jax.default_backend(),
+        "losses": str(LOSSES),
         "matmul_precision": matmul_precision() or "default",
         "xla_flags": " ".join(sorted(f for f in flags if any(part in f for part in _XLA))),
         "random_bits": rng.checked_bits(),

@@ -18,7 +18,7 @@ from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.untrusted import printable
-from sama_jax.weights import checks, peft
+from sama_jax.weights import checks, peft, safetensors
 from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
 from sama_jax.weights.hub import resolve
 from sama_jax.weights.orbax_source import OrbaxSource, read_stored
@@ -178,6 +178,7 @@ def _open_source(path: Path, family: FamilyConfig) -> tuple[Source, Params]:
     Nothing is built that the files have no room for, whatever the config claims.
     """
     stored, layout = None, (family.weights, family.arch.num_layers)
+    require_one_set(path)
     if (path / PARAMS).is_dir():
         stored = read_stored(path)
         held, apart = len(jax.tree.leaves(stored.params)), 1 + family.arch.stacked_layers
@@ -196,6 +197,30 @@ def _open_source(path: Path, family: FamilyConfig) -> tuple[Source, Params]:
     if stored is not None:
         source = OrbaxSource(stored, *layout, abstract)
     return source, abstract
+
+
+def require_one_set(path: Path) -> None:
+    """Raises `ModelError` if a folder holds weights that are not read.
+
+    A trainer that saves one file beside the shards that it started from leaves two models in a
+    folder, and readers differ in which of them they take.
+    """
+    held = {f.name for f in path.glob("*.safetensors")} - {peft.WEIGHTS}
+    converted = (path / PARAMS).is_dir()
+    read = set() if converted else {f.name for f in safetensors.weight_files(path)}
+    unread = sorted(held - read)
+    if unread:
+        kept = f"{PARAMS}/" if converted else ", ".join(sorted(read)[:3])
+        raise ModelError(
+            f"{path}: holds two sets of weights: {kept} and {printable(', '.join(unread[:3]), 200)}"
+            "; move those away that are not the model's"
+        )
+    if (path / peft.CONFIG).is_file():
+        raise ModelError(
+            f"{path}: holds a LoRA adapter ({peft.CONFIG}) beside the model's own weights, which "
+            "transformers would add; move it into a folder of its own, and give that as --adapter "
+            "if the model has it"
+        )
 
 
 def _name(*parts: str) -> str:

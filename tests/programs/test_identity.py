@@ -23,8 +23,11 @@ from wrong_inputs import Box, assert_one_line, contents, run, scores
 
 from sama_jax import rng
 from sama_jax.cli import entry
+from sama_jax.config import AuditSettings
+from sama_jax.engine import output_position, roles
 from sama_jax.errors import UsageError
 from sama_jax.models.registry import build_model, read_config
+from sama_jax.programs import rescore, run_identity
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.weights import identity, model_folder
 
@@ -475,6 +478,64 @@ def test_keys_are_of_one_kind_whatever_jax_is_set_to():
         jax.config.update("jax_default_prng_impl", "threefry2x32")
     for a, b in zip(before, after):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("command", ["audit", "score"])
+def test_another_version_continues_nothing(
+    command: str, originals: Path, box: Box, capsys, monkeypatch
+):
+    shutil.copytree(originals / "out", box.out)
+    for module in (run_identity, rescore):
+        monkeypatch.setattr(module, "__version__", "99.0")
+    given = {
+        "audit": box.command(**FLAGS),
+        "score": ["score", "--store", str(box.out), "--attacks", "sama", "--quiet"],
+    }
+    kept = contents(box.out)
+    assert_one_line(run(capsys, given[command]), 2, "99.0")
+    assert contents(box.out) == kept
+
+
+def test_losses_of_another_number_are_not_read(originals: Path, monkeypatch):
+    folder = model_folder.open_folder(originals / "target")
+    before = roles.model_key(folder, AuditSettings())
+    monkeypatch.setattr(identity, "LOSSES", identity.LOSSES + 1)
+    assert roles.model_key(folder, AuditSettings()) != before
+
+
+def test_a_note_about_a_model_stays_when_the_run_is_continued(box: Box, capsys, monkeypatch):
+    said = "predicts better elsewhere"
+    with monkeypatch.context() as patch:
+        patch.setattr(output_position, "check", lambda *_: said)
+        assert_one_line(run(capsys, box.command(**FLAGS, strict=True)), 5, said)
+    assert_one_line(run(capsys, box.command(**FLAGS, strict=True)), 5, said)
+    notes = json.loads((box.out / "manifest.json").read_text())["notes"]
+    assert [note.split(": ")[0] for note in notes] == ["target", "reference"]
+    merged = box.path / "merged"
+    assert run(capsys, ["merge", str(merged), str(box.out), "--quiet"]).code == 0
+    assert json.loads((merged / "manifest.json").read_text())["notes"] == notes
+
+
+def test_nll_says_what_was_noticed_about_its_model_every_time(box: Box, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(output_position, "check", lambda *_: "predicts better elsewhere")
+        said = run(capsys, nll_command(box, box.out, {}))
+    assert "predicts better elsewhere" in said.err
+    assert "predicts better elsewhere" in run(capsys, nll_command(box, box.out, {})).err
+
+
+def test_mask_tokens_inside_texts_are_noted(box: Box, capsys):
+    mask = f"<{tiny.MASK_ID}>"
+    for folder in (box.target, box.reference):
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        fill = [AddedToken(f"<{i}>") for i in range(tokenizer.get_vocab_size(), tiny.VOCAB)]
+        tokenizer.add_special_tokens(fill)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        assert tokenizer.token_to_id(mask) == tiny.MASK_ID
+    text = json.dumps({"text": f"karo {mask} mite", "label": 1})
+    box.data.write_text(box.data.read_text() + text + "\n")
+    said = run(capsys, box.command(**FLAGS, strict=True))
+    assert_one_line(said, 5, "texts that spell the mask token: 1")
 
 
 def test_another_precision_of_products_is_another_run(originals: Path, box: Box, capsys):

@@ -419,3 +419,24 @@ def test_weights_that_change_behind_their_identity_are_refused(
     written.replace(file)
     with pytest.raises(ModelError, match="have changed since they were opened"):
         loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+@pytest.mark.parametrize("extra", ["model.safetensors", "model-00009-of-00009.safetensors"])
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_folder_with_two_sets_of_weights_is_refused(tmp_path: Path, converted: bool, extra: str):
+    """As a trainer leaves them that saves one file beside the shards that it started from."""
+    single = tiny.folder(tmp_path / "single")
+    if converted:
+        path = convert.to_orbax(single, tmp_path / "path", quiet=True).out
+    else:
+        path = convert.to_hf(single, tmp_path / "path", max_shard_bytes=4096, quiet=True).out
+    model_folder.open_folder(path)
+    shutil.copy(single / SINGLE, path / extra)
+    with pytest.raises(ModelError, match="two sets of weights") as caught:
+        model_folder.open_folder(path)
+    assert extra in str(caught.value)
+
+
+def test_an_adapter_inside_a_model_folder_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds a LoRA adapter" in refusal(folder)
