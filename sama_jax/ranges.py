@@ -53,7 +53,9 @@ def check(settings: Any) -> None:
         if hint is bool and not isinstance(value, bool):
             raise UsageError(f"setting {name} must be true or false, got {shown(value)}")
         for limit in said:
-            if isinstance(limit, Between) and not limit.low <= value <= limit.high:
+            if not isinstance(limit, Between) or not isinstance(value, int | float):
+                continue
+            if not limit.low <= value <= limit.high:
                 raise UsageError(
                     f"setting {name} must lie in {limit.low}..{limit.high}, got {shown(value)}"
                 )

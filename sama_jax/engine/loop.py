@@ -375,7 +375,7 @@ def require_finite(
     broken = used & ~np.isfinite(values)
     if broken.any():
         channel, step, place, slot = (int(x[0]) for x in np.nonzero(broken))
-        text = printable(ids[job.batch.rows[place]])
+        text = printable(ids[int(job.batch.rows[place])])
         raise ModelError(
             f"{job.role.folder.path}: the {job.role.name} gives {job.channels[channel]} "
             f"{values[channel, step, place, slot]} at position {positions[step, place, slot]} of "

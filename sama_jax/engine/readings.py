@@ -131,7 +131,7 @@ class Readings:
             plan = self.plan(task, rows)
             for role in query.roles:
                 for values in found[role]:
-                    _require_planned(values[: len(rows)], plan.scored[: len(rows)])
+                    _require_planned(values[: len(rows)], np.asarray(plan.scored)[: len(rows)])
         return Reading(
             target[0],
             reference[0],

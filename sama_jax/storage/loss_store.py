@@ -206,7 +206,7 @@ def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict[str, Any], int
     if zlib.crc32(payload, zlib.crc32(head)) != crc:
         return None
     header = _checked_header(head, payload)
-    return header and (header, head_bytes, payload_bytes)
+    return None if header is None else (header, head_bytes, payload_bytes)
 
 
 def _checked_header(head: bytes, payload: bytes) -> dict[str, Any] | None:
