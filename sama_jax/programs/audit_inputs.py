@@ -14,7 +14,7 @@ from sama_jax.engine.plans import ReplayedPlans
 from sama_jax.engine.roles import ModelRole, model_key, pad_id
 from sama_jax.engine.text_table import TextTable, TextView, original_view, table_of
 from sama_jax.engine.views import ViewSources
-from sama_jax.errors import UsageError, ValidityError
+from sama_jax.errors import ModelError, UsageError, ValidityError
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
@@ -109,6 +109,7 @@ def read_inputs(job: AuditJob) -> Inputs:
     }
     target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
     reference = model_folder.open_folder(job.reference, **options)
+    require_one_kind(target, reference)
     tokenizer = common_tokenizer(target, reference, texts.texts)
     pad = pad_id(target, settings)
     roles = {
@@ -117,6 +118,16 @@ def read_inputs(job: AuditJob) -> Inputs:
     }
     require_two_models(roles)
     return Inputs(texts.texts, data_notes(texts), roles, tokenizer)
+
+
+def require_one_kind(target: model_folder.ModelFolder, reference: model_folder.ModelFolder) -> None:
+    """Raises `ModelError` if the models predict in different ways: losses then mean two things."""
+    if target.model.kind != reference.model.kind:
+        raise ModelError(
+            f"{target.path} and {reference.path}: the target is a {target.model.kind} model, the "
+            f"reference an {reference.model.kind} one, so their losses cannot be compared; give a "
+            "reference of the target's kind, such as the converted model before its fine-tuning"
+        )
 
 
 def require_two_models(roles: Mapping[str, ModelRole]) -> None:

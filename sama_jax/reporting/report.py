@@ -27,6 +27,11 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
     """
     manifest = _read(folder, MANIFEST, MANIFEST_SHAPE)
     rows = _read(folder, SCORES, ROW_SHAPE)
+    if manifest.get("finished") is False:
+        raise UsageError(
+            f"{folder} is not a finished run: it was interrupted; run the same `sama-jax audit` "
+            "command again first"
+        )
     texts = (manifest.get("run") or {}).get("texts", len(rows))
     if texts != len(rows) or len({row["id"] for row in rows}) < len(rows):
         raise UsageError(

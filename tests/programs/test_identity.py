@@ -25,9 +25,10 @@ from sama_jax import rng
 from sama_jax.cli import entry
 from sama_jax.config import AuditSettings
 from sama_jax.engine import output_position, roles
-from sama_jax.errors import UsageError
+from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs import rescore, run_identity
+from sama_jax.programs.audit_inputs import require_one_kind
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.weights import identity, model_folder
 
@@ -522,6 +523,17 @@ def test_nll_says_what_was_noticed_about_its_model_every_time(box: Box, capsys, 
         said = run(capsys, nll_command(box, box.out, {}))
     assert "predicts better elsewhere" in said.err
     assert "predicts better elsewhere" in run(capsys, nll_command(box, box.out, {})).err
+
+
+def test_models_of_two_kinds_are_not_compared(originals: Path):
+    target, reference = (model_folder.open_folder(originals / n) for n in ("target", "reference"))
+    require_one_kind(target, reference)
+    other = model_folder.with_options(reference, kind="autoregressive")
+    for pair in ((target, other), (other, target)):
+        with pytest.raises(
+            ModelError, match=r"diffusion.*autoregressive|autoregressive.*diffusion"
+        ):
+            require_one_kind(*pair)
 
 
 def test_mask_tokens_inside_texts_are_noted(box: Box, capsys):

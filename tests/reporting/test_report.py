@@ -182,6 +182,14 @@ def test_lines_that_lack_or_stand_twice_are_no_report(tmp_path):
             report.write_report(tmp_path)
 
 
+def test_a_run_that_was_interrupted_is_no_finished_run(tmp_path):
+    make_folder(tmp_path, make_rows(n=2))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    with pytest.raises(UsageError, match="not a finished run: it was interrupted"):
+        report.write_report(tmp_path)
+
+
 def test_control_characters_in_a_manifest_reach_no_terminal(tmp_path):
     make_folder(tmp_path, make_rows(n=2))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
