@@ -93,7 +93,9 @@ def _is_finished(out: Path, record: dict[str, Any]) -> bool:
                 "folder, or delete this one"
             )
         return True
-    ours = re.compile(rf"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|{PARAMS}\..*|.*\.part")
+    weights = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    part = rf"({weights}|{re.escape(CONFIG)}|{re.escape(RECORD)})\.part"
+    ours = re.compile(rf"{weights}|{part}|{PARAMS}\.orbax-checkpoint-tmp.*")
     foreign = sorted(name for name in names - files if not ours.fullmatch(name))
     if foreign:
         raise UsageError(

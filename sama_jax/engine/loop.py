@@ -94,11 +94,9 @@ def fill_store(
       UsageError: the processes of the run cannot do it together.
       ModelError: a model is read at the wrong position.
     """
-    if readings.store.damaged_bytes:
-        damaged = f"{readings.store.damaged_bytes:,} bytes of the loss store are damaged"
-        say.print(f"note: {damaged}; what is missing is computed anew")
     run = _Run(setup, folder, ids, Programs(setup.layout), Costs())
     _agree(setup, readings)
+    _say_damage(readings, say)
     readings = make_ready_views(setup, readings)
     left = {view: pending(readings, view) for view in readings.tasks.views}
     if any(left.values()):
@@ -148,6 +146,12 @@ class _Run(NamedTuple):
 
 
 # --- what is left --------------------------------------------------------------------------------
+
+
+def _say_damage(readings: Readings, say: Console) -> None:
+    if readings.store.damaged_bytes:
+        damaged = f"{readings.store.damaged_bytes:,} bytes of the loss store are damaged"
+        say.print(f"note: {damaged}; what is missing is computed anew")
 
 
 def _agree(setup: Setup, readings: Readings) -> None:

@@ -123,11 +123,11 @@ def _kept_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def store_of(path: Path, manifest: dict[str, Any]) -> Path:
     """Returns where the losses are. Raises `DataError` if they are not there."""
-    given = manifest.get("store")
-    store = Path(given) if given else path / "losses"
-    if not store.is_dir():
-        raise DataError(f"{path}: its losses are not at {store}; copy them to {path / 'losses'}")
-    return store
+    given, own = manifest.get("store"), path / "losses"
+    found = [store for store in (Path(given) if given else own, own) if store.is_dir()]
+    if not found:
+        raise DataError(f"{path}: its losses are not at {given or own}; copy them to {own}")
+    return found[0]
 
 
 def _obstacle(

@@ -55,5 +55,6 @@ def same_files(files: Sequence[tuple[str, Path]]) -> str:
         stats = [path.stat() for _, path in files]
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    found = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats]
+    # The time of the last change, which no program can set, unlike that of the last writing.
+    found = [(s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns) for s in stats]
     return hashlib.sha256(repr(found).encode()).hexdigest()

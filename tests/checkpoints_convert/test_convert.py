@@ -495,10 +495,12 @@ def test_a_half_finished_conversion_is_refused_and_done_again(command, source, t
 
 def test_an_unfinished_conversion_with_other_files_is_left_alone(source, tmp_path, capsys):
     half_finished(source, tmp_path / "out", "to-hf")
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert run("to-hf", source, tmp_path / "out") == 2
-    assert "thesis.tex" in capsys.readouterr().err
-    assert (tmp_path / "out" / "thesis.tex").exists()
+    for name in ("thesis.tex", "thesis.part", "orbax.backup"):
+        (tmp_path / "out" / name).write_text("years of work")
+        assert run("to-hf", source, tmp_path / "out") == 2
+        assert name in capsys.readouterr().err
+        assert (tmp_path / "out" / name).exists()
+        (tmp_path / "out" / name).unlink()
 
 
 @pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
