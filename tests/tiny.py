@@ -8,10 +8,12 @@ import functools
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sama_jax.arrays import Model
@@ -102,6 +104,14 @@ def folder(path: Path, *, seed: int = 0, **changes: Any) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     saving.save_folder(path, _init(model)(jax.random.key(seed)), model, full, path, family.weights)
     tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+def same_weights(folder: Path, path: Path) -> Path:
+    """A copy whose numbers are the same, but whose file is another one."""
+    shutil.copytree(folder, path)
+    weights = path / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"copy": "1"})
     return path
 
 
