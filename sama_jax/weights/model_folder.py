@@ -141,6 +141,7 @@ def open_folder(
         dtype = stored if stored == "bfloat16" else "float32"
     model = with_attention(attention, build_model(family, mask, jnp.dtype(dtype)))
     checks.check(source, family.weights, model.num_layers, abstract, str(path))
+    require_one_set(path)
     folder = ModelFolder(path, config, family, model, source, abstract)
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
 
@@ -178,7 +179,6 @@ def _open_source(path: Path, family: FamilyConfig) -> tuple[Source, Params]:
     Nothing is built that the files have no room for, whatever the config claims.
     """
     stored, layout = None, (family.weights, family.arch.num_layers)
-    require_one_set(path)
     if (path / PARAMS).is_dir():
         stored = read_stored(path)
         held, apart = len(jax.tree.leaves(stored.params)), 1 + family.arch.stacked_layers

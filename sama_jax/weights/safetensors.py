@@ -97,7 +97,8 @@ def save_weights(
             room = max_shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    for old in (SINGLE, INDEX):  # the one that is not written again would still be read
+    shards_before = [f.name for f in folder.glob("model-*-of-*.safetensors")]
+    for old in (SINGLE, INDEX, *shards_before):  # what is not written again would be another model
         (folder / old).unlink(missing_ok=True)
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], progress)

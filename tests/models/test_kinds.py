@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.numpy import load_file
@@ -308,7 +309,8 @@ def test_each_run_of_an_experiment_has_its_models(box, tmp_path, monkeypatch):
         asked.append(network)
         base = box / network
         texts = box / "members.jsonl", box / "nonmembers.jsonl"
-        return demo.Prepared(base, base, *texts, base, box / "prefixes.jsonl", 40)
+        same = tiny.same_weights(base, tmp_path / f"{network}-{len(asked)}")
+        return demo.Prepared(base, same, *texts, base, box / "prefixes.jsonl", 40)
 
     for file, words in (("members", "abcd"), ("nonmembers", "efgh"), ("prefixes", "xy")):
         lines = (json.dumps({"text": f"{w} {TEXTS[0]}"}) + "\n" for w in words)
@@ -326,7 +328,7 @@ def test_each_run_of_an_experiment_has_its_models(box, tmp_path, monkeypatch):
     assert asked == ["bert", "llama"]
     for wrong, message in (
         ("models: demo:gpt\nruns: [{name: a, attacks: [loss]}]", "expected demo, demo:llama, demo"),
-        ("runs: [{name: a, attacks: [loss], models: {target: x}}]", "or target and reference"),
+        ("runs: [{name: a, attacks: [loss], models: {target: x}}]", "models needs reference"),
         ("runs: [{name: a, attacks: [loss]}]\ncompare: [[loss, sama]]", "no run has both attacks"),
     ):
         file.write_text(wrong)
