@@ -23,6 +23,8 @@ from sama_jax.untrusted import printable
 BEAT_SECONDS, LOST_SECONDS = 1.0, 15.0
 """Between two signs of life, and without one until a process counts as lost. A process that ends
 is noticed at once, since its connection closes."""
+FAREWELL_SECONDS = 2.0
+"""What a process that ends waits until the others have read its last words."""
 HELLO_SECONDS, HELLO_BYTES = 10.0, 1024
 """What a connection may take until it has proved that it has the secret."""
 STRANGERS = 64
@@ -77,6 +79,8 @@ class Link:
 
     def __init__(self, lines: Lines, rank: int, place: Place, events: "queue.Queue[Any]"):
         self.lines, self.rank, self.place, self.ended = lines, rank, place, False
+        self.read_out = threading.Event()
+        """Set when the other side says nothing any more, and all that it said was read."""
         self._events = events
         lines.sock.settimeout(LOST_SECONDS)
         for work in (self._read, self._beat):
@@ -96,6 +100,9 @@ class Link:
             if "beat" not in message:
                 self._events.put(Event(self.rank, message))
         self._events.put(Event(self.rank, {"gone": [self.rank], "how": how}))
+        with contextlib.suppress(OSError):
+            self.lines.sock.shutdown(socket.SHUT_WR)  # so that the other side knows that too
+        self.read_out.set()
 
     def _messages(self) -> Iterator[Any]:
         with contextlib.suppress(OSError, ValueError):
@@ -128,8 +135,10 @@ class _Ends:
             link.ended = True
             with contextlib.suppress(OSError):
                 link.lines.sock.shutdown(socket.SHUT_WR)
-        time.sleep(0.2)  # closing with something unread would take back what was just sent
+        # Closing takes back what was sent and not read yet, if anything arrives after it.
+        until = time.monotonic() + FAREWELL_SECONDS
         for link in links:
+            link.read_out.wait(max(until - time.monotonic(), 0))
             link.lines.sock.close()
 
     def _missing(self, missing: list[int], seconds: float) -> Lost:

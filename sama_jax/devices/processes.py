@@ -40,6 +40,7 @@ START_SECONDS = 300.0
 STALL_SECONDS = 3600.0
 """How long the work may make no progress, unless told otherwise: one compilation of a large model
 on a CPU takes a quarter of an hour, and is one step."""
+EARLY = "ended before the others"
 SILENT_SECONDS = 90.0
 """Without a sign of life of the child until it counts as stopped. A library that is loaded from a
 slow disk holds Python's lock for some ten seconds."""
@@ -187,6 +188,7 @@ class _Watch:
         self.hub, self.place, self.bounds, self.kept = hub, hub.place, bounds, kept
         self.values: dict[str, dict[int, Any]] = {}
         self.done: set[int] = set()
+        self.early: set[int] = set()
         self.fault: str | None = None
         self._steps = -1
         self._alive = self._stepped = time.monotonic()
@@ -290,7 +292,8 @@ class _Watch:
         for found in waiting:
             for rank in sorted(self.done.difference(found)):
                 self.done.discard(rank)
-                message = {"gone": [rank], "how": "ended before the others"}
+                self.early.add(rank)
+                message = {"gone": [rank], "how": EARLY}
                 self.hub.events.put(Event(rank, message))
 
     def _ended(self, code: int, crash: Any) -> int:
@@ -329,6 +332,8 @@ class _Watch:
 
     def _lost(self, message: dict[str, Any], child: Process | None) -> int:
         """Tells the others, and raises `Lost`, unless the child itself has something to say."""
+        if set(message["gone"]) <= self.early:  # the end of its connection may be heard first
+            message = message | {"how": EARLY}
         if self.place.rank == 0:
             self.hub.send(message)
         if child is not None and message["gone"] != [self.place.rank]:
