@@ -128,13 +128,15 @@ def _end_on_signals(line: str) -> None:
     Training has handlers of its own, which save a last checkpoint.
     """
     said: list[bool] = []
+    # A stream of its own: while a tokenizer works, standard error is held back.
+    stderr = os.dup(2)
 
     def end(*_: object) -> None:
         if said:  # a second signal while the line of the first is written
             return
         said.append(True)
         cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # a progress bar hides it
-        os.write(2, f"{cursor}{terminal.one_line(line)}\n".encode(errors="replace"))
+        os.write(stderr, f"{cursor}{terminal.one_line(line)}\n".encode(errors="replace"))
         os._exit(Interrupted.exit_code)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -109,6 +109,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         found = yaml.load(read_bytes(path, MAX_BYTES).decode(), _Loader)
+    except MemoryError:
+        raise
     except Exception as error:  # PyYAML raises what Python does for a value that is not as tagged
         reason = " ".join(str(error).split()) or type(error).__name__  # its own has several lines
         raise DataError(f"{path}: not readable as YAML ({printable(reason, 300)})") from None

@@ -302,7 +302,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
                         "of them repeated; keep each once"
                     )
                 yield Row(dict(zip(wanted, record)), f"{path.name}:row {number}")
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # damaged bytes make pyarrow raise nearly anything
         first = printable(str(error).split("\n")[0], 200)

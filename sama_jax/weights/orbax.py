@@ -7,6 +7,7 @@ nested dict that they are, for anyone's `ocp.load`.
 
 import contextlib
 import gc
+import inspect
 import logging
 import re
 import sys
@@ -114,6 +115,8 @@ class Checkpoints:
         except UsageError:
             raise
         except Exception as error:  # a damaged folder can fail in any way inside Orbax
+            if _is_shortage(error):
+                raise
             reasons.append(f"step {step}: {printable(_first_line(error), 200)}")
             return None
 
@@ -149,6 +152,8 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or _os_error(error)
+            if reason is None:
+                raise
             raise OutputError(
                 f"{self.folder}: cannot write a checkpoint ({reason}); free some space, then run "
                 "the same command again: it continues"
@@ -241,6 +246,8 @@ def _damage(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged folder can fail in any way inside Orbax
+        if _is_shortage(error):
+            raise
         reason = _first_line(error).split(" [tensorstore_spec")[0]
         raise ModelError(
             f"{folder}: not a complete Orbax checkpoint ({reason[:200]}); convert the model again"
@@ -252,8 +259,14 @@ def _without_log() -> Iterator[None]:
     """Silences Orbax and asyncio: they log in many lines what an exception says in one."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
-    # Python tells of an unfinished coroutine that it drops, with a traceback.
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    hook = sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        """Passes over the unfinished coroutines of a failed read, and nothing else."""
+        if not inspect.iscoroutine(unraisable.object):
+            hook(unraisable)
+
+    sys.unraisablehook = tell
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -273,10 +286,17 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
 
-def _os_error(error: Exception) -> str:
-    """Returns what the system said, of tensorstore's words about it."""
+def _is_shortage(error: Exception) -> bool:
+    """Tells whether memory was short, of the host or a device: then nothing is damaged."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _os_error(error: Exception) -> str | None:
+    """Returns what the system said, of an error or of tensorstore's words about one, else None."""
     found = re.search(r"([^:\n]*) \[os_error_code=", str(error))
-    return found[1].strip() if found else _first_line(error)[:200]
+    if found is not None:
+        return found[1].strip()
+    return _first_line(error)[:200] if isinstance(error, OSError) else None
 
 
 def _first_line(error: BaseException) -> str:

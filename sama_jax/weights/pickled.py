@@ -61,6 +61,8 @@ def _load(file: Path) -> dict[str, safetensors.Pending]:
     try:
         mapped = zipfile.is_zipfile(file)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError:
+        raise
     except Exception as error:  # damage can fail in any way in there
         reason = printable(str(error).strip().split("\n")[0], 200)
         raise ModelError(

@@ -27,6 +27,24 @@ def test_the_exit_code_of_a_process(changes, code: int, fragments: list[str], bo
     assert not box.out.exists()
 
 
+def test_a_signal_while_a_tokenizer_works_says_its_line():
+    """Standard error is held back then, since the library tells its panics there."""
+    code = (
+        "import os, signal, sys\n"
+        "from sama_jax.cli import attacks, main\n"
+        "from sama_jax.texts.tokenizer import _library\n"
+        "def stopped(_):\n"
+        "    with _library('it fails'):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "attacks.run = stopped\n"
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "attacks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert done.stderr.startswith("sama-jax: interrupted; ")
+
+
 @pytest.mark.parametrize("changes", [{"preset": "offical"}, {"data": None}, {"limit": 0}])
 def test_usage_errors_do_not_import_jax(changes, box: Box):
     code = (

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from wrong_inputs import assert_one_line, run_process
 
 from sama_jax.config import TrainSettings
-from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
+from sama_jax.errors import DataError, Interrupted, ModelError, OutputError, UsageError
 from sama_jax.programs import finetune
 from sama_jax.storage import files
 from sama_jax.terminal import Terminal
@@ -505,6 +506,47 @@ def test_checkpoints_keep_two_and_give_the_newest_whole_one(tmp_path):
                 file.write_bytes(b"")
         with pytest.raises(ModelError, match="none of the checkpoints can be read"):
             checkpoints.restore(abstract_of(state_of(0.0)))
+
+
+def test_only_what_the_disk_says_is_a_full_disk(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+
+        def fail(*_, **__):
+            raise ValueError(message)
+
+        monkeypatch.setattr(checkpoints._checkpointer, "save_async", fail)
+        message = "Error writing: No space left on device [os_error_code='ENOSPC']"
+        with pytest.raises(OutputError, match="No space left on device"):
+            checkpoints.save(1, state_of(1.0))
+        message = "a shape that does not fit"
+        with pytest.raises(ValueError, match="a shape that does not fit"):
+            checkpoints.save(1, state_of(1.0))
+
+
+def test_a_lack_of_memory_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, state_of(1.0))
+        checkpoints.wait()
+
+        def fail(*_, **__):
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+        monkeypatch.setattr(checkpoints._checkpointer, "load", fail)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            checkpoints.restore(abstract_of(state_of(1.0)))
+
+
+def test_faults_of_others_are_told_while_checkpoints_are_kept(tmp_path, monkeypatch):
+    class Faulty:
+        def __del__(self):
+            raise RuntimeError("not Orbax's")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
+    with Checkpoints(tmp_path / "c"):
+        faulty = Faulty()
+        del faulty
+    assert told == ["not Orbax's"]
 
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
