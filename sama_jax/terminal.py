@@ -55,8 +55,8 @@ def one_line(text: str) -> str:
 
 
 class _Guarded:
-    """A stream whose text is escaped unless it is `verbatim`, and whose failure is a known error;
-    in all else it is the stream that it wraps."""
+    """Escapes what is written to a stream, unless it is `verbatim`, and makes its failure a known
+    error; in all else it is the stream that it wraps."""
 
     def __init__(self, stream: Any, *, verbatim: bool = False):
         self.stream, self.verbatim = stream, verbatim
@@ -155,12 +155,17 @@ def fault_line(error: BaseException) -> str:
 
 # --- messages, results, progress -----------------------------------------------------------------
 
-_listeners: list[Callable[[], None]] = []
+_moves = 0
 
 
-def on_progress(listener: Callable[[], None]) -> None:
-    """Calls `listener` whenever a bar of this process moves, shown or not."""
-    _listeners.append(listener)
+def moves() -> int:
+    """Returns how often a bar of this process has moved, shown or not: whether its work goes on."""
+    return _moves
+
+
+def _count_move() -> None:
+    global _moves
+    _moves += 1
 
 
 class Terminal:
@@ -231,7 +236,7 @@ class ProgressBar:
     def note(self, text: str) -> None:
         """Shows what is going on until the next note."""
         self._note = text = escape(text)
-        _tell()
+        _count_move()
         if self._bar:
             self._bar.update(self._task, note=text)
         elif text.startswith("compiling"):
@@ -241,7 +246,7 @@ class ProgressBar:
         """Counts `amount` more units as done."""
         self.done += amount
         now = time.monotonic()
-        _tell()
+        _count_move()
         if self._bar:
             self._bar.update(self._task, completed=self.done)
         elif now - self._last >= PLAIN_SECONDS and self.done < self.total:
@@ -276,11 +281,6 @@ class ByteBar:
     def _told(self, amount: int) -> None:
         self._bytes += amount
         self._bar.advance(self._bytes // 10**6 - self._bar.done)
-
-
-def _tell() -> None:
-    for listener in _listeners:
-        listener()
 
 
 def duration(seconds: float) -> str:

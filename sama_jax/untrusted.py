@@ -21,11 +21,11 @@ SHOWN = 60
 def open_file(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Raises `OSError`; `ValueError` if it is no regular file."""
     # A named pipe blocks whoever opens it until somebody writes, so it is opened without waiting.
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise ValueError("expected a regular file")
-    return file
+    return open(descriptor, "rb")
 
 
 def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
@@ -58,6 +58,11 @@ def parse_json(content: str | bytes) -> Any:
 def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
     """Reads a JSON file. Raises `OSError` if it cannot be read, `ValueError` if it is no JSON."""
     return parse_json(read_bytes(path, limit).decode("utf-8"))
+
+
+def shown(value: Any, limit: int = SHOWN) -> str:
+    """Returns a foreign value for a message, as Python spells it: cut and escaped."""
+    return printable(repr(value), limit)
 
 
 def printable(text: str, limit: int = SHOWN) -> str:

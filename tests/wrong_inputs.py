@@ -37,18 +37,23 @@ class Box(NamedTuple):
             "out": self.out,
             **changes,
         }
-        parts = ["audit", "--quiet", *tiny.SETTINGS]
-        for name, value in flags.items():
-            if value is not None:
-                parts.append(f"--{name.replace('_', '-')}")
-                parts += [] if value is True else [str(value)]
-        return parts
+        return ["audit", "--quiet", *tiny.SETTINGS, *as_flags(flags)]
 
     def lines(self, *lines: str | bytes, name: str = "bad.jsonl") -> Path:
         """A file of these lines."""
         made = self.path / name
         made.write_bytes(b"".join(x if isinstance(x, bytes) else x.encode() + b"\n" for x in lines))
         return made
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Spells flags: `max_length=16` as two words, True as one, None not at all."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return words
 
 
 def line(text: str = "karo mite", **fields: Any) -> str:

@@ -10,7 +10,7 @@ from sama_jax.cli.results import print_result
 from sama_jax.cli.running import command_of
 from sama_jax.config import AuditSettings
 from sama_jax.devices import processes, secret
-from sama_jax.devices.place import found_place, given_place
+from sama_jax.devices.rank import found_place, given_place
 from sama_jax.errors import UsageError
 from sama_jax.programs.jobs import AuditJob
 

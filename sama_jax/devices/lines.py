@@ -16,7 +16,7 @@ LINE_BYTES = 2**30
 
 
 class Lines:
-    """The lines of one connection. Any thread may send, one receives."""
+    """Sends and receives the lines of one connection. Any thread may send, one receives."""
 
     def __init__(self, sock: socket.socket):
         self.sock = sock

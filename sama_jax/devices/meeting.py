@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sama_jax.devices.lines import LINE_BYTES, Lines
-from sama_jax.devices.place import Place
+from sama_jax.devices.rank import Place
 from sama_jax.devices.secret import proof, proves
 from sama_jax.errors import Interrupted, SamaError, UsageError
 from sama_jax.untrusted import printable

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from sama_jax.devices.place import whole_number
+from sama_jax.devices.rank import whole_number
 from sama_jax.errors import UsageError
 
 AXES = ("data", "model")

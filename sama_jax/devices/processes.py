@@ -29,7 +29,7 @@ from sama_jax.devices import meeting
 from sama_jax.devices.child_process import Crashed, Process, exit_code, start
 from sama_jax.devices.lines import LINE_BYTES, Lines
 from sama_jax.devices.meeting import Event, Hub, Lost, Meeting, Spoke, names
-from sama_jax.devices.place import Place
+from sama_jax.devices.rank import Place
 from sama_jax.errors import EXIT_CODES, Interrupted
 from sama_jax.untrusted import printable
 
@@ -40,10 +40,11 @@ START_SECONDS = 300.0
 STALL_SECONDS = 3600.0
 """How long the work may make no progress, unless told otherwise: one compilation of a large model
 on a CPU takes a quarter of an hour, and is one step."""
-EARLY = "ended before the others"
 SILENT_SECONDS = 90.0
 """Without a sign of life of the child until it counts as stopped. A library that is loaded from a
 slow disk holds Python's lock for some ten seconds."""
+EARLY = "ended before the others"
+"""How a process has gone whose child ended well while another one still waits for a word of it."""
 
 
 # --- the work's side -----------------------------------------------------------------------------
@@ -57,7 +58,6 @@ class Peers:
     ):
         self.rank, self.count, self.jax = rank, count, jax
         self._lines, self._answers = lines, queue.Queue()
-        self._steps = 0
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """Returns every process' `value` (JSON), by rank, when all have called it with `what`.
@@ -71,7 +71,6 @@ class Peers:
 
     def start(self) -> None:
         """Begins to listen, and to tell the supervisor that the work is alive and goes on."""
-        terminal.on_progress(self._step)
         for work in (self._listen, self._beat):
             threading.Thread(target=work, daemon=True).start()
 
@@ -80,9 +79,6 @@ class Peers:
         if self._lines is not None:
             with contextlib.suppress(OSError):
                 self._lines.send({"fault": line})
-
-    def _step(self) -> None:
-        self._steps += 1
 
     def _listen(self) -> None:
         assert self._lines is not None
@@ -95,7 +91,7 @@ class Peers:
         assert self._lines is not None
         with contextlib.suppress(OSError):
             while True:
-                self._lines.send({"steps": self._steps})
+                self._lines.send({"steps": terminal.moves()})
                 time.sleep(meeting.BEAT_SECONDS)
 
 

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from sama_jax.devices.place import whole_number
+from sama_jax.devices.rank import whole_number
 from sama_jax.errors import UsageError
 
 GIB = 2**30

@@ -29,7 +29,7 @@ from sama_jax.engine.tasks import ROLES, Task, Tasks, stages
 from sama_jax.engine.views import ViewSources, make_view
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.storage.loss_store import make_record
-from sama_jax.storage.run_folder import RunFolder, noted
+from sama_jax.storage.run_folder import RunFolder
 from sama_jax.terminal import ProgressBar
 from sama_jax.untrusted import printable
 
@@ -68,8 +68,6 @@ class Filled(NamedTuple):
     readings: Readings
     """With the views that were made on the way."""
     costs: Costs
-    notes: list[str]
-    """What was noticed about the models, now or in an earlier part of the run."""
 
 
 def fill_store(
@@ -132,7 +130,7 @@ def fill_store(
     if run.costs.programs:
         say.print(f"{run.costs.programs} programs compiled in {run.costs.compile_seconds:.1f} s")
     score_rows(readings, folder, ids, range(len(ids)), include_votes=setup.include_votes)
-    return Filled(readings, run.costs, noted(folder.path))
+    return Filled(readings, run.costs)
 
 
 class _Run(NamedTuple):

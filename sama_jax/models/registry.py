@@ -15,7 +15,8 @@ from sama_jax.arrays import Model
 from sama_jax.errors import ModelError, nearest
 from sama_jax.models import families
 from sama_jax.models.families.family import UNLIMITED, Family, FamilyConfig
-from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.fields import Fields
+from sama_jax.untrusted import shown
 
 ENTRY_POINTS = "sama_jax.models.families"
 """Group of entry points of other packages: each names a module that lists its `FAMILIES`."""

@@ -24,7 +24,7 @@ from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import original_view, table_of
 from sama_jax.programs.run_identity import run_identity
 from sama_jax.storage.files import write_atomic
-from sama_jax.storage.run_folder import RunFolder, json_lines
+from sama_jax.storage.run_folder import RunFolder, json_lines, noted
 from sama_jax.terminal import console
 from sama_jax.texts.read import Text, Texts
 from sama_jax.texts.tokenizer import TextTokenizer
@@ -94,8 +94,7 @@ def run_nll(
     output = RunFolder(out, run, {"model": str(model)}, None)
     try:
         readings = Readings(tasks, settings, tables, keys, output.store)
-        filled = fill_store(setup, readings, output, [t.id for t in texts.texts], say)
-        readings = filled.readings
+        readings = fill_store(setup, readings, output, [t.id for t in texts.texts], say).readings
         rows: list[dict[str, Any]] = []
         for start in range(0, len(views), PLAN_ROWS):
             chunk = list(range(start, min(start + PLAN_ROWS, len(views))))
@@ -104,10 +103,11 @@ def run_nll(
                 tokens = int(views[i].maskable.sum())
                 rows.append(_row(texts.texts[i], encoded[i].truncated, tokens, mean, error))
         write_atomic(out / RESULT, json_lines(rows))
-        output.write_manifest(finished=True, notes=filled.notes)
+        notes = noted(out)  # also of an earlier part of the run
+        output.write_manifest(finished=True, notes=notes)
     finally:
         output.close()
-    for note in filled.notes:  # also of an earlier part of the run, and where progress is quiet
+    for note in notes:  # a note is no progress, so it is not quiet
         console().print(f"note: {note}")
     return rows
 

@@ -6,7 +6,7 @@ is stored gives here, bit for bit, what a full run would have given.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,8 +22,15 @@ from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
-from sama_jax.storage.files import read_whole_json_lines, write_json
-from sama_jax.storage.run_folder import MANIFEST, METRICS, SCORES, RunFolder, read_manifest
+from sama_jax.storage.files import write_json
+from sama_jax.storage.run_folder import (
+    MANIFEST,
+    METRICS,
+    SCORES,
+    RunFolder,
+    read_manifest,
+    read_rows,
+)
 from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.terminal import console
 
@@ -111,7 +118,7 @@ def _kept_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     if not (path / SCORES).is_file():
         return rows
-    before = read_whole_json_lines(path / SCORES, "the scores of an audit")
+    before = cast(list[dict[str, Any]], read_rows(path))
     known = [{k: line[k] for k in row.keys() & line.keys()} for line, row in zip(before, rows)]
     if known != rows or len(before) != len(rows):
         raise DataError(

@@ -4,15 +4,12 @@ Reads `scores.jsonl` and `manifest.json`; computes the metrics from the scores.
 """
 
 from pathlib import Path
-from typing import Any
 
 from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting.markdown import markdown
 from sama_jax.reporting.results import Metrics, compute_metrics
-from sama_jax.storage.files import read_whole_json_lines, write_atomic
-from sama_jax.storage.run_folder import MANIFEST, MANIFEST_SHAPE, ROW_SHAPE, SCORES
-from sama_jax.storage.shapes import Shape, misfit
-from sama_jax.untrusted import read_json
+from sama_jax.storage.files import write_atomic
+from sama_jax.storage.run_folder import MANIFEST, SCORES, read_manifest, read_rows
 
 
 def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None = None) -> Path:
@@ -25,8 +22,18 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
       UsageError: `folder` is not a finished run.
       OutputError: `folder` cannot be written to.
     """
-    manifest = _read(folder, MANIFEST, MANIFEST_SHAPE)
-    rows = _read(folder, SCORES, ROW_SHAPE)
+    manifest = read_manifest(folder)
+    for name in (MANIFEST, SCORES):
+        if not (folder / name).is_file():
+            raise UsageError(
+                f"{folder} is not a finished run: it has no {name}; run `sama-jax audit --out "
+                f"{folder}` (or the same command again) first"
+            )
+    assert manifest is not None, "it is there"
+    try:
+        rows = read_rows(folder)
+    except DataError as error:
+        raise UsageError(str(error)) from None
     if manifest.get("finished") is False:
         raise UsageError(
             f"{folder} is not a finished run: it was interrupted; run the same `sama-jax audit` "
@@ -47,28 +54,3 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
     path = folder / "report.md"
     write_atomic(path, markdown(rows, metrics, manifest, figures))
     return path
-
-
-def _read(folder: Path, name: str, shape: Shape) -> Any:
-    """Reads a `.json` (an object) or `.jsonl` (a list of objects) file of a run folder."""
-    again = "repeat the audit that made the folder to write it anew"
-    path = folder / name
-    if not path.is_file():
-        raise UsageError(
-            f"{folder} is not a finished run: it has no {name}; "
-            f"run `sama-jax audit --out {folder}` (or the same command again) first"
-        )
-    try:
-        if name.endswith(".json"):
-            found = [read_json(path)]
-        else:
-            found = read_whole_json_lines(path, "a line of scores")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); {again}") from None
-    except DataError as error:
-        raise UsageError(str(error)) from None
-    for number, value in enumerate(found, 1):
-        wrong = misfit(value, shape)
-        if wrong is not None:
-            raise UsageError(f"{path} line {number} has no usable field '{wrong}'; {again}")
-    return found if name.endswith(".jsonl") else found[0]

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
 from sama_jax.config import settings_hash
-from sama_jax.errors import UsageError
+from sama_jax.errors import DataError, UsageError
 from sama_jax.storage.files import (
     AppendOnly,
     read_json_lines,
+    read_whole_json_lines,
     sealed,
     unsealed,
     write_atomic,
@@ -26,7 +27,7 @@ from sama_jax.storage.files import (
 )
 from sama_jax.storage.loss_store import LossStore
 from sama_jax.storage.shapes import Shape, fits, misfit
-from sama_jax.untrusted import printable, read_json
+from sama_jax.untrusted import printable, read_json, shown
 
 MANIFEST = "manifest.json"
 SCORES = "scores.jsonl"
@@ -43,7 +44,7 @@ _SCORES: Shape = {
     "votes?": {str: object},
 }
 """A line of parts/scores-*.jsonl."""
-MANIFEST_SHAPE: Shape = {
+_MANIFEST: Shape = {
     "run?": {str: object},
     "finished?": bool,
     "settings?": {str: object},
@@ -86,7 +87,7 @@ class Row(TypedDict, total=False):
     """With --include-votes: SAMA's votes and weight at each step, and its rate of ties."""
 
 
-ROW_SHAPE: Shape = {
+_ROW: Shape = {
     "id": str,
     "label?": (int, None),
     "n_tokens?": int,
@@ -261,13 +262,13 @@ def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     before = manifest.get("run", {})
     changed = [k for k in run | before if run.get(k) != before.get(k)]
     if changed:
-        shown = [
-            f"{printable(k)} was {printable(repr(before.get(k)))}, is {printable(repr(run.get(k)))}"
+        told = [
+            f"{printable(k)} was {shown(before.get(k))}, is {shown(run.get(k))}"
             for k in changed[:5]
         ] + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])
         raise UsageError(
             f"{path}: belongs to another run; give --out a new folder. Differences: "
-            + "; ".join(shown)
+            + "; ".join(told)
         )
     return manifest
 
@@ -293,7 +294,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = read_json(path / MANIFEST)
-        wrong = misfit(manifest, MANIFEST_SHAPE)
+        wrong = misfit(manifest, _MANIFEST)
         if wrong is not None:
             raise ValueError(f"has no usable field '{wrong}'")
     except (ValueError, OSError) as error:
@@ -301,6 +302,19 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             f"{path / MANIFEST}: not readable ({error}); give --out a new folder"
         ) from None
     return manifest
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a folder's scores.jsonl. Raises `DataError` unless each line is whole."""
+    rows = read_whole_json_lines(path / SCORES, "a line of scores")
+    for number, row in enumerate(rows, 1):
+        wrong = misfit(row, _ROW)
+        if wrong is not None:
+            raise DataError(
+                f"{path / SCORES}: line {number} has no usable field '{wrong}'; run the audit's "
+                "own command again, which makes it anew"
+            )
+    return cast(list[Row], rows)
 
 
 def _append(path: Path) -> AppendOnly:

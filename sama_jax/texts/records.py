@@ -91,7 +91,7 @@ def _records(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a gzip file holds, up to a limit."""
+    """Reads what a gzip file holds, up to a limit."""
 
     def __init__(self, path: Path, file: io.BufferedReader):
         super().__init__()

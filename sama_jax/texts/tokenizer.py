@@ -51,7 +51,7 @@ _PROBES = (
 
 
 class TextTokenizer:
-    """A model folder's tokenizer: text in, ids out, without settings that lose or change tokens.
+    """Turns texts into ids by a model folder's tokenizer; nothing it has set loses or draws tokens.
 
     Cutting keeps the tokens that the tokenizer adds at both ends, as `transformers` does.
 

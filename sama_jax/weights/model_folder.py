@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
-from sama_jax.untrusted import printable
+from sama_jax.untrusted import printable, shown
 from sama_jax.weights import checks, peft, safetensors
 from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
 from sama_jax.weights.hub import resolve
@@ -133,7 +133,7 @@ def open_folder(
     mask = known_mask(path, family) if mask_id is None else mask_id
     if type(mask) is not int or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
-            f"{path}: the mask token id is {printable(repr(mask))}, but the embedding has "
+            f"{path}: the mask token id is {shown(mask)}, but the embedding has "
             f"{family.arch.vocab_size} rows; give the right one with --mask-id"
         )
     if dtype == "auto":

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
-from sama_jax.untrusted import printable
+from sama_jax.untrusted import printable, shown
 from sama_jax.weights import adapter_patterns, stored_bytes
 from sama_jax.weights.checks import listing
 from sama_jax.weights.folder_files import read_object
@@ -95,10 +95,10 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_object(file)
     if config.get("peft_type") != "LORA":
         raise ModelError(
-            f"{file}: peft_type is {_shown(config.get('peft_type'))}, only 'LORA' is supported"
+            f"{file}: peft_type is {shown(config.get('peft_type'))}, only 'LORA' is supported"
         )
     refused = [
-        f"{printable(name)} is {_shown(value)}"
+        f"{printable(name)} is {shown(value)}"
         for name, value in config.items()
         if name not in _USED + _SILENT and not _is_off(name, value)
     ]
@@ -109,13 +109,9 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     if type(config.get("use_rslora", False)) is not bool:
         raise ModelError(
-            f"{file}: use_rslora is {_shown(config['use_rslora'])}; expected true or false"
+            f"{file}: use_rslora is {shown(config['use_rslora'])}; expected true or false"
         )
     return config
-
-
-def _shown(value: Any) -> str:
-    return printable(repr(value))
 
 
 def _is_off(name: str, value: Any) -> bool:
@@ -164,7 +160,7 @@ def open_adapter(
             problems += made
     if problems:
         base = config.get("base_model_name_or_path")
-        told = f" (it was trained on {_shown(base)})" if base else ""
+        told = f" (it was trained on {shown(base)})" if base else ""
         raise ModelError(
             f"{path}: {len(problems)} adapter tensors do not fit the base model; is it an adapter "
             f"for another one{told}?\n" + listing(problems)
@@ -315,7 +311,7 @@ def _rank_and_scale(config: dict[str, Any], module: str, where: Path) -> tuple[i
     try:
         rank, alpha = get("rank_pattern", "r"), get("alpha_pattern", "lora_alpha")
         if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float):
-            raise ValueError(f"rank {_shown(rank)} and alpha {_shown(alpha)} for {module}")
+            raise ValueError(f"rank {shown(rank)} and alpha {shown(alpha)} for {module}")
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if not abs(scale) <= float(np.finfo(np.float32).max):
             raise ValueError(f"scale {scale} for {module}, which is no float32")

@@ -5,7 +5,6 @@ tensors and plain containers; what it gives is written as safetensors, which all
 """
 
 import json
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import ml_dtypes
 
 from sama_jax.errors import ModelError
-from sama_jax.untrusted import printable
+from sama_jax.untrusted import printable, shown
 from sama_jax.weights import folder_files, safetensors
 
 SINGLE = "pytorch_model.bin"
@@ -31,8 +30,9 @@ def rewrite(folder: Path, out: Path) -> None:
     One file of the source at a time is in memory. Raises `ModelError`.
     """
     files = _files(folder)
-    for file in (folder / folder_files.CONFIG, *folder_files.companions(folder)):
-        shutil.copyfile(file, out / file.name)
+    config = folder_files.read_json_config(folder)
+    (out / folder_files.CONFIG).write_text(json.dumps(config), "utf-8")
+    folder_files.copy_companions(folder, out)
     weight_map: dict[str, str] = {}
     for i, file in enumerate(files, 1):
         name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
@@ -70,7 +70,7 @@ def _load(file: Path) -> dict[str, safetensors.Pending]:
         ) from None
     if not isinstance(found, dict):
         raise ModelError(f"{file}: expected a dictionary of tensors, found {type(found).__name__}")
-    wrong = {printable(repr(k)): type(v).__name__ for k, v in found.items() if not _is_plain(k, v)}
+    wrong = {shown(k): type(v).__name__ for k, v in found.items() if not _is_plain(k, v)}
     if wrong:
         name, kind = next(iter(wrong.items()))
         raise ModelError(

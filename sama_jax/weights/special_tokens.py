@@ -7,7 +7,7 @@ from typing import Any
 from sama_jax.errors import ModelError
 from sama_jax.models.registry import FamilyConfig
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.untrusted import printable
+from sama_jax.untrusted import printable, shown
 from sama_jax.weights.folder_files import CONFIG, object_if_there
 
 MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>")
@@ -23,7 +23,7 @@ def known_mask(path: Path, family: FamilyConfig) -> Any:
     if family.mask_id is None or told in (None, family.mask_id):
         return told if family.mask_id is None else family.mask_id
     raise ModelError(
-        f"{path}: the mask token id is {printable(repr(family.mask_id))} by {CONFIG} (or its "
+        f"{path}: the mask token id is {shown(family.mask_id)} by {CONFIG} (or its "
         f"class's default), but {told} by the tokenizer's files; say with --mask-id which one is "
         "right"
     )
@@ -64,13 +64,13 @@ def _added_tokens(path: Path) -> dict[str, int]:
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{path}: cannot read the tokenizer's added tokens ({printable(repr(error))})"
+            f"{path}: cannot read the tokenizer's added tokens ({shown(error)})"
         ) from None
     wrong = [name for name, i in found.items() if type(i) is not int or not isinstance(name, str)]
     if wrong:
         raise ModelError(
             f"{path}: the tokenizer's added token {printable(str(wrong[0]))!r} has the id "
-            f"{printable(repr(found[wrong[0]]))}; expected an integer"
+            f"{shown(found[wrong[0]])}; expected an integer"
         )
     return found
 
@@ -89,7 +89,7 @@ def padding_token(config: Mapping[str, Any], rows: int, where: str) -> int | Non
             continue
         if type(value) is not int or not 0 <= value < rows:
             raise ModelError(
-                f"{where}: {name} is {printable(repr(value))}, but the embedding has {rows} rows; "
+                f"{where}: {name} is {shown(value)}, but the embedding has {rows} rows; "
                 "correct it, or remove it from the config"
             )
         return value

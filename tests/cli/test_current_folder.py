@@ -14,7 +14,7 @@ import tiny
 from sama_jax import isolation
 from sama_jax.devices import processes
 from sama_jax.devices.child_process import start
-from sama_jax.devices.place import Place
+from sama_jax.devices.rank import Place
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (

@@ -14,7 +14,7 @@ from strangers import STRANGERS, free_port, knock
 
 from sama_jax.devices import lines, meeting, secret
 from sama_jax.devices.meeting import Hub, Lost, Spoke, understood
-from sama_jax.devices.place import Place
+from sama_jax.devices.rank import Place
 from sama_jax.errors import UsageError
 
 SECRET = b"0123456789abcdef of the tests"

@@ -23,7 +23,7 @@ from strangers import STRANGERS, free_port, knock
 
 from sama_jax.devices import meeting, processes, secret
 from sama_jax.devices.child_process import Crashed
-from sama_jax.devices.place import Place, found_place, given_place
+from sama_jax.devices.rank import Place, found_place, given_place
 from sama_jax.errors import UsageError
 from sama_jax.storage.loss_store import LossStore
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from fuzz.reader import Reader, write
 from sama_jax.devices.lines import Lines
 from sama_jax.devices.meeting import Hub, Link, Spoke, understood
-from sama_jax.devices.place import Place
 from sama_jax.devices.processes import Bounds, _Watch
+from sama_jax.devices.rank import Place
 
 SECRET = b"0123456789abcdef of the fuzz"
 SAID = [

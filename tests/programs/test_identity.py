@@ -19,7 +19,7 @@ import tiny
 import yaml
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, normalizers
-from wrong_inputs import Box, assert_one_line, contents, run, scores
+from wrong_inputs import Box, as_flags, assert_one_line, contents, run, scores
 
 from sama_jax import rng
 from sama_jax.cli import entry
@@ -306,10 +306,8 @@ def nll_command(box: Box, out: Path, change: dict[str, Any]) -> list[str]:
     if limit is not None:
         lines = box.data.read_text().splitlines(keepends=True)
         box.data.write_text("".join(lines[:limit]))
-    command = ["nll", "--model", str(box.target), "--data", str(box.data), "--out", str(out)]
-    for name, value in given.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    return [*command, "--quiet"]
+    files = {"model": box.target, "data": box.data, "out": out}
+    return ["nll", *as_flags(files | given), "--quiet"]
 
 
 @pytest.mark.parametrize("name", NLL)
@@ -337,10 +335,8 @@ def finished_training(originals: Path) -> Path:
 
 def finetune_command(box: Box, out: Path, change: dict[str, Any]) -> list[str]:
     given = {"max_length": 32, "epochs": 1, "batch_size": 3} | change
-    command = ["finetune", "--base", str(box.target), "--data", str(box.data), "--out", str(out)]
-    for name, value in given.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    return [*command, "--quiet"]
+    files = {"base": box.target, "data": box.data, "out": out}
+    return ["finetune", *as_flags(files | given), "--quiet"]
 
 
 @pytest.mark.parametrize("name", FINETUNE)

@@ -6,15 +6,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from sama_jax import config
 from sama_jax.config import (
     PRESETS,
     AuditSettings,
-    ComplementSettings,
-    ItsSettings,
-    LikelihoodSettings,
     PrefixSettings,
     SamaSettings,
-    TailSettings,
     TrainSettings,
     from_dict,
     override,
@@ -77,16 +74,8 @@ def test_training_settings_take_fields_then_overrides():
 
 NUMBERS = [
     (kind, name)
-    for kind in (
-        AuditSettings,
-        ComplementSettings,
-        ItsSettings,
-        LikelihoodSettings,
-        PrefixSettings,
-        SamaSettings,
-        TailSettings,
-        TrainSettings,
-    )
+    for kind in vars(config).values()
+    if dataclasses.is_dataclass(kind)
     for name, hint in get_type_hints(kind).items()
     if hint in (int, float)
 ]

@@ -13,6 +13,15 @@ def test_a_pipe_is_refused_without_waiting(tmp_path):
         untrusted.read_bytes(tmp_path / "config.json")
 
 
+def test_what_is_no_file_is_closed_again(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = len(os.listdir("/proc/self/fd"))
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="regular file"):
+            untrusted.open_file(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_more_bytes_than_the_limit_are_refused_before_they_are_read(tmp_path):
     path = tmp_path / "sparse"
     with path.open("wb") as file:
@@ -31,3 +40,9 @@ def test_a_foreign_text_in_a_message_is_cut_and_moves_no_cursor():
     assert untrusted.printable("a\x1b[31m\nb\ud800") == "a\\x1b[31m\\nb\\ud800"
     assert untrusted.printable("x" * 100, 4) == "xxxx…"
     assert untrusted.printable("Zürich") == "Zürich"
+
+
+def test_a_foreign_value_in_a_message_is_spelled_cut_and_escaped():
+    assert untrusted.shown("a\x1b") == "'a\\x1b'"
+    assert untrusted.shown(["x" * 100]).endswith("…")
+    assert untrusted.shown(None) == "None"

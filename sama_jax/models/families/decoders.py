@@ -15,10 +15,11 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from sama_jax.models.families.family import Family, FamilyConfig, Kind
-from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.rope import read_rope
 from sama_jax.models.families.weight_table import Table, plain_rule
 from sama_jax.models.transformer import Architecture, TransformerModel
+from sama_jax.untrusted import shown
 
 _SIZES = (
     "vocab_size",

@@ -10,8 +10,9 @@ from typing import Any
 
 from sama_jax.models.dit import DitArchitecture, DitModel
 from sama_jax.models.families.family import Family, FamilyConfig
-from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.weight_table import Rule, Table
+from sama_jax.untrusted import shown
 
 MDLM_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50258,

@@ -19,8 +19,9 @@ from sama_jax.models.encoders import (
     ModernBertModel,
 )
 from sama_jax.models.families.family import Family, FamilyConfig
-from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.weight_table import Rule, Table, plain_rule
+from sama_jax.untrusted import shown
 
 # Defaults of transformers' config classes (5.24).
 BERT_DEFAULTS: dict[str, Any] = {

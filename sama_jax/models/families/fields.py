@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from sama_jax.errors import ModelError
-from sama_jax.untrusted import printable
+from sama_jax.untrusted import printable, shown
 
 SIZE_LIMIT = 2**22
 """Of widths and vocabularies: the largest published ones are 53,248 and 262,144."""
@@ -169,11 +169,6 @@ class Fields:
         if number == 1:  # an attention scale of 1 stands for 1 / sqrt(head size), which is another
             return bool(_SCALE.search(name)) and not _ATTENTION.search(name)
         return number == 0 and "cap" in name
-
-
-def shown(value: Any) -> str:
-    """Returns a foreign value for a message."""
-    return printable(repr(value))
 
 
 def _is_size(name: str, value: Any, least: int, most: int) -> bool:

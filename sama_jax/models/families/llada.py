@@ -8,10 +8,11 @@ import re
 from typing import Any
 
 from sama_jax.models.families.family import Family, FamilyConfig
-from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.rope import read_rope
 from sama_jax.models.families.weight_table import Table, plain_rule
 from sama_jax.models.transformer import Architecture, TransformerModel
+from sama_jax.untrusted import shown
 
 # Defaults of LLaDA's config class (`configuration_llada.py` in `Stry233/SAMA`): GPT-2-like, unlike
 # the 8B checkpoint. What they switch on and the network does not have is refused below.

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sama_jax.models.families.family import Family, FamilyConfig
-from sama_jax.models.families.fields import SIZE_LIMIT, Fields, shown
+from sama_jax.models.families.fields import SIZE_LIMIT, Fields
 from sama_jax.models.families.rope import read_rope
 from sama_jax.models.families.weight_table import Rule, Table
 from sama_jax.models.moe import Experts
 from sama_jax.models.transformer import Architecture, TransformerModel
+from sama_jax.untrusted import shown
 
 MASK_ID = 156895
 """`<|mask|>` of both; the default of LLaDA2's `generate` and of `inclusionAI/dInfer`'s benchmark

@@ -6,8 +6,9 @@ them. Some files have both; which one counts depends on the version, so they mus
 
 from typing import Any, NamedTuple
 
-from sama_jax.models.families.fields import Fields, shown
+from sama_jax.models.families.fields import Fields
 from sama_jax.models.layers import Llama3Scaling
+from sama_jax.untrusted import shown
 
 
 class Rope(NamedTuple):
