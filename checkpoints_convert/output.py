@@ -112,9 +112,7 @@ def finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -
     """
     folder.source.require_unchanged()
     if jax.process_index() == 0:
-        with writing(out):
-            for file in folder_files.companions(folder.path):
-                shutil.copyfile(file, out / file.name)
+        folder_files.copy_companions(folder.path, out)
         if dtype != "keep":
             names = [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]
             config = {**config, **dict.fromkeys(names, dtype)}

@@ -5,7 +5,6 @@ each process, keyed by content, so joining is copying; scores that no process co
 then made from the losses, as `sama-jax score` does.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from sama_jax.engine.text_table import table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.rescore import run_score, store_of
-from sama_jax.storage.files import write_json, writing
+from sama_jax.storage.files import copy_file, write_json, writing
 from sama_jax.storage.run_folder import MANIFEST, noted, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.terminal import console
@@ -92,6 +91,5 @@ def _copy(source: Path, pattern: str, out: Path, number: int, count: int) -> Non
     """Files of one part, under numbers that no other part's have: 0 stays free for later work."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for i, file in enumerate(sorted(source.glob(pattern))):
-            name = pattern.replace("*", f"{1 + number + i * count:05d}")
-            shutil.copyfile(file, out / name)
+    for i, file in enumerate(sorted(source.glob(pattern))):
+        copy_file(file, out / pattern.replace("*", f"{1 + number + i * count:05d}"))

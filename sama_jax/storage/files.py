@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,12 +62,33 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing."""
-    data = encoded(content) if isinstance(content, str) else content
+    _write_pieces(path, [encoded(content) if isinstance(content, str) else content])
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a regular file, whole or not at all.
+
+    Raises:
+      DataError: the source cannot be read, or is a pipe or a device.
+      OutputError: the target cannot be written.
+    """
+    _write_pieces(target, _pieces(source))
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with opened(path) as file:
+        while piece := file.read(2**20):
+            yield piece
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     part = path.with_name(path.name + ".part")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
+            with open(part, "wb") as file:
+                for piece in pieces:
+                    file.write(piece)
             os.replace(part, path)
         except BaseException:  # Ctrl-C among them
             part.unlink(missing_ok=True)

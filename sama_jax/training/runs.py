@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +154,4 @@ def _short(value: Any) -> str:
 
 def copy_companions(base: Path, out: Path) -> None:
     """Copies the tokenizer and other files that lie with the weights, but not those of a run."""
-    with files.writing(out):
-        for file in folder_files.companions(base):
-            if file.name not in (MANIFEST, LOG, "README.md"):
-                shutil.copyfile(file, out / file.name)
+    folder_files.copy_companions(base, out, leave_out=(MANIFEST, LOG, "README.md"))

@@ -1,11 +1,13 @@
 """Names the files of a model folder and reads those that hold JSON."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from sama_jax import untrusted
-from sama_jax.errors import ModelError
+from sama_jax.errors import DataError, ModelError
+from sama_jax.storage.files import copy_file
 
 CONFIG = "config.json"
 PARAMS = "orbax"
@@ -100,6 +102,21 @@ def companions(path: Path) -> list[Path]:
     """
     files = (f for f in sorted(path.iterdir()) if f.is_file() and f.name != CONFIG)
     return [f for f in files if not _is_weights(f) and not _leads_out(f)]
+
+
+def copy_companions(path: Path, out: Path, leave_out: Collection[str] = ()) -> None:
+    """Copies the `companions` of a folder to `out`.
+
+    Raises:
+      ModelError: one of them cannot be read.
+      OutputError: one cannot be written.
+    """
+    for file in companions(path):
+        if file.name not in leave_out:
+            try:
+                copy_file(file, out / file.name)
+            except DataError as error:
+                raise ModelError(str(error)) from None
 
 
 def foreign_links(path: Path) -> list[str]:

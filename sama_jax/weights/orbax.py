@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from sama_jax.errors import ModelError, OutputError, UsageError
+from sama_jax.storage.files import writing
 from sama_jax.untrusted import printable
 
 KEPT = 2
@@ -39,11 +40,22 @@ class Checkpoints:
         self.folder = folder
         self._saving: Any = None
         self._silence = contextlib.ExitStack()
-        self._checkpointer = ocp.training.Checkpointer(
-            str(folder.absolute()),
-            preservation_policy=policies.LatestN(KEPT),
-            cleanup_tmp_directories=True,  # left behind by a killed run
-        )
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _require_regular(folder)
+            self._checkpointer = ocp.training.Checkpointer(
+                str(folder.absolute()),
+                preservation_policy=policies.LatestN(KEPT),
+                cleanup_tmp_directories=True,  # left behind by a killed run
+            )
+        except Exception as error:  # it reads what is there, which may be damaged in any way
+            if _is_shortage(error):
+                raise
+            raise ModelError(
+                f"{folder}: a checkpoint in it is damaged ({printable(_first_line(error), 200)}); "
+                "delete that step's folder to go on from the step before"
+            ) from None
 
     def __enter__(self) -> "Checkpoints":
         self._silence.enter_context(_without_log())  # its threads log what they raise
@@ -237,7 +249,7 @@ def _require_regular(folder: Path) -> None:
     """Raises `ValueError` for a pipe or a device, which Orbax would wait for or read for ever."""
     for path in folder.rglob("*"):
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise ValueError(f"{path.name} is no regular file")
+            raise ValueError(f"{path.relative_to(folder)} is no regular file")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from sama_jax.arrays import Model, Params
 from sama_jax.errors import OutputError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.weights import safetensors
-from sama_jax.weights.folder_files import CONFIG, companions
+from sama_jax.weights.folder_files import CONFIG, copy_companions
 from sama_jax.weights.tensor_map import export_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -33,8 +32,7 @@ def save_folder(
         out.mkdir(parents=True, exist_ok=True)
         (out / CONFIG).unlink(missing_ok=True)
         if tokenizer_from != out:
-            for file in companions(tokenizer_from):
-                shutil.copyfile(file, out / file.name)
+            copy_companions(tokenizer_from, out)
         tensors = export_tensors(params, weights, model.num_layers)
         safetensors.save_weights(out, tensors, MAX_SHARD_BYTES)
         dtypes = [str(a.dtype) for a in tensors.values()]

@@ -107,7 +107,7 @@ def test_a_shard_that_is_none_is_named(box: Box, finished: Path, capsys):
     shutil.copytree(finished, box.out)
     (box.out / "losses" / "losses-00001.bin").mkdir()
     said = run(capsys, box.command())
-    assert_one_line(said, 3, "losses-00001.bin", "cannot be read")
+    assert_one_line(said, 3, "losses-00001.bin", "expected a regular file", "move it away")
 
 
 @pytest.mark.parametrize(
@@ -278,25 +278,27 @@ class FullDisk:
 
     def __init__(self, room: float, monkeypatch: pytest.MonkeyPatch):
         self.room, self.used = room, 0
-        disk, write_bytes = self, Path.write_bytes
+        disk = self
 
         class Watched:
             def __init__(self, *args: Any, **kwargs: Any):
                 self._file = open(*args, **kwargs)  # noqa: SIM115
 
             def write(self, data: bytes) -> int | None:
-                return self._file.write(disk.take(data) or disk.full())
+                part = disk.take(data)
+                written = self._file.write(part)
+                return written if len(part) == len(data) else disk.full()
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(self._file, name)
 
-        def write_whole(path: Path, data: bytes) -> int:
-            part = disk.take(data)
-            written = write_bytes(path, part)
-            return written if len(part) == len(data) else disk.full()
+            def __enter__(self) -> "Watched":
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                self._file.close()
 
         monkeypatch.setattr(files, "open", Watched, raising=False)
-        monkeypatch.setattr(Path, "write_bytes", write_whole)
 
     def take(self, data: bytes) -> bytes:
         """As much of `data` as there is room for; a disk fills up in the middle of a write."""

@@ -56,5 +56,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         os.stat(path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "absent"])
+def test_only_regular_files_are_copied(kind, tmp_path):
+    source = tmp_path / "source.bin"
+    if kind == "pipe":
+        os.mkfifo(source)
+    elif kind == "device":
+        source.symlink_to("/dev/zero")  # a copy of it fills the disk
+    elif kind == "folder":
+        source.mkdir()
+    with pytest.raises(DataError, match=r"source\.bin"):
+        files.copy_file(source, tmp_path / "copy.bin")
+    assert {p.name for p in tmp_path.iterdir()} <= {"source.bin"}
+
+
+def test_a_copy_has_every_byte_and_replaces_a_link_rather_than_its_target(tmp_path):
+    content = bytes(range(256)) * 2**13
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(b"kept")
+    (tmp_path / "copy").symlink_to(tmp_path / "b")
+    files.copy_file(tmp_path / "a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    assert (tmp_path / "b").read_bytes() == b"kept"
+
+
 def test_lines_of_a_missing_file_are_none(tmp_path):
     assert read_json_lines(tmp_path / "none.jsonl") == ([], 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import sys
@@ -506,6 +507,23 @@ def test_checkpoints_keep_two_and_give_the_newest_whole_one(tmp_path):
                 file.write_bytes(b"")
         with pytest.raises(ModelError, match="none of the checkpoints can be read"):
             checkpoints.restore(abstract_of(state_of(0.0)))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "date"])
+def test_checkpoints_that_orbax_does_not_survive_are_refused(kind, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1.0))
+    path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    stored = json.loads(path.read_text())
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(json.dumps({**stored, "commit_timestamp_nsecs": 10**26}))
+    with pytest.raises(ModelError, match="a checkpoint in it is damaged"):
+        Checkpoints(tmp_path)
 
 
 def test_only_what_the_disk_says_is_a_full_disk(tmp_path, monkeypatch):
