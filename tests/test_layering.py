@@ -20,12 +20,14 @@ LAYERS = {
         "models": "",
         "texts": "",
         "storage": "",
+        "validity": "core texts",
         "weights": "models texts storage",
         "devices": "core models storage",
         "engine": "core attacks models texts storage weights devices",
         "training": "core models texts storage weights",
-        "reporting": "core storage",
-        "programs": "core attacks models texts storage weights devices engine training reporting",
+        "reporting": "core storage validity",
+        "programs": "core attacks models texts storage validity weights devices engine training "
+        "reporting",
         "cli": "attacks texts storage devices reporting programs",
     }.items()
 }
@@ -42,7 +44,7 @@ ONLY_IN = {
     "matplotlib": ("sama_jax.reporting.figures",),
     "tokenizers": ("sama_jax.texts", "sama_jax.training"),
     "yaml": ("sama_jax.programs.experiment",),
-    "sklearn": ("sama_jax.core.metrics", "sama_jax.attacks.corpus"),
+    "sklearn": ("sama_jax.core.metrics", "sama_jax.attacks.corpus", "sama_jax.validity.blind"),
     "pickle": (),
     # Every process is started in one place, which keeps the current folder off its module path.
     "subprocess": ("sama_jax.devices.child_process",),

@@ -1,4 +1,4 @@
 """Turns scores into results, tables, figures and a report.
 
-May import the words, `core` and `storage`; only `figures` imports Matplotlib.
+May import the words, `core`, `storage` and `validity`; only `figures` imports Matplotlib.
 """
