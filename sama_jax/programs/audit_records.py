@@ -30,6 +30,7 @@ from sama_jax.storage import replay
 from sama_jax.storage.files import require_free
 from sama_jax.storage.run_folder import RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
+from sama_jax.texts.read import group_numbers
 from sama_jax.weights.identity import matmul_precision
 
 
@@ -157,10 +158,13 @@ def text_rows(
 ) -> list[dict[str, Any]]:
     """Returns what each line of scores.jsonl says about its text, without scores."""
     rows = []
-    for text, view, tokens in zip(inputs.texts, tokenised.views, tokenised.encoded):
+    numbers = group_numbers(inputs.texts)
+    for text, group, view, tokens in zip(inputs.texts, numbers, tokenised.views, tokenised.encoded):
         row: dict[str, Any] = {"id": text.id}
         if text.label is not None:
             row["label"] = text.label
+        if group is not None:  # a number: names of documents and authors are private
+            row["group"] = group
         row["n_tokens"] = len(tokens.ids)
         row["truncated"] = tokens.truncated
         status = "ok" if view.maskable.any() else "empty"

@@ -24,8 +24,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """Returns, by name, what must be equal for a folder to be continued.
 
-    Texts with ids and labels, their tokens, the tokenizer, everything about the models and the
-    arithmetic that changes a loss, and all settings. Attacks may be added, so they are not in.
+    Texts with ids, labels and groups, their tokens, the tokenizer, everything about the models and
+    the arithmetic that changes a loss, and all settings. Attacks may be added, so they are not in.
     """
     pad = pad_id(roles["target"].folder, settings)
     found = {name: loss_identity(role.folder, settings, pad) for name, role in roles.items()}
@@ -61,10 +61,12 @@ def flat_settings(settings: AuditSettings) -> dict[str, Any]:
 
 
 def digest(texts: Sequence[Text]) -> str:
-    """Hashes ids, labels and texts: 16 hex digits."""
+    """Hashes ids, labels, groups and texts: 16 hex digits."""
     found = hashlib.sha256()
     for text in texts:
-        found.update(repr((text.id, text.label, text.text)).encode("utf-8", "surrogatepass"))
+        found.update(
+            repr((text.id, text.label, text.group, text.text)).encode("utf-8", "surrogatepass")
+        )
     return found.hexdigest()[:16]
 
 

@@ -71,6 +71,8 @@ class Row(TypedDict, total=False):
     id: Required[str]
     label: int | None
     """1: member, 0: non-member; absent: unknown."""
+    group: int
+    """Number of its group, in order of first appearance; absent where the texts give none."""
     n_tokens: int
     truncated: bool
     """Whether the text was cut at the maximum length."""
@@ -90,6 +92,7 @@ class Row(TypedDict, total=False):
 _ROW: Shape = {
     "id": str,
     "label?": (int, None),
+    "group?": int,
     "n_tokens?": int,
     "truncated?": bool,
     "status?": str,

@@ -13,7 +13,7 @@ from sama_jax.storage.files import read_whole_json_lines, sealed, unsealed, writ
 from sama_jax.storage.shapes import misfit
 
 INDEX = "texts.jsonl"
-_FIELDS = ("id", "label", "n_tokens", "truncated", "status")
+_FIELDS = ("id", "label", "group", "n_tokens", "truncated", "status")
 
 
 def write_index(
@@ -21,7 +21,7 @@ def write_index(
     rows: Sequence[Mapping[str, Any]],
     views: Mapping[str, Sequence[dict[str, Any] | None]],
 ) -> None:
-    """Writes one line a text: id, label, status, and what each of its views derives from."""
+    """Writes one line a text: id, label, group, status, and what each of its views derives from."""
     lines = []
     for i, row in enumerate(rows):
         known = {name: row[name] for name in _FIELDS if name in row}
@@ -41,6 +41,7 @@ _VIEW = {
 _LINE = {
     "id": str,
     "label?": (int, None),
+    "group?": int,
     "n_tokens?": int,
     "truncated?": bool,
     "status?": str,

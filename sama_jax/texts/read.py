@@ -35,6 +35,8 @@ class Text(NamedTuple):
     """1 member, 0 non-member, None unknown."""
     where: str
     """File and place for messages, such as `file.jsonl:7`."""
+    group: str | None = None
+    """What it shares with other texts: the document, author or source it comes from."""
 
 
 class Texts(NamedTuple):
@@ -51,7 +53,8 @@ def read_texts(path: Path) -> Texts:
     """Reads the texts of one file.
 
     Formats: JSONL (also gzipped), JSON (a list of objects, or columns as in `{"data": {"text":
-    [..]}}`), CSV, parquet. Fields: `text`, optionally `id` and `label` (1, 0, null); or MIMIR's
+    [..]}}`), CSV, parquet. Fields: `text`, optionally `id`, `label` (1, 0, null) and
+    `group` (a name or number; texts of one document, author or source share it); or MIMIR's
     `member` and `nonmember` columns, which give a text of label 1 and one of label 0.
 
     Raises:
@@ -117,28 +120,37 @@ def _check_names(row: Row, names: set[str]) -> None:
 
 def _parse_row(row: Row, forced: int | None) -> Iterator[tuple[str | None, Text]]:
     fields, where = row
+    group = _name(fields.get("group"), "group", where)
     if "text" not in fields and "member" in fields and "nonmember" in fields:
         for column, label in (("member", 1), ("nonmember", 0)):
             if fields[column] is not None:
                 text = _text(fields[column], column, where)
-                yield None, Text("", text, _agree(label, forced, where), where)
+                yield None, Text("", text, _agree(label, forced, where), where, group)
         return
     if "text" not in fields:
         raise DataError(f"{where}: has no field 'text' (its fields: {shown_names(fields)})")
     text = _text(fields["text"], "text", where)
-    label, given = fields.get("label"), fields.get("id")
+    label = fields.get("label")
     if label is not None and (type(label) is not int or label not in (0, 1)):
         raise DataError(
             f"{where}: label is {_shown(label)}, expected 1 (member), 0 (non-member) or null"
         )
-    if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
-        raise DataError(f"{where}: id is {_shown(given)}, expected a string")
+    given = _name(fields.get("id"), "id", where)
+    yield given, Text("", text, _agree(label, forced, where), where, group)
+
+
+def _name(given: Any, field: str, where: str) -> str | None:
+    """Returns an id or a group as a string, None if there is none."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise DataError(f"{where}: {field} is {_shown(given)}, expected a string")
     if given == "":
-        raise DataError(f"{where}: id is empty; give one or leave the field out")
-    given = None if given is None else str(given)
-    if given is not None and ("\0" in given or _SURROGATES.search(given)):
-        raise DataError(f"{where}: id {_shown(given)} holds a NUL or half a character")
-    yield given, Text("", text, _agree(label, forced, where), where)
+        raise DataError(f"{where}: {field} is empty; give one or leave the field out")
+    name = str(given)
+    if "\0" in name or _SURROGATES.search(name):
+        raise DataError(f"{where}: {field} {_shown(given)} holds a NUL or half a character")
+    return name
 
 
 def _shown(value: Any) -> str:
@@ -211,6 +223,15 @@ def collect(texts: list[Text]) -> Texts:
         labels.setdefault(text.text, set()).add(text.label)
     both = [first_id[text] for text, seen in labels.items() if {0, 1} <= seen]
     return Texts(texts, len(texts) - len(first_id), both)
+
+
+def group_numbers(texts: list[Text]) -> list[int | None]:
+    """Numbers the groups of texts in order of their first appearance; None: a text without one."""
+    numbers: dict[str, int] = {}
+    return [
+        None if text.group is None else numbers.setdefault(text.group, len(numbers))
+        for text in texts
+    ]
 
 
 def content_id(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from sama_jax.errors import DataError, UsageError
 from sama_jax.untrusted import parse_json, printable
 
-FIELDS = ("text", "id", "label", "member", "nonmember")
+FIELDS = ("text", "id", "label", "group", "member", "nonmember")
 LABEL_SYNONYMS = ("labels", "is_member", "ismember", "membership", "member")
 """Names of fields that hold labels if their values look like labels."""
 
@@ -267,9 +267,9 @@ def meant(name: str) -> str | None:
 
 
 def _csv_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """Types the fields, as CSV knows strings only: an empty id or label is absent."""
+    """Types the fields, as CSV knows strings only: an empty id, group or label is absent."""
     fields = dict(record)
-    fields["id"] = record.get("id") or None
+    fields |= {name: record.get(name) or None for name in ("id", "group")}
     if "label" in record:
         label = (record["label"] or "").strip()
         fields["label"] = {"": None, "1": 1, "0": 0}.get(label, label)

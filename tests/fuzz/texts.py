@@ -16,7 +16,10 @@ from sama_jax.texts.read import read_texts
 
 def _rows() -> list[dict[str, Any]]:
     texts = tiny.texts(TEXTS, (4, 20))
-    return [{"id": f"t{i}", "text": text, "label": i % 2} for i, text in enumerate(texts)]
+    return [
+        {"id": f"t{i}", "text": text, "label": i % 2, "group": f"g{i // 2}"}
+        for i, text in enumerate(texts)
+    ]
 
 
 def _jsonl(root: Path) -> None:
@@ -31,13 +34,14 @@ def _jsonl(root: Path) -> None:
 
 
 def _json(root: Path) -> None:
-    columns = {key: [row[key] for row in _rows()] for key in ("id", "text", "label")}
+    columns = {key: [row[key] for row in _rows()] for key in ("id", "text", "label", "group")}
     write(root / "rows" / "texts.json", json.dumps(_rows()).encode())
     write(root / "columns" / "texts.json", json.dumps({"data": columns}).encode())
 
 
 def _csv(root: Path) -> None:
-    lines = ["id,text,label", *(f'{r["id"]},"{r["text"]}, ""so""",{r["label"]}' for r in _rows())]
+    lines = ["id,text,label,group"]
+    lines += [f'{r["id"]},"{r["text"]}, ""so""",{r["label"]},{r["group"]}' for r in _rows()]
     write(root / "one" / "texts.csv", "\n".join(lines).encode())
 
 
@@ -75,7 +79,7 @@ def _spoil_parquet(draw: random.Random, root: Path) -> None:
         seeds.parquet_bomb(path, 8000)
         return
     columns: dict[str, Any] = {
-        key: [row[key] for row in _rows()] for key in ("id", "text", "label")
+        key: [row[key] for row in _rows()] for key in ("id", "text", "label", "group")
     }
     odd = [
         pa.array([2**45] * TEXTS, pa.timestamp("s")),
@@ -110,6 +114,7 @@ def _read_texts(root: Path) -> None:
     assert found
     assert all(isinstance(t.text, str) and isinstance(t.id, str) and t.id for t in found)
     assert all(t.label is None or (type(t.label) is int and t.label in (0, 1)) for t in found)
+    assert all(t.group is None or (isinstance(t.group, str) and t.group) for t in found)
     assert len({t.id for t in found}) == len(found)
 
 

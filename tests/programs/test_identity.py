@@ -185,6 +185,7 @@ CHANGES: dict[str, Change] = {
     ),
     "an id": edit_lines(lambda lines: lines[0].update(id="other")),
     "a label": edit_lines(lambda lines: lines[0].update(label=1 - lines[0]["label"])),
+    "a group": edit_lines(lambda lines: lines[0].update(group="one")),
     "one text fewer": flags(limit=5),
     "another target": lambda box: {"target": box.path / "other"},
     "another reference": lambda box: {"reference": box.path / "other"},

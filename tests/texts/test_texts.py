@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.texts.buckets import bucket_lengths, plan_batches
-from sama_jax.texts.read import Text, read_split, read_texts
+from sama_jax.texts.read import Text, group_numbers, read_split, read_texts
 from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 4
@@ -66,9 +66,9 @@ def error_of(path, kind=DataError, read=read_texts):
 # --- formats -------------------------------------------------------------------------------------
 
 RECORDS = [
-    {"id": "a", "text": 'first, with "quotes"\nand lines', "label": 1},
-    {"id": "b", "text": "zweiter Text é 😀", "label": 0},
-    {"id": "c", "text": "third", "label": None},
+    {"id": "a", "text": 'first, with "quotes"\nand lines', "label": 1, "group": "d1"},
+    {"id": "b", "text": "zweiter Text é 😀", "label": 0, "group": "d, 2"},
+    {"id": "c", "text": "third", "label": None, "group": None},
 ]
 
 
@@ -101,13 +101,13 @@ def as_jsonl_named_json(path):
 
 
 def as_json_columns(path):
-    columns = {n: [r[n] for r in RECORDS] for n in ("text", "id", "label")}
+    columns = {n: [r[n] for r in RECORDS] for n in RECORDS[0]}
     return write(path / "t.json", json.dumps({"data": columns, "indices": [4, 5, 6]}))
 
 
 def as_csv(path):
     with (path / "t.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["label", "text", "id", "other"])
+        writer = csv.DictWriter(file, ["label", "text", "id", "group", "other"])
         writer.writeheader()
         writer.writerows(RECORDS)
     return path / "t.csv"
@@ -138,8 +138,8 @@ FORMATS = [
 @pytest.mark.parametrize("make", FORMATS)
 def test_every_format_gives_the_same_texts(make, tmp_path):
     found = read_texts(make(tmp_path)).texts
-    assert [(t.id, t.text, t.label) for t in found] == [
-        (r["id"], r["text"], r["label"]) for r in RECORDS
+    assert [(t.id, t.text, t.label, t.group) for t in found] == [
+        (r["id"], r["text"], r["label"], r["group"]) for r in RECORDS
     ]
 
 
@@ -244,6 +244,20 @@ def test_integer_ids_are_kept_as_strings(tmp_path):
     assert ids_of(tmp_path, {"id": 7, "text": "x"})[0] == ["7"]
 
 
+def test_groups_are_names_or_numbers_and_numbered_as_they_appear(tmp_path):
+    _, found = ids_of(
+        tmp_path,
+        {"text": "a", "group": "x"},
+        {"text": "b", "group": 7},
+        {"text": "c"},
+        {"text": "d", "group": "7"},
+        {"text": "e", "group": "x"},
+        {"member": "f", "nonmember": "g", "group": "y"},
+    )
+    assert [t.group for t in found.texts] == ["x", "7", None, "7", "x", "y", "y"]
+    assert group_numbers(found.texts) == [0, 1, None, 1, 0, 2, 2]
+
+
 def test_one_id_on_two_texts_names_both_places(tmp_path):
     path = write(
         tmp_path / "t.jsonl",
@@ -274,6 +288,10 @@ def test_labels_other_than_1_0_null_are_refused(label, tmp_path):
         ('"x"', "t.jsonl:2: expected a JSON object, found a string"),
         ('{"text": "x", "id": ["a"]}', 't.jsonl:2: id is ["a"], expected a string'),
         ('{"text": "x", "id": ""}', "t.jsonl:2: id is empty"),
+        ('{"text": "x", "group": 1.5}', "t.jsonl:2: group is 1.5, expected a string"),
+        ('{"text": "x", "group": true}', "t.jsonl:2: group is true, expected a string"),
+        ('{"text": "x", "group": ""}', "t.jsonl:2: group is empty"),
+        ('{"text": "x", "Group": "a"}', "t.jsonl:2: has a field 'Group'; write it 'group'"),
         ('{"member": "x", "nonmember": 3}', "t.jsonl:2: 'nonmember' must be a string, found int"),
     ],
 )
