@@ -1,0 +1,226 @@
+"""Tests whether attacks tell members from non-members at all: many attacks, one level of error.
+
+One permutation of the labels serves all attacks, so that what they share is accounted for. Works
+on `scores` [n, k], a column an attack, NaN where it has no score; `labels` [n], 1 for members and
+0; and `groups` [n], numbers of documents whose texts belong together, -1 or None: none.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import brentq
+from scipy.stats import beta, nhypergeom, norm, rankdata
+
+from sama_jax.core.intervals import (
+    allowed_false_alarms,
+    auc_errors,
+    auc_interval,
+    auc_variance,
+    numbered,
+)
+
+PERMUTATIONS = 9_999
+"""Permutations of the labels; the smallest p-value is one in 10,000."""
+DRAWS = 20_000
+"""Normal draws for the width of simultaneous intervals: its 95 % point to about 0.01."""
+CHUNK_CELLS = 1 << 21
+"""Permuted labels that are held at once (16 MiB)."""
+
+
+class Tests(NamedTuple):
+    """What permuted labels say of each attack: a small `p` speaks for it."""
+
+    z: Float[np.ndarray, " k"]
+    """Mann-Whitney's statistic in standard deviations; above 0: members score higher."""
+    p: Float[np.ndarray, " k"]
+    """One-sided p-value of the attack alone."""
+    adjusted: Float[np.ndarray, " k"]
+    """The same, corrected for all k (Westfall and Young's step-down max-T)."""
+
+
+class Simultaneous(NamedTuple):
+    """Intervals that all hold at once, so that one may pick the strongest afterwards."""
+
+    auc: Float[np.ndarray, " k"]
+    low: Float[np.ndarray, " k"]
+    high: Float[np.ndarray, " k"]
+    quantile: float
+    """Their half width in standard deviations: 1.96 for one attack, more for several."""
+
+
+def permutation_tests(
+    scores: Float[np.ndarray, "n k"],
+    labels: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"] | None = None,
+    *,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> Tests:
+    """Tests each attack alone and all together, one-sided, by permuting labels.
+
+    With groups the labels of whole groups are exchanged (see `_permuted`). The adjusted p-value of
+    an attack counts permutations in which any attack that is no stronger does as well. A p-value
+    is never 0: the labels as they are count as one permutation (P. H. Westfall and S. S. Young,
+    1993). A column without a spread, or with one class only, gets p-values of 1.
+    """
+    ranked = _standardised_ranks(scores)
+    present = np.isfinite(scores)
+    observed = _z(ranked, present, labels[None] == 1)[0]
+    classes = [present[labels == 1].any(axis=0), present[labels != 1].any(axis=0)]
+    observed[~np.logical_and(*classes)] = -np.inf
+    order = np.argsort(-observed, kind="stable")
+    alone, joint = np.zeros((2, scores.shape[1]))
+    for is_member in _permuted(labels == 1, groups, permutations, seed):
+        z = _z(ranked, present, is_member)
+        # A tie is as good: rounding must not tell equal statistics apart.
+        alone += (z >= observed - 1e-9).sum(axis=0)
+        weaker = np.maximum.accumulate(z[:, order[::-1]], axis=1)[:, ::-1]
+        joint[order] += (weaker >= observed[order] - 1e-9).sum(axis=0)
+    p, adjusted = ((found + 1) / (permutations + 1) for found in (alone, joint))
+    adjusted[order] = np.maximum.accumulate(adjusted[order])
+    return Tests(np.where(np.isfinite(observed), observed, 0.0), p, adjusted)
+
+
+def _standardised_ranks(scores: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+    """Returns mid-ranks of each column, centred, with variance 1; 0 where there is no score."""
+    ranks = rankdata(scores, axis=0, nan_policy="omit")
+    count = np.isfinite(scores).sum(axis=0)
+    centred = np.nan_to_num(ranks - np.nansum(ranks, axis=0) / np.maximum(count, 1))
+    deviation = np.sqrt((centred**2).sum(axis=0) / np.maximum(count - 1, 1))
+    return centred / np.where(deviation > 0, deviation, 1)
+
+
+def _z(
+    ranked: Float[np.ndarray, "n k"],
+    present: Bool[np.ndarray, "n k"],
+    is_member: Bool[np.ndarray, "b n"],
+) -> Float[np.ndarray, "b k"]:
+    """Returns Mann-Whitney's z of each column under each row of labels.
+
+    The sum of members' ranks has mean 0 here and variance members x non-members / texts.
+    """
+    chosen = is_member.astype(np.float64)
+    total = present.sum(axis=0)
+    members = chosen @ present
+    variance = members * (total - members) / np.maximum(total, 1)
+    return chosen @ ranked / np.sqrt(np.maximum(variance, 1e-9))
+
+
+def _permuted(
+    is_member: Bool[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"] | None,
+    permutations: int,
+    seed: int,
+) -> Iterator[Bool[np.ndarray, "b n"]]:
+    """Draws permuted labels, some rows at a time.
+
+    Groups of one class exchange their labels, whatever their sizes; in a group that holds both
+    classes, texts exchange theirs among themselves. Either leaves the null hypothesis as it was.
+    """
+    numbers = numbered(groups, len(is_member))
+    size = np.bincount(numbers)
+    share = np.bincount(numbers, is_member) / size
+    pure = (share == 0) | (share == 1)
+    place = np.cumsum(pure) - 1  # of a pure group among those
+    whole = np.flatnonzero(pure[numbers])
+    inner = [np.flatnonzero(numbers == g) for g in np.flatnonzero(~pure)]
+    rng = np.random.default_rng(seed)
+    chunk = max(1, CHUNK_CELLS // len(is_member))
+    for start in range(0, permutations, chunk):
+        rows = min(chunk, permutations - start)
+        drawn = np.empty((rows, len(is_member)), dtype=bool)
+        labels = rng.permuted(np.tile(share[pure] == 1, (rows, 1)), axis=1)
+        drawn[:, whole] = labels[:, place[numbers[whole]]]
+        for texts in inner:
+            drawn[:, texts] = rng.permuted(np.tile(is_member[texts], (rows, 1)), axis=1)
+        yield drawn
+
+
+def simultaneous_intervals(
+    scores: Float[np.ndarray, "n k"],
+    labels: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"] | None = None,
+    *,
+    level: float = 0.95,
+) -> Simultaneous:
+    """Computes intervals of all AUCs that hold together at `level`.
+
+    The width is the quantile of the largest of k normal variables that are correlated as the AUCs
+    are (DeLong's covariance, by groups where given), from the same draws each time. A column
+    without both classes is NaN.
+    """
+    is_member, present = labels == 1, np.isfinite(scores)
+    both = (present & is_member[:, None]).any(axis=0) & (present & ~is_member[:, None]).any(axis=0)
+    auc, low, high = np.full((3, scores.shape[1]), np.nan)
+    if not both.any():
+        return Simultaneous(auc, low, high, np.nan)
+    errors = auc_errors(scores[:, both], is_member, groups)
+    # An AUC without a deviation (it is 1) counts as independent of the others: never too narrow.
+    unit = errors.parts / np.where(errors.deviation > 0, errors.deviation, 1)
+    correlation = unit.T @ unit
+    np.fill_diagonal(correlation, 1.0)
+    draws = np.random.default_rng(0).multivariate_normal(
+        np.zeros(len(correlation)), correlation, DRAWS, method="eigh"
+    )
+    q = float(np.quantile(np.abs(draws).max(axis=1), level))
+    auc[both] = errors.auc
+    inputs = zip(errors.auc, errors.deviation, errors.members, errors.nonmembers)
+    low[both], high[both] = zip(*(auc_interval(*one, q) for one in inputs))
+    return Simultaneous(auc, low, high, q)
+
+
+def detectable_auc(
+    members: int, nonmembers: int, *, alpha: float = 0.025, power: float = 0.8
+) -> float | None:
+    """Returns the AUC that so many texts would show with probability `power`.
+
+    Normal approximation of the one-sided Mann-Whitney test at `alpha`, with Hanley and McNeil's
+    variance of an AUC. Count documents where several texts come from one.
+
+    Returns:
+      None if no AUC would do, since there are too few texts for any result to be significant.
+    """
+    if math.comb(members + nonmembers, members) < 1 / alpha:
+        return None
+    null = math.sqrt((members + nonmembers + 1) / (12 * members * nonmembers))
+
+    def missing(auc: float) -> float:
+        deviation = math.sqrt(auc_variance(auc, members, nonmembers))
+        return 0.5 + norm.isf(alpha) * null + norm.isf(1 - power) * deviation - auc
+
+    if missing(1.0) > 0:
+        return None
+    return float(brentq(missing, 0.5, 1.0))
+
+
+def detectable_tpr(
+    members: int,
+    nonmembers: int,
+    *,
+    fpr: float = 0.01,
+    alpha: float = 0.025,
+    power: float = 0.8,
+) -> float | None:
+    """Returns the TPR at an FPR that so many texts would show with probability `power`.
+
+    An attack that guesses leaves a number of members above the threshold of `tpr_at_fpr` that is
+    negative hypergeometric, whatever the scores' law. More of them than that gives by chance
+    `alpha` are needed; they are binomial with the TPR.
+
+    Returns:
+      None with too few non-members for the rate, or too few members for any result.
+    """
+    allowed = allowed_false_alarms(nonmembers, fpr)
+    if allowed is None:
+        return None
+    by_chance = nhypergeom(members + nonmembers, members, allowed + 1)
+    counts = np.arange(members + 1)
+    enough = counts[by_chance.sf(counts - 1) <= alpha]
+    if not enough.size:
+        return None
+    needed = int(enough[0])
+    # P(binomial(members, t) >= needed) = P(beta(needed, members - needed + 1) <= t)
+    return float(beta.ppf(power, needed, members - needed + 1))
