@@ -204,9 +204,10 @@ def _restore(checkpoints: Checkpoints, params: Params, recipe: Recipe) -> TrainS
 def _is_log_line(line: Any) -> bool:
     """Tells whether this is a line of the log as `Loop` writes it."""
     numbers = ("step", "loss", "seconds", "tokens")
-    return isinstance(line, dict) and all(
-        type(line.get(k)) in (int, float) and math.isfinite(line[k]) for k in numbers
-    )
+    if not isinstance(line, dict) or type(line.get("left", [])) is not list:
+        return False
+    values = [*(line.get(k) for k in numbers), *line.get("left", [])]
+    return all(type(x) in (int, float) and math.isfinite(x) for x in values)
 
 
 @jax.jit
@@ -280,7 +281,7 @@ class Loop:
                 # Not before: nearly every signal comes while the host waits for the device.
                 stopped = self.stop.requested
                 if stopped and self._pending:
-                    self._flush(done, log)
+                    self._leave(done, log)
                 if save or stopped:
                     self.checkpoints.save(done, state)
                 if stopped:
@@ -288,38 +289,55 @@ class Loop:
             self.checkpoints.wait()
         if self.stop.requested:  # `deferred` ends here: a signal to the end of it is not lost
             raise self.stop.error(f"saved after step {done:,} of {self.steps:,}")
+        self._keep_lines(self.steps)  # without what a stopped run has left
         return state
 
     def _flush(self, done: int, log: files.AppendOnly) -> float:
-        """Waits for the losses since the last call and logs their mean; returns seconds a step."""
-        values = np.asarray(jax.device_get(self._pending))
+        """Waits for the losses since the last line and logs their mean; returns seconds a step."""
+        values, elapsed = self._losses(done)
+        self._pending = []
+        self._log(log, done, lr=float(f"{float(learning_rate(self.recipe, done - 1)):.6g}"))
+        return elapsed / len(values)
+
+    def _leave(self, done: int, log: files.AppendOnly) -> None:
+        """Logs the losses that no line tells yet, for the run that goes on from here.
+
+        Its lines are then those of a run that was never stopped.
+        """
+        values, _ = self._losses(done)
+        self._log(log, done, left=values.tolist())
+
+    def _losses(self, done: int) -> tuple[Float[np.ndarray, " n"], float]:
+        """Waits for the losses since the last line; returns them and the seconds that they took."""
+        values = np.asarray(jax.device_get(self._pending), np.float32)
         now = time.monotonic()
         elapsed, self._mark = now - self._mark, now
         self.seconds += elapsed
-        self.loss, self._pending = float(values.mean()), []
+        self.loss = float(values.mean())
         if not np.isfinite(values).all():
             raise _diverged(
                 self.settings,
                 f"the loss is {self.loss} within the {len(values)} steps before step {done}",
             )
-        log.append_json(
-            {
-                "step": done,
-                "loss": round(self.loss, 6),
-                "lr": float(f"{float(learning_rate(self.recipe, done - 1)):.6g}"),
-                "seconds": round(self.seconds, 3),
-                "tokens": self.tokens,
-            }
-        )
-        return elapsed / len(values)
+        return values, elapsed
+
+    def _log(self, log: files.AppendOnly, done: int, **more: Any) -> None:
+        line = {"step": done, "loss": round(self.loss, 6), **more}
+        log.append_json(line | {"seconds": round(self.seconds, 3), "tokens": self.tokens})
 
     def _open_log(self, first: int) -> files.AppendOnly:
         """Opens the log without the lines of steps that are repeated; counters go on from it."""
-        path = self.run.out / LOG
-        kept = [x for x in files.read_json_lines(path)[0] if _is_log_line(x) and x["step"] <= first]
-        files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = self._keep_lines(first)
         if kept:
-            self.loss, self.seconds, self.tokens = (
-                kept[-1][k] for k in ("loss", "seconds", "tokens")
-            )
-        return files.AppendOnly(path)
+            last = kept[-1]
+            self._pending = last.get("left", [])
+            self.loss, self.seconds, self.tokens = (last[k] for k in ("loss", "seconds", "tokens"))
+        return files.AppendOnly(self.run.out / LOG)
+
+    def _keep_lines(self, first: int) -> list[dict[str, Any]]:
+        """Rewrites the log as it was at step `first`; returns its lines."""
+        path = self.run.out / LOG
+        lines = [x for x in files.read_json_lines(path)[0] if _is_log_line(x)]
+        kept = [x for x in lines if (x["step"] == first if "left" in x else x["step"] <= first)]
+        files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept

@@ -165,10 +165,11 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(folder, finish
         model_folder.open_folder(folder / "resumed")
     result = tune(folder, "resumed")
     assert_same_weights(folder / "resumed", whole)
-    for name in ("tokens", "nll_before", "nll_after"):
-        assert result[name] == expected[name]
-    log = (folder / "resumed" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == [7, 10, 12]
+    for name in expected.keys() - {"seconds", "tokens_per_second"}:
+        assert result[name] == expected[name], name
+    logs = [(f / "log.jsonl").read_text().splitlines() for f in (whole, folder / "resumed")]
+    lines = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("step", [10, 12])
@@ -205,7 +206,7 @@ def test_a_broken_line_of_the_log_costs_that_line_alone(folder, finished, monkey
     )
     result = tune(folder, "broken", settings)
     assert result["tokens"] == finished[1]["tokens"]
-    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [4, 8, 10, 11, 12]
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [4, 8, 10, 12]
 
 
 def test_another_tokenizer_is_another_run(folder):
