@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import brentq
 from scipy.special import expit, logit
-from scipy.stats import rankdata
+from scipy.stats import beta, binom, rankdata
 
 FEW_LOST = 20
 """With fewer texts of a class than this on the wrong side, Newcombe's interval counts too.
@@ -146,6 +146,24 @@ def auc_interval(
     return min(plain[0], score[0]), max(plain[1], score[1])
 
 
+def difference_interval(errors: AucErrors, z: float) -> tuple[float, float]:
+    """Returns the interval of the first column's AUC minus the second's, on the same texts.
+
+    Squares and adds the distances from each AUC to the ends of its own interval, less what the
+    two have in common (G. Y. Zou and A. Donner, 2008). So it has a width where both are 1.
+    """
+    inputs = zip(errors.auc, errors.deviation, errors.members, errors.nonmembers)
+    (low_a, high_a), (low_b, high_b) = (auc_interval(*one, z) for one in inputs)
+    a, b = errors.auc
+    product = errors.deviation.prod()
+    shared = float(errors.parts.prod(axis=1).sum() / product) if product > 0 else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return float(np.sqrt(max(one**2 + other**2 - 2 * shared * one * other, 0)))
+
+    return a - b - reach(a - low_a, high_b - b), a - b + reach(high_a - a, b - low_b)
+
+
 def allowed_false_alarms(nonmembers: int, fpr: float) -> int | None:
     """Returns how many non-members may be flagged so that a new one is with at most `fpr`.
 
@@ -153,7 +171,57 @@ def allowed_false_alarms(nonmembers: int, fpr: float) -> int | None:
     probability (k + 1) / (n + 1) on average over samples, so k = floor(fpr (n + 1)) - 1.
 
     Returns:
-      None with fewer than 1 / fpr - 1 non-members: no threshold is high enough.
+      None with fewer than 1 / fpr - 1 non-members: no threshold is known to be high enough.
     """
     allowed = int(np.floor(fpr * (nonmembers + 1) + 1e-9)) - 1  # 0.29 * 100 is below 29
     return None if allowed < 0 else allowed
+
+
+def tpr_interval(
+    members: Float[np.ndarray, " m"],
+    nonmembers: Float[np.ndarray, " n"],
+    fpr: float,
+    worth: tuple[int, int],
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Returns the interval of the TPR whose FPR over all non-members, not just these, is `fpr`.
+
+    The number of non-members above the true threshold is binomial, whatever the scores' law, and
+    given that number the members found are, too. Mixes Clopper and Pearson's limits over it, so
+    that the choice of the threshold on the same texts counts.
+
+    Args:
+      members: scores of members.
+      nonmembers: scores of non-members.
+      fpr: the false-positive rate.
+      worth: how many independent members and non-members these are. With documents of several
+        texts, count documents: as if the texts of one had all the same score, which is too
+        careful rather than too bold.
+      level: of the interval.
+    """
+    found, total = np.sort(members), len(members)
+    bars = np.r_[np.inf, np.sort(nonmembers)[::-1], -np.inf]
+    above = np.arange(worth[1] + 1)
+    weight = binom.pmf(above, worth[1], fpr)
+    above, weight = above[weight > 1e-9], weight[weight > 1e-9]
+    each = len(nonmembers) / worth[1]
+    strict = bars[(above * each).astype(int)]
+    lenient = bars[np.minimum((above + 1) * each, len(bars) - 1).astype(int)]
+    # Members above the strict end of the gap, and at or above the lenient one; none is below 0.
+    share = worth[0] / total
+    fewest = share * (total - np.searchsorted(found, strict, side="right"))
+    most = share * (total - np.searchsorted(found, lenient, side="left"))
+    tail = (1 - level) / 2 * weight.sum()
+
+    def too_low(tpr: float) -> float:
+        certain = beta.cdf(tpr, np.maximum(fewest, 1e-9), worth[0] - fewest + 1)
+        return float(weight @ np.where(fewest <= 0, 1.0, certain)) - tail
+
+    def too_high(tpr: float) -> float:
+        certain = beta.sf(tpr, most + 1, np.maximum(worth[0] - most, 1e-9))
+        return float(weight @ np.where(most >= worth[0], 1.0, certain)) - tail
+
+    edge = 1e-12
+    low = 0.0 if too_low(edge) >= 0 else brentq(too_low, edge, 1 - edge)
+    high = 1.0 if too_high(1 - edge) >= 0 else brentq(too_high, edge, 1 - edge)
+    return float(low), float(high)

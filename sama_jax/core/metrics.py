@@ -13,20 +13,18 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.stats import norm, rankdata
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from sama_jax.core import intervals
+from sama_jax.core.intervals import allowed_false_alarms, auc_errors, numbered
 from sama_jax.errors import DataError
 
 FPRS = ("0.1", "0.01", "0.001")
 """False-positive rates at which `summarize` reports the TPR, as metrics.json spells them."""
 
-RESAMPLES = 2000
-"""Resamples of a bootstrap interval."""
-AUC_CI_METHOD = f"stratified percentile bootstrap, {RESAMPLES} resamples"
-
-CHUNK_CELLS = 1 << 20
-"""Counts that the bootstrap holds at once for each class and score column (8 MiB)."""
+AUC_CI_METHOD = "DeLong's variance on the logit scale, near 0 and 1 the wider of it and Newcombe's"
+"""How the interval of an AUC is made."""
 
 
 class TprAtFpr(TypedDict):
@@ -34,9 +32,9 @@ class TprAtFpr(TypedDict):
 
     tpr: float
     ci: list[float]
-    """Ends of its exact 95 % interval."""
+    """Ends of its 95 % interval, which knows that the threshold was chosen on the same texts."""
     fpr: float
-    """The rate that the threshold really has, at most the one asked for."""
+    """The rate that the threshold has on these texts, below the one asked for."""
     threshold: float | None
     """The lowest score that is flagged; None: nothing is."""
 
@@ -54,11 +52,13 @@ class AttackMetrics(TypedDict):
     auc_ci: list[float] | None
     auc_ci_method: str
     tpr_at_fpr: dict[str, TprAtFpr | None]
-    """By `FPRS`; None with too few non-members for that rate."""
+    """By `FPRS`; None with too few non-members for that rate, or where ties do not attain it."""
     n_members: int
     n_nonmembers: int
     notes: list[str]
-    """Sentences about numbers that are missing, zero or without an interval."""
+    """Sentences about numbers that are missing."""
+    n_groups: NotRequired[int]
+    """Groups that these texts come from, where they are known."""
     saturated: NotRequired[Saturated]
 
 
@@ -89,72 +89,72 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def auc_interval(
-    scores: ArrayLike,
-    labels: ArrayLike,
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
+    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None, *, level: float = 0.95
 ) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval `(low, high)` of the AUC at `level`.
+    """Returns the interval `(low, high)` of the AUC at `level`; see `intervals.auc_interval`.
 
-    Members and non-members are resampled separately, so every resample has both.
+    `groups` [n] numbers the documents of texts that belong together; -1: a text of its own.
     """
     values, is_member = _checked(scores, labels)
-    aucs = resampled_aucs([values], is_member, seed, resamples)[0]
-    low, high = np.quantile(aucs, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    errors = auc_errors(values[:, None], is_member, _groups(groups))
+    (one,) = zip(errors.auc, errors.deviation, errors.members, errors.nonmembers)
+    return intervals.auc_interval(*one, _half_width(level))
 
 
 def paired_difference(
-    scores_a: ArrayLike,
-    scores_b: ArrayLike,
-    labels: ArrayLike,
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
+    scores_a: ArrayLike, scores_b: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None
 ) -> tuple[float, float, float]:
     """Returns AUC of `a` minus AUC of `b` on the same texts, and its 95 % interval.
 
-    Each resample draws the same texts for both attacks, so what makes a text easy for both
-    cancels. (Two separate intervals that overlap do not show that the attacks are equal.)
+    What makes a text easy for both cancels. (Two separate intervals that overlap do not show that
+    the attacks are equal.) `groups` are those of `auc_interval`.
 
     Returns:
-      `(difference, low, high)`.
+      `(difference, low, high)`; all 0 if both put the texts in the same order.
     """
-    a, is_member = _checked(scores_a, labels)
-    b, _ = _checked(scores_b, labels)
-    difference = auc(a, is_member) - auc(b, is_member)
-    aucs = resampled_aucs([a, b], is_member, seed, resamples)
-    low, high = np.quantile(aucs[0] - aucs[1], [0.025, 0.975])
-    return difference, float(low), float(high)
+    (a, is_member), (b, _) = _checked(scores_a, labels), _checked(scores_b, labels)
+    if (rankdata(a) == rankdata(b)).all():
+        return 0.0, 0.0, 0.0
+    errors = auc_errors(np.stack([a, b], axis=1), is_member, _groups(groups))
+    low, high = intervals.difference_interval(errors, _half_width(0.95))
+    return float(errors.auc[0] - errors.auc[1]), low, high
 
 
-def tpr_at_fpr(scores: ArrayLike, labels: ArrayLike, fpr: float) -> TprAtFpr | None:
-    """Finds the largest share of members flagged while at most a share `fpr` of non-members is.
+def tpr_at_fpr(
+    scores: ArrayLike, labels: ArrayLike, fpr: float, groups: ArrayLike | None = None
+) -> TprAtFpr | None:
+    """Finds the share of members flagged where new non-members are flagged at most at `fpr`.
 
     A text is flagged if its score is at least the threshold, so equal scores move together and
-    ties count against the attack. (Taking the ROC point nearest to `fpr`, as the published code
-    does, may exceed it.) `threshold` is None where only an infinite one is strict enough; `ci` is
-    the exact Clopper-Pearson 95 % interval of the TPR with the threshold taken as given.
+    ties count against the attack. How many of these non-members may be flagged is one less than a
+    share `fpr` of them (`intervals.allowed_false_alarms`): the threshold is chosen on them, and a
+    new one is flagged a little more often. (Taking the ROC point nearest to `fpr`, as the
+    published code does, may exceed it.) `threshold` is None where only an infinite one is strict
+    enough. With `groups`, as in `auc_interval`, documents are counted in place of texts.
 
     Returns:
-      None with fewer than `1 / fpr` non-members: one false alarm would already exceed `fpr`.
+      None with fewer than `1 / fpr - 1` non-members, and where no threshold attains the rate,
+      since more non-members than allowed share the highest score with members.
     """
     values, is_member = _checked(scores, labels)
     n_members, n_nonmembers = int(is_member.sum()), int((~is_member).sum())
-    allowed = math.floor(fpr * n_nonmembers + 1e-9)  # 0.1 * 30 is not exactly 3
-    if allowed < 1:
+    documents = numbered(_groups(groups), len(values))
+    worth = np.unique(documents[is_member]).size, np.unique(documents[~is_member]).size
+    allowed = allowed_false_alarms(worth[1], fpr)
+    if allowed is None:
         return None
+    allowed = allowed * n_nonmembers // worth[1]
     thresholds, true_positives, false_positives = _flagged(values, is_member)
+    if false_positives[1] > allowed and true_positives[1] > 0:
+        return None
     # Both counts grow as the threshold falls; the first of equal TPRs has the lowest FPR.
     found = true_positives[false_positives <= allowed][-1]
     best = int(np.searchsorted(true_positives, found))
-    interval = binomtest(int(found), n_members).proportion_ci(0.95, method="exact")
+    low, high = intervals.tpr_interval(values[is_member], values[~is_member], fpr, worth)
     threshold = float(thresholds[best])
     return {
         "tpr": float(found / n_members),
-        "ci": [float(interval.low), float(interval.high)],
+        "ci": [low, high],
         "fpr": float(false_positives[best] / n_nonmembers),
         "threshold": threshold if math.isfinite(threshold) else None,
     }
@@ -171,8 +171,10 @@ def roc_points(
     return roc_curve(is_member, values, drop_intermediate=False)
 
 
-def summarize(scores: ArrayLike, labels: ArrayLike, *, seed: int) -> AttackMetrics:
-    """Computes all metrics of one attack, as plain values for JSON; `seed` is the bootstrap's.
+def summarize(
+    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None
+) -> AttackMetrics:
+    """Computes all metrics of one attack, as plain values for JSON; `groups` as in `auc_interval`.
 
     Unlike the other functions it accepts an empty class: the metrics are then None.
     """
@@ -194,37 +196,48 @@ def summarize(scores: ArrayLike, labels: ArrayLike, *, seed: int) -> AttackMetri
         )
         return summary
     values, is_member = _checked(scores, labels)
-    low, high = auc_interval(values, is_member, seed=seed)
+    documents = numbered(_groups(groups), len(values))
+    low, high = auc_interval(values, is_member, documents)
     summary["auc"], summary["auc_ci"] = auc(values, is_member), [low, high]
-    summary["tpr_at_fpr"] = {x: tpr_at_fpr(values, is_member, float(x)) for x in FPRS}
+    summary["tpr_at_fpr"] = {x: tpr_at_fpr(values, is_member, float(x), documents) for x in FPRS}
+    if groups is not None:
+        summary["n_groups"] = int(documents.max()) + 1
     at_top = values == values.max()
     if at_top.sum() > 1:
         summary["saturated"] = {"share": float(at_top.mean())}
-    if low == high:
-        summary["notes"].append(
-            "The AUC interval has no width because every resample gives the same AUC; "
-            "it understates the uncertainty."
-        )
-    summary["notes"] += _tpr_notes(summary, int(at_top.sum()), int((at_top & ~is_member).sum()))
+    tied = int(at_top.sum()), int((at_top & ~is_member).sum())
+    summary["notes"] += _tpr_notes(summary, np.unique(documents[~is_member]).size, *tied)
     return summary
 
 
-def _tpr_notes(summary: AttackMetrics, top: int, top_nonmembers: int) -> list[str]:
-    """Explains each TPR that is missing, or zero because `top` texts share the highest score."""
+def _tpr_notes(
+    summary: AttackMetrics, independent: int, top: int, top_nonmembers: int
+) -> list[str]:
+    """Explains each TPR that is missing: few non-members, or `top` texts with one score."""
     notes = []
+    what = "groups of non-members" if "n_groups" in summary else "non-members"
     for x, result in summary["tpr_at_fpr"].items():
-        if result is None:
-            needed = math.ceil(1 / float(x) - 1e-9)
+        if result is not None:
+            continue
+        if allowed_false_alarms(independent, float(x)) is None:
+            needed = math.ceil(1 / float(x) - 1 - 1e-9)
+            notes.append(f"{tpr_name(x)} needs at least {needed} {what}, there are {independent}.")
+        else:
             notes.append(
-                f"{tpr_name(x)} needs at least {needed} non-members, "
-                f"there are {summary['n_nonmembers']}."
-            )
-        elif result["threshold"] is None and top > 1:
-            notes.append(
-                f"{tpr_name(x)} is 0 because {top} texts share the highest score and "
-                f"{top_nonmembers} of them are non-members."
+                f"{tpr_name(x)} is not attainable: {top} texts share the highest score and "
+                f"{top_nonmembers} of them are non-members, more than may be flagged."
             )
     return notes
+
+
+def _half_width(level: float) -> float:
+    """Returns the half width of an interval at `level` in standard deviations."""
+    return float(norm.isf((1 - level) / 2))
+
+
+def _groups(groups: ArrayLike | None) -> Int[np.ndarray, " n"] | None:
+    """Returns the groups as an array."""
+    return None if groups is None else np.asarray(groups, dtype=np.int64)
 
 
 def _checked(
@@ -257,46 +270,3 @@ def _flagged(
     per_class = [np.bincount(codes[of], minlength=distinct.size) for of in (is_member, ~is_member)]
     members, nonmembers = (np.r_[0, np.cumsum(counts[::-1])] for counts in per_class)
     return np.r_[np.inf, distinct[::-1]], members, nonmembers
-
-
-def resampled_aucs(
-    columns: list[Float[np.ndarray, " n"]],
-    is_member: Bool[np.ndarray, " n"],
-    seed: int,
-    resamples: int,
-) -> Float[np.ndarray, "columns resamples"]:
-    """Computes the AUC of each score column in each bootstrap resample of the texts.
-
-    All columns see the same resamples. A resample is reduced to how often each distinct score was
-    drawn, so nothing is sorted inside the loop: AUC = sum over scores of
-    members x (non-members below + half of those equal).
-    """
-    coded = []
-    for values in columns:
-        distinct, codes = np.unique(values, return_inverse=True)
-        coded.append((distinct.size, codes[is_member], codes[~is_member]))
-    n_members, n_nonmembers = int(is_member.sum()), int((~is_member).sum())
-    # One stream a class, read in order: the numbers do not depend on the chunk size.
-    of_members, of_nonmembers = (
-        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2)
-    )
-    chunk = max(1, CHUNK_CELLS // is_member.size)
-    aucs = np.empty((len(columns), resamples))
-    for start in range(0, resamples, chunk):
-        rows = min(chunk, resamples - start)
-        drawn_members = of_members.integers(n_members, size=(rows, n_members))
-        drawn_nonmembers = of_nonmembers.integers(n_nonmembers, size=(rows, n_nonmembers))
-        for column, (num_distinct, member_codes, nonmember_codes) in enumerate(coded):
-            members = _counts(member_codes[drawn_members], num_distinct)
-            nonmembers = _counts(nonmember_codes[drawn_nonmembers], num_distinct)
-            below = np.cumsum(nonmembers, axis=1) - nonmembers / 2
-            wins = np.einsum("rk,rk->r", members, below)
-            aucs[column, start : start + rows] = wins / (n_members * n_nonmembers)
-    return aucs
-
-
-def _counts(codes: Int[np.ndarray, "r n"], num_distinct: int) -> Int[np.ndarray, "r k"]:
-    """Counts how often each of `num_distinct` codes occurs in each row."""
-    rows = codes.shape[0]
-    shifted = codes + np.arange(rows)[:, None] * num_distinct
-    return np.bincount(shifted.ravel(), minlength=rows * num_distinct).reshape(rows, num_distinct)

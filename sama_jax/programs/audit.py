@@ -235,7 +235,7 @@ def publish(
     # SciPy's statistics and scikit-learn: two seconds to import.
     from sama_jax.reporting import report, results
 
-    metrics = results.compute_metrics(joined, job.settings.seed)
+    metrics = results.compute_metrics(joined)
     write_json(job.out / METRICS, metrics)
     save_replay(job, readings, inputs, tokenised)
     notes = _notes(inputs, tokenised, folder)

@@ -210,7 +210,7 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
         done = audit.run_audit(job)
         assert done is not None
         pairs = [pair for pair in plan["compare"] if set(pair) <= set(done.metrics["attacks"])]
-        compared = [_compare(done.rows, a, b, job.settings.seed) for a, b in pairs]
+        compared = [_compare(done.rows, a, b) for a, b in pairs]
         result["runs"][run["name"]] = {"metrics": done.metrics["attacks"], "compare": compared}
         terminal.show(tables.metrics_table(done.metrics, done.rows, done.cost))
         if compared:
@@ -264,9 +264,9 @@ def run_settings(run: dict[str, Any], base: config.AuditSettings) -> config.Audi
     return config.AuditSettings.of(overrides=run.get("set", []), **fields)
 
 
-def _compare(rows: Sequence[Row], first: str, second: str, seed: int) -> dict[str, Any]:
+def _compare(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:
     """Returns the AUC of `second` minus `first` on texts that both scored, with its interval."""
-    found = results.paired(rows, second, first, seed)
+    found = results.paired(rows, second, first)
     return {"from": first, "to": second, "difference": found["difference"], "ci": found["ci"]}
 
 
@@ -276,7 +276,6 @@ def _comparison_table(compared: list[dict[str, Any]]) -> Table:
     for column in ("from", "to", "AUC gained (95 % interval, paired)"):
         table.add_column(column)
     for row in compared:
-        low, high = row["ci"]
-        gained = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        gained = results.paired_text(row["difference"], row["ci"])
         table.add_row(row["from"], row["to"], gained)
     return table

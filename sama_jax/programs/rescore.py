@@ -76,7 +76,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         score_rows(readings, folder, ids, range(len(ids)))
         score_corpus(readings, folder, ids, None, None)
         joined = folder.join(kept, [a.name for a in chosen])
-        metrics = results.compute_metrics(joined, settings.seed)
+        metrics = results.compute_metrics(joined)
         write_json(path / METRICS, metrics)
         folder.write_manifest(finished=True)
         folder.log("scored", attacks=[a.name for a in chosen], passes_run=0)

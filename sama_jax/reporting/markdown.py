@@ -6,7 +6,7 @@ from typing import Any
 
 from sama_jax.core import metrics as measure
 from sama_jax.core.metrics import AttackMetrics
-from sama_jax.reporting.results import Metrics, Paired, headline, num_texts
+from sama_jax.reporting.results import Metrics, Paired, headline, num_texts, paired_text
 from sama_jax.reporting.tables import MISSING, header, is_number, table_rows
 from sama_jax.storage.run_folder import Row
 from sama_jax.untrusted import printable
@@ -31,9 +31,11 @@ def markdown(
     parts.append(_bullets(_audited(rows, manifest)))
     parts += ["## Results", _markdown_table(table_rows(metrics, rows, manifest.get("cost")))]
     parts.append(
-        "TPR is the share of members found while at most the stated share of non-members is "
-        f"flagged (FPR). Intervals are 95 %: AUC by {measure.AUC_CI_METHOD}, TPR exact "
-        "(Clopper-Pearson). Attacks that read the same forward passes share their seconds. "
+        "TPR is the share of members found by a threshold that flags new non-members at most at "
+        "the stated rate (FPR). Intervals are 95 %, each for one attack alone: AUC by "
+        f"{measure.AUC_CI_METHOD}; TPR by binomials, mixed over the thresholds that these "
+        "non-members leave possible. Attacks that read the same forward passes share their "
+        "seconds. "
         f"{MISSING} means that there is no number; the notes say why."
     )
     if figures and any(a.get("auc") is not None for a in attacks.values()):
@@ -110,9 +112,8 @@ def _markdown_table(cells: list[list[str]]) -> str:
 def _paired_table(compared: Mapping[str, Paired]) -> str:
     lines = ["| attacks | AUC difference (95 % interval) |", "| --- | ---: |"]
     for name, entry in compared.items():
-        low, high = entry["ci"]
         attacks = _code(name).replace("|", "\\|")
-        lines.append(f"| {attacks} | {entry['difference']:+.3f} ({low:+.3f} to {high:+.3f}) |")
+        lines.append(f"| {attacks} | {paired_text(entry['difference'], entry['ci'])} |")
     return "\n".join(lines)
 
 

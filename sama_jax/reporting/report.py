@@ -46,7 +46,7 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
             "the audit that made the folder to write it anew"
         )
     if metrics is None:
-        metrics = compute_metrics(rows, int(manifest.get("seed") or 0))
+        metrics = compute_metrics(rows)
     if figures:
         from sama_jax.reporting import figures as pictures  # Matplotlib: a second to import
 

@@ -25,8 +25,8 @@ class Paired(TypedDict):
     """AUC of one attack minus that of another on the texts that both scored."""
 
     difference: float
-    ci: list[float]
-    """Ends of its 95 % interval."""
+    ci: list[float] | None
+    """Ends of its 95 % interval; None: both attacks put these texts in the same order."""
     n_members: int
     n_nonmembers: int
 
@@ -87,40 +87,43 @@ METRICS = [
 """The metrics that the tables show, in their order. Append a `Metric` to add one."""
 
 
-def compute_metrics(rows: Sequence[Row], seed: int) -> Metrics:
+def compute_metrics(rows: Sequence[Row]) -> Metrics:
     """Computes the content of metrics.json.
 
     `attacks` holds `metrics.summarize` of each attack in the order of the rows, over the labelled
     texts that have a score (a note counts the others); it is empty if no text has a label.
     `paired` compares SAMA with each other attack; it is absent if there is nothing to compare.
+    Texts of one group count as such if each labelled text has a group.
     """
     labelled = [row for row in rows if row.get("label") is not None]
     if not labelled:
         return {"attacks": {}}
     names = attack_names(rows)
-    content: Metrics = {"attacks": {name: _attack_metrics(labelled, name, seed) for name in names}}
+    content: Metrics = {"attacks": {name: _attack_metrics(labelled, name) for name in names}}
     compared: dict[str, Paired] = {}
     for other in (name for name in names if name != MAIN_ATTACK and MAIN_ATTACK in names):
         with contextlib.suppress(DataError):  # a class has no text that both scored
-            compared[f"{MAIN_ATTACK} - {other}"] = paired(labelled, MAIN_ATTACK, other, seed)
+            compared[f"{MAIN_ATTACK} - {other}"] = paired(labelled, MAIN_ATTACK, other)
     if compared:
         content["paired"] = compared
     return content
 
 
-def _attack_metrics(labelled: Sequence[Row], name: str, seed: int) -> AttackMetrics:
-    scores, labels, dropped = measure.usable(*column(labelled, name))
-    found = measure.summarize(scores, labels, seed=seed)
+def _attack_metrics(labelled: Sequence[Row], name: str) -> AttackMetrics:
+    values, labels = column(labelled, name)
+    known, groups = np.isfinite(values), groups_of(labelled)
+    scores, labels = values[known], labels[known]
+    found = measure.summarize(scores, labels, None if groups is None else groups[known])
     members, nonmembers = scores[labels == 1], scores[labels == 0]
     both = members.size and nonmembers.size
     added = {m.name: m.compute(members, nonmembers) if both else None for m in METRICS if m.compute}
     found = cast(AttackMetrics, found | added)
-    if dropped:
+    if dropped := int((~known).sum()):
         found["notes"].append(f"{num_texts(dropped)} with a label but no score left out.")
     return found
 
 
-def paired(rows: Sequence[Row], first: str, second: str, seed: int) -> Paired:
+def paired(rows: Sequence[Row], first: str, second: str) -> Paired:
     """Compares two attacks: AUC of `first` minus AUC of `second`.
 
     Only labelled texts that both scored count, so what makes a text easy for both cancels.
@@ -130,11 +133,13 @@ def paired(rows: Sequence[Row], first: str, second: str, seed: int) -> Paired:
     """
     labelled = [row for row in rows if row.get("label") is not None]
     (a, labels), (b, _) = column(labelled, first), column(labelled, second)
-    both = np.isfinite(a) & np.isfinite(b)
-    difference, low, high = measure.paired_difference(a[both], b[both], labels[both], seed=seed)
+    both, groups = np.isfinite(a) & np.isfinite(b), groups_of(labelled)
+    difference, low, high = measure.paired_difference(
+        a[both], b[both], labels[both], None if groups is None else groups[both]
+    )
     return {
         "difference": difference,
-        "ci": [low, high],
+        "ci": None if low == high else [low, high],
         "n_members": int((labels[both] == 1).sum()),
         "n_nonmembers": int((labels[both] == 0).sum()),
     }
@@ -161,6 +166,19 @@ def column(rows: Sequence[Row], name: str) -> tuple[Float[np.ndarray, " n"], Int
     scores = [(row.get("scores") or {}).get(name) for row in rows]
     labels = [-1 if (label := row.get("label")) is None else int(label) for row in rows]
     return np.array(scores, dtype=np.float64), np.array(labels, dtype=np.int64)
+
+
+def groups_of(labelled: Sequence[Row]) -> Int[np.ndarray, " n"] | None:
+    """Returns the group of each text; None if any has none: all count as independent then."""
+    groups = [row.get("group") for row in labelled]
+    return None if None in groups else np.array(groups, dtype=np.int64)
+
+
+def paired_text(difference: float, ci: Sequence[float] | None) -> str:
+    """Writes a difference of AUCs with its interval: "+0.031 (−0.010 to +0.070)"."""
+    if ci is None:
+        return "same scores"
+    return f"{difference:+.3f} ({ci[0]:+.3f} to {ci[1]:+.3f})"
 
 
 def num_texts(count: int) -> str:

@@ -41,10 +41,10 @@ def test_a_metric_that_the_recipe_adds_is_in_every_result(added, tmp_path):
     rows = make_rows()
     (tmp_path / SCORES).write_text(json_lines(rows))
     write_json(tmp_path / MANIFEST, {"seed": 42})
-    write_json(tmp_path / METRICS, results.compute_metrics(rows, 42))
+    write_json(tmp_path / METRICS, results.compute_metrics(rows))
     written = json.loads((tmp_path / METRICS).read_text())
     console = Console(width=120, file=io.StringIO())
-    console.print(tables.metrics_table(results.compute_metrics(rows, 42), rows))
+    console.print(tables.metrics_table(results.compute_metrics(rows), rows))
     page = report.write_report(tmp_path, figures=False).read_text()
     assert f"| {added.column} |" in page
     assert added.column in console.file.getvalue()
@@ -58,14 +58,14 @@ def test_a_metric_that_the_recipe_adds_is_in_every_result(added, tmp_path):
 
 def test_an_added_metric_changes_nothing_else(added, monkeypatch):
     rows = make_rows()
-    more = results.compute_metrics(rows, 0)
+    more = results.compute_metrics(rows)
     for found in more["attacks"].values():
         del found[added.name]
     monkeypatch.setattr(results, "METRICS", results.METRICS[:-1])
-    assert json.dumps(more) == json.dumps(results.compute_metrics(rows, 0))
+    assert json.dumps(more) == json.dumps(results.compute_metrics(rows))
 
 
 def test_an_added_metric_is_missing_where_a_class_is(added):
-    content = results.compute_metrics(make_rows(n=1)[:1], 0)
+    content = results.compute_metrics(make_rows(n=1)[:1])
     assert content["attacks"]["sama"][added.name] is None
     assert tables.table_rows(content)[0][1:5] == [tables.MISSING] * 4

@@ -20,7 +20,7 @@ def make_folder(folder, rows, with_metrics=True, **manifest):
     (folder / "manifest.json").write_text(json.dumps(content))
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if with_metrics:
-        (folder / "metrics.json").write_text(json.dumps(results.compute_metrics(rows, 42)))
+        (folder / "metrics.json").write_text(json.dumps(results.compute_metrics(rows)))
     return folder
 
 
@@ -97,8 +97,8 @@ def test_odd_scores_still_make_a_report(tmp_path, values):
 def test_each_note_is_printed_once_with_its_attacks():
     rows = make_rows()
     rows[0]["scores"]["loss"] = None
-    text = markdown(rows, results.compute_metrics(rows, 0), {})
-    assert text.count("needs at least 100 non-members, there are 60.") == 1
+    text = markdown(rows, results.compute_metrics(rows), {})
+    assert text.count("needs at least 99 non-members, there are 60.") == 1
     assert "All attacks: TPR at 1 % FPR needs" in text
     assert "`loss`: 1 text with a label but no score left out." in text
 
@@ -107,7 +107,7 @@ def test_each_note_is_printed_once_with_its_attacks():
 def test_manifest_values_cannot_break_the_markdown(command):
     rows = make_rows(n=2)
     manifest = {"target": "x\n# heading", "versions": {"jax": "0.10"}, "command": command}
-    text = markdown(rows, results.compute_metrics(rows, 0), manifest)
+    text = markdown(rows, results.compute_metrics(rows), manifest)
     assert "\n# heading" not in text
     assert "versions: `jax 0.10`" in text
     expected = (

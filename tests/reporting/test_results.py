@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from score_rows import make_rows
 
@@ -13,28 +14,28 @@ from sama_jax.reporting import results
 
 def test_metrics_are_those_of_each_attack_in_order():
     rows = make_rows(attacks=("zlib", "sama", "loss"))
-    content = results.compute_metrics(rows, seed=3)
+    content = results.compute_metrics(rows)
     assert list(content["attacks"]) == ["zlib", "sama", "loss"]
     labels = [row["label"] for row in rows]
     for name, summary in content["attacks"].items():
         scores = [row["scores"][name] for row in rows]
-        assert summary == metrics.summarize(scores, labels, seed=3)
+        assert summary == metrics.summarize(scores, labels)
 
 
 def test_metrics_are_empty_without_labels():
-    assert results.compute_metrics(make_rows(labelled=False), 0) == {"attacks": {}}
-    assert results.compute_metrics([], 0) == {"attacks": {}}
+    assert results.compute_metrics(make_rows(labelled=False)) == {"attacks": {}}
+    assert results.compute_metrics([]) == {"attacks": {}}
 
 
 def test_unlabelled_and_unscored_texts_do_not_count():
     rows = make_rows()
-    expected = results.compute_metrics(rows, 0)["attacks"]["loss"]
+    expected = results.compute_metrics(rows)["attacks"]["loss"]
     extra = [
         {"id": "a", "scores": {"sama": 9.0, "loss": 9.0}},
         {"id": "b", "label": 1, "status": "empty", "scores": {"sama": 1.0, "loss": None}},
         {"id": "c", "label": 0, "status": "empty", "scores": {"sama": 1.0}},
     ]
-    actual = results.compute_metrics(rows + extra, 0)["attacks"]["loss"]
+    actual = results.compute_metrics(rows + extra)["attacks"]["loss"]
     assert actual["notes"][-1] == "2 texts with a label but no score left out."
     actual["notes"].pop()
     assert actual == expected
@@ -43,14 +44,13 @@ def test_unlabelled_and_unscored_texts_do_not_count():
 def test_paired_differences_compare_sama_with_each_other_attack_on_common_texts():
     rows = make_rows(attacks=("sama", "loss", "zlib"))
     rows[0]["scores"]["loss"] = None
-    paired = results.compute_metrics(rows, 7)["paired"]
+    paired = results.compute_metrics(rows)["paired"]
     assert list(paired) == ["sama - loss", "sama - zlib"]
     common = rows[1:]
     difference, low, high = metrics.paired_difference(
         [row["scores"]["sama"] for row in common],
         [row["scores"]["loss"] for row in common],
         [row["label"] for row in common],
-        seed=7,
     )
     assert paired["sama - loss"] == {
         "difference": difference,
@@ -58,7 +58,35 @@ def test_paired_differences_compare_sama_with_each_other_attack_on_common_texts(
         "n_members": 59,
         "n_nonmembers": 60,
     }
-    assert "paired" not in results.compute_metrics(make_rows(attacks=("loss", "zlib")), 7)
+    assert "paired" not in results.compute_metrics(make_rows(attacks=("loss", "zlib")))
+
+
+def test_attacks_with_the_same_order_have_no_interval():
+    rows = make_rows(attacks=("sama", "loss"))
+    for row in rows:
+        row["scores"]["loss"] = 2 * row["scores"]["sama"]
+    assert results.compute_metrics(rows)["paired"]["sama - loss"]["ci"] is None
+    assert results.paired_text(0.0, None) == "same scores"
+    assert results.paired_text(0.1, [-0.05, 0.25]) == "+0.100 (-0.050 to +0.250)"
+
+
+def test_groups_count_if_each_labelled_text_has_one():
+    rows = [row | {"id": f"{row['id']}-{i}"} for row in make_rows() for i in range(3)]
+    alone = results.compute_metrics(rows)
+    for place, row in enumerate(rows):
+        row["group"] = place // 3
+    rows.append({"id": "unlabelled", "scores": {"sama": 1.0}})
+    grouped = results.compute_metrics(rows)
+    assert grouped["attacks"]["sama"]["n_groups"] == len(rows) // 3
+
+    def width(of):
+        return np.diff([*of["attacks"]["sama"]["auc_ci"], *of["paired"]["sama - loss"]["ci"]])
+
+    # Copies of three: as many texts as there are groups have a deviation sqrt(3) times as large,
+    # on the logit scale, which bends these ends by a few percent.
+    np.testing.assert_allclose((width(grouped) / width(alone))[[0, 2]], 3**0.5, rtol=0.06)
+    del rows[0]["group"]
+    assert results.compute_metrics(rows) == alone
 
 
 @pytest.mark.parametrize(
@@ -70,14 +98,14 @@ def test_paired_differences_compare_sama_with_each_other_attack_on_common_texts(
     ],
 )
 def test_headline_follows_the_interval_of_the_auc(shift, words):
-    text = results.headline(results.compute_metrics(make_rows(attacks=("sama",), shift=shift), 0))
+    text = results.headline(results.compute_metrics(make_rows(attacks=("sama",), shift=shift)))
     assert words in text
     assert "not proof of safety" in text
     assert "not calibrated" in text
 
 
 def test_headline_names_the_strongest_attack_and_its_share_of_members():
-    content = results.compute_metrics(make_rows(attacks=("zlib", "sama"), shift=2.0), 0)
+    content = results.compute_metrics(make_rows(attacks=("zlib", "sama"), shift=2.0))
     text = results.headline(content)
     share = content["attacks"]["zlib"]["tpr_at_fpr"]["0.1"]["tpr"]
     assert text.startswith("The strongest attack, zlib,")
@@ -85,7 +113,7 @@ def test_headline_names_the_strongest_attack_and_its_share_of_members():
 
 
 def test_headline_is_silent_about_a_tpr_that_does_not_exist():
-    content = results.compute_metrics(make_rows(n=8, attacks=("sama",), shift=6.0), 0)
+    content = results.compute_metrics(make_rows(n=8, attacks=("sama",), shift=6.0))
     assert "better than guessing" in results.headline(content)
     assert "of the members while" not in results.headline(content)
 
@@ -93,11 +121,11 @@ def test_headline_is_silent_about_a_tpr_that_does_not_exist():
 def test_experiments_and_demos_read_the_same_numbers():
     rows = make_rows(attacks=("sama", "loss"))
     rows[0]["scores"]["loss"], rows[1]["label"] = None, None
-    content = results.compute_metrics(rows, 5)
+    content = results.compute_metrics(rows)
     for name in ("sama", "loss"):
         assert results.auc(rows, name) == content["attacks"][name]["auc"]
-    assert results.paired(rows, "sama", "loss", 5) == content["paired"]["sama - loss"]
-    turned = results.paired(rows, "loss", "sama", 5)
+    assert results.paired(rows, "sama", "loss") == content["paired"]["sama - loss"]
+    turned = results.paired(rows, "loss", "sama")
     assert turned["difference"] == -content["paired"]["sama - loss"]["difference"]
 
 
@@ -106,8 +134,8 @@ def test_a_pair_without_texts_of_one_class_is_an_error_and_not_in_the_metrics():
     for row in rows[:3]:
         row["scores"]["loss"] = None
     with pytest.raises(DataError, match="need members and non-members, got 0 and 3"):
-        results.paired(rows, "sama", "loss", 0)
-    assert "paired" not in results.compute_metrics(rows, 0)
+        results.paired(rows, "sama", "loss")
+    assert "paired" not in results.compute_metrics(rows)
 
 
 def test_results_import_no_pictures():

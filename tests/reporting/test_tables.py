@@ -13,7 +13,7 @@ def test_table_shows_the_numbers_and_a_dash_where_there_is_none():
     rows = make_rows()
     rows[3]["passes"]["loss"] = 4
     rows[4]["scores"]["loss"], rows[4]["passes"]["loss"] = None, 0  # not scored: does not count
-    content = results.compute_metrics(rows, 0)
+    content = results.compute_metrics(rows)
     sama, loss = tables.table_rows(content, rows, {"seconds": {"sama": 12.34}})
     summary = content["attacks"]["sama"]
     low, high = summary["auc_ci"]
@@ -33,7 +33,7 @@ def test_table_without_labels_lists_the_attacks():
 
 def test_terminal_table_keeps_every_cell_whole_in_80_columns():
     rows = make_rows(n=120)
-    content = results.compute_metrics(rows, 0)
+    content = results.compute_metrics(rows)
     cost = {"seconds": {"sama": 1234.5, "loss": 99.9}}
     console = Console(width=80, file=io.StringIO())
     console.print(tables.metrics_table(content, rows, cost))
