@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import brentq
 from scipy.stats import beta, nhypergeom, norm, rankdata
 
 from sama_jax.core.intervals import (
@@ -20,6 +19,7 @@ from sama_jax.core.intervals import (
     auc_interval,
     auc_variance,
     numbered,
+    root,
 )
 
 PERMUTATIONS = 9_999
@@ -193,7 +193,7 @@ def detectable_auc(
 
     if missing(1.0) > 0:
         return None
-    return float(brentq(missing, 0.5, 1.0))
+    return root(missing, 0.5, 1.0)
 
 
 def detectable_tpr(

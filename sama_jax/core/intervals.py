@@ -5,7 +5,8 @@ of one group summed first (N. A. Obuchowski, 1997), and R. G. Newcombe's method 
 1. TPR: the number of non-members above the true threshold is binomial, whatever the scores' law.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -117,9 +118,9 @@ def newcombe_interval(
 
     edge = 1e-12
     inner = min(max(auc, 2 * edge), 1 - 2 * edge)
-    low = brentq(beyond, edge, inner) if auc > 0 and beyond(edge) > 0 else 0.0
-    high = brentq(beyond, inner, 1 - edge) if auc < 1 and beyond(1 - edge) > 0 else 1.0
-    return float(low), float(high)
+    low = root(beyond, edge, inner) if auc > 0 and beyond(edge) > 0 else 0.0
+    high = root(beyond, inner, 1 - edge) if auc < 1 and beyond(1 - edge) > 0 else 1.0
+    return low, high
 
 
 def auc_interval(
@@ -222,6 +223,11 @@ def tpr_interval(
         return float(weight @ np.where(most >= worth[0], 1.0, certain)) - tail
 
     edge = 1e-12
-    low = 0.0 if too_low(edge) >= 0 else brentq(too_low, edge, 1 - edge)
-    high = 1.0 if too_high(1 - edge) >= 0 else brentq(too_high, edge, 1 - edge)
-    return float(low), float(high)
+    low = 0.0 if too_low(edge) >= 0 else root(too_low, edge, 1 - edge)
+    high = 1.0 if too_high(1 - edge) >= 0 else root(too_high, edge, 1 - edge)
+    return low, high
+
+
+def root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Returns where a function is 0 between two places at which its signs differ."""
+    return cast(float, brentq(function, low, high))
