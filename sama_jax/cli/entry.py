@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 from sama_jax import __version__
 from sama_jax.cli import (
+    apply,
     attacks,
     audit,
     bench,
+    calibrate,
     demo,
     experiment,
     finetune,
@@ -20,7 +22,21 @@ from sama_jax.cli import (
 from sama_jax.cli.running import Parser, run_program
 from sama_jax.devices import processes
 
-COMMANDS = (demo, audit, finetune, attacks, bench, score, merge, nll, plan, experiment, report)
+COMMANDS = (
+    demo,
+    audit,
+    finetune,
+    attacks,
+    bench,
+    score,
+    calibrate,
+    apply,
+    merge,
+    nll,
+    plan,
+    experiment,
+    report,
+)
 """The modules of the commands, in the order of `--help`."""
 
 

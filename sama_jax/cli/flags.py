@@ -67,6 +67,13 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected seconds above 0, at most a year, found {text!r}")
 
 
+def share(text: str) -> float:
+    """Reads a share of texts, of which neither none nor all would mean anything."""
+    if 0 < (number := finite(text)) < 1:
+        return number
+    raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, found {text!r}")
+
+
 def _hint(field: Field[Any]) -> tuple[Any, Flag]:
     """Returns a field's type, without None, and what is said about its flag."""
     hint, flag = field.type, Flag()

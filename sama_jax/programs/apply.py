@@ -1,0 +1,156 @@
+"""Judges the texts of a finished run by a calibration: p-values, discoveries, one collection."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sama_jax.core import conformal
+from sama_jax.core.metrics import percent
+from sama_jax.errors import DataError, UsageError, ValidityError
+from sama_jax.programs.calibrate import FinishedRun, read_run, require_alone
+from sama_jax.reporting import results
+from sama_jax.storage.calibration_file import Calibration, read_calibration
+from sama_jax.storage.files import write_atomic, write_json
+from sama_jax.storage.run_folder import json_lines
+from sama_jax.untrusted import printable, shown
+from sama_jax.validity.drift import same_lengths
+from sama_jax.validity.gate import told
+
+DECISIONS = "decisions.jsonl"
+SUMMARY = "decisions.json"
+ASSUMPTION = (
+    "p is the share of held-out texts that look at least as much like members; it is not the "
+    "probability that this text was not used. It holds if the text would be one of the held-out "
+    "texts, had it not been used: same source, time, kind and length."
+)
+
+
+class Applied(NamedTuple):
+    """What was written."""
+
+    summary: dict[str, Any]
+    sentences: list[str]
+
+
+def run_apply(
+    folder: Path,
+    calibration: Path,
+    *,
+    fdr: float | None = None,
+    smoothed: bool = False,
+    collection: bool = False,
+) -> Applied:
+    """Writes `decisions.jsonl` and `decisions.json` into a run's folder.
+
+    Args:
+      folder: the audit of the texts to be judged, made as the calibrating one was.
+      calibration: the file of `calibrate`.
+      fdr: flags by Benjamini and Hochberg at this false-discovery rate, not by the threshold.
+      smoothed: breaks ties by the text's hash.
+      collection: tests all texts together, too, one of each group.
+
+    Raises:
+      UsageError: the file was changed, or the run was made otherwise.
+      DataError: a text helped to calibrate, or no text has a score.
+      ValidityError: these texts are of other lengths.
+    """
+    run, content = read_run(folder), read_calibration(calibration)
+    _require_same(folder, run.identity, content["identity"])
+    name = require_alone(content["attack"], run).name
+    values, _ = results.column(run.rows, name)
+    scored = np.flatnonzero(np.isfinite(values))
+    if not scored.size:
+        raise DataError(f"{folder}: no text has a score of {name}")
+    _require_others(folder, run, content, scored)
+    gate = same_lengths([run.rows[i].get("n_tokens", 0) for i in scored], content["lengths"])
+    if gate["status"] == "void":
+        raise ValidityError(f"{folder}: {told(gate)}")
+    scores, known = values[scored], np.array(content["scores"])
+    keys = [run.keys[i] for i in scored]
+    p = conformal.p_values(
+        scores, known, conformal.uniform_of(keys, "smoothed") if smoothed else None
+    )
+    flagged = p <= content["rank"] / (len(known) + 1)
+    if fdr is not None:
+        flagged = conformal.adjusted(p) <= fdr
+    lines: list[dict[str, Any]] = [
+        {"id": row["id"], "score": None, "p": None, "flagged": None} for row in run.rows
+    ]
+    for place, score, value, is_flagged in zip(scored, scores, p, flagged):
+        lines[place] |= {"score": float(score), "p": float(value), "flagged": bool(is_flagged)}
+    summary: dict[str, Any] = {
+        "attack": name,
+        "texts": len(scored),
+        "flagged": int(flagged.sum()),
+        "fdr": fdr,
+        "fpr": None if fdr is not None else content["fpr"],
+        "calibration_texts": len(known),
+        "smallest_p_possible": 1 / (len(known) + 1),
+        "smoothed": smoothed,
+        "gates": [gate],
+        "assumption": ASSUMPTION,
+    }
+    if collection:
+        alone = conformal.one_of_each(run.groups[scored], keys)
+        summary["collection"] = conformal.collection_test(scores[alone], known)._asdict() | {
+            "texts": len(alone)
+        }
+    write_atomic(folder / DECISIONS, json_lines(lines))
+    write_json(folder / SUMMARY, summary)
+    return Applied(summary, _sentences(summary))
+
+
+def _require_same(folder: Path, run: dict[str, Any], calibrated: dict[str, Any]) -> None:
+    """Raises `UsageError` if the scores of the two runs cannot be compared."""
+    changed = [k for k in run | calibrated if run.get(k) != calibrated.get(k)]
+    if not changed:
+        return
+    named = [
+        f"{printable(k)} was {shown(calibrated.get(k))}, is {shown(run.get(k))}"
+        for k in changed[:5]
+    ]
+    more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
+    raise UsageError(
+        f"{folder}: was not made as the calibration was, so its scores cannot be compared; audit "
+        "these texts with the same models, settings and devices. Differences: "
+        + "; ".join(named + more)
+    )
+
+
+def _require_others(
+    folder: Path, run: FinishedRun, content: Calibration, scored: np.ndarray
+) -> None:
+    """Raises `DataError` if a text of the calibration is to be judged by it."""
+    known = set(content["keys"])
+    same = [run.rows[i]["id"] for i in scored if run.keys[i] in known]
+    if same:
+        ids = ", ".join(printable(text_id) for text_id in same[:5])
+        raise DataError(
+            f"{folder}: {results.num_texts(len(same))} of these helped to calibrate and cannot be "
+            f"judged by it ({ids}{', ...' if len(same) > 5 else ''}); leave them out"
+        )
+
+
+def _sentences(summary: dict[str, Any]) -> list[str]:
+    """Says what was found."""
+    rule = (
+        f"of which at most {percent(summary['fdr'])} are false on average (false-discovery rate)"
+        if summary["fdr"] is not None
+        else f"where {percent(summary['fpr'])} of non-members would be"
+    )
+    lines = [
+        f"{summary['flagged']} of {results.num_texts(summary['texts'])} flagged by "
+        f"{summary['attack']}, {rule}.",
+        summary["assumption"],
+    ]
+    if found := summary.get("collection"):
+        power = "no AUC"
+        if found["detectable"] is not None:
+            power = f"an AUC of {found['detectable']:.2f} in 80 % of cases"
+        lines.append(
+            f"The collection of {results.num_texts(found['texts'])}: p = {found['p']:.4g}, AUC "
+            f"{found['auc']:.3f} ({found['low']:.3f} to {found['high']:.3f}) against the held-out "
+            f"texts; so many texts show {power} at p <= 0.05."
+        )
+    return lines

@@ -1,0 +1,83 @@
+"""Keeps a calibration: scores of held-out non-members, and all that they depend on."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from sama_jax.errors import UsageError
+from sama_jax.storage.files import MADE_BY, readable, require_free, write_json
+from sama_jax.storage.shapes import misfit
+from sama_jax.untrusted import read_json
+
+MAKER = "sama-jax calibrate"
+
+
+class Calibration(TypedDict):
+    """The content of a calibration file, but for its checksum."""
+
+    attack: str
+    identity: dict[str, Any]
+    """What must be equal for scores to be compared: models, tokenizer, arithmetic, settings."""
+    scores: list[float]
+    """Sorted."""
+    lengths: list[int]
+    """Tokens of the texts, sorted: texts of other lengths are not comparable."""
+    keys: list[str]
+    """Hashes of the texts' tokens, sorted: none of them may be judged by this file."""
+    groups: int | None
+    """Documents that the texts come from, one text each; None: the texts have no groups."""
+    fpr: float
+    guarantee: float | None
+    rank: int
+    """Texts with p <= rank / (texts + 1) are flagged."""
+    date: str
+
+
+_SHAPE = {
+    "attack": str,
+    "identity": {str: object},
+    "scores": [float],
+    "lengths": [int],
+    "keys": [str],
+    "groups": (int, None),
+    "fpr": float,
+    "guarantee": (float, None),
+    "rank": int,
+    "date": str,
+    MADE_BY: str,
+    "sha256": str,
+}
+
+
+def write_calibration(path: Path, content: Calibration) -> None:
+    """Writes a calibration with its SHA-256; replaces nothing but another one."""
+    require_free(path, MAKER)
+    marked = dict(content) | {MADE_BY: MAKER}
+    write_json(path, marked | {"sha256": _sha256(marked)})
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Reads a calibration.
+
+    Raises:
+      DataError: it cannot be read.
+      UsageError: it is none, or not as it was written.
+    """
+    with readable(path):
+        found = read_json(path)
+    wrong = misfit(found, _SHAPE)
+    if wrong is not None:
+        raise UsageError(
+            f"{path}: is no calibration (no usable field '{wrong}'); make one with "
+            "`sama-jax calibrate RUN --out FILE`"
+        )
+    if found.pop("sha256") != _sha256(found):
+        raise UsageError(
+            f"{path}: was changed after it was written; make it again with `sama-jax calibrate`"
+        )
+    return cast(Calibration, found)
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,251 @@
+"""Calibration files, and the verdicts by them: what they hold, refuse and say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from wrong_inputs import Box
+
+from sama_jax.cli import entry
+from sama_jax.core import conformal
+from sama_jax.errors import DataError, UsageError
+from sama_jax.programs import calibrate
+from sama_jax.programs.apply import ASSUMPTION, run_apply
+from sama_jax.programs.calibrate import run_calibrate
+from sama_jax.storage.calibration_file import read_calibration
+from sama_jax.storage.run_folder import read_rows
+from sama_jax.validity.drift import same_lengths
+
+FLAGS = {"max_length": 24, "no_figures": True}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An audit of 160 texts as two: `known` of the first 80, `new` of the others."""
+    base = tmp_path_factory.mktemp("calibrate")
+    for seed, name in enumerate(("target", "reference")):
+        tiny.folder(base / name, seed=seed)
+    data = tiny.write_texts(base / "texts.jsonl", tiny.texts(160, (8, 20)))
+    box = Box(base, base / "target", base / "reference", data, base / "whole")
+    assert entry.main(box.command(**FLAGS, attacks="sama,ratio")) == 0
+    for name, of in (("known", slice(0, 80)), ("new", slice(80, 160))):
+        shutil.copytree(base / "whole", base / name)
+        for file in ("scores.jsonl", "texts.jsonl"):
+            lines = (base / "whole" / file).read_text().splitlines(keepends=True)
+            (base / name / file).write_text("".join(lines[of]))
+        change_manifest(base / name, lambda m: m["run"].update(texts=80))
+    return base
+
+
+@pytest.fixture
+def runs(place: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Copies of both runs, and where the calibration goes."""
+    for name in ("known", "new"):
+        shutil.copytree(place / name, tmp_path / name)
+    return tmp_path / "known", tmp_path / "new", tmp_path / "calibration.json"
+
+
+def test_the_command_writes_a_file_that_the_other_one_uses(runs, capsys):
+    known, new, file = runs
+    assert entry.main(["calibrate", str(known), "--out", str(file), "--fpr", "0.1"]) == 0
+    said = capsys.readouterr().out
+    content = read_calibration(file)
+    scores = [r["scores"]["sama"] for r in read_rows(known) if r["label"] == 0]
+    scores = np.array([s for s in scores if s is not None])
+    assert content["scores"] == sorted(scores.tolist())
+    assert content["rank"] == conformal.rank_of(len(scores), 0.1)
+    assert f"{len(scores)} held-out non-members" in said
+
+    assert entry.main(["apply", str(new), "--calibration", str(file), "--collection"]) == 0
+    said = capsys.readouterr().out
+    lines = [json.loads(x) for x in (new / "decisions.jsonl").read_text().splitlines()]
+    rows = read_rows(new)
+    assert [x["id"] for x in lines] == [r["id"] for r in rows]
+    for line, row in zip(lines, rows):
+        p = (1 + (scores >= row["scores"]["sama"]).sum()) / (len(scores) + 1)
+        assert line == {
+            "id": row["id"],
+            "score": row["scores"]["sama"],
+            "p": pytest.approx(p),
+            "flagged": bool(p <= content["rank"] / (len(scores) + 1)),
+        }
+    summary = json.loads((new / "decisions.json").read_text())
+    assert summary["flagged"] == sum(x["flagged"] for x in lines)
+    assert summary["collection"]["texts"] == len(rows)
+    assert 0 < summary["collection"]["p"] <= 1
+    assert ASSUMPTION in said
+    assert "is not the probability" in said
+    assert "in 80 % of cases" in said
+
+
+def test_false_discoveries_and_broken_ties(runs):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    found = run_apply(new, file, fdr=0.5, smoothed=True)
+    again = run_apply(new, file, fdr=0.5, smoothed=True)
+    assert found == again
+    lines = [json.loads(x) for x in (new / "decisions.jsonl").read_text().splitlines()]
+    p = np.array([x["p"] for x in lines])
+    assert [x["flagged"] for x in lines] == (conformal.adjusted(p) <= 0.5).tolist()
+    assert (found.summary["fdr"], found.summary["fpr"]) == (0.5, None)
+
+
+def test_a_text_without_a_score_gets_no_verdict(runs):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    change_rows(
+        new, lambda i, row: row["scores"].update(sama=row["scores"]["sama"] if i - 3 else None)
+    )
+    assert run_apply(new, file).summary["texts"] == 79
+    lines = [json.loads(x) for x in (new / "decisions.jsonl").read_text().splitlines()]
+    assert (lines[3]["score"], lines[3]["p"], lines[3]["flagged"]) == (None, None, None)
+
+
+def change_rows(run: Path, change) -> None:
+    rows = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    for place, row in enumerate(rows):
+        change(place, row)
+    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def change_manifest(run: Path, change) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    change(manifest)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["version", "tokenizer", "target.weights", "reference.weights", "backend", "max_length", "seed",
+     "sama.subset_size", "dtype"],
+)  # fmt: skip
+def test_a_run_that_was_made_otherwise_is_refused_by_what_differs(runs, field, capsys):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    change_manifest(new, lambda m: m["run"].update({field: "another"}))
+    assert field in json.loads((known / "manifest.json").read_text())["run"]
+    assert entry.main(["apply", str(new), "--calibration", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{field} was" in said
+    assert not (new / "decisions.jsonl").exists()
+
+
+def test_another_kind_of_device_is_refused_and_another_number_of_them_is_not(runs):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    change_manifest(new, lambda m: m.update(device="4" + m["device"][1:]))
+    run_apply(new, file)
+    change_manifest(new, lambda m: m.update(device="8 x NVIDIA H200 (gpu)"))
+    with pytest.raises(UsageError, match=r"device was .*, is 'NVIDIA H200 \(gpu\)'"):
+        run_apply(new, file)
+
+
+def test_a_changed_file_is_refused(runs):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    content = json.loads(file.read_text())
+    content["scores"][0] += 1e-9
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="was changed after it was written"):
+        run_apply(new, file)
+    file.write_text("{}")
+    with pytest.raises(UsageError, match="is no calibration"):
+        run_apply(new, file)
+    with pytest.raises(DataError, match="cannot be read"):
+        run_apply(new, file.with_name("none.json"))
+
+
+def test_texts_that_calibrated_are_not_judged(runs):
+    known, _, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    ids = [row["id"] for row in read_rows(known) if row["label"] == 0]
+    with pytest.raises(
+        DataError, match=f"helped to calibrate and cannot be judged by it .{ids[0]}"
+    ):
+        run_apply(known, file)
+
+
+def test_attacks_whose_scores_depend_on_other_texts_are_refused(runs):
+    known, _, file = runs
+    change_rows(known, lambda _, row: row["scores"].update(dfmia=1.0, recall=1.0))
+    with pytest.raises(UsageError, match="'dfmia' reads all texts of a run at once"):
+        run_calibrate(known, file, attack="dfmia", fpr=0.1)
+    with pytest.raises(UsageError, match="'recall' took its prefixes from the texts of the run"):
+        run_calibrate(known, file, attack="recall", fpr=0.1)
+    with pytest.raises(UsageError, match="'rato' has no scores in this run; did you mean 'ratio'"):
+        run_calibrate(known, file, attack="rato", fpr=0.1)
+    assert not file.exists()
+
+
+def test_too_few_nonmembers_for_the_rate_are_refused(runs):
+    known, _, file = runs
+    with pytest.raises(DataError, match="expected at least 999: audit more"):
+        run_calibrate(known, file, fpr=0.001)
+    with pytest.raises(DataError, match=r"with probability 0\.9; expected at least 45"):
+        run_calibrate(known, file, fpr=0.05, guarantee=0.9)
+    assert conformal.rank_of(45, 0.05, 0.9) == 1
+    assert conformal.rank_of(44, 0.05, 0.9) == 0
+
+
+def test_one_text_of_each_group_calibrates(runs):
+    known, new, file = runs
+    for run in (known, new):
+        change_rows(run, lambda place, row: row.update(group=place // 4))
+    content, _ = run_calibrate(known, file, fpr=0.1)
+    groups = {row["group"] for row in read_rows(known) if row["label"] == 0}
+    assert content["groups"] == len(content["scores"]) == len(groups)
+    assert run_apply(new, file, collection=True).summary["collection"]["texts"] == 20
+
+
+def test_the_best_attack_is_chosen_on_other_texts_than_calibrate_and_measure(runs, monkeypatch):
+    known, _, file = runs
+    seen = []
+    original = calibrate._strongest
+
+    def spy(run, texts):
+        seen.extend(key for key, chosen in zip(run.keys, texts) if chosen)
+        return original(run, texts)
+
+    monkeypatch.setattr(calibrate, "_strongest", spy)
+    content, measured = run_calibrate(known, file, attack="best", fpr=0.2)
+    assert content["attack"] in ("sama", "ratio")
+    assert measured is not None
+    assert not set(seen) & set(content["keys"])
+    labels = [row["label"] for row in read_rows(known)]
+    assert len(content["keys"]) + measured.nonmembers + len(seen) < len(labels)
+    assert measured.nonmembers + len(content["keys"]) < labels.count(0)
+    said = calibrate.told(content, measured)
+    assert f"of {measured.nonmembers} non-members (" in said[1]
+
+
+def test_texts_of_other_lengths_are_refused(runs, capsys):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    change_rows(new, lambda place, row: row.update(n_tokens=row["n_tokens"] + 12))
+    lines = (new / "texts.jsonl").read_text()
+    assert entry.main(["apply", str(new), "--calibration", str(file)]) == 5
+    assert (
+        "The lengths of these texts and of those that calibrated differ" in capsys.readouterr().err
+    )
+    assert (new / "texts.jsonl").read_text() == lines
+
+
+def test_texts_of_one_source_are_refused_once_in_a_hundred_times():
+    rng = np.random.default_rng(0)
+    void = [
+        same_lengths(*rng.poisson(40, (2, 60)).tolist())["status"] == "void" for _ in range(200)
+    ]
+    assert np.mean(void) <= 0.04  # 1 % and four standard deviations; ties make it rarer
+
+
+def test_a_calibration_replaces_nothing_else(runs):
+    known, _, file = runs
+    file.write_text("mine")
+    with pytest.raises(UsageError):
+        run_calibrate(known, file, fpr=0.1)
+    assert file.read_text() == "mine"
+    assert entry.main(["calibrate", str(known / "losses"), "--out", str(file)]) == 2
