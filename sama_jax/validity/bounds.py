@@ -3,3 +3,33 @@
 DRIFT_P = 0.01
 """Judgement: below this p-value (Kolmogorov-Smirnov, tokens a text) texts to be judged are of other
 lengths than those that calibrated. Texts of one source are refused once in a hundred times."""
+
+# --- texts ---------------------------------------------------------------------------------------
+
+SHINGLE_WORDS = 5
+NEAR_DUPLICATE = 0.8
+"""Share of common runs of `SHINGLE_WORDS` words (Jaccard) from which two texts are one. Judgement;
+usual where corpora are cleaned. In 7,000 documents of seven kinds no pair reaches it."""
+OVERLAP_WORDS, OVERLAP = 13, 0.8
+"""Runs of words, and the share of a non-member's that stand in members from which it is no
+non-member: MIMIR's split `ngram_13_0.8`."""
+WRONG_LABELS = 0.05
+"""Share of texts whose label means nothing above which the result is void. Judgement: with 5 % of
+the labels of each class exchanged an AUC of 1 falls to .95."""
+OVERLAPPING = 0.01
+"""Share of non-members with such an overlap that weakens a result. Judgement: random halves of real
+documents have at most .2 %."""
+REPEATED = 0.05
+"""Share of texts that nearly repeat another of their class, without a group. Judgement."""
+CUT_P = 0.01
+"""Fisher's p below which one class is cut more often than the other."""
+EXACT_SHINGLES = 20_000_000
+"""Runs of words that are compared exactly; of more, a sample. 20,000 long texts, 1 GB."""
+BLIND_P = 0.02
+"""p, corrected for all baselines, below which texts tell the classes apart without a model.
+Judgement: below the usual .05, since every audit asks, and a fair split should pass."""
+BLIND_VOID = 0.6
+"""AUC without a model that voids a result if the 95 % bound of the best baseline lies above it.
+Judgement: an attack that finds no membership at all reaches it by the source alone."""
+BLIND_TEXTS = 2000
+"""Texts that the baselines read; of more, a random sample. A fair AUC then has a s.d. of .013."""

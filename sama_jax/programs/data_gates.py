@@ -1,0 +1,103 @@
+"""Asks what texts, tokens and labels say about an audit before a model runs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sama_jax.programs.audit_inputs import MANY_TEXTS, Inputs, Tokenised
+from sama_jax.programs.jobs import AuditJob
+from sama_jax.terminal import ProgressBar
+from sama_jax.texts.read import Text
+from sama_jax.validity import bounds, data, overlap
+from sama_jax.validity.blind import STEPS, Blind, blind
+from sama_jax.validity.gate import Gate
+
+
+class DataGates(NamedTuple):
+    """What stands about the texts before a model runs."""
+
+    gates: list[Gate]
+    blind: Blind | None
+    """The best baseline that sees no model, its scores for every text of the run; None without
+    texts of both classes."""
+
+
+class Related(NamedTuple):
+    """Which texts belong together by their words."""
+
+    classes: list[set[int]]
+    """Labels of each distinct text."""
+    pairs: Int[np.ndarray, "p 2"]
+    """Distinct texts that are near duplicates."""
+    units: Int[np.ndarray, " n"]
+    """For each text, the number of its group or near duplicates."""
+    near_prefix: int
+    """Distinct texts that nearly equal a prefix."""
+
+
+def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates:
+    """Asks all gates about the texts that are scored: those taken as prefixes are left out."""
+    scored = np.flatnonzero(tokenised.table.exists).tolist()
+    mask_id = inputs.roles["target"].folder.model.mask_id
+    gates = [
+        data.mask_tokens([tokenised.encoded[i].ids for i in scored], mask_id),
+        data.empty_texts([int(tokenised.table.num_tokens[i]) for i in scored]),
+    ]
+    labelled = [i for i in scored if inputs.texts[i].label is not None]
+    texts = [inputs.texts[i] for i in labelled]
+    strings = [text.text for text in texts]
+    labels = np.array([text.label for text in texts], np.int64)
+    if len(set(labels.tolist())) < 2:
+        everything = [inputs.texts[i].text for i in scored]
+        gates.append(data.duplicates(everything, np.full(len(scored), -1)))
+        return DataGates(gates, None)
+    encoded = [tokenised.encoded[i] for i in labelled]
+    ids = [one.ids for one in encoded]
+    related = relate(texts, job.prefixes.texts if job.prefixes else ())
+    gates += [
+        data.too_few(labels),
+        data.duplicates(strings, labels),
+        data.contradictions(strings, labels),
+        data.equal_after_cutting(strings, ids, labels),
+        data.near_duplicates(related.classes, related.pairs),
+        data.repeated_sources(labels, related.units, [text.group for text in texts]),
+        data.overlap(_overlap_shares(texts)),
+        *([data.prefixes(related.near_prefix)] if job.prefixes else []),
+        data.truncation(np.array([one.truncated for one in encoded]), labels),
+    ]
+    quiet = job.quiet or job.peers.rank > 0 or len(texts) < MANY_TEXTS // 10
+    with ProgressBar("baselines without a model", STEPS, "steps", quiet=quiet) as bar:
+        lengths = list(map(len, ids))
+        found = blind(strings, lengths, labels, related.units, seed=0, advance=bar.advance)
+    scores = np.full(len(inputs.texts), np.nan)
+    scores[labelled] = found.scores
+    return DataGates([*gates, found.gate], found._replace(scores=scores))
+
+
+def relate(texts: Sequence[Text], prefixes: Sequence[Text] = ()) -> Related:
+    """Finds which texts belong together, and which nearly equal one of `prefixes`."""
+    numbers: dict[str, int] = {}
+    number = [numbers.setdefault(text.text, len(numbers)) for text in texts]
+    classes: list[set[int]] = [set() for _ in numbers]
+    for n, text in zip(number, texts):
+        classes[n] |= set() if text.label is None else {text.label}
+    words = overlap.words_of([*numbers, *(prefix.text for prefix in prefixes)])
+    sets = overlap.thinned([overlap.shingles(one, bounds.SHINGLE_WORDS) for one in words])
+    pairs = overlap.near_duplicates(sets, bounds.NEAR_DUPLICATE)
+    inside = (pairs < len(numbers)).sum(axis=1)
+    near = overlap.clusters(len(numbers), pairs[inside == 2])[number].tolist()
+    units = overlap.joined(number, near, [text.group for text in texts])
+    near_prefix = len(np.unique(pairs[inside == 1].min(axis=1))) if len(pairs) else 0
+    return Related(classes, pairs[inside == 2], units, near_prefix)
+
+
+def _overlap_shares(texts: Sequence[Text]) -> np.ndarray:
+    """Returns the share of each non-member's runs of 13 words that stand in a member."""
+    words = overlap.words_of(text.text for text in texts)
+    sets = overlap.thinned([overlap.shingles(one, bounds.OVERLAP_WORDS) for one in words])
+    members, others = (
+        [one for one, text in zip(sets, texts) if text.label == label] for label in (1, 0)
+    )
+    return overlap.shared(others, members)
