@@ -69,8 +69,8 @@ def permutation_tests(
     ranked = _standardised_ranks(scores)
     present = np.isfinite(scores)
     observed = _z(ranked, present, labels[None] == 1)[0]
-    classes = [present[labels == 1].any(axis=0), present[labels != 1].any(axis=0)]
-    observed[~np.logical_and(*classes)] = -np.inf
+    both = present[labels == 1].any(axis=0) & present[labels != 1].any(axis=0)
+    observed[~both] = -np.inf
     order = np.argsort(-observed, kind="stable")
     alone, joint = np.zeros((2, scores.shape[1]))
     for is_member in _permuted(labels == 1, groups, permutations, seed):
@@ -189,7 +189,7 @@ def detectable_auc(
 
     def missing(auc: float) -> float:
         deviation = math.sqrt(auc_variance(auc, members, nonmembers))
-        return 0.5 + norm.isf(alpha) * null + norm.isf(1 - power) * deviation - auc
+        return 0.5 + float(norm.isf(alpha)) * null + float(norm.isf(1 - power)) * deviation - auc
 
     if missing(1.0) > 0:
         return None
