@@ -14,9 +14,10 @@ from scipy.stats import binomtest
 
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Attack
-from sama_jax.config import AuditSettings, from_dict
+from sama_jax.config import AuditSettings
 from sama_jax.core import conformal, metrics
 from sama_jax.errors import DataError, UsageError, nearest
+from sama_jax.programs.rescore import settings_of
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, write_calibration
 from sama_jax.storage.run_folder import Row, read_manifest, read_rows
@@ -62,16 +63,17 @@ def read_run(path: Path) -> FinishedRun:
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest or manifest.get("finished") is not True:
         raise UsageError(f"{path}: expected the output folder of a finished audit (its --out)")
+    settings = settings_of(path, manifest)
     rows = read_rows(path)
-    known, views = read_index(path / INDEX, manifest["run"].get("texts"))
-    if [row["id"] for row in rows] != [row["id"] for row in known]:
+    known, views = read_index(path / INDEX, manifest["run"]["texts"])
+    if [row["id"] for row in rows] != [row["id"] for row in known] or "text" not in views:
         raise DataError(
             f"{path}: scores.jsonl and {INDEX} hold other texts; run the audit's own command again"
         )
     identity = {k: v for k, v in manifest["run"].items() if k not in OF_TEXTS}
     identity["device"] = str(manifest.get("device")).split(" x ")[-1]  # not how many
     keys = [view["store_key"] if view else "" for view in views["text"]]
-    return FinishedRun(rows, keys, identity, from_dict(AuditSettings, manifest["settings"]))
+    return FinishedRun(rows, keys, identity, settings)
 
 
 def require_alone(name: str, run: FinishedRun) -> Attack:

@@ -54,7 +54,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest:
         raise DataError(f"{store}: expected the output folder of a finished audit, or its losses")
-    settings = _settings(path, manifest)
+    settings = settings_of(path, manifest)
     rows, views = read_index(path / INDEX, manifest["run"]["texts"])
     tables = {v: table_from_description(found, str(path / INDEX)) for v, found in views.items()}
     kept = _kept_rows(path, rows)
@@ -87,7 +87,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
     return AuditResult(joined, metrics, manifest.get("cost") or {}, path)
 
 
-def _settings(path: Path, manifest: dict[str, Any]) -> AuditSettings:
+def settings_of(path: Path, manifest: dict[str, Any]) -> AuditSettings:
     """Returns the settings of a run. Raises `DataError` unless its manifest agrees with itself."""
     try:
         settings = from_dict(AuditSettings, manifest["settings"])

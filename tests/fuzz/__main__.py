@@ -24,8 +24,9 @@ from fuzz.pool import SECONDS, Worker
 QUICK = (
     *("jsonl", "json", "csv", "gzip", "parquet", "config", "safetensors", "gguf", "adapter"),
     *("orbax", "pickle", "tokenizer", "replay", "store", "experiment", "training", "checkpoint"),
+    "calibration",
 )
-SLOW = ("score", "report", "merge", "continue", "port")
+SLOW = ("score", "report", "merge", "continue", "calibrate", "port")
 """Readers that take some half a second an input: they get one where the others get five."""
 NAMES = (*QUICK, *SLOW)
 """All readers; they are defined in `readers.READERS`, which imports JAX."""

@@ -17,6 +17,11 @@ from sama_jax.cli import entry
 from sama_jax.config import AuditSettings
 from sama_jax.programs import experiment
 from sama_jax.storage import replay
+from sama_jax.storage.calibration_file import (
+    Calibration,
+    read_calibration,
+    write_calibration,
+)
 from sama_jax.storage.loss_store import LossStore, make_record
 from sama_jax.weights import orbax
 
@@ -144,6 +149,36 @@ def _finetune(root: Path, good: Path) -> list[str]:
     return ["finetune", *given, "--out", str(root / "tuned"), *short, "--quiet"]
 
 
+_CALIBRATION: Calibration = {
+    "attack": "sama",
+    "identity": {"seed": 1, "target.weights": "0123"},
+    "scores": [0.25, 0.5, 0.75],
+    "lengths": [3, 4, 5],
+    "keys": ["a", "b", "c"],
+    "groups": None,
+    "fpr": 0.25,
+    "guarantee": None,
+    "rank": 1,
+    "date": "2026-11-30",
+}
+
+
+def _calibration(root: Path) -> None:
+    (root / "one").mkdir(parents=True)
+    write_calibration(root / "one" / "calibration.json", _CALIBRATION)
+
+
+def _read_calibration(root: Path) -> None:
+    """What was written, or nothing."""
+    found = read_calibration(root / "calibration.json")
+    assert {name: found[name] for name in _CALIBRATION} == _CALIBRATION
+
+
+def _calibrate(root: Path, good: Path) -> list[str]:
+    del good
+    return ["calibrate", str(root), "--out", str(root / "made.json"), "--fpr", "0.4"]
+
+
 _STATE = {"params": {"w": np.arange(6, dtype=np.float32)}, "step": np.int32(3)}
 
 
@@ -179,6 +214,8 @@ def _read_experiment(root: Path) -> None:
 READERS = {
     "replay": Reader(_replay, ("*.npz",), _read_replay, extra=_spoil_replay),
     "store": Reader(_stores, ("*.bin",), _read_store),
+    "calibration": Reader(_calibration, ("*.json",), _read_calibration),
+    "calibrate": Reader(_run, RUN_FILES, command=_calibrate, patience=6),
     "experiment": Reader(_experiment, ("*.yaml",), _read_experiment),
     "score": Reader(_run, RUN_FILES, command=_score, check=_all_rows, patience=6),
     "report": Reader(_run, RUN_FILES, command=_report, patience=6),
