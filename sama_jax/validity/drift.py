@@ -1,6 +1,7 @@
 """Asks whether texts to be judged look like those that calibrated. NumPy and SciPy."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from scipy.stats import ks_2samp
 
@@ -13,7 +14,8 @@ def same_lengths(suspects: Sequence[int], calibration: Sequence[int]) -> Gate:
 
     A p-value compares a text with held-out ones, and scores depend on the length.
     """
-    p = float(ks_2samp(suspects, calibration)[1])
+    found: Any = ks_2samp(suspects, calibration)
+    p = float(found.pvalue)
     differ = p < DRIFT_P
     return gate(
         "lengths of calibration",
