@@ -18,7 +18,7 @@ from sama_jax.devices import memory
 from sama_jax.devices.strategy import Layout
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.tasks import Task
-from sama_jax.engine.text_table import TextTable
+from sama_jax.engine.text_table import TextTable, visible_length
 from sama_jax.texts.buckets import bucket_lengths, plan_batches
 
 TOKENS_A_STEP = 1536
@@ -96,10 +96,8 @@ class BatchShapes:
         return self.tokens_a_step, self.model.arch.width, self.model.arch.mlp_width
 
     def buckets(self, longest: int) -> tuple[int, ...]:
-        """Returns the padded lengths that may be used for passes of up to `longest` tokens."""
+        """Returns the lengths of hidden padding that may be used, for up to `longest` tokens."""
         settings = self.settings
-        if settings.padding == "visible":
-            return (max(settings.pad_to or settings.max_length, longest),)
         limit = settings.max_length
         if longest > limit:  # a view with a prefix, which fits into the models' context
             limit = max(longest, min(limit + settings.prefix.tokens, self.context))
@@ -144,15 +142,22 @@ class BatchShapes:
         pads it to the same length and computes the same bits.
         """
         distinct = distinct_rows(table)
-        lengths = table.lengths[np.array(distinct, np.int32)]
-        buckets = self.buckets(int(lengths.max(initial=1)))
-        whole = plan_batches(lengths, buckets, self.rows, self.pays)
         members: dict[int, list[int]] = {}
-        for batch in whole:
-            members.setdefault(batch.length, []).extend(batch.rows[batch.rows >= 0].tolist())
+        if self.settings.padding == "visible":
+            for row in distinct:
+                view = table.row(row)
+                assert view is not None
+                length = visible_length(view, self.settings, self.context)
+                members.setdefault(length, []).append(row)
+        else:
+            lengths = table.lengths[np.array(distinct, np.int32)]
+            buckets = self.buckets(int(lengths.max(initial=1)))
+            for batch in plan_batches(lengths, buckets, self.rows, self.pays):
+                places = batch.rows[batch.rows >= 0]
+                members.setdefault(batch.length, []).extend(distinct[i] for i in places)
         wanted, found = set(rows), []
-        for length, places in members.items():
-            left = [distinct[i] for i in places if distinct[i] in wanted]
+        for length, places in sorted(members.items(), reverse=True):
+            left = [row for row in places if row in wanted]
             size = self.rows(length)
             for start in range(0, len(left), size):
                 chunk = left[start : start + size]

@@ -13,7 +13,7 @@ from sama_jax import rng
 from sama_jax.arrays import Encoded, TextKeyData
 from sama_jax.attacks.queries import ViewText
 from sama_jax.config import AuditSettings
-from sama_jax.errors import DataError
+from sama_jax.errors import DataError, UsageError
 
 MOST_TOKENS = 65535
 """Tokens of a text at most: the loss store keeps positions as uint16."""
@@ -48,10 +48,39 @@ def original_view(encoded: Encoded, settings: AuditSettings, *, shift: bool) -> 
     return TextView(key, maskable, *sizes, name, encoded.ids, np.zeros(0, np.int32))
 
 
+def visible_length(view: TextView, settings: AuditSettings, room: int) -> int:
+    """Returns the length to which visible padding fills up a text: a function of it alone.
+
+    It changes numbers, so it must not depend on the other texts. What stands behind a prefix has
+    the length of the longest prefix and text, within the `room` of the models' context.
+
+    Raises:
+      UsageError: the text is longer, as only a view of an attack's own can be.
+    """
+    whole, tokens = settings.pad_to or settings.max_length, len(view.maskable) + len(view.before)
+    if not len(view.before) and tokens <= whole:
+        return whole
+    longest = max(whole, min(settings.max_length + settings.prefix.tokens, room))
+    if tokens > longest:
+        raise UsageError(
+            f"a view has {tokens} tokens, and visible padding fills up to {longest}; raise --pad-to"
+            " (within the models' context), or use --padding hidden"
+        )
+    return longest
+
+
 def derived_view(
-    made: ViewText, original: TextView, settings: AuditSettings, *, shift: bool
+    made: ViewText, original: TextView, settings: AuditSettings, *, shift: bool, room: int
 ) -> TextView:
-    """Makes another view of the text of `original` from what a `View` has made of it."""
+    """Makes another view of the text of `original` from what a `View` has made of it.
+
+    Args:
+      made: the tokens.
+      original: the text's own view.
+      settings: of the audit.
+      shift: whether the models read the output before a token.
+      room: tokens that fit into the context of both models.
+    """
     special = np.zeros(len(made.ids), bool) if made.special is None else made.special
     maskable = _maskable(made.ids, special, settings, shift=shift)
     if made.same_masks and len(maskable) == len(original.maskable):
@@ -65,7 +94,12 @@ def derived_view(
     if len(before):
         name += "+" + hashlib.sha256(before.astype("<i4").tobytes()).hexdigest()[:16]
     sizes = original.zlib_bytes, original.characters
-    return TextView(key, maskable, *sizes, name, made.ids, before)
+    view = TextView(key, maskable, *sizes, name, made.ids, before)
+    if settings.padding == "visible":
+        length = visible_length(view, settings, room)
+        if length != (settings.pad_to or settings.max_length):  # that one is in the model's key
+            view = view._replace(store_key=f"{name}<{length}")
+    return view
 
 
 def _mask_suffix(maskable: Bool[np.ndarray, " n"]) -> str:

@@ -73,7 +73,8 @@ def make_view(
         generator = generator_of(sources.settings.seed, original.key)
         tools = ViewTools(sources.encode, contexts, joined, sources.room, guide, generator)
         made = view.make(sources.texts[row], original.ids, tools)
-        return made and derived_view(made, original, sources.settings, shift=sources.shift)
+        options = {"shift": sources.shift, "room": sources.room}
+        return made and derived_view(made, original, sources.settings, **options)
 
     return table_of([one(row) for row in range(originals.num_texts)])
 

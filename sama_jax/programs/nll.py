@@ -22,6 +22,7 @@ from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, model_key, pad_id, resident_bytes
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import original_view, table_of
+from sama_jax.errors import UsageError
 from sama_jax.programs.run_identity import run_identity
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import RunFolder, json_lines, noted
@@ -74,11 +75,19 @@ def run_nll(
 
     A line holds `id`, `n_tokens`, `truncated`, `status`, `nll` (nats a token), `standard_error`,
     and `nll_total` (nats).
+
+    Raises:
+      UsageError: the model is autoregressive, or `out` belongs to another run.
     """
     say = console(quiet)
     longest = settings.pad_to or settings.max_length
     options: dict[str, Any] = {"dtype": settings.dtype, "attention": settings.attention}
     folder = model_folder.open_folder(model, mask_id=mask_id, longest=longest, **options)
+    if (kind := folder.model.kind) not in _NLL.kinds:
+        raise UsageError(
+            f"{model}: nll is defined for {' and '.join(_NLL.kinds)} models, this one is {kind}; "
+            "it has no mask token"
+        )
     tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
     encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
     views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]

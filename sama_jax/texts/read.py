@@ -21,8 +21,6 @@ MAX_PROBLEMS = 10
 MAX_COUNTED = 10_000
 """Problems after which nobody reads on."""
 
-_LABELS = (0, 1, "0", "1", "true", "false", "True", "False")
-"""Values by which a field of a similar name is taken for labels."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -109,7 +107,9 @@ def _check_names(row: Row, names: set[str]) -> None:
         if name == "member" and "nonmember" not in row.fields:
             field = "label"
         near = field is not None and name != field and row.fields.get(field) is None
-        if near and (name.strip().lower() == field or value in _LABELS):
+        # Labels may be spelled in any way (1.0, "no"): read as texts without one, members and
+        # non-members would be taken for the same.
+        if near and value is not None and (field == "label" or name.strip().lower() == field):
             raise DataError(
                 f"{row.where}: has a field '{printable(name)}'; write it '{field}' if it is "
                 "meant, else leave it out"

@@ -20,7 +20,7 @@ from sama_jax.untrusted import parse_json, printable
 
 FIELDS = ("text", "id", "label", "group", "member", "nonmember")
 LABEL_SYNONYMS = ("labels", "is_member", "ismember", "membership", "member")
-"""Names of fields that hold labels if their values look like labels."""
+"""Names of fields that hold labels; `member` does not beside `nonmember`, which are texts."""
 
 LINE_BYTES = 2**25
 """Most bytes of a line. The longest documents of public corpora have some 10 MB."""

@@ -684,12 +684,12 @@ def test_views_of_one_length_share_masks_and_maskable_positions():
     original = original_view(Encoded(ids, special, False, 9, 12), settings, shift=False)
     for before in (None, np.array([4, 5], np.int32)):
         made = queries.ViewText(ids + 1, None, before, same_masks=True)
-        view = derived_view(made, original, settings, shift=False)
+        view = derived_view(made, original, settings, shift=False, room=128)
         assert view.key == original.key
         assert view.maskable.tolist() == [False, True, True]
         assert table_of([view]).lengths.tolist() == [3 + 2 * (before is not None)]
         assert view.store_key not in (original.store_key, "")
-    apart = derived_view(queries.ViewText(ids + 1), original, settings, shift=False)
+    apart = derived_view(queries.ViewText(ids + 1), original, settings, shift=False, room=128)
     assert apart.key != original.key
 
 

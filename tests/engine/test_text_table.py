@@ -54,7 +54,7 @@ def test_rows_are_taken_in_order_and_minus_one_is_empty():
 def test_what_stands_before_a_text_counts_in_a_pass_and_is_not_masked():
     original = view(5, 6, 7)
     made = ViewText(original.ids, None, np.array([1, 2], np.int32), same_masks=True)
-    table = table_of([derived_view(made, original, SETTINGS, shift=False)])
+    table = table_of([derived_view(made, original, SETTINGS, shift=False, room=128)])
     assert table.lengths.tolist() == [5]
     assert table.offsets.tolist() == [2]
     assert table.num_tokens.tolist() == [3]

@@ -30,7 +30,7 @@ from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs import rescore, run_identity
 from sama_jax.programs.audit_inputs import require_one_kind
 from sama_jax.programs.jobs import AuditJob
-from sama_jax.weights import identity, model_folder
+from sama_jax.weights import identity, model_folder, saving
 
 FLAGS = {
     "attacks": "sama,ratio,zlib",
@@ -560,3 +560,44 @@ def test_two_kinds_of_attention_have_two_identities():
     fused = model.with_cudnn()
     assert fused is not None
     assert repr(fused.arch) != repr(model.arch)
+
+
+# --- what else a score depends on -----------------------------------------------------------------
+
+
+def test_visible_padding_behind_a_prefix_does_not_depend_on_the_other_texts(box: Box, capsys):
+    short, long = tiny.texts(8, (3, 8)), tiny.texts(4, (40, 48), seed=5)
+    prefixes = tiny.write_texts(box.path / "prefixes.jsonl", tiny.texts(8, (8, 9), seed=9))
+    given = {"attacks": "recall,loss", "padding": "visible", "max_length": 32, "passes": 2}
+    given |= {"no_figures": True, "prefixes": prefixes, "set": "prefix.tokens=20"}
+    found = {}
+    for name, texts in (("short", short), ("all", short + long)):
+        data = tiny.write_texts(box.path / f"{name}.jsonl", texts)
+        for store in (None, box.path / "shared"):
+            out = box.path / f"{name}-{store is None}"
+            said = run(capsys, box.command(**given, data=data, out=out, store=store))
+            assert said.code == 0, said.err
+            rows = [row["scores"] for row in scores(out)[: len(short)]]
+            assert found.setdefault("rows", rows) == rows, name
+
+
+def test_nll_has_no_meaning_for_a_model_without_a_mask_token(originals: Path, box: Box, capsys):
+    causal = box.path / "causal"
+    tiny.folder(causal)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": tiny.VOCAB,
+    }
+    config |= {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    config |= {"num_hidden_layers": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    save_random_llama(causal, config)
+    command = ["nll", *as_flags({"model": causal, "data": box.data, "out": box.out}), "--quiet"]
+    assert_one_line(run(capsys, command), 2, "nll is defined for diffusion", "autoregressive")
+    assert not box.out.exists()
+
+
+def save_random_llama(path: Path, config: dict[str, Any]) -> None:
+    family = read_config(config, "config.json")
+    model = build_model(family, 0, np.dtype(np.float32))
+    saving.save_folder(path, model.init(jax.random.key(0)), model, config, path, family.weights)

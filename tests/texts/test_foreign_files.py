@@ -49,6 +49,19 @@ def test_labels_under_another_name_are_not_lost(name, tmp_path):
     assert "write it 'label'" in error_of(tmp_path / "t.parquet")
 
 
+@pytest.mark.parametrize("value", ["no", "1.0", 0.0, False, "member", [1], ["spam"], ""])
+@pytest.mark.parametrize("name", ["is_member", "member", "labels"])
+def test_labels_under_another_name_are_not_lost_however_they_are_spelled(name, value, tmp_path):
+    content = lines({"text": "x", name: value}, {"text": "y", name: value})
+    assert "write it 'label'" in error_of(tmp_path / "t.jsonl", content)
+
+
+def test_pairs_and_unknown_labels_are_still_read(tmp_path):
+    for record in ({"member": "a text", "nonmember": "another"}, {"text": "x", "is_member": None}):
+        (tmp_path / "t.jsonl").write_text(lines(record))
+        assert read_texts(tmp_path / "t.jsonl").texts
+
+
 def test_a_name_may_be_wrong_from_some_record_on(tmp_path):
     content = lines({"text": "x"}, {"text": "y", "labels": None}, {"text": "z", "Label": 1})
     assert error_of(tmp_path / "t.jsonl", content).startswith("t.jsonl:3: has a field 'Label'")
@@ -59,7 +72,6 @@ def test_a_name_may_be_wrong_from_some_record_on(tmp_path):
     [
         {"text": "x", "label": 1, "Label": "spam"},
         {"text": "x", "label": 0, "labels": [1, 2]},
-        {"text": "x", "labels": ["spam"]},
         {"text": "x", "labels": None},
         {"text": "x", "idx": 3, "title": "Label", "source_id": 4},
     ],
