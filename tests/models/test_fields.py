@@ -51,6 +51,8 @@ REFUSED: dict[str, Any] = {
     "rotary_interleaved": True,
     "rope_local_base_freq": 10000.0,
     "use_mrope": True,
+    "original_max_position_embeddings": 16,
+    "block_length": 8,
     "attention_chunk_size": 512,
 }
 NEUTRAL: dict[str, Any] = {
@@ -111,6 +113,31 @@ def test_theta_is_read_where_it_stands(family, section):
     assert "rope_theta is 7.0 in one place and 500000.0 in another" in refusal(both)
     half = {**config, section: {**inside, "partial_rotary_factor": 0.25}}
     assert "partial_rotary_factor" in refusal(half) or "llada" in family
+
+
+def test_the_length_before_stretching_is_read_where_it_stands():
+    """transformers 5 takes it from beside the section first; see `standardize_rope_params`."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    name, llama = "original_max_position_embeddings", ROTARY["llama"]
+    inside = read_config({**llama, "rope_scaling": {**scaling, name: 16}}, "here")
+    beside = {**llama, name: 16, "rope_scaling": scaling}
+    assert read_config(beside, "here") == inside
+    theta = {"rope_theta": llama["rope_theta"]}
+    assert read_config({**beside, "rope_parameters": {**scaling, **theta}}, "here") == inside
+    assert read_config({**llama, "rope_scaling": scaling}, "here") != inside
+    two = {**beside, "rope_scaling": {**scaling, name: 32}}
+    assert f"{name} is 32 in one place and 16 in another" in refusal(two)
+
+
+def test_a_block_of_another_length_is_refused():
+    config = CONFIGS["llada2"]
+    assert read_config({**config, "block_length": 32}, "here") == read_config(config, "here")
+    assert "block_length is 8" in refusal({**config, "block_length": 8})
 
 
 def test_modernbert_reads_one_set_for_each_kind_of_layers():

@@ -196,6 +196,7 @@ def read_llada2(config: Fields) -> FamilyConfig:
     """
     config = config.with_defaults(LLADA2_DEFAULTS)
     config.only({"hidden_act": "silu", "score_function": "sigmoid", "use_sliding_window": False})
+    config.only({"block_length": BLOCK_LENGTH})  # no known config states it
     rows, width, layers, heads = config.sizes(*_SIZES[:4])
     kv_heads = config.count("num_key_value_heads", SIZE_LIMIT) or heads
     head_size = config.count("head_dim", SIZE_LIMIT) or width // heads

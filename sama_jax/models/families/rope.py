@@ -1,7 +1,8 @@
 """Reads rotary parameters, which configs state in three places.
 
 transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters` with all of
-them. Some files have both; which one counts depends on the version, so they must agree.
+them. Some files have both; which one counts depends on the version and the field (transformers 5
+takes `original_max_position_embeddings` from beside a section first), so they must agree.
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ def read_rope(config: Fields, *, llama3: bool = False, share: float = 1.0) -> Ro
             config.refuse(f"{section} is {shown(inside)}: not one set for all layers")
         for name, value in inside.items():
             _add(config, said, "rope_type" if name == "type" else name, value)
-    for name in ("rope_theta", "partial_rotary_factor"):
+    for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         value = config.get(name)
         if config.states(name) and not (value is None and name in said):
             _add(config, said, name, value)
@@ -55,9 +56,9 @@ def read_rope(config: Fields, *, llama3: bool = False, share: float = 1.0) -> Ro
 def _add(config: Fields, said: dict[str, Any], name: str, value: Any) -> None:
     if name in said and said[name] != value:
         config.refuse(
-            f"{name} is {shown(said[name])} in one place and {shown(value)} in another (rope_theta,"
-            " rope_scaling, rope_parameters); which one counts depends on the version of "
-            "transformers: remove the wrong one"
+            f"{name} is {shown(said[name])} in one place and {shown(value)} in another (beside "
+            "rope_scaling and rope_parameters, or in one of them); which one counts depends on the "
+            "version of transformers: remove the wrong one"
         )
     said[name] = value
 
