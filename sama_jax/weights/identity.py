@@ -11,12 +11,33 @@ import jax
 
 from sama_jax import rng
 from sama_jax.config import settings_hash
+from sama_jax.errors import UsageError
+from sama_jax.untrusted import printable
 from sama_jax.weights.model_folder import ModelFolder
 
 NEUTRAL = frozenset({"remat"})
 """Fields of a model that change no number; every other field is part of the key."""
-_XLA = ("fast_math", "precision", "approx", "tf32", "algsimp")
-"""Parts of the names of XLA's flags that change numbers, not only speed or logs."""
+_NEUTRAL_FLAGS = (
+    "--xla_force_host_platform_device_count",
+    "--xla_dump_",
+    "--xla_gpu_cuda_data_dir",
+)
+"""Beginnings of XLA's flags that change no number; any other one may choose other kernels."""
+_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "LIBTPU_INIT_ARGS")
+"""What changes numbers behind JAX's back, in libraries of the devices."""
+_LETS_PASS = (None, "allow", "log")
+_DEBUGGING = {
+    "jax_disable_jit": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+    "jax_error_checking_behavior_nan": "ignore",
+    "jax_transfer_guard": None,
+    "jax_transfer_guard_host_to_device": None,
+    "jax_transfer_guard_device_to_host": None,
+    "jax_numpy_dtype_promotion": "standard",
+}
+"""Settings of JAX for finding faults, with their defaults: others end a run in its middle. NaN
+stands for "no score" here, and programs are compiled apart from what calls them."""
 
 
 LOSSES = 1
@@ -51,16 +72,46 @@ def arithmetic() -> dict[str, str]:
     """Returns what changes the numbers of any model in this process: devices, precision, bits.
 
     Raises:
-      UsageError: random bits are set to be others than everybody's.
+      UsageError: random bits are set to be others than everybody's, or `usable_settings`.
     """
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    usable_settings()
     return {
         "backend": jax.default_backend(),
         "losses": str(LOSSES),
         "matmul_precision": matmul_precision() or "default",
-        "xla_flags": " ".join(sorted(f for f in flags if any(part in f for part in _XLA))),
+        "xla_flags": _flags(),
         "random_bits": rng.checked_bits(),
     }
+
+
+def usable_settings() -> None:
+    """Raises `UsageError` for settings of JAX and XLA that no command can run or be told under."""
+    values = jax.config.values
+    # Those that this version of JAX does not have are not set.
+    wrong = [
+        n
+        for n, usual in _DEBUGGING.items()
+        if n in values and values[n] not in (usual, *_LETS_PASS)
+    ]
+    if wrong:
+        found = ", ".join(f"{name.upper()}={values[name]}" for name in wrong)
+        raise UsageError(
+            f"found {found}; sama_jax does not run under JAX's settings for finding faults: unset "
+            + ", ".join(name.upper() for name in wrong)
+        )
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("--"):
+        raise UsageError(
+            f"XLA_FLAGS is {printable(flags)}, the name of a file; write the flags into the "
+            "variable itself (--xla_...), so that they are part of the run's identity"
+        )
+
+
+def _flags() -> str:
+    """Returns what is set for XLA and for libraries below it, but for what changes no number."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    set_apart = [f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)]
+    return " ".join([*sorted(f for f in flags if not f.startswith(_NEUTRAL_FLAGS)), *set_apart])
 
 
 def matmul_precision() -> str | None:

@@ -123,7 +123,8 @@ def test_the_length_before_stretching_is_read_where_it_stands():
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
     }
-    name, llama = "original_max_position_embeddings", ROTARY["llama"]
+    name = "original_max_position_embeddings"
+    llama = {**ROTARY["llama"], "max_position_embeddings": 64}
     inside = read_config({**llama, "rope_scaling": {**scaling, name: 16}}, "here")
     beside = {**llama, name: 16, "rope_scaling": scaling}
     assert read_config(beside, "here") == inside

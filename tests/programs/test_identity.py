@@ -428,14 +428,53 @@ def test_every_field_of_an_architecture_is_part_of_the_identity(originals: Path)
 
 
 @pytest.mark.parametrize(
-    "flag", ["--xla_cpu_enable_fast_math=true", "--xla_allow_excess_precision"]
+    "flag",
+    [
+        "--xla_cpu_enable_fast_math=true",
+        "--xla_allow_excess_precision",
+        "--xla_gpu_enable_bf16_6way_gemm",
+        "--xla_of_a_later_version=1",
+    ],
 )
 def test_flags_of_xla_that_change_numbers_are_part_of_the_identity(flag: str, monkeypatch):
     before = identity.arithmetic()
     monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {flag}")
     assert identity.arithmetic() != before
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    flags = before["xla_flags"]
+    monkeypatch.setenv("XLA_FLAGS", f"{flags} --xla_force_host_platform_device_count=3")
     assert identity.arithmetic() == before
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert identity.arithmetic() != before
+
+
+def test_a_file_of_flags_is_refused(box: Box, capsys, monkeypatch):
+    """XLA reads it, and no identity would know what is in it."""
+    file = box.path / "flags.txt"
+    file.write_text("--xla_allow_excess_precision=false")
+    monkeypatch.setenv("XLA_FLAGS", str(file))
+    assert_one_line(run(capsys, box.command(**FLAGS)), 2, "XLA_FLAGS is", "the name of a file")
+    assert not box.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_disable_jit", True),
+        ("jax_debug_nans", True),
+        ("jax_error_checking_behavior_nan", "raise"),
+        ("jax_transfer_guard_host_to_device", "disallow"),
+        ("jax_numpy_dtype_promotion", "strict"),
+    ],
+)
+def test_settings_for_finding_faults_are_refused_by_name(name: str, value: Any, box: Box, capsys):
+    before = jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        said = run(capsys, box.command(**FLAGS))
+    finally:
+        jax.config.update(name, before)
+    assert_one_line(said, 2, f"found {name.upper()}={value}")
+    assert not box.out.exists()
 
 
 @pytest.mark.parametrize(
