@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     inputs.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
     inputs.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
     inputs.add_argument("--nonmembers", type=Path, metavar="F", help="and texts that were not")
-    flags.flags_of(inputs, AuditJob, "limit", "mask_id")
+    flags.flags_of(inputs, AuditJob, "split", "limit", "mask_id")
 
     attacks = p.add_argument_group("attacks")
     flags.add_attacks(attacks, flags.STANDARD)

@@ -18,6 +18,7 @@ from sama_jax.cli import (
     plan,
     report,
     score,
+    split,
 )
 from sama_jax.cli.running import Parser, run_program
 from sama_jax.devices import processes
@@ -25,6 +26,7 @@ from sama_jax.devices import processes
 COMMANDS = (
     demo,
     audit,
+    split,
     finetune,
     attacks,
     bench,

@@ -16,6 +16,7 @@ from sama_jax.engine.text_table import TextTable, TextView, original_view, table
 from sama_jax.engine.views import ViewSources
 from sama_jax.errors import ModelError, UsageError, ValidityError
 from sama_jax.programs.jobs import AuditJob
+from sama_jax.programs.split import require_split
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
 from sama_jax.terminal import ProgressBar
@@ -101,6 +102,8 @@ def read_inputs(job: AuditJob) -> Inputs:
     """
     settings = job.settings
     texts = collect(job.texts.texts[: job.limit])
+    if job.split is not None:
+        require_split(job.split, texts.texts)
     options: dict[str, Any] = {
         "mask_id": job.mask_id,
         "dtype": settings.dtype,

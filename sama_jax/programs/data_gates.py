@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
 from sama_jax.programs.audit_inputs import MANY_TEXTS, Inputs, Tokenised
 from sama_jax.programs.jobs import AuditJob
@@ -22,19 +21,6 @@ class DataGates(NamedTuple):
     blind: Blind | None
     """The best baseline that sees no model, its scores for every text of the run; None without
     texts of both classes."""
-
-
-class Related(NamedTuple):
-    """Which texts belong together by their words."""
-
-    classes: list[set[int]]
-    """Labels of each distinct text."""
-    pairs: Int[np.ndarray, "p 2"]
-    """Distinct texts that are near duplicates."""
-    units: Int[np.ndarray, " n"]
-    """For each text, the number of its group or near duplicates."""
-    near_prefix: int
-    """Distinct texts that nearly equal a prefix."""
 
 
 def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates:
@@ -55,7 +41,7 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
         return DataGates(gates, None)
     encoded = [tokenised.encoded[i] for i in labelled]
     ids = [one.ids for one in encoded]
-    related = relate(texts, job.prefixes.texts if job.prefixes else ())
+    related = overlap.relate(texts, job.prefixes.texts if job.prefixes else ())
     gates += [
         data.too_few(labels),
         data.duplicates(strings, labels),
@@ -66,6 +52,7 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
         data.overlap(_overlap_shares(texts)),
         *([data.prefixes(related.near_prefix)] if job.prefixes else []),
         data.truncation(np.array([one.truncated for one in encoded]), labels),
+        data.random_split(job.split is not None),
     ]
     quiet = job.quiet or job.peers.rank > 0 or len(texts) < MANY_TEXTS // 10
     with ProgressBar("baselines without a model", STEPS, "steps", quiet=quiet) as bar:
@@ -74,23 +61,6 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
     scores = np.full(len(inputs.texts), np.nan)
     scores[labelled] = found.scores
     return DataGates([*gates, found.gate], found._replace(scores=scores))
-
-
-def relate(texts: Sequence[Text], prefixes: Sequence[Text] = ()) -> Related:
-    """Finds which texts belong together, and which nearly equal one of `prefixes`."""
-    numbers: dict[str, int] = {}
-    number = [numbers.setdefault(text.text, len(numbers)) for text in texts]
-    classes: list[set[int]] = [set() for _ in numbers]
-    for n, text in zip(number, texts):
-        classes[n] |= set() if text.label is None else {text.label}
-    words = overlap.words_of([*numbers, *(prefix.text for prefix in prefixes)])
-    sets = overlap.thinned([overlap.shingles(one, bounds.SHINGLE_WORDS) for one in words])
-    pairs = overlap.near_duplicates(sets, bounds.NEAR_DUPLICATE)
-    inside = (pairs < len(numbers)).sum(axis=1)
-    near = overlap.clusters(len(numbers), pairs[inside == 2])[number].tolist()
-    units = overlap.joined(number, near, [text.group for text in texts])
-    near_prefix = len(np.unique(pairs[inside == 1].min(axis=1))) if len(pairs) else 0
-    return Related(classes, pairs[inside == 2], units, near_prefix)
 
 
 def _overlap_shares(texts: Sequence[Text]) -> np.ndarray:

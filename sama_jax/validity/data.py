@@ -174,7 +174,8 @@ def prefixes(near: int) -> Gate:
 def truncation(cut: Bool[np.ndarray, " n"], labels: Labels) -> Gate:
     """Asks whether one class is cut at the maximum length more often than the other."""
     members, others = cut[labels == 1], cut[labels == 0]
-    p = fisher_exact([[members.sum(), (~members).sum()], [others.sum(), (~others).sum()]])[1]
+    table = [[members.sum(), (~members).sum()], [others.sum(), (~others).sum()]]
+    p = float(fisher_exact(table).pvalue)  # pyright: ignore  # SciPy's result has no stub
     said = f"Cut: {members.mean():.0%} of the members, {others.mean():.0%} of the non-members"
     if p >= bounds.CUT_P:
         rest = "; the result speaks of their first tokens alone." if cut.any() else "."

@@ -6,12 +6,14 @@ text, so that shares stay comparable.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
+from sama_jax.texts.read import Text
 from sama_jax.validity import bounds
 
 _NO_SPACES = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af"
@@ -63,12 +65,13 @@ def near_duplicates(sets: Sequence[Shingles], least: float) -> Int[np.ndarray, "
     a licence at the head of every file, they have in common.
     """
     columns, counts = _columns(sets)
+    shape = len(sets), len(counts)
     rows = np.repeat(np.arange(len(sets)), [len(one) for one in columns])
     every = np.concatenate([*columns, np.zeros(0, np.int64)])
-    matrix = _matrix(rows, every, (len(sets), len(counts)))
+    matrix = _matrix(rows, every, shape)
     firsts = [one[: len(one) - int(np.ceil(least * len(one) - 1e-9)) + 1] for one in columns]
     rows = np.repeat(np.arange(len(sets)), [len(one) for one in firsts])
-    rare = _matrix(rows, np.concatenate([*firsts, np.zeros(0, np.int64)]), matrix.shape)
+    rare = _matrix(rows, np.concatenate([*firsts, np.zeros(0, np.int64)]), shape)
     meet = (rare @ rare.T).tocoo()
     sizes = np.array([len(one) for one in columns])
     left, right = meet.row, meet.col
@@ -137,3 +140,36 @@ def shared(sets: Sequence[Shingles], others: Sequence[Shingles]) -> Float[np.nda
     return np.array(
         [np.isin(one, pool, assume_unique=True).mean() if len(one) else 0.0 for one in sets]
     )
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+class Related(NamedTuple):
+    """Which texts belong together by their words."""
+
+    classes: list[set[int]]
+    """Labels of each distinct text."""
+    pairs: Int[np.ndarray, "p 2"]
+    """Distinct texts that are near duplicates."""
+    units: Int[np.ndarray, " n"]
+    """For each text, the number of its group or near duplicates."""
+    near_prefix: int
+    """Distinct texts that nearly equal a prefix."""
+
+
+def relate(texts: Sequence[Text], prefixes: Sequence[Text] = ()) -> Related:
+    """Finds which texts belong together, and which nearly equal one of `prefixes`."""
+    numbers: dict[str, int] = {}
+    number = [numbers.setdefault(text.text, len(numbers)) for text in texts]
+    classes: list[set[int]] = [set() for _ in numbers]
+    for n, text in zip(number, texts):
+        classes[n] |= set() if text.label is None else {text.label}
+    words = words_of([*numbers, *(prefix.text for prefix in prefixes)])
+    sets = thinned([shingles(one, bounds.SHINGLE_WORDS) for one in words])
+    pairs = near_duplicates(sets, bounds.NEAR_DUPLICATE)
+    inside = (pairs < len(numbers)).sum(axis=1)
+    near = clusters(len(numbers), pairs[inside == 2])[number].tolist()
+    units = joined(number, near, [text.group for text in texts])
+    near_prefix = len(np.unique(pairs[inside == 1].min(axis=1))) if len(pairs) else 0
+    return Related(classes, pairs[inside == 2], units, near_prefix)

@@ -51,7 +51,10 @@ def test_fair_texts_raise_no_gate_and_scores_stand_beside_their_texts(
     given = read(folders, path, {"t0"})
     found = statuses(given)
     assert set(found.values()) == {"pass", "not run"}
-    assert [name for name, status in found.items() if status == "not run"] == ["too_few"]
+    assert [name for name, status in found.items() if status == "not run"] == [
+        "too_few",
+        "random_split",
+    ]
     best = data_gates(*given).blind
     assert best is not None
     assert np.isnan(best.scores).tolist() == [True] + [False] * 40

@@ -392,7 +392,7 @@ COVERED = {"target", "reference", "texts", "settings", "adapter", "mask_id", "pr
 COVERED |= {"plan"}
 """Fields of a job that change numbers: they are in the identity by what they hold."""
 NEUTRAL = {"out", "attacks", "store", "include_text", "include_votes", "figures", "strict"}
-NEUTRAL |= {"dry_run", "quiet", "command", "save_plan", "save_losses"}
+NEUTRAL |= {"split", "dry_run", "quiet", "command", "save_plan", "save_losses"}
 NEUTRAL |= {"batch_size", "parallel", "mesh", "fully_sharded", "models", "peers"}
 """Fields that change no number but for rounding (tests/engine/test_invariance.py)."""
 
