@@ -73,13 +73,13 @@ def blind(
     draw = np.random.default_rng(seed)
     chosen = np.sort(draw.permutation(len(labels))[: bounds.BLIND_TEXTS])
     own, true = units[chosen], labels[chosen]
-    found: list[str] = [texts[i] for i in chosen.tolist()]
+    found = [texts[int(i)] for i in chosen]
     scores = np.full(len(labels), np.nan)
     unasked = _unasked(true, own)
     if unasked is not None:
         return Blind(unasked, None, scores, None)
     every = np.concatenate([true[None], _permuted(true, own, draw)])
-    plain = features(found, [lengths[i] for i in chosen.tolist()])
+    plain = features(found, [lengths[int(i)] for i in chosen])
     folds = _folds(own, draw)
     advance(1)
     names = list(plain)
