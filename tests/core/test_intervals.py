@@ -111,10 +111,10 @@ def test_the_tpr_interval_covers_the_tpr_at_the_true_threshold(auc, rate):
     assert covered / 200 >= 0.91  # 95 % less 2.6 standard deviations; it is cautious
 
 
-@pytest.mark.parametrize(("auc", "n"), [(0.5, 40), (0.9, 60), (0.99, 50)])
+@pytest.mark.parametrize(("auc", "n"), [(0.5, 40), (0.9, 60), (0.995, 50)])
 @pytest.mark.parametrize("levels", [None, 9])
 def test_the_auc_interval_covers_with_and_without_ties(auc, n, levels):
-    """The percentile bootstrap covers 71 % in the last case with ties."""
+    """The logit interval alone covers 88 % in the last case."""
     rng, covered = np.random.default_rng(6), 0
     true = auc if levels is None else tied_auc(auc, levels)
     for _ in range(250):
