@@ -22,7 +22,18 @@ from typing import Any
 from fuzz.pool import SECONDS, Worker
 
 QUICK = (
-    *("jsonl", "json", "csv", "gzip", "parquet", "config", "safetensors", "gguf", "adapter"),
+    *(
+        "jsonl",
+        "json",
+        "csv",
+        "gzip",
+        "parquet",
+        "split",
+        "config",
+        "safetensors",
+        "gguf",
+        "adapter",
+    ),
     *("orbax", "pickle", "tokenizer", "replay", "store", "experiment", "training", "checkpoint"),
     "calibration",
 )

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tiny
 
 from fuzz import mutations, seeds
 from fuzz.reader import TEXTS, Reader, audit, write
+from sama_jax.programs.split import SPLIT, require_split, run_split
 from sama_jax.texts.read import read_texts
 
 
@@ -122,7 +124,22 @@ def _audit_texts(root: Path, good: Path) -> list[str]:
     return audit(root, good, _texts_file(root), "--dry-run")
 
 
+def _split(root: Path) -> None:
+    """The record of a split, and the texts that it divided."""
+    lines = "".join(json.dumps({"text": row["text"]}) + "\n" for row in _rows())
+    write(root / "one" / "texts.jsonl", lines.encode())
+    run_split(root / "one" / "texts.jsonl", root / "one" / "made")
+    shutil.move(root / "one" / "made" / SPLIT, root / "one" / SPLIT)
+
+
+def _read_split(root: Path) -> None:
+    """What is taken for the split of these texts is the one that was written."""
+    members = read_texts(root / "made" / "members.jsonl").texts
+    require_split(root / SPLIT, [text._replace(label=1) for text in members])
+
+
 READERS = {
+    "split": Reader(_split, (SPLIT,), _read_split),
     "jsonl": Reader(_jsonl, ("*",), _read_texts, _audit_texts, pipes=False),
     "json": Reader(_json, ("*",), _read_texts, _audit_texts, pipes=False),
     "csv": Reader(_csv, ("*",), _read_texts, _audit_texts, pipes=False),
