@@ -30,7 +30,7 @@ from sama_jax.storage import files
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training.held_out import MAX_TEXTS, HeldOut, held_out, mean_nll
 from sama_jax.training.interruption import Stop
-from sama_jax.training.runs import CHECKPOINTS, LOG, Run, weights_digest
+from sama_jax.training.runs import CHECKPOINTS, LOG, Run, digests
 from sama_jax.training.sequences import Ids, predictable, token_sequences, training_arrays
 from sama_jax.training.step import (
     HELD_OUT,
@@ -111,7 +111,7 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
     result = _result(loop, run, held, after)
     run.remember(result=result)
     saving.save_folder(run.out, state.params, start.model, start.config, run.out, start.weights)
-    run.remember(weights=weights_digest(run.out))
+    run.remember(files=digests(run.out))
     shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
     run.terminal.say(
         f"{result['nll_before']:.3f} -> {after:.3f} nats a token on {held.name}; {run.out} is a "

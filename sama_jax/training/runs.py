@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax import __version__, untrusted
 from sama_jax.config import TrainSettings
-from sama_jax.errors import UsageError
+from sama_jax.errors import ModelError, UsageError
 from sama_jax.storage import files
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import read_texts
@@ -30,8 +31,8 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Tells whether the folder holds the trained model."""
-        return (self.out / folder_files.CONFIG).is_file()
+        """Tells whether the folder holds the trained model, and says what it wrote."""
+        return _is_finished(self.out, self.manifest)
 
     def remember(self, **values: Any) -> None:
         """Adds to the manifest and writes it."""
@@ -74,23 +75,38 @@ def open_run(
             run.remember(identity=identity)
         elif run.finished:
             _require_whole(run)
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # left by a run that was killed
             terminal.say(f"{out}: this training is finished already; nothing to do")
         yield run
 
 
-def weights_digest(out: Path) -> str:
-    """Returns the SHA-256 of the weights that a training has written."""
-    files = safetensors.weight_files(out)
-    return stored_bytes.digest([(file.name, file) for file in files])
+def digests(out: Path) -> dict[str, str]:
+    """Returns name -> SHA-256 of all that makes the model: config, weights, tokenizer and others.
+
+    Raises `ModelError` if the weights are not there.
+    """
+    made = [out / folder_files.CONFIG, *safetensors.weight_files(out)]
+    beside = [f for f in folder_files.companions(out) if f.name not in (MANIFEST, LOG)]
+    return {f.name: stored_bytes.digest([(f.name, f)]) for f in made + beside}
+
+
+def _is_finished(out: Path, manifest: dict[str, Any]) -> bool:
+    # The digests are written last: before them, nobody knows whether the model is whole.
+    return (out / folder_files.CONFIG).is_file() and isinstance(manifest.get("files"), dict)
 
 
 def _require_whole(run: Run) -> None:
-    """Raises `UsageError` if the weights are not those that the training wrote."""
-    written = run.manifest.get("weights")
-    if written is not None and written != weights_digest(run.out):
+    """Raises `UsageError` if a file of the model is not as the training wrote it."""
+    try:
+        found = digests(run.out)
+    except ModelError:
+        found = {}
+    written = run.manifest["files"]
+    changed = sorted(name for name in written if written[name] != found.get(name))
+    if changed:
         raise UsageError(
-            f"{run.out}: this training is finished, but its weights are no longer those that it "
-            "wrote; delete the folder to train again, or choose another one"
+            f"{run.out}: this training is finished, but {untrusted.printable(changed[0])} is no "
+            "longer what it wrote; delete the folder to train again, or choose another one"
         )
 
 
@@ -118,12 +134,12 @@ def _manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _checked(manifest: Any, finished: bool) -> dict[str, Any]:
+def _checked(manifest: Any, trained: bool) -> dict[str, Any]:
     """Returns a manifest that has what a run goes on with. Raises `ValueError`."""
     match manifest:
-        case {"identity": {"settings": {}}, "result": {}} if finished:
+        case {"identity": {"settings": {}}, "result": {}} if trained:
             return manifest
-        case {"identity": {"settings": {}}} if not finished:
+        case {"identity": {"settings": {}}} if not trained:
             loss = manifest.get("nll_before", 0.0)
             if type(loss) in (int, float) and math.isfinite(loss):
                 return manifest

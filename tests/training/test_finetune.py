@@ -381,8 +381,47 @@ def test_weights_that_changed_after_the_training_are_no_finished_run(folder, fin
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-9] ^= 1
     (copy / "model.safetensors").write_bytes(content)
-    with pytest.raises(UsageError, match="no longer those that it wrote"):
+    with pytest.raises(UsageError, match=r"model\.safetensors is no longer what it wrote"):
         tune(folder, copy)
+
+
+def test_a_finished_folder_without_its_tokenizer_or_with_another_config_is_none(
+    folder, finished, tmp_path
+):
+    copy = Path(shutil.copytree(finished[0], tmp_path / "config"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+    with pytest.raises(UsageError, match=r"config\.json is no longer what it wrote"):
+        tune(folder, copy)
+    copy = Path(shutil.copytree(finished[0], tmp_path / "tokenizer"))
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match=r"tokenizer\.json is no longer what it wrote"):
+        tune(folder, copy)
+
+
+def test_a_training_that_died_before_it_said_what_it_wrote_is_not_finished(
+    folder, finished, tmp_path, monkeypatch
+):
+    """Else spoilt weights would pass, and checkpoints stay for ever."""
+
+    def die(out):
+        raise KeyError("killed here")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "digests", die)
+        with pytest.raises(KeyError):
+            tune(folder, out)
+    assert (out / "config.json").is_file()
+    weights = out / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    tune(folder, out)
+    assert weights.read_bytes() == whole
+    assert not (out / "checkpoints").exists()
+    (out / "checkpoints").mkdir()
+    tune(folder, out)  # a run that was killed while it removed them
+    assert not (out / "checkpoints").exists()
 
 
 def test_a_model_from_elsewhere_is_not_overwritten(folder, finished):
