@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from sama_jax.arrays import ProbePlan
+from sama_jax.attacks.code import codes
 from sama_jax.config import settings_hash
 from sama_jax.devices.processes import Peers
 from sama_jax.engine.plans import PLAN_ROWS
@@ -109,13 +110,14 @@ def _open_folder(
     """Opens it in process 0 first; the others find out whether they see the same folder."""
     peers, session = job.peers, {"session": secrets.token_hex(8)}
     if peers.rank == 0:
-        folder = RunFolder(job.out, run, about | session, job.store)
+        folder = RunFolder(job.out, run, about | session, job.store, codes=codes())
         peers.gather("folder", session["session"])
         return folder, all(peers.gather("shared", True))
     session["session"] = peers.gather("folder", "")[0]
     seen = _sees(job, session["session"])
     shared = all(peers.gather("shared", seen))
-    return RunFolder(job.out, run, about, job.store, rank=peers.rank, writes=not seen), shared
+    options = {"rank": peers.rank, "writes": not seen, "codes": codes()}
+    return RunFolder(job.out, run, about, job.store, **options), shared
 
 
 def _sees(job: AuditJob, session: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from sama_jax import __version__
 from sama_jax import attacks as attack_suite
+from sama_jax.attacks.code import codes
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, from_dict
 from sama_jax.engine.readings import Readings
@@ -58,7 +59,8 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
     rows, views = read_index(path / INDEX, manifest["run"]["texts"])
     tables = {v: table_from_description(found, str(path / INDEX)) for v, found in views.items()}
     kept = _kept_rows(path, rows)
-    folder = RunFolder(path, manifest["run"], {}, store_of(path, manifest), computes=False)
+    store, options = store_of(path, manifest), {"computes": False, "codes": codes()}
+    folder = RunFolder(path, manifest["run"], {}, store, **options)
     try:
         chosen, left_out = [], {}
         for attack in attack_suite.select(names):

@@ -10,7 +10,9 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Required, TypedDict, cast
 
 from sama_jax.config import settings_hash
@@ -40,6 +42,7 @@ _SCORES: Shape = {
     "id": str,
     "scores": _NUMBERS,
     "passes": {str: float},
+    "code?": {str: str},
     "undefined?": {str: str},
     "votes?": {str: object},
 }
@@ -121,6 +124,7 @@ class RunFolder:
         rank: int = 0,
         writes: bool = True,
         computes: bool = True,
+        codes: Mapping[str, str] = MappingProxyType({}),
     ):
         """Opens a folder, or takes a new one.
 
@@ -132,12 +136,13 @@ class RunFolder:
           rank: of this process.
           writes: whether this process writes the manifest.
           computes: whether losses are appended; False leaves the store as it is.
+          codes: attack -> what names its code; a score of other code is made anew.
 
         Raises:
           UsageError: the folder belongs to another run, or another process is writing to it.
         """
         self.path, self._started, self._writes = path, time.time(), writes
-        self._run = settings_hash(run)
+        self._run, self._codes = settings_hash(run), codes
         _claim(path, run)  # before anything is made in the folder of another run
         with contextlib.ExitStack() as opened:
             log = _append(path / (f"log-{rank:05d}.jsonl" if rank else LOG))
@@ -169,7 +174,19 @@ class RunFolder:
                 # Any other line is passed over: its scores are made anew from the loss store.
                 whole = unsealed(line)
                 if whole and fits(whole, _SCORES) and whole["run"] == self._run:
-                    self._merge(whole)
+                    self._merge(self._without_other_code(whole))
+
+    def _without_other_code(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Leaves out the scores that other code than today's has made, and votes with SAMA's."""
+        made = line.get("code", {})
+        other = {a for a in line["scores"] if a in self._codes and made.get(a) != self._codes[a]}
+        if "sama" in other:
+            line = {name: value for name, value in line.items() if name != "votes"}
+        fields = ("scores", "passes", "undefined")
+        kept = {
+            f: {a: v for a, v in line[f].items() if a not in other} for f in fields if f in line
+        }
+        return line | kept
 
     def log(self, event: str, **values: Any) -> None:
         """Appends one line to log.jsonl."""
@@ -198,7 +215,11 @@ class RunFolder:
 
     def append_scores(self, lines: list[dict[str, Any]]) -> None:
         """Appends `{"id", "scores", "passes", ...}` lines, in one write."""
-        self._scores.append_json(*(sealed({"run": self._run} | line) for line in lines))
+        named = [
+            {"code": {a: self._codes[a] for a in line["scores"] if a in self._codes}} | line
+            for line in lines
+        ]
+        self._scores.append_json(*(sealed({"run": self._run} | line) for line in named))
         for line in lines:
             self._merge(line)
 

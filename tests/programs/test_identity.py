@@ -6,8 +6,10 @@ refuses or gives the numbers of a new folder; with a store that all changes shar
 
 import copy
 import dataclasses
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from wrong_inputs import Box, as_flags, assert_one_line, contents, run, scores
 
 from sama_jax import rng
+from sama_jax.attacks import registry
 from sama_jax.cli import entry
 from sama_jax.config import AuditSettings
 from sama_jax.engine import output_position, roles
@@ -640,3 +643,46 @@ def save_random_llama(path: Path, config: dict[str, Any]) -> None:
     family = read_config(config, "config.json")
     model = build_model(family, 0, np.dtype(np.float32))
     saving.save_folder(path, model.init(jax.random.key(0)), model, config, path, family.weights)
+
+
+OWN_ATTACK = """
+import jax.numpy as jnp
+from sama_jax.attacks import register
+from sama_jax.attacks.sama import progressive_probes
+import own_helper
+
+@register("own", probes=progressive_probes, access="x", source="an example")
+def own(reading):
+    '''Mean gain.'''
+    scored = reading.plan.scored
+    gain = jnp.where(scored, reading.reference - reading.target, 0.0)
+    return own_helper.SIGN * gain.sum() / jnp.maximum(scored.sum(), 1)
+"""
+
+
+def test_a_score_of_other_code_is_made_anew(box: Box, capsys, monkeypatch):
+    """From the stored losses: an edited attack, or an edited file that it imports."""
+    monkeypatch.syspath_prepend(box.path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(registry, "_ATTACKS", dict(registry._ATTACKS))
+    given, found = {"attacks": "own,loss", "no_figures": True, "max_length": 32}, []
+    cases = [("1.0", ""), ("-1.0", ""), ("-1.0", "2 *"), ("-1.0", "2 *")]
+    for sign, factor in cases:
+        (box.path / "own_helper.py").write_text(f"SIGN = {sign}\n")
+        code = OWN_ATTACK.replace("return own", f"return {factor} own")
+        (box.path / "own_attack.py").write_text(code)
+        registry._ATTACKS.pop("own", None)
+        for name in ("own_helper", "own_attack"):
+            sys.modules.pop(name, None)
+        importlib.import_module("own_attack")
+        said = run(capsys, box.command(**given))
+        assert said.code == 0, said.err
+        found.append([row["scores"] for row in scores(box.out)])
+    own = np.array([[row["own"] for row in rows] for rows in found])
+    np.testing.assert_allclose(own / own[0], [[1.0] * 6, [-1.0] * 6, [-2.0] * 6, [-2.0] * 6])
+    loss = [[row["loss"] for row in rows] for rows in found]
+    assert loss == [loss[0]] * 4
+    lines = (box.out / "parts" / "scores-00000.jsonl").read_text().splitlines()
+    names = [list(json.loads(line)["scores"]) for line in lines]
+    assert sum("loss" in n for n in names) == 6  # its code is the same
+    assert sum("own" in n for n in names) == 18
