@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import fisher_exact
 
+from sama_jax.core.intervals import allowed_false_alarms
 from sama_jax.core.metrics import FPRS, tpr_name
 from sama_jax.validity import bounds
 from sama_jax.validity.gate import Gate, Status, gate
@@ -18,11 +19,11 @@ Labels = Int[np.ndarray, " n"]
 def too_few(labels: Labels) -> Gate:
     """Says which true-positive rates so few non-members cannot show; what they can is no fault."""
     count = int((labels == 0).sum())
-    lacking = [x for x in FPRS if count < math.ceil(1 / float(x) - 1e-9)]
+    lacking = [x for x in FPRS if allowed_false_alarms(count, float(x)) is None]
     if not lacking:
         said = f"{count:,} non-members suffice for every false-alarm rate of the report."
         return gate("too_few", "pass", said, statistic=count)
-    needed = math.ceil(1 / float(lacking[0]) - 1e-9)
+    needed = math.ceil(1 / float(lacking[0]) - 1 - 1e-9)
     return gate(
         "too_few",
         "not run",

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from sama_jax.core import metrics
 from sama_jax.validity import bounds, data, overlap
 from sama_jax.validity.blind import blind, features, out_of_fold
 
@@ -163,10 +164,19 @@ def test_texts_that_belong_together_need_a_group():
 
 
 def test_rates_that_so_few_non_members_cannot_show_are_named():
-    found = data.too_few(np.array([1] * 500 + [0] * 99))
-    assert (found["status"], found["bound"]) == ("not run", 100)
+    found = data.too_few(np.array([1] * 500 + [0] * 98))
+    assert (found["status"], found["bound"]) == ("not run", 99)
     assert "No TPR at 1 % FPR and no TPR at 0.1 % FPR" in found["sentence"]
     assert data.too_few(np.zeros(1000, int))["status"] == "pass"
+
+
+@pytest.mark.parametrize("count", [8, 9, 98, 99, 998, 999])
+def test_rates_are_called_lacking_where_the_metrics_lack_them(count):
+    labels = np.repeat([1, 0], [20, count])
+    found = metrics.summarize(np.arange(len(labels)), labels)["tpr_at_fpr"]
+    said = data.too_few(labels)["sentence"]
+    lacking = {rate for rate in found if metrics.tpr_name(rate) in said}
+    assert lacking == {rate for rate, result in found.items() if result is None}
 
 
 # --- baselines -----------------------------------------------------------------------------------
