@@ -70,9 +70,12 @@ def _reach(name: str, reached: set[str], files: dict[str, str], *, own: bool = F
     path = getattr(module, "__file__", None)
     if name in reached or path is None or (not own and path.startswith(_INSTALLED)):
         return
-    reached.add(name)
     if name not in files:
-        files[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        try:
+            files[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError:  # within an archive, or removed since: counts as it was compiled
+            return
+    reached.add(name)
     for other in _imported(module):
         _reach(other, reached, files)
 
