@@ -30,7 +30,7 @@ CHUNK_CELLS = 1 << 21
 """Permuted labels that are held at once (16 MiB)."""
 
 
-class Tests(NamedTuple):
+class PermutationTests(NamedTuple):
     """What permuted labels say of each attack: a small `p` speaks for it."""
 
     z: Float[np.ndarray, " k"]
@@ -58,7 +58,7 @@ def permutation_tests(
     *,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
-) -> Tests:
+) -> PermutationTests:
     """Tests each attack alone and all together, one-sided, by permuting labels.
 
     With groups the labels of whole groups are exchanged (see `_permuted`). The adjusted p-value of
@@ -81,7 +81,7 @@ def permutation_tests(
         joint[order] += (weaker >= observed[order] - 1e-9).sum(axis=0)
     p, adjusted = ((found + 1) / (permutations + 1) for found in (alone, joint))
     adjusted[order] = np.maximum.accumulate(adjusted[order])
-    return Tests(np.where(np.isfinite(observed), observed, 0.0), p, adjusted)
+    return PermutationTests(np.where(np.isfinite(observed), observed, 0.0), p, adjusted)
 
 
 def _standardised_ranks(scores: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:

@@ -12,8 +12,8 @@ from sama_jax.programs.calibrate import FinishedRun, read_run, require_alone
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, read_calibration
 from sama_jax.storage.files import write_atomic, write_json
-from sama_jax.storage.run_folder import json_lines
-from sama_jax.untrusted import printable, shown
+from sama_jax.storage.run_folder import differences, json_lines
+from sama_jax.untrusted import printable
 from sama_jax.validity.drift import same_lengths
 from sama_jax.validity.gate import told
 
@@ -103,19 +103,11 @@ def run_apply(
 
 def _require_same(folder: Path, run: dict[str, Any], calibrated: dict[str, Any]) -> None:
     """Raises `UsageError` if the scores of the two runs cannot be compared."""
-    changed = [k for k in run | calibrated if run.get(k) != calibrated.get(k)]
-    if not changed:
-        return
-    named = [
-        f"{printable(k)} was {shown(calibrated.get(k))}, is {shown(run.get(k))}"
-        for k in changed[:5]
-    ]
-    more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
-    raise UsageError(
-        f"{folder}: was not made as the calibration was, so its scores cannot be compared; audit "
-        "these texts with the same models, settings and devices. Differences: "
-        + "; ".join(named + more)
-    )
+    if told := differences(calibrated, run):
+        raise UsageError(
+            f"{folder}: was not made as the calibration was, so its scores cannot be compared; "
+            f"audit these texts with the same models, settings and devices. Differences: {told}"
+        )
 
 
 def _require_others(

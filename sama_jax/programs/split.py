@@ -1,7 +1,6 @@
 """Divides texts at random into members and non-members, before training, and records how."""
 
 import hashlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from sama_jax import __version__
 from sama_jax.errors import DataError, UsageError
-from sama_jax.storage.files import MADE_BY, readable, write_atomic, write_json
+from sama_jax.storage.files import MADE_BY, readable, sha256_of, write_atomic, write_json
 from sama_jax.storage.run_folder import json_lines
 from sama_jax.storage.shapes import misfit
 from sama_jax.texts.read import Text, read_texts
@@ -104,7 +103,7 @@ def _manifest(
             for text, label, unit in zip(texts, is_member, units)
         ],
     }
-    return made | {_SEAL: _digest(json.dumps(made, sort_keys=True))}
+    return made | {_SEAL: sha256_of(made)}
 
 
 def _digest(text: str) -> str:
@@ -119,7 +118,7 @@ def require_split(path: Path, texts: list[Text]) -> None:
     if wrong is not None or found[MADE_BY] != _MARK:
         raise DataError(f"{path}: expected the {SPLIT} of sama-jax split, found another file")
     rest = {name: value for name, value in found.items() if name != _SEAL}
-    if found[_SEAL] != _digest(json.dumps(rest, sort_keys=True)):
+    if found[_SEAL] != sha256_of(rest):
         raise DataError(f"{path}: is not as it was written (its SHA-256 differs); copy it again")
     sides = {(one["sha256"], one["label"]) for one in found["texts"]}
     known = {digest for digest, _ in sides}

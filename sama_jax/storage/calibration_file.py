@@ -1,12 +1,10 @@
 """Keeps a calibration: scores of held-out non-members, and all that they depend on."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from sama_jax.errors import UsageError
-from sama_jax.storage.files import MADE_BY, readable, require_free, write_json
+from sama_jax.storage.files import MADE_BY, readable, require_free, sha256_of, write_json
 from sama_jax.storage.shapes import misfit
 from sama_jax.untrusted import read_json
 
@@ -54,7 +52,7 @@ def write_calibration(path: Path, content: Calibration) -> None:
     """Writes a calibration with its SHA-256; replaces nothing but another one."""
     require_free(path, MAKER)
     marked = dict(content) | {MADE_BY: MAKER}
-    write_json(path, marked | {"sha256": _sha256(marked)})
+    write_json(path, marked | {"sha256": sha256_of(marked)})
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -72,12 +70,8 @@ def read_calibration(path: Path) -> Calibration:
             f"{path}: is no calibration (no usable field '{wrong}'); make one with "
             "`sama-jax calibrate RUN --out FILE`"
         )
-    if found.pop("sha256") != _sha256(found):
+    if found.pop("sha256") != sha256_of(found):
         raise UsageError(
             f"{path}: was changed after it was written; make it again with `sama-jax calibrate`"
         )
     return cast(Calibration, found)
-
-
-def _sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -125,8 +125,12 @@ def unsealed(value: Any) -> dict[str, Any] | None:
 
 
 def _checksum(value: dict[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return sha256_of(value)[:8]
+
+
+def sha256_of(value: dict[str, Any]) -> str:
+    """Returns the SHA-256 of an object as JSON with sorted names: 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 MADE_BY = "made_by"

@@ -284,17 +284,20 @@ def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
             )
         return {}
     before = manifest.get("run", {})
-    changed = [k for k in run | before if run.get(k) != before.get(k)]
-    if changed:
-        told = [
-            f"{printable(k)} was {shown(before.get(k))}, is {shown(run.get(k))}"
-            for k in changed[:5]
-        ] + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])
+    if told := differences(before, run):
         raise UsageError(
-            f"{path}: belongs to another run; give --out a new folder. Differences: "
-            + "; ".join(told)
+            f"{path}: belongs to another run; give --out a new folder. Differences: {told}"
         )
     return manifest
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Names the fields that differ with both values, the first five; "" if none does."""
+    changed = [k for k in {**now, **before} if now.get(k) != before.get(k)]
+    told = [
+        f"{printable(k)} was {shown(before.get(k))}, is {shown(now.get(k))}" for k in changed[:5]
+    ]
+    return "; ".join(told + ([f"and {len(changed) - 5} more"] if len(changed) > 5 else []))
 
 
 def noted(path: Path) -> list[str]:
