@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from sama_jax.arrays import Encoded
 from sama_jax.errors import DataError, ModelError
 from sama_jax.texts.read import Text, without_surrogates
+from sama_jax.texts.tokenizer_config import require_agreement, splits_special_tokens
 from sama_jax.untrusted import printable, read_bytes
 
 WHOLE_BYTES = 2**21
@@ -88,11 +89,16 @@ class TextTokenizer:
     def from_folder(cls, path: Path, rows: int | None) -> "TextTokenizer":
         """Reads `tokenizer.json`, else what `transformers` makes of the folder's files.
 
-        Raises `ModelError`. Code in the folder is never run.
+        Code in the folder is never run. Raises `ModelError`, also where the files beside
+        `tokenizer.json` say that other ids come out.
         """
         file = path / "tokenizer.json"
         if file.is_file():
-            return cls.from_file(file, rows)
+            read = cls.from_file(file, rows)
+            with _library(f"{path}: cannot compare the tokenizer with the files beside it"):
+                require_agreement(read._tokenizer, path)
+            read._tokenizer.encode_special_tokens = splits_special_tokens(path)
+            return read
         hint = "expected tokenizer.json or files that transformers reads without remote code"
         with _library(f"{path}: no usable tokenizer; {hint}"):
             # Whoever opens a named pipe waits for a writer, for ever.
@@ -111,6 +117,7 @@ class TextTokenizer:
             finally:
                 hf_logging.set_verbosity(level)
             made = Tokenizer.from_str(slow.backend_tokenizer.to_str())
+            made.encode_special_tokens = slow.backend_tokenizer.encode_special_tokens
         return cls(made, str(path), rows)
 
     @classmethod
@@ -127,6 +134,8 @@ class TextTokenizer:
         The ids show what the settings, as they are written, leave out.
         """
         found: list[Any] = [self._tokenizer.to_str()]
+        if self._tokenizer.encode_special_tokens:  # not written, and the probes spell few of them
+            found.append("special tokens are split")
         for text in _PROBES:
             try:
                 (raw,) = self._encode_batch([text])
@@ -235,7 +244,9 @@ def _library(problem: str) -> Iterator[None]:
         yield
     except BaseException as error:
         panicked = type(error).__name__ == "PanicException"
-        if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
+        if isinstance(error, (MemoryError, ModelError)) or not (
+            panicked or isinstance(error, Exception)
+        ):
             raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ModelError(f"{problem} ({printable(reason, 200)})") from None

@@ -43,6 +43,9 @@ def tokenizer_mask(path: Path) -> int | None:
             if name in added:
                 return added[name]
             try:
+                stored = path / "tokenizer.json"
+                if stored.is_file():
+                    return TextTokenizer.from_file(stored, None).token_id(name)
                 return TextTokenizer.from_folder(path, None).token_id(name)
             except ModelError:  # whoever needs the tokenizer itself will say so
                 return None

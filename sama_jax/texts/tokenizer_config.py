@@ -1,0 +1,163 @@
+"""Holds `tokenizer.json` to what the files beside it say of the same tokenizer.
+
+`transformers` applies fields of `tokenizer_config.json` over `tokenizer.json`, and which ones
+depends on its version and on the tokenizer's class. Both were compared in versions 4.57.1 and
+5.23.0: a field that changes ids in one of them must agree with `tokenizer.json`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+from sama_jax.errors import ModelError
+from sama_jax.untrusted import read_json, shown
+
+CONFIG = "tokenizer_config.json"
+_GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
+"""Classes of `transformers` (also ...Fast) that leave cases, accents and added tokens alone."""
+_NO_ENDS = ("GPT2Tokenizer", "Qwen2Tokenizer")
+"""Classes that leave `add_bos_token` and `add_eos_token` alone, as those above do."""
+_FLAGS = ("lstrip", "rstrip", "single_word")
+"""Of an added token, what changes where it is found; `normalized` does under a normaliser."""
+
+
+def splits_special_tokens(folder: Path) -> bool:
+    """Tells whether special tokens that a text spells are split like other words.
+
+    `tokenizer.json` has no field for it. Raises `ModelError` if it is neither true nor false.
+    """
+    told = _object(folder / CONFIG).get("split_special_tokens") or False
+    if not isinstance(told, bool):
+        raise ModelError(
+            f"{folder / CONFIG}: split_special_tokens is {shown(told)}; expected true or false"
+        )
+    return told
+
+
+def require_agreement(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises `ModelError` if files beside `tokenizer.json` say what it, as read, does not do.
+
+    What they leave out is for `tokenizer.json` to say, but for the defaults that all classes of
+    BERT's kind have. Any other error is the library's, or of a value of another type.
+    """
+    config = _object(folder / CONFIG)
+    problems = [
+        f"{field} is {shown(told)}, but by tokenizer.json it is {shown(does)}"
+        for field, told, does in _settings(tokenizer, config)
+        if told != does
+    ]
+    problems += _tokens(tokenizer, config, folder)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ModelError(
+            f"{folder / CONFIG}: {'; '.join(problems[:3])}{more}. Versions of transformers "
+            "differ in which of them they follow: load the tokenizer with the one that trained "
+            "the model and save it again (save_pretrained), or, if tokenizer.json is right, "
+            "correct the other file"
+        )
+
+
+def _settings(tokenizer: Tokenizer, config: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields fields that some version applies: name, value, what the tokenizer does."""
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    does: dict[str, Any] = {"fast_tokenizer_files": ["tokenizer.json"]}
+    if isinstance(tokenizer.model, models.WordPiece) and kind not in _GENERIC:
+        normalise = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+        does["do_lower_case"] = normalise("A") == "a"
+        does["tokenize_chinese_chars"] = normalise("中") != "中"
+        does["strip_accents"] = normalise("é") == "e"
+        does["unk_token"] = tokenizer.model.unk_token
+        if "tokenizer_class" in config:  # all classes have these defaults
+            config = {"do_lower_case": True, "tokenize_chinese_chars": True} | config
+        if config.get("strip_accents") is None:  # then case decides
+            config = config | {"strip_accents": config.get("do_lower_case")}
+    elif kind not in _GENERIC or any(part["type"] == "ByteLevel" for part in _parts(tokenizer)):
+        does["add_prefix_space"] = _adds_space(tokenizer)
+    if kind not in _GENERIC + _NO_ENDS:
+        around = tokenizer.encode("a").ids
+        for name, at in (("bos", 0), ("eos", -1)):
+            token = _name(config.get(f"{name}_token"))
+            if token is not None:
+                found = around and around[at] == tokenizer.token_to_id(token)
+                does[f"add_{name}_token"] = bool(found)
+    for field, value in does.items():
+        if config.get(field) is not None:
+            told = _name(config[field]) if field == "unk_token" else config[field]
+            yield field, told, value
+
+
+def _parts(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """Yields the settings of what changes and splits a text, also those within others."""
+    found = [p for p in (tokenizer.normalizer, tokenizer.pre_tokenizer) if p is not None]
+    parts = [json.loads(part.__getstate__()) for part in found]
+    while parts:
+        part = parts.pop()
+        yield part
+        parts += part.get("normalizers", []) + part.get("pretokenizers", [])
+
+
+def _adds_space(tokenizer: Tokenizer) -> bool:
+    """Tells whether the first word of a text is made to begin with a space."""
+    return any(
+        part["type"] == "Prepend"
+        or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
+        or (part["type"] == "ByteLevel" and part.get("add_prefix_space") is True)
+        for part in _parts(tokenizer)
+    )
+
+
+def _tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) -> Iterator[str]:
+    """Yields what is wrong with the tokens that other files add or name."""
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    decoder = config.get("added_tokens_decoder")
+    told = [("added_tokens_decoder", token) for token in (decoder or {}).values()]
+    places = [config]
+    if decoder is None:  # only then are these files read
+        places.append(_object(folder / "special_tokens_map.json"))
+        told = [("added_tokens.json", token) for token in _object(folder / "added_tokens.json")]
+    for place in places:
+        for field, value in place.items():
+            if field in ("additional_special_tokens", "extra_special_tokens"):
+                values = value.values() if isinstance(value, dict) else value or []
+                told += [(field, token) for token in values]
+            elif field.endswith("_token") and _name(value) is not None:
+                told.append((field, value))
+    for field, token in told:
+        name = _name(token)
+        if name is None:
+            raise ValueError(f"{field} holds {shown(token)}")
+        if name not in added:
+            yield f"{field} has {shown(name)}, but tokenizer.json adds no such token"
+        elif field == "added_tokens_decoder":
+            flags = _FLAGS if tokenizer.normalizer is None else (*_FLAGS, "normalized")
+            does = {flag: getattr(added[name], flag) for flag in flags}
+            yield from (
+                f"{field} has {shown(name)} with {flag} {shown(token[flag])}, but by "
+                f"tokenizer.json it is {value}"
+                for flag, value in does.items()
+                if token.get(flag, value) != value
+            )
+
+
+def _name(token: Any) -> str | None:
+    """Returns the text of a token, which some files give with its flags."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """Reads a file's JSON object; empty if there is no such file. Raises `ModelError`."""
+    if not os.path.lexists(file):
+        return {}
+    try:
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{file}: not readable as JSON ({reason})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
