@@ -114,6 +114,7 @@ def _tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) -> Itera
     """Yields what is wrong with the tokens that other files add or name."""
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     decoder = config.get("added_tokens_decoder")
+    told: list[tuple[str, Any]]
     told = [("added_tokens_decoder", token) for token in (decoder or {}).values()]
     places = [config]
     if decoder is None:  # only then are these files read

@@ -35,12 +35,15 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 # Fields that are used here, and fields that cannot change what a trained adapter computes: where
-# it came from, which modules were chosen (the tensors tell), and options of options.
-_USED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# it came from, dropout, and options of options that must be off.
+_USED = (
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
 _SILENT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
-    *("task_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
+    *("task_type", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+    "eva_config",
 )
 # Any other field must be off, also one that a later PEFT adds. Initialisations that are not in this
 # list change the base (PiSSA, OLoRA, CorDA, LoftQ, ...) or the forward pass.
@@ -167,9 +170,35 @@ def open_adapter(
         )
     if not modules:
         raise ModelError(f"{path / WEIGHTS}: holds no LoRA tensor; expected lora_A and lora_B")
+    _require_chosen(config, modules, pairs, table, path)
     for weight, m in sorted(modules.items()):
         digest.update(repr((weight, m.scale)).encode())
     return Adapter(path, modules, digest.hexdigest()[:16])
+
+
+def _require_chosen(
+    config: dict[str, Any],
+    modules: Mapping[str, LowRank],
+    pairs: Mapping[str, dict[str, str]],
+    table: Table,
+    path: Path,
+) -> None:
+    """Raises `ModelError` if PEFT would not load all tensors, by what the config chooses."""
+    head = table.tied_head[0] if table.tied_head else None
+    linear = {m.module: not m.embedding and weight != head for weight, m in modules.items()}
+    try:
+        left_out = adapter_patterns.left_out(config, linear)
+    except (re.error, ValueError) as error:
+        raise ModelError(f"{path / CONFIG}: unusable choice of modules ({error})") from None
+    for weight, m in modules.items():
+        if m.module in left_out:
+            field = left_out[m.module]
+            raise ModelError(
+                f"{path / CONFIG}: {field} is {shown(config.get(field))}, which leaves out "
+                f"{pairs[weight]['A']} (the first of {len(left_out)} modules that {WEIGHTS} holds "
+                "all the same): PEFT would not load it; correct the field, or save the adapter "
+                "again with PEFT"
+            )
 
 
 def _pairs(

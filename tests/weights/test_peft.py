@@ -25,7 +25,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from checkpoints_convert import convert
 from sama_jax.cli import entry
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.weights import loading, model_folder, orbax, placing, tensor_map
+from sama_jax.weights import (
+    adapter_patterns,
+    loading,
+    model_folder,
+    orbax,
+    placing,
+    tensor_map,
+)
 
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -503,10 +510,107 @@ def test_absent_fields_take_the_defaults_of_peft(made):
     edit(made.adapter, r=8, lora_alpha=8)
     edit_tensors(made.adapter, lambda n, t: [(n, t.repeat(*((2, 1) if "_A" in n else (1, 2))))])
     wanted = params_of(made.base, made.adapter)
-    (made.adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    targets = json.loads((made.adapter / CONFIG).read_text())["target_modules"]
+    config = {"peft_type": "LORA", "target_modules": targets}
+    (made.adapter / CONFIG).write_text(json.dumps(config))
     defaults = peft.LoraConfig()
     assert (defaults.r, defaults.lora_alpha, defaults.use_rslora) == (8, 8, False)
     assert same(params_of(made.base, made.adapter), wanted)
+
+
+# Which modules have an adapter
+
+EVERY = ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"]
+CHOICES: dict[str, dict[str, Any]] = {
+    "some names": {"target_modules": ["q_proj", "ff_out"]},
+    "the end of a name, not of a word": {"target_modules": ["proj", "out"]},
+    "a whole name": {"target_modules": ["model.transformer.blocks.1.q_proj"]},
+    "longer ends": {"target_modules": ["transformer.ff_out", "0.v_proj"]},
+    "a regular expression": {"target_modules": r".*\.[01]\.(q_proj|v_proj)"},
+    "one that fits a part only": {"target_modules": r"blocks\.0\.q_proj"},
+    "one layer": {"target_modules": EVERY, "layers_to_transform": 1},
+    "some layers": {"target_modules": EVERY, "layers_to_transform": [0, 2]},
+    "no layer": {"target_modules": ["q_proj"], "layers_to_transform": []},
+    "layers of a list": {
+        **{"target_modules": ["up_proj", "k_proj"], "layers_to_transform": [2]},
+        "layers_pattern": "blocks",
+    },
+    "layers of other lists": {
+        **{"target_modules": ["up_proj", "model.transformer.blocks.0.q_proj"]},
+        **{"layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
+    },
+    "all but some": {"target_modules": EVERY, "exclude_modules": ["v_proj", "blocks.0.q_proj"]},
+    "all but an expression": {"target_modules": EVERY, "exclude_modules": r".*\.2\..+"},
+    "none excluded": {"target_modules": EVERY, "exclude_modules": []},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_modules_without_an_adapter_are_those_of_peft(choice, tmp_path):
+    module = oracle.random_folder(tmp_path / "base", small(), seed=0)
+    names = {n: True for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
+    config = CHOICES[choice]
+    left_out = adapter_patterns.left_out(config, names)
+    try:
+        wrapped = peft.get_peft_model(module, peft.LoraConfig(r=2, **config))  # pyright: ignore
+        state = peft.get_peft_model_state_dict(wrapped)
+        adapted = {n.removeprefix("base_model.model.").split(".lora_")[0] for n in state}
+    except ValueError:  # it has found none
+        adapted = set()
+    assert names.keys() - left_out.keys() == adapted
+    assert set(left_out.values()) <= config.keys()
+
+
+def test_an_adapter_that_peft_would_not_load_whole_is_refused_by_field(made):
+    targets = json.loads((made.adapter / CONFIG).read_text())["target_modules"]
+    wanted = params_of(made.base, made.adapter)
+    block = f"{PREFIX}.blocks.0.v_proj.lora_A.weight"
+    for field, value, name in [
+        ("target_modules", [t for t in targets if t != "v_proj"], block),
+        ("target_modules", "all-linear", f"{PREFIX}.ff_out.lora_A.weight"),  # but the head
+        ("layers_to_transform", [0, 1], f"{PREFIX}.blocks.2."),
+        ("exclude_modules", ["v_proj"], block),
+    ]:
+        edit(made.adapter, **{"target_modules": targets, field: value})
+        message = refusal(made.base, made.adapter)
+        assert f"{CONFIG}: {field} is {repr(value)[:20]}" in message
+        assert name in message
+        assert "\n" not in message
+        edit(made.adapter, **{"target_modules": targets, field: None})
+    edit(made.adapter, target_modules=targets, exclude_modules=["wte"], layers_to_transform=[])
+    assert same(params_of(made.base, made.adapter), wanted)
+
+
+def test_all_linear_layers_are_all_but_the_head(tmp_path):
+    module = oracle.random_folder(tmp_path / "base", small(), seed=0)
+    make_adapter(module, lora(*EVERY[:-1]), tmp_path / "adapter")
+    wanted = params_of(tmp_path / "base", tmp_path / "adapter")
+    edit(tmp_path / "adapter", target_modules="all-linear")
+    assert same(params_of(tmp_path / "base", tmp_path / "adapter"), wanted)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": None},  # PEFT then takes those of its own table
+        {"target_modules": 5},
+        {"target_modules": ["q_proj", 5]},
+        {"target_modules": "(a+)+$"},
+        {"target_modules": ".*", "layers_to_transform": [0]},
+        {"exclude_modules": {"q_proj": 1}},
+        {"exclude_modules": "(.*)*(.*)*"},
+        {"layers_to_transform": [True]},
+        {"layers_to_transform": "0"},
+        {"layers_to_transform": [0], "layers_pattern": 3},
+        {"layers_to_transform": [0], "layers_pattern": "(a+)+"},
+        {"layers_to_transform": [0], "layers_pattern": ["h"] * 99},
+    ],
+)
+def test_a_choice_of_modules_that_cannot_be_followed_is_refused(made, changes):
+    edit(made.adapter, **changes)
+    message = refusal(made.base, made.adapter)
+    assert f"{CONFIG}: unusable choice of modules (" in message
+    assert "\n" not in message
 
 
 # Identity
