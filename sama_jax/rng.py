@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     RANDOM_SHARE_MASKS = 11
     NOISE_LEVEL_MASKS = 12
     DISTANCE_MASKS = 13
+    CANARIES = 14
 
 
 def _root(seed: int | Integer[Array, ""]) -> Key[Array, ""]:

@@ -37,6 +37,7 @@ ONLY_IN = {
     "flax": ("sama_jax.models",),
     # pickled: .bin weights, on request only, through torch's weights-only loading.
     "torch": ("sama_jax.programs.bench", "sama_jax.weights.pickled", "checkpoints_convert.verify"),
+    "jax_privacy": ("sama_jax.core.epsilon",),
     "optax": ("sama_jax.training",),
     "orbax": ("sama_jax.weights",),
     # The PyTorch side reads weights by itself, not through what it checks.

@@ -62,7 +62,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing."""
-    _write_pieces(path, [encoded(content) if isinstance(content, str) else content])
+    write_pieces(path, [encoded(content) if isinstance(content, str) else content])
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -72,7 +72,7 @@ def copy_file(source: Path, target: Path) -> None:
       DataError: the source cannot be read, or is a pipe or a device.
       OutputError: the target cannot be written.
     """
-    _write_pieces(target, _pieces(source))
+    write_pieces(target, _pieces(source))
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
@@ -81,7 +81,8 @@ def _pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Writes a file piece by piece, whole or not at all."""
     part = path.with_name(path.name + ".part")
     with writing(path):
         try:

@@ -153,6 +153,17 @@ class TextTokenizer:
         """Returns the id of a token by its exact name, None if there is none."""
         return self._tokenizer.token_to_id(without_surrogates(name))
 
+    @functools.cached_property
+    def ordinary_ids(self) -> list[int]:
+        """Returns the ids of the vocabulary, in order, without those of added tokens."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - set(added))
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        """Spells the tokens of each row; special tokens are left out. Raises `ModelError`."""
+        with _library(f"{self.where}: the tokenizer fails"):
+            return self._tokenizer.decode_batch(rows)
+
     def encode(
         self,
         texts: Sequence[str],

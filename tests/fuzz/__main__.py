@@ -29,6 +29,7 @@ QUICK = (
         "gzip",
         "parquet",
         "split",
+        "canaries",
         "config",
         "safetensors",
         "gguf",

@@ -1,6 +1,7 @@
 """Readers of texts: JSONL, JSON, CSV, gzip, parquet."""
 
 import gzip
+import hashlib
 import json
 import math
 import random
@@ -12,8 +13,14 @@ import tiny
 
 from fuzz import mutations, seeds
 from fuzz.reader import TEXTS, Reader, audit, write
+from sama_jax.programs.canary import run_insert
 from sama_jax.programs.split import SPLIT, require_split, run_split
+from sama_jax.storage import canary_file
+from sama_jax.storage.canary_file import Canary, CanaryKey
+from sama_jax.storage.run_folder import json_lines
 from sama_jax.texts.read import read_texts
+
+_CANARIES = ("karo", "mite", "sun")
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -138,7 +145,26 @@ def _read_split(root: Path) -> None:
     require_split(root / SPLIT, [text._replace(label=1) for text in members])
 
 
+def _canaries(root: Path) -> None:
+    """Canaries, and the data that they are to be put into."""
+    digests = [hashlib.sha256(text.encode()).hexdigest() for text in _CANARIES]
+    made = [Canary(digest, "random", n + 1, n < 2) for n, digest in enumerate(digests)]
+    write(root / "one" / canary_file.TEXTS, json_lines([{"text": t} for t in _CANARIES]).encode())
+    canary_file.write_key(root / "one" / canary_file.KEY, CanaryKey(made, 1, "sama", {}))
+    write(root / "one" / "data.jsonl", json_lines(_rows()).encode())
+
+
+def _insert_canaries(root: Path) -> None:
+    """What is written holds all lines of the data, and the canaries that are included."""
+    run_insert(root / "data.jsonl", root, root / "made.jsonl")
+    rest = (root / "made.jsonl").read_bytes().splitlines()
+    for line in (root / "data.jsonl").read_bytes().splitlines():
+        rest.remove(line)
+    assert sorted(json.loads(line)["text"] for line in rest) == ["karo", "mite", "mite"]
+
+
 READERS = {
+    "canaries": Reader(_canaries, ("*",), _insert_canaries, pipes=False),
     "split": Reader(_split, (SPLIT,), _read_split),
     "jsonl": Reader(_jsonl, ("*",), _read_texts, _audit_texts, pipes=False),
     "json": Reader(_json, ("*",), _read_texts, _audit_texts, pipes=False),
