@@ -217,7 +217,7 @@ def publish(
         costs = job.peers.gather("passes", cost)
         mesh.disconnect()
         if not run.shared:
-            update_index(job, rows, readings.tables)
+            update_index(folder, rows, readings.tables)
             notes = _notes(inputs, tokenised, folder)
             folder.write_manifest(notes=notes, cost=cost)
             say.print(_HINT)
@@ -230,7 +230,7 @@ def publish(
         score_rows(readings, folder, inputs.ids, everything, include_votes=job.include_votes)
         cost = sum_costs(costs)
     score_corpus(readings, folder, inputs.ids, [t.text for t in inputs.texts], inputs.labels)
-    update_index(job, rows, readings.tables)
+    update_index(folder, rows, readings.tables)
     joined = folder.join(rows, [attack.name for attack in chosen.attacks])
     # SciPy's statistics and scikit-learn: two seconds to import.
     from sama_jax.reporting import report, results

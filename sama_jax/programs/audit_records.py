@@ -178,14 +178,14 @@ def text_rows(
 
 
 def update_index(
-    job: AuditJob, rows: Sequence[dict[str, Any]], tables: Mapping[str, TextTable]
+    folder: RunFolder, rows: Sequence[dict[str, Any]], tables: Mapping[str, TextTable]
 ) -> None:
     """Writes what scoring without the texts needs; views of earlier parts of the run stay in it."""
-    index = job.out / INDEX
+    index, run = folder.path / INDEX, folder.manifest["run"]
     earlier: dict[str, list[dict[str, Any] | None]] = {}
     with contextlib.suppress(DataError):  # none, or damaged: the losses of its views are kept
-        earlier = read_index(index, len(rows))[1]
-    write_index(index, rows, earlier | {view: described(t) for view, t in tables.items()})
+        earlier = read_index(index, run)[1]
+    write_index(index, run, rows, earlier | {view: described(t) for view, t in tables.items()})
 
 
 def save_replay(job: AuditJob, readings: Readings, inputs: Inputs, tokenised: Tokenised) -> None:

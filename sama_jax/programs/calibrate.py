@@ -65,7 +65,7 @@ def read_run(path: Path) -> FinishedRun:
         raise UsageError(f"{path}: expected the output folder of a finished audit (its --out)")
     settings = settings_of(path, manifest)
     rows = read_rows(path)
-    known, views = read_index(path / INDEX, manifest["run"]["texts"])
+    known, views = read_index(path / INDEX, manifest["run"])
     if [row["id"] for row in rows] != [row["id"] for row in known] or "text" not in views:
         raise DataError(
             f"{path}: scores.jsonl and {INDEX} hold other texts; run the audit's own command again"

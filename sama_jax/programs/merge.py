@@ -44,11 +44,10 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
             )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; give a new folder")
-    texts = manifests[0]["run"].get("texts")
     indexes = [part / INDEX for part in parts if (part / INDEX).is_file()]
     if not indexes:
         raise DataError(f"{parts[0]}: has no {INDEX}; no process of this run has finished")
-    found = [read_index(index, texts) for index in indexes]
+    found = [read_index(index, manifests[0]["run"]) for index in indexes]
     rows = found[0][0]
     for index, (other, _) in zip(indexes, found):
         if other != rows:
@@ -64,7 +63,7 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
         store = store_of(part, manifest)
         _copy(part / "parts", "scores-*.jsonl", out / "parts", number, len(parts))
         _copy(store, "losses-*.bin", out / "losses", number, len(parts))
-    write_index(out / INDEX, rows, views)
+    write_index(out / INDEX, manifests[0]["run"], rows, views)
     costs = [m["cost"] for m in manifests if m.get("cost")]
     manifest = {k: v for k, v in manifests[0].items() if k not in _OWN}
     found = [*(m.get("notes") or [] for m in manifests), *(noted(part) for part in parts)]

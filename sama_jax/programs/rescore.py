@@ -56,7 +56,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
     if manifest is None or "settings" not in manifest:
         raise DataError(f"{store}: expected the output folder of a finished audit, or its losses")
     settings = settings_of(path, manifest)
-    rows, views = read_index(path / INDEX, manifest["run"]["texts"])
+    rows, views = read_index(path / INDEX, manifest["run"])
     tables = {v: table_from_description(found, str(path / INDEX)) for v, found in views.items()}
     kept = _kept_rows(path, rows)
     store, options = store_of(path, manifest), {"computes": False, "codes": codes()}

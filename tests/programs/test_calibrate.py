@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sama_jax.programs.apply import ASSUMPTION, run_apply
 from sama_jax.programs.calibrate import run_calibrate
 from sama_jax.storage.calibration_file import read_calibration, write_calibration
 from sama_jax.storage.run_folder import read_rows
+from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.validity.drift import same_lengths
 
 FLAGS = {"max_length": 24, "no_figures": True}
@@ -33,11 +35,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert entry.main(box.command(**FLAGS, attacks="sama,ratio")) == 0
     for name, of in (("known", slice(0, 80)), ("new", slice(80, 160))):
         shutil.copytree(base / "whole", base / name)
-        for file in ("scores.jsonl", "texts.jsonl"):
-            lines = (base / "whole" / file).read_text().splitlines(keepends=True)
-            (base / name / file).write_text("".join(lines[of]))
+        lines = (base / "whole" / "scores.jsonl").read_text().splitlines(keepends=True)
+        (base / name / "scores.jsonl").write_text("".join(lines[of]))
+        rows, views = read_index(base / name / INDEX, identity(base / name))
         change_manifest(base / name, lambda m: m["run"].update(texts=80))
+        views = {view: found[of] for view, found in views.items()}
+        write_index(base / name / INDEX, identity(base / name), rows[of], views)
     return base
+
+
+def identity(path: Path) -> dict[str, Any]:
+    return json.loads((path / "manifest.json").read_text())["run"]
 
 
 @pytest.fixture
@@ -232,6 +240,19 @@ def test_texts_of_other_lengths_are_refused(runs, capsys):
         "The lengths of these texts and of those that calibrated differ" in capsys.readouterr().err
     )
     assert (new / "texts.jsonl").read_text() == lines
+
+
+def test_a_line_about_a_text_is_of_the_run_itself(place, runs, capsys):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    lines = (new / INDEX).read_text().splitlines(keepends=True)
+    of_another_run = (place / "whole" / INDEX).read_text().splitlines(keepends=True)[80:]
+    assert json.loads(lines[3])["id"] == json.loads(of_another_run[3])["id"]
+    (new / INDEX).write_text("".join([*lines[:3], of_another_run[3], *lines[4:]]))
+    score = ["score", "--store", str(new), "--attacks", "ratio"]
+    for command in (["apply", str(new), "--calibration", str(file)], score):
+        assert entry.main(command) == 3
+        assert f"{INDEX}: line 4 was written by another run; copy it" in capsys.readouterr().err
 
 
 def test_texts_of_one_source_are_refused_once_in_a_hundred_times():
