@@ -68,25 +68,30 @@ def model_table(demo: Path, out: Path, epochs: int) -> Iterator[list[object]]:
          str(epochs), "--lr", "1e-3", "--max-length", length, "--quiet")  # fmt: skip
     _run("audit", "--target", str(target), "--reference", base, "--data",
          str(canaries / "canaries.jsonl"), "--out", str(run), "--max-length", length,
-         "--no-figures", "--quiet")  # fmt: skip
+         "--no-figures", "--quiet", allowed=(0, 5))  # fmt: skip
     _run("canary", "audit", str(run), *known, "--out", str(out / "epsilon.json"))
     of_id = {row["id"]: row.get("scores") or {} for row in read_run(run).rows}
     key = read_key(canaries)
     included = np.array([one.included for one in key.canaries])
-    yield ["attack", "noise, standard deviations of the scores", "epsilon at least", "possible"]
+    noises = "noise, standard deviations of the scores"
+    yield ["attack", noises, "epsilon at least, mean", "above 0", "possible"]
     for attack in ("sama", "loss", "ratio"):
         scores = np.array([of_id[one.sha256[:16]][attack] for one in key.canaries], float)
         for noise in (0, 1, 10):
-            draw = np.random.default_rng(9).normal(size=len(scores))
-            noisy = scores + noise * scores.std() * draw
-            bound = epsilon_bound(noisy[included], noisy[~included], seed=key.seed)
-            yield [attack, noise, bound.epsilon, bound.largest]
+            draws = np.random.default_rng(9).normal(size=(20 if noise else 1, len(scores)))
+            noisy = scores + noise * scores.std() * draws
+            found = [epsilon_bound(x[included], x[~included], seed=key.seed) for x in noisy]
+            bounds, (largest, *_) = np.array(found).T
+            yield [attack, noise, bounds.mean(), np.mean(bounds > 0), largest]
 
 
-def _run(*command: str) -> None:
-    """Runs a command in this process; ends with its exit code where it fails."""
+def _run(*command: str, allowed: tuple[int, ...] = (0,)) -> None:
+    """Runs a command in this process; ends with its exit code where that is not `allowed`.
+
+    That of an audit may be 5: a gate finds that no model predicts random tokens.
+    """
     print(f"\n    sama-jax {' '.join(command)}\n", flush=True)
-    if code := sama_jax(command):
+    if (code := sama_jax(command)) not in allowed:
         raise SystemExit(code)
 
 
@@ -101,7 +106,7 @@ def main() -> None:
     two = parts.add_parser("model")
     two.add_argument("demo", type=Path)
     two.add_argument("out", type=Path)
-    two.add_argument("--epochs", type=int, default=10)
+    two.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
     rows = (
         mechanism_table(args.names, args.repetitions, args.canaries)

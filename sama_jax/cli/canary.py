@@ -124,6 +124,8 @@ def run_make(args: argparse.Namespace) -> None:
     from sama_jax.programs.canary import Recipe, run_make
 
     flags.at_least_one(args, "count", "length")
+    if args.length < 8:  # shorter ones repeat each other, and stand in other texts
+        raise UsageError(f"--length must be at least 8, got {args.length}")
     if not 0.01 <= args.temperature <= 100:
         raise UsageError(f"--temperature must lie in 0.01..100, got {args.temperature:g}")
     if args.seed is not None and not 0 <= args.seed < 2**32:

@@ -21,6 +21,11 @@ from sama_jax.validity.gate import told, voids
 CONFIDENCE = 0.95
 FOUND = 0.001
 """p-value at which the canaries with most copies count as found."""
+NOT_ASKED = frozenset({"reference_learnt", "target_learnt"})
+"""Gates that ask whether a model predicts texts better than the frequencies of their tokens do: of
+random tokens none does, and of texts sampled at a high temperature few do."""
+ENOUGH = 10
+"""Canaries of a side, below which that p-value is hardly possible: with 7 of each it is 1/3432."""
 _AUDIT = "sama-jax canary audit"
 
 
@@ -41,12 +46,12 @@ def run_canary_audit(
     Raises:
       UsageError: not a finished audit, without the attack, or `jax_privacy` is not installed.
       DataError: canaries are missing, without a score, or with the label of the other side.
-      ValidityError: the audit is void.
+      ValidityError: the audit is void for another reason than what canaries are.
     """
     require_free(out, _AUDIT)
     key, run = read_key(folder), read_run(run_folder)
-    void = voids((read_manifest(run_folder) or {}).get("gates", []))
-    if void:
+    gates = (read_manifest(run_folder) or {}).get("gates", [])
+    if void := [one for one in voids(gates) if one["name"] not in NOT_ASKED]:
         raise ValidityError(f"{run_folder}: the audit is void: {told(void[0])}")
     name = require_alone(key.attack, run).name
     scores = _scores(run_folder, name, run.rows, key)
@@ -146,14 +151,20 @@ def _sentences(content: dict[str, Any]) -> list[str]:
         lines.append(f"By copies, each the bound for a group of so many; together at {percent}:")
         lines += [f"  {n:>4}: {_tier(one)}" for n, one in tiers.items()]
     most = max(tiers, key=int)
-    if int(most) > 1 and tiers[most].get("p", 1.0) > FOUND:
-        lines.append(
-            f"Canaries that stand there {most} times were not found (p = {tiers[most]['p']:.2g}): "
-            "this attack is blind here, which says nothing of privacy."
-            if "p" in tiers[most]
-            else f"There are too few canaries of {most} copies to say whether they are found."
-        )
-    return lines
+    return lines if int(most) == 1 else [*lines, control(most, tiers[most])]
+
+
+def control(copies: str, one: dict[str, Any]) -> str:
+    """Says whether the canaries with most copies, which should be found, were found."""
+    if min(one["included"], one["held_out"]) < ENOUGH:
+        return f"There are too few canaries of {copies} copies to say whether they are found."
+    p = f"(p = {one['p']:.2g})"
+    if one["p"] <= FOUND:
+        return f"Control: canaries that stand there {copies} times were found {p}."
+    return (
+        f"Control: canaries that stand there {copies} times were not found {p}: this attack is "
+        "blind here, which says nothing of privacy."
+    )
 
 
 def _tier(one: dict[str, Any]) -> str:

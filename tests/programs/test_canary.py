@@ -15,7 +15,7 @@ from sama_jax.cli import entry
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.programs import canary
 from sama_jax.programs.canary import Recipe, read_canaries, run_check, run_insert, run_make
-from sama_jax.programs.canary_audit import run_canary_audit
+from sama_jax.programs.canary_audit import control, run_canary_audit
 from sama_jax.storage.canary_file import KEY, TEXTS
 from sama_jax.storage.files import sha256_of
 
@@ -108,6 +108,7 @@ def test_coins_are_fair_and_independent():
         ({"copies": "1,0"}, "expected numbers of 1 to 1000"),
         ({"copies": "1,,4"}, "expected numbers of 1 to 1000"),
         ({"temperature": 0}, "--temperature must lie in"),
+        ({"length": 7}, "--length must be at least 8"),
         ({"count": 0}, "--count must be at least 1"),
         ({"seed": -1}, "--seed must lie in"),
     ],
@@ -327,13 +328,20 @@ def test_the_command_says_the_bound_and_what_it_means(
     assert_one_line(command(capsys, "audit", copied, canaries=place / "canaries", out=out), 2)
 
 
-def test_models_that_saw_no_canary_show_nothing_and_are_said_to_be_blind(
-    place: Path, audited: Path, tmp_path: Path
-):
+def test_models_that_saw_no_canary_show_nothing(place: Path, audited: Path, tmp_path: Path):
     found, sentences = bounds(place, audited, tmp_path / "epsilon.json")
     assert found["all"]["epsilon"] == 0
     assert sentences[0] == "No epsilon above 0 is shown, at 95 % confidence."
-    assert "16 times were not found" in sentences[-1]
+    assert "too few canaries of 16 copies" in sentences[-1]
+
+
+def test_the_control_says_whether_what_stands_there_often_was_found():
+    one = {"included": 12, "held_out": 10, "p": 0.0009}
+    assert control("16", one) == (
+        "Control: canaries that stand there 16 times were found (p = 0.0009)."
+    )
+    assert "were not found (p = 0.002): this attack is blind" in control("4", one | {"p": 0.002})
+    assert "too few canaries of 9 copies" in control("9", one | {"held_out": 9})
 
 
 def test_canaries_that_are_missing_or_on_the_other_side_make_no_bound(
@@ -367,6 +375,10 @@ def test_a_void_audit_makes_no_bound(place: Path, copied: Path, tmp_path: Path, 
     said = command(capsys, "audit", copied, canaries=place / "canaries", out=out)
     assert_one_line(said, 5, "the audit is void: identical: Target and reference are the same.")
     assert not out.exists()
+    expected = one | {"name": "reference_learnt"}
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"gates": [expected]}))
+    bounds(place, copied, out)
+    assert out.exists()
 
 
 def test_the_attack_is_the_one_that_was_fixed_beforehand(place: Path, copied: Path, tmp_path: Path):
