@@ -23,7 +23,7 @@ from sama_jax.engine.costs import Costs
 from sama_jax.engine.estimate import estimate
 from sama_jax.engine.forward import Call, Job, Programs, calls_of, jobs_of, values_of
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import ModelRole, load, pad_id
+from sama_jax.engine.roles import ModelRole, Probe, load, pad_id
 from sama_jax.engine.scores import score_rows
 from sama_jax.engine.tasks import ROLES, Task, Tasks, stages
 from sama_jax.engine.views import ViewSources, make_view
@@ -46,8 +46,8 @@ class Setup(NamedTuple):
     """Whether all processes of the run see the same output folder."""
     sources: ViewSources | None = None
     """What guided views are made from; None where there are none."""
-    probe_ids: Int[np.ndarray, " n"] | None = None
-    """Tokens that the models are checked on when they are loaded; None: not checked."""
+    probe: Probe | None = None
+    """What the models are checked on when they are loaded; None: their weights alone."""
     include_votes: bool = False
     quiet: bool = False
 
@@ -119,7 +119,7 @@ def fill_store(
                         list(roles.values()),
                         setup.layout,
                         say,
-                        probe_ids=setup.probe_ids,
+                        probe=setup.probe,
                         quiet=setup.quiet,
                     )
                     for note in noticed:

@@ -1,7 +1,8 @@
 """Names the two models of an audit, and loads them."""
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,11 @@ from sama_jax.arrays import Params
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.devices import memory
 from sama_jax.devices.strategy import Layout
-from sama_jax.engine import output_position
+from sama_jax.engine import other_readings, output_position
+from sama_jax.errors import ModelError
 from sama_jax.terminal import ByteBar
 from sama_jax.weights import loading, model_folder
+from sama_jax.weights.finite import not_finite
 from sama_jax.weights.identity import model_identity
 
 
@@ -75,6 +78,19 @@ def resident_bytes(roles: Sequence[ModelRole], layout: Layout, *, in_turn: bool 
     return max(bases.values()) if in_turn else sum(bases.values())
 
 
+class Probe(NamedTuple):
+    """Tokens that models are checked on when they are loaded."""
+
+    position: Int[np.ndarray, " n"]
+    """Of `output_position.TEXT`."""
+    texts: Sequence[Int[np.ndarray, "..."]] = ()
+    """Of texts of the audit, in any order; empty: other readings are not tried."""
+    frequencies: float = math.nan
+    """Loss of those texts by how frequent their tokens are."""
+    other_masks: Collection[int] = ()
+    """What could stand for a masked token besides the models' own mask."""
+
+
 class Loaded(NamedTuple):
     """Weights on devices, and what was noticed about them."""
 
@@ -88,20 +104,20 @@ def load(
     layout: Layout,
     say: Console,
     *,
-    probe_ids: Int[np.ndarray, " n"] | None = None,
+    probe: Probe | None = None,
     quiet: bool = False,
 ) -> Loaded:
-    """Loads models, what they have in common once, and checks at which position they are read.
+    """Loads models, what they have in common once, and checks whether they are read rightly.
 
     Args:
       roles: the models; those with one key in the store are one model.
       layout: where parameters go.
       say: where to say what was loaded.
-      probe_ids: tokens of `output_position.TEXT`; None: the position is not checked.
+      probe: what they are checked on; None: only their weights are.
       quiet: show no progress.
 
     Raises:
-      ModelError: a model is read at the wrong position.
+      ModelError: weights are not finite, or a model is not read as it was trained.
     """
     distinct = {role.store_key: role for role in roles}
     folders = [role.folder for role in distinct.values()]
@@ -114,11 +130,29 @@ def load(
         say.print(
             f"{role.name}: {folder.path}, {folder.num_params:,} parameters in {folder.model.dtype}"
         )
-        warning = None
-        if probe_ids is not None:
-            warning = output_position.check(folder.model, params, probe_ids)
-        if warning is not None:
+        for warning in _check(role, params, probe):
             notes.append(f"{role.name}: {warning}")
             say.print(f"note: {notes[-1]}")
     say.print(f"weights loaded in {seconds:.1f} s")
     return Loaded(dict(zip(distinct, loaded)), notes)
+
+
+def _check(role: ModelRole, params: Params, probe: Probe | None) -> list[str]:
+    """Returns what is odd about a loaded model. Raises `ModelError` if it cannot be used."""
+    if names := not_finite(params):
+        raise ModelError(
+            f"{role.folder.path}: the weights of the {role.name} hold NaN or infinity, at {names}; "
+            "save or convert the model again, or choose a --dtype that does not overflow"
+        )
+    if probe is None:
+        return []
+    model = role.folder.model
+    rest = probe.texts, probe.frequencies, probe.other_masks
+    try:
+        found = [
+            output_position.check(model, params, probe.position),
+            other_readings.check(model, params, *rest),
+        ]
+    except ModelError as error:
+        raise ModelError(f"{role.folder.path}: the {role.name}: {error}") from None
+    return [warning for warning in found if warning is not None]

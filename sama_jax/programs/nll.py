@@ -19,7 +19,7 @@ from sama_jax.engine.batching import BatchShapes
 from sama_jax.engine.loop import Setup, fill_store
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import ModelRole, model_key, pad_id, resident_bytes
+from sama_jax.engine.roles import ModelRole, Probe, model_key, pad_id, resident_bytes
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import original_view, table_of
 from sama_jax.errors import UsageError
@@ -97,7 +97,7 @@ def run_nll(
     sizes = resident_bytes([role], layout), device_bytes()
     shapes = BatchShapes(folder.model, folder.max_length, settings, layout, *sizes)
     probe = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
-    setup = Setup(roles, shapes, probe_ids=probe, quiet=quiet)
+    setup = Setup(roles, shapes, probe=Probe(probe), quiet=quiet)
     run = run_identity(texts.texts, encoded, tokenizer, roles, settings)
     run["nll"] = tasks.first("nll").identity
     output = RunFolder(out, run, {"model": str(model)}, None)

@@ -43,6 +43,7 @@ from sama_jax.training.step import (
     train_step,
 )
 from sama_jax.weights import saving
+from sama_jax.weights.finite import not_finite
 from sama_jax.weights.orbax import Checkpoints
 
 LOG_EVERY = 10
@@ -208,19 +209,6 @@ def _is_log_line(line: Any) -> bool:
         return False
     values = [*(line.get(k) for k in numbers), *line.get("left", [])]
     return all(type(x) in (int, float) and math.isfinite(x) for x in values)
-
-
-@jax.jit
-def _are_finite(params: Params) -> Params:
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
-
-
-def not_finite(params: Params) -> str:
-    """Names the parameters that hold NaN or an infinity, the first three of them; "" if none."""
-    found = jax.tree_util.tree_flatten_with_path(jax.device_get(_are_finite(params)))[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, ok in found if not ok]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 class Loop:

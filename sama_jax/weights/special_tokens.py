@@ -55,6 +55,22 @@ def tokenizer_mask(path: Path) -> int | None:
     return next(iter(found.values()), None)
 
 
+MOST_MASKS = 8
+"""Tokens that a model is tried with in the place of its mask token."""
+
+
+def possible_masks(path: Path, family: FamilyConfig) -> list[int]:
+    """Lists tokens that could stand for a masked one: the config's, those that a tokenizer adds.
+
+    Those with "mask" in their name stand first. Raises `ModelError` for files that are damaged.
+    """
+    added = _added_tokens(path)
+    named = [i for name, i in added.items() if "mask" in name.lower()]
+    own = [] if family.mask_id is None else [family.mask_id]
+    known = dict.fromkeys([*own, *named, *added.values()])
+    return [i for i in known if 0 <= i < family.arch.vocab_size][:MOST_MASKS]
+
+
 def _added_tokens(path: Path) -> dict[str, int]:
     """Returns the ids of tokens added to the tokenizer's vocabulary, by any of its files."""
     decoder = object_if_there(path / "tokenizer_config.json").get("added_tokens_decoder") or {}

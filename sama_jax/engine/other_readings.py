@@ -1,0 +1,228 @@
+"""Whether a model reads texts as it was trained to: no other way of reading may predict better.
+
+A wrong rotary base, a wrong mask token or halves of queries and keys in another order fail nowhere;
+they only cost a part of what the model has learnt, and an attack then sees less than is there. The
+texts of the audit tell: read in another way (backwards, masked by another token, with another
+rotary base), they must be predicted worse. Whichever field of a config is wrong, and whether or
+not we have ever heard of it, some other reading is then better.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Float, Int
+
+from sama_jax.arrays import Model, Params
+from sama_jax.core import losses
+from sama_jax.errors import ModelError
+
+STRIDE = 4
+"""Every fourth token is masked in a pass, as in `output_position`."""
+CHUNK = 32
+"""Texts of one pass."""
+MOST_TEXTS = 256
+LEAST_TEXTS = 32
+SHORTEST = 8
+"""Tokens of a text that is read."""
+BASES = (0.1, 10.0)
+"""Factors of the rotary base. A base that is wrong by 25 either way is better by one of them."""
+SURE, CLEARED = 5.0, 3.0
+"""Standard errors from which another reading is better, or no longer a suspect."""
+SHARE = 0.1
+"""Judgement: of what the model knows beyond how frequent tokens are, the share that another reading
+must add to be a fault of ours. A base that was changed after the training may gain a little."""
+
+
+class Reading(NamedTuple):
+    """One way of reading texts."""
+
+    name: str
+    model: Model
+    mask_id: int
+    backwards: bool = False
+
+
+class Lead(NamedTuple):
+    """How much better another reading predicts than the config's own, in nats a token."""
+
+    name: str
+    lead: float
+    error: float
+    """Standard error of `lead`, over texts."""
+    own: float
+    """Loss of the config's own reading."""
+    texts: int
+
+
+def other_readings(model: Model, other_masks: Collection[int]) -> list[Reading]:
+    """Lists other ways to read a model's texts than its config's.
+
+    Args:
+      model: as its config says.
+      other_masks: tokens that could stand for a masked one; `model.mask_id` is passed over.
+    """
+    own = model.mask_id
+    found = [Reading("backwards", model, own, backwards=True)]
+    found += [Reading(f"masked by token {m}", model, m) for m in other_masks if m != own]
+    arch: Any = model.arch
+    bases = [f.name for f in dataclasses.fields(arch) if f.name.endswith("theta")]
+    for factor in BASES if bases else ():
+        changed = {name: getattr(arch, name) * factor for name in bases}
+        other: Any = dataclasses.replace(arch, **changed)
+        read = cast(Model, dataclasses.replace(cast(Any, model), arch=other))
+        found.append(Reading(f"with a rotary base {factor:g} times as large", read, own))
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def token_losses(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    inputs: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    positions: Int[Array, "b k"],
+) -> Float[Array, "b k"]:
+    """Computes the losses of `tokens` at `positions` (-1 unused, gives NaN), given `inputs`."""
+    stream = model.trunk(params, inputs, valid)
+    return losses.scored_values(model, params, tokens, valid, stream, positions, ("nll",))[0]
+
+
+def text_losses(
+    read: Reading, params: Params, texts: Sequence[Int[np.ndarray, "..."]], offset: int, length: int
+) -> Float[np.ndarray, " b"]:
+    """Averages the losses of every fourth token of each text, from one pass of `CHUNK` texts.
+
+    Args:
+      read: how.
+      params: the model's.
+      texts: at most `CHUNK`, of at least `SHORTEST` tokens each.
+      offset: which of four tokens; text i starts with the (offset + i)-th.
+      length: what the texts are padded to.
+    """
+    tokens, masks = np.zeros((CHUNK, length), np.int32), np.zeros((CHUNK, length), bool)
+    valid = np.zeros((CHUNK, length), bool)
+    for row, ids in enumerate(texts):
+        count = min(len(ids), length)
+        place = np.arange(count)
+        # Nothing predicts the first token of a shifted model.
+        masks[row, :count] = (place % STRIDE == (offset + row) % STRIDE) & (place > 0)
+        valid[row, :count] = True
+        tokens[row, :count] = ids[:count]
+        if read.backwards:  # the same tokens are masked between the same neighbours
+            tokens[row, :count], masks[row, :count] = (
+                tokens[row, :count][::-1],
+                masks[row, :count][::-1],
+            )
+            masks[row, 0] = False
+    valid[len(texts) :, 0] = True  # a row without any token has no softmax
+    inputs = np.where(masks, read.mask_id, tokens).astype(np.int32)
+    positions = losses.scored_positions(masks, -(-length // STRIDE))
+    found = token_losses(read.model, params, tokens, inputs, valid, positions)
+    if not found.is_fully_addressable:  # a model over the devices of several processes
+        found = multihost_utils.process_allgather(found, tiled=True)
+    return np.nanmean(np.asarray(found, np.float64)[: len(texts)], axis=1)
+
+
+def better_readings(
+    own: Reading,
+    others: Sequence[Reading],
+    params: Params,
+    texts: Sequence[Int[np.ndarray, "..."]],
+    frequencies: float,
+) -> list[Lead]:
+    """Returns the other readings that surely predict better than the model's own, best first.
+
+    Texts are read until each other reading is surely better or no longer a suspect, so that a
+    model that is read well costs a few passes.
+
+    Args:
+      own: as the config says.
+      others: of `other_readings`.
+      params: the model's.
+      texts: token ids; of at least `SHORTEST` tokens; the first `MOST_TEXTS` are read.
+      frequencies: loss of those texts by how frequent their tokens are, in nats a token.
+    """
+    texts = texts[:MOST_TEXTS]
+    length = -(-max(map(len, texts), default=1) // STRIDE) * STRIDE
+    seen: list[np.ndarray] = []
+    leads: dict[str, list[np.ndarray]] = {read.name: [] for read in others}
+    left, found = list(others), []
+    for offset in range(STRIDE):
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            seen.append(text_losses(own, params, chunk, offset, length))
+            for read in list(left):
+                other = text_losses(read, params, chunk, offset, length)
+                leads[read.name].append(seen[-1] - other)
+                lead = _lead(read.name, leads[read.name], seen)
+                least = SHARE * max(frequencies - lead.own, 0.0)
+                if lead.lead > max(SURE * lead.error, least):
+                    found.append(lead)
+                if lead in found or lead.lead + CLEARED * lead.error < least:
+                    left.remove(read)
+            if not left:
+                break
+    found += [
+        one
+        for one in (_lead(r.name, leads[r.name], seen) for r in left)
+        if one.lead > SURE * one.error
+    ]
+    return sorted(found, key=lambda one: -one.lead)
+
+
+def _lead(name: str, leads: list[np.ndarray], seen: list[np.ndarray]) -> Lead:
+    values = np.concatenate(leads)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return Lead(
+        name, float(values.mean()), float(error), float(np.concatenate(seen).mean()), len(values)
+    )
+
+
+def check(
+    model: Model,
+    params: Params,
+    texts: Sequence[Int[np.ndarray, "..."]],
+    frequencies: float,
+    other_masks: Collection[int],
+) -> str | None:
+    """Warns if another reading surely predicts the texts better than the config's own; else None.
+
+    Raises `ModelError` if it adds more than a tenth of what the model then knows. A model that,
+    however it is read, knows no more than how frequent tokens are cannot tell, and passes: a gate
+    of its own looks at that.
+
+    Args:
+      model: of kind diffusion or masked; others have no mask to read with, and pass.
+      params: its parameters.
+      texts: token ids; fewer than `LEAST_TEXTS` cannot tell, and pass.
+      frequencies: loss of those texts by how frequent their tokens are.
+      other_masks: tokens that could stand for a masked one.
+    """
+    texts = [ids for ids in texts if len(ids) >= SHORTEST]
+    if model.kind == "autoregressive" or len(texts) < LEAST_TEXTS:
+        return None
+    own = Reading("as its config says", model, model.mask_id)
+    others = other_readings(model, other_masks)
+    leads = better_readings(own, others, params, texts, frequencies)
+    known = frequencies - leads[0].own + leads[0].lead if leads else 0.0
+    if known <= 0:
+        return None
+    best = leads[0]
+    line = (
+        f"read {best.name} it predicts the texts better than as its config says: by "
+        f"{best.lead:.3f} +- {best.error:.3f} nats a token over {best.texts} passes, of "
+        f"{known:.3f} that it then knows beyond the frequencies of tokens"
+    )
+    if best.lead > SHARE * known:
+        raise ModelError(
+            f"{line}; an attack would see only a part of what is there. Check the mask token, the "
+            "rotary base and the other fields of config.json, and that the weights are whole"
+        )
+    return line
