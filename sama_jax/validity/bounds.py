@@ -33,3 +33,24 @@ BLIND_VOID = 0.6
 Judgement: an attack that finds no membership at all reaches it by the source alone."""
 BLIND_TEXTS = 2000
 """Texts that the baselines read; of more, a random sample. A fair AUC then has a s.d. of .013."""
+
+# --- losses and scores ---------------------------------------------------------------------------
+
+MIN_TEXTS = 40
+"""Texts below which losses are not compared with the frequencies of tokens, which fewer texts do
+not tell. Judgement."""
+SAME_SHARE = 0.5
+"""Share of equal losses from which two models are one. Judgement: it is .003 in the demo."""
+WORSE_NATS = 0.5
+"""Nats a token by which a target may predict all classes worse than its reference. Judgement."""
+WORSE_SHARE = 0.5
+"""Share of texts that the reference may predict better than the target. Judgement."""
+WORSE_P = 0.01
+"""Binomial p below which it surely does: six texts never do so."""
+TIED_PAIRS = 0.2
+"""Share of pairs of a member and a non-member with one score. Judgement."""
+TOP_SHARE = 0.1
+"""Share of non-members with the highest score. Judgement: no threshold finds a member at a lower
+rate of false alarms."""
+MISSING_P = 0.01
+"""Fisher's p below which scores are missing in one class more than in the other."""

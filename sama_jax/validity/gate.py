@@ -57,6 +57,19 @@ def warnings(gates: Iterable[Gate]) -> list[Gate]:
     return [one for one in gates if one["status"] == "warn"]
 
 
+def worst_of(earlier: Iterable[Gate], now: Iterable[Gate]) -> list[Gate]:
+    """Returns the gates of now, each replaced by the earlier one of its name if that is not better.
+
+    What voids a run stands, whatever fewer attacks read of it later.
+    """
+    order: tuple[Status, ...] = ("not run", "pass", "warn", "void")
+    known = {one["name"]: one for one in earlier}
+    return [
+        max(known.get(one["name"], one), one, key=lambda gate: order.index(gate["status"]))
+        for one in now
+    ]
+
+
 def told(one: Gate) -> str:
     """Writes a gate for a message: its name, what was found, what to do."""
     return f"{one['name']}: {one['sentence']}" + (f" {one['remedy']}" if one["remedy"] else "")

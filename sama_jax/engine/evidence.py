@@ -1,0 +1,64 @@
+"""Sums up what both models gave for each text, for the gates that look at losses."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from sama_jax.engine.plans import PLAN_ROWS
+from sama_jax.engine.readings import Readings
+from sama_jax.engine.tasks import ROLES, Task
+
+SAME_NATS = 1e-4
+"""Losses that differ by less are called equal. Those of one model from two batch shapes differ by
+about 1e-5 in float32, those of the demo's two models by .2 in the median."""
+
+
+class Evidence(NamedTuple):
+    """What was read of each text, over all masked positions of all passes."""
+
+    target: Float[np.ndarray, " n"]
+    """Mean loss in nats; NaN where nothing was read."""
+    reference: Float[np.ndarray, " n"]
+    same: Float[np.ndarray, " n"]
+    """Share of positions at which both models give the same loss."""
+
+
+def gather_evidence(readings: Readings) -> Evidence:
+    """Reads the losses of the first passes that both models made over the texts themselves.
+
+    Where no attack reads both models, those of the first that reads one; the rest is NaN.
+    """
+    found = np.full((3, readings.num_texts), np.nan)
+    task = _widest(readings)
+    for start in range(0, readings.num_texts if task else 0, PLAN_ROWS):
+        assert task is not None
+        rows = range(start, min(start + PLAN_ROWS, readings.num_texts))
+        target, reference = (
+            readings.values(task, rows, role)[: len(rows)].astype(np.float64) for role in ROLES
+        )
+        for number, values in enumerate((target, reference)):
+            found[number, rows] = _means(values)
+        both = np.where(np.isnan(target - reference), np.nan, abs(target - reference) < SAME_NATS)
+        found[2, rows] = _means(both)
+    return Evidence(*found)
+
+
+def _widest(readings: Readings) -> Task | None:
+    """Returns the first task on the texts themselves with the losses of most models."""
+    tasks = [
+        (sum("nll" in channels for channels in task.channels.values()), task)
+        for task in readings.tasks.all
+        if task.view == "text"
+    ]
+    most = max((count for count, _ in tasks), default=0)
+    return next((task for count, task in tasks if count == most > 0), None)
+
+
+def _means(values: Float[np.ndarray, "b t l"]) -> Float[np.ndarray, " b"]:
+    """Averages what is a number; NaN where nothing is."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=(1, 2))
+    return np.where(
+        count > 0, np.where(known, values, 0).sum(axis=(1, 2)) / np.maximum(count, 1), np.nan
+    )

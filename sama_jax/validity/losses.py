@@ -1,0 +1,136 @@
+"""Gates about the losses of target and reference. Each takes the mean losses of the texts."""
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.stats import binomtest
+
+from sama_jax.validity import bounds
+from sama_jax.validity.gate import Gate, gate
+
+Losses = Float[np.ndarray, " n"]
+"""Mean loss of each text in nats a token, NaN where there is none."""
+
+
+def same_losses(same: Float[np.ndarray, " n"]) -> Gate:
+    """Voids an audit whose two models give the same losses; `same` are shares of each text."""
+    name, share = "same_losses", _mean(same)
+    if share is None:
+        return gate(name, "not run", "No attack read the losses of both models.")
+    return gate(
+        name,
+        "void" if share >= bounds.SAME_SHARE else "pass",
+        f"Target and reference give the same loss at {100 * share:.1f} % of the tokens.",
+        "The audit compares a model with itself: look for a wrong folder, an adapter that was not "
+        "applied, or one that was never trained.",
+        statistic=share,
+        bound=bounds.SAME_SHARE,
+    )
+
+
+def target_worse(target: Losses, reference: Losses, labels: Int[np.ndarray, " n"]) -> Gate:
+    """Voids an audit whose target predicts every class far worse than its reference.
+
+    Overfitting may do so to non-members, but then members are predicted better. `labels` are -1
+    where there is none.
+    """
+    name, gains = "target_worse", reference - target
+    classes = [gains[labels == label] for label in np.unique(labels)]
+    means = [mean for gain in classes if (mean := _mean(gain)) is not None]
+    if not means:
+        return gate(name, "not run", "No attack read the losses of both models.")
+    best = max(means)
+    return gate(
+        name,
+        "void" if best < -bounds.WORSE_NATS else "pass",
+        f"The target's loss is {abs(best):.3f} nats a token "
+        f"{'above' if best < 0 else 'below'} the reference's, on the class that it predicts best.",
+        "The target does not look like a fine-tune of the reference: were the two folders "
+        "exchanged, or is one of them read by a wrong config?",
+        statistic=-best,
+        bound=bounds.WORSE_NATS,
+    )
+
+
+def reference_better(target: Losses, reference: Losses) -> Gate:
+    """Warns where the reference predicts most texts better than the target."""
+    name, known = "reference_better", np.isfinite(reference - target)
+    if not known.any():
+        return gate(name, "not run", "No attack read the losses of both models.")
+    count, texts = int((reference < target)[known].sum()), int(known.sum())
+    share = count / texts
+    surely = binomtest(count, texts, bounds.WORSE_SHARE, "greater").pvalue < bounds.WORSE_P
+    return gate(
+        name,
+        "warn" if surely else "pass",
+        f"The reference predicts {100 * share:.0f} % of the texts better than the target does.",
+        "A fine-tune on texts of this kind should predict most of them better: check that the "
+        "target is the fine-tuned model, and that these texts are like its training data.",
+        statistic=share,
+        bound=bounds.WORSE_SHARE,
+    )
+
+
+def learnt(role: str, losses: Losses, frequencies: Losses) -> Gate:
+    """Voids an audit in which a model predicts no better than how frequent tokens are.
+
+    Args:
+      role: `target` or `reference`.
+      losses: of that model.
+      frequencies: of `core.frequencies.frequency_losses`, over the same texts.
+    """
+    name, gains = f"{role}_learnt", frequencies - losses
+    known = gains[np.isfinite(gains)]
+    if len(known) < bounds.MIN_TEXTS:
+        return gate(
+            name,
+            "not run",
+            f"{len(known)} texts are too few to compare the {role} with frequencies of tokens; "
+            f"{bounds.MIN_TEXTS} are enough.",
+        )
+    gain = float(known.mean())
+    return gate(
+        name,
+        "void" if gain <= 0 else "pass",
+        f"The {role} predicts these texts {abs(gain):.3f} nats a token "
+        f"{'better' if gain > 0 else 'worse'} than the frequencies of their tokens do.",
+        "It is not read as it was trained: check the mask token, the tokenizer, the rotary base "
+        "and the rest of config.json, and that its weights are whole.",
+        statistic=gain,
+        bound=0.0,
+    )
+
+
+def same_arithmetic(target: str, reference: str) -> Gate:
+    """Warns where the two models are computed in different ways, such as their dtype says."""
+    return gate(
+        "same_arithmetic",
+        "pass" if target == reference else "warn",
+        f"The target is computed in {target}, the reference in {reference}.",
+        "Rounding then looks like a difference of the models: give both one --dtype and "
+        "--attention.",
+    )
+
+
+def within_context(longest: int, target: int, reference: int) -> Gate:
+    """Warns where texts are longer than a model was made for.
+
+    Args:
+      longest: tokens of the longest text, as it is scored.
+      target: tokens that the target's config names.
+      reference: tokens that the reference's config names.
+    """
+    least = min(target, reference)
+    return gate(
+        "within_context",
+        "warn" if longest > least else "pass",
+        f"The longest text has {longest:,} tokens, the models were made for {least:,}.",
+        f"Losses beyond that are those of a model that was never trained there: give --max-length "
+        f"{least} or less.",
+        statistic=longest,
+        bound=least,
+    )
+
+
+def _mean(values: Float[np.ndarray, " n"]) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
