@@ -109,20 +109,21 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-_SEAL = "seal"
+SEAL = "seal"
+"""Field of an object that holds its checksum."""
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """Adds a checksum to an object, so that a digit that changes on a disk does not pass."""
-    return value | {_SEAL: _checksum(value)}
+    return value | {SEAL: _checksum(value)}
 
 
 def unsealed(value: Any) -> dict[str, Any] | None:
     """Returns the object that `sealed` was given; None if this is not what it gave."""
     if not isinstance(value, dict):
         return None
-    rest = {name: item for name, item in value.items() if name != _SEAL}
-    return rest if value.get(_SEAL) == _checksum(rest) else None
+    rest = {name: item for name, item in value.items() if name != SEAL}
+    return rest if value.get(SEAL) == _checksum(rest) else None
 
 
 def _checksum(value: dict[str, Any]) -> str:

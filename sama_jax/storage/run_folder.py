@@ -10,14 +10,16 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Required, TypedDict, cast
 
 from sama_jax.config import settings_hash
 from sama_jax.errors import DataError, UsageError
+from sama_jax.storage import checksums
 from sama_jax.storage.files import (
+    SEAL,
     AppendOnly,
     read_json_lines,
     read_whole_json_lines,
@@ -47,6 +49,11 @@ _SCORES: Shape = {
     "votes?": {str: object},
 }
 """A line of parts/scores-*.jsonl."""
+_GATE: Shape = {
+    **dict.fromkeys(("name", "status", "sentence", "remedy"), str),
+    **dict.fromkeys(("statistic", "bound"), (float, None)),
+}
+_PROTOCOL: Shape = {"primary": str, "family": [str], "alpha": float, "margin": float}
 _MANIFEST: Shape = {
     "run?": {str: object},
     "finished?": bool,
@@ -58,6 +65,9 @@ _MANIFEST: Shape = {
     "prefix_classes?": [str],
     "not_computed?": ({str: str}, None),
     "notes?": [str],
+    "gates?": [_GATE],
+    "files?": {str: str},
+    "protocol?": (_PROTOCOL, None),
     "versions?": {str: str},
     "cost?": ({"seconds?": {str: float}, "tokens?": {str: float}, "passes_run?": int}, None),
     **{f"{name}?": str for name in ("session", "target", "reference", "adapter", "model")},
@@ -141,7 +151,7 @@ class RunFolder:
         Raises:
           UsageError: the folder belongs to another run, or another process is writing to it.
         """
-        self.path, self._started, self._writes = path, time.time(), writes
+        self.path, self._started, self.writes = path, time.time(), writes
         self._run, self._codes = settings_hash(run), codes
         _claim(path, run)  # before anything is made in the folder of another run
         with contextlib.ExitStack() as opened:
@@ -234,12 +244,23 @@ class RunFolder:
         if "votes" in line:
             entry["votes"] = line["votes"]
 
+    def unscored(self, attacks: Sequence[str], texts: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Returns those of the attacks that have not been scored for every text, prefixes aside."""
+        ids = [text["id"] for text in texts if text.get("status") != "prefix"]
+        return [a for a in attacks if not all(self.has_scores(text_id, [a]) for text_id in ids)]
+
     def join(self, texts: list[dict[str, Any]], attacks: list[str]) -> list[Row]:
-        """Writes scores.jsonl: one line a text in the given order, from all appended parts."""
+        """Writes scores.jsonl: one line a text in the given order, from all appended parts.
+
+        Besides the `attacks` it holds those of earlier goes that were scored for every text: what
+        a signal cut off would be a result of a part of the texts.
+        """
+        seen = dict.fromkeys(name for part in self._parts.values() for name in part["scores"])
+        whole = [name for name in seen if not self.unscored([name], texts)]
         rows: list[dict[str, Any]] = []
         for text in texts:
             part = self._parts.get(text["id"], {"scores": {}, "passes": {}})
-            known = list(dict.fromkeys([*attacks, *part["scores"]]))
+            known = list(dict.fromkeys([*attacks, *whole]))
             if text.get("status") == "prefix":  # it was scored before it became one
                 part = {"scores": {}, "passes": {}}
             row = dict(text)
@@ -257,8 +278,12 @@ class RunFolder:
     def write_manifest(self, **values: Any) -> None:
         """Adds to the manifest and writes it."""
         self.manifest |= values
-        if self._writes:
-            write_json(self.path / MANIFEST, self.manifest)
+        if self.writes:
+            write_json(self.path / MANIFEST, sealed(self.manifest))
+
+    def record_files(self) -> None:
+        """Adds to the manifest what the folder holds: the last act of a finished run."""
+        self.write_manifest(files=checksums.record(self.path))
 
     def close(self) -> None:
         """Closes the log, the parts and the loss store."""
@@ -328,7 +353,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise UsageError(
             f"{path / MANIFEST}: not readable ({error}); give --out a new folder"
         ) from None
-    return manifest
+    return {name: value for name, value in manifest.items() if name != SEAL}
 
 
 def read_rows(path: Path) -> list[Row]:
