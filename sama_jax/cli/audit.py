@@ -28,6 +28,14 @@ def add(commands: Any) -> None:
 
     attacks = p.add_argument_group("attacks")
     flags.add_attacks(attacks, flags.STANDARD)
+    flags.flags_of(attacks, AuditJob, "primary", "margin")
+    attacks.add_argument(
+        "--family",
+        type=flags.names,
+        default=(),
+        metavar="a,b",
+        help="attacks that are declared besides, at most 8 in all (default: the usual ones)",
+    )
     flags.add_budget(attacks)
     attacks.add_argument("--prefixes", type=Path, metavar="F", help="texts for ReCaLL's prefixes")
     flags.flags_of(attacks, AuditSettings, "max_length", "seed", "dtype", "padding", "pad_to")

@@ -107,12 +107,13 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
 # --- flags of several commands --------------------------------------------------------------------
 
 
+def names(text: str) -> list[str]:
+    """Splits a list of names at its commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def add_attacks(parser: Flags, default: str) -> None:
     """Adds the choice of attacks: a list of names."""
-
-    def names(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",") if name.strip()]
-
     parser.add_argument(
         "--attacks",
         type=names,

@@ -4,35 +4,37 @@ Batches are independent and their results are appended as they are made, so a ru
 at any moment and continued by the same command.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from sama_jax.core.frequencies import frequency_losses
 from sama_jax.devices import mesh
 from sama_jax.devices.matmul_rate import matmul_rate
 from sama_jax.devices.placement import Placement, choose_placement, device_bytes
 from sama_jax.devices.sharding import parameter_shardings
-from sama_jax.engine import output_position
+from sama_jax.engine import other_readings, output_position
 from sama_jax.engine.batching import BatchShapes, distinct_rows
 from sama_jax.engine.costs import cost_of, sum_costs
 from sama_jax.engine.estimate import estimate
 from sama_jax.engine.loop import Filled, Setup, fill_store
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import ModelRole, resident_bytes
+from sama_jax.engine.roles import ModelRole, Probe, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.views import make_plain_views
-from sama_jax.errors import ValidityError
+from sama_jax.programs.audit_gates import gates_after, gates_before, require_valid
 from sama_jax.programs.audit_inputs import (
     Chosen,
     Inputs,
     Tokenised,
     choose_attacks,
     read_inputs,
-    token_notes,
     tokenise,
     view_sources,
     wanted_attacks,
@@ -48,9 +50,11 @@ from sama_jax.programs.audit_records import (
 )
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage.files import write_json
-from sama_jax.storage.run_folder import METRICS, Row, RunFolder, noted
+from sama_jax.storage.run_folder import METRICS, Row, noted
 from sama_jax.terminal import console
+from sama_jax.validity.gate import Gate, told, voids, warnings, worst_of
 from sama_jax.weights import model_folder
+from sama_jax.weights.special_tokens import possible_masks
 
 if TYPE_CHECKING:
     from sama_jax.reporting.results import Metrics
@@ -81,35 +85,42 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     inputs = read_inputs(job)
     chosen = choose_attacks(job, wanted, inputs)
     tokenised = tokenise(job, inputs, chosen.prefixes, quiet=quiet)
-    mask_id = inputs.roles["target"].folder.model.mask_id
-    found = token_notes(inputs.texts, tokenised.encoded, mask_id)
-    inputs = inputs._replace(notes=inputs.notes + found)
+    before = gates_before(job, inputs, tokenised)
     tasks = tasks_of(chosen.attacks, job.settings, inputs.store_keys, tokenised.replayed)
     require_sama(job, tasks)
-    announce(say, inputs, chosen, tokenised, job.settings.max_length)
+    announce(say, before, inputs, chosen, tokenised, job.settings.max_length)
     sources = view_sources(job, inputs, chosen.prefixes)
     tables = make_plain_views(tasks, tokenised.table, sources)
     placed = place(job, inputs)
     say.print(describe(placed))
-    setup = make_setup(job, inputs, placed)._replace(sources=sources, quiet=quiet)
+    setup = make_setup(job, inputs, tokenised, placed)._replace(sources=sources, quiet=quiet)
     if job.dry_run:
         left = {view: distinct_rows(tables.get(view, tables["text"])) for view in tasks.views}
         rate = matmul_rate(setup.shapes.product, setup.shapes.model.dtype)
         say.print(estimate(tasks, tables, left, inputs.roles, setup.shapes, rate))
         return None
     with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
+        asked = {one["name"] for one in before}
+        earlier = run.folder.manifest.get("gates") or []
+        rest = [one for one in earlier if one["name"] not in asked]
+        run.folder.write_manifest(gates=[*before, *rest])
         readings = Readings(tasks, job.settings, tables, inputs.store_keys, run.folder.store)
         setup = setup._replace(shared=run.shared)
         filled = fill_store(setup, readings, run.folder, inputs.ids, say)
-        return publish(job, run, inputs, chosen, tokenised, filled, say)
+        return publish(job, run, inputs, chosen, tokenised, filled, before, say)
 
 
 def announce(
-    say: Console, inputs: Inputs, chosen: Chosen, tokenised: Tokenised, max_length: int
+    say: Console,
+    gates: Sequence[Gate],
+    inputs: Inputs,
+    chosen: Chosen,
+    tokenised: Tokenised,
+    max_length: int,
 ) -> None:
     """Says what was noticed about texts and attacks before anything is computed."""
-    for note in inputs.notes:
-        say.print(f"note: {note}")
+    for one in [*voids(gates), *warnings(gates)]:
+        say.print(f"{one['status']}: {told(one)}")
     truncated = sum(e.truncated for e in tokenised.encoded)
     if truncated:
         say.print(f"{truncated} of {len(inputs.texts)} texts are cut at {max_length} tokens")
@@ -161,7 +172,7 @@ def describe(placed: Placed) -> str:
     return f"devices: {where}; {turns}"
 
 
-def make_setup(job: AuditJob, inputs: Inputs, placed: Placed) -> Setup:
+def make_setup(job: AuditJob, inputs: Inputs, tokenised: Tokenised, placed: Placed) -> Setup:
     """Gathers how the passes are made: models, devices, processes."""
     layout, in_turn = placed.placement.layout, not placed.placement.together
     roles: list[ModelRole] = list(inputs.roles.values())
@@ -174,15 +185,24 @@ def make_setup(job: AuditJob, inputs: Inputs, placed: Placed) -> Setup:
         placed.device_bytes,
         job.batch_size,
     )
-    probe = inputs.tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
     return Setup(
         inputs.roles,
         shapes,
         in_turn=in_turn,
         peers=job.peers,
-        probe_ids=probe,
+        probe=make_probe(inputs, tokenised),
         include_votes=job.include_votes,
     )
+
+
+def make_probe(inputs: Inputs, tokenised: Tokenised) -> Probe:
+    """Gathers the tokens that the models are checked on when they are loaded."""
+    position = inputs.tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
+    texts = [view.ids for view in tokenised.views if len(view.ids)]
+    frequencies = frequency_losses(texts)[: other_readings.MOST_TEXTS]
+    found = float(np.nanmean(frequencies)) if np.isfinite(frequencies).any() else math.nan
+    target = inputs.roles["target"].folder
+    return Probe(position, texts, found, possible_masks(target.path, target.family))
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -200,6 +220,7 @@ def publish(
     chosen: Chosen,
     tokenised: Tokenised,
     filled: Filled,
+    before: Sequence[Gate],
     say: Console,
 ) -> AuditResult | None:
     """Joins the scores of all processes, and writes scores, metrics and report.
@@ -208,7 +229,7 @@ def publish(
       the results; None in a process that leaves them to another one or to `merge`.
 
     Raises:
-      ValidityError: under --strict, something was noticed.
+      ValidityError: the result is void; under --strict, something was noticed.
     """
     folder, readings = run.folder, filled.readings
     rows = text_rows(job, inputs, tokenised, chosen.prefixes)
@@ -218,10 +239,10 @@ def publish(
         mesh.disconnect()
         if not run.shared:
             update_index(folder, rows, readings.tables)
-            notes = _notes(inputs, tokenised, folder)
+            notes = noted(folder.path)
             folder.write_manifest(notes=notes, cost=cost)
             say.print(_HINT)
-            _require_no_notes(job, notes)
+            require_valid(job.out, [], notes, strict=job.strict)
             return None
         if job.peers.rank > 0:
             return None
@@ -235,25 +256,16 @@ def publish(
     # SciPy's statistics and scikit-learn: two seconds to import.
     from sama_jax.reporting import report, results
 
-    metrics = results.compute_metrics(joined)
+    notes = noted(folder.path)
+    after = worst_of(folder.manifest.get("gates") or [], gates_after(inputs, tokenised, readings))
+    gates = [*before, *after]
+    folder.write_manifest(notes=notes, cost=cost, gates=gates)
+    metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)
     save_replay(job, readings, inputs, tokenised)
-    notes = _notes(inputs, tokenised, folder)
-    folder.write_manifest(notes=notes, finished=True, cost=cost)
+    folder.write_manifest(finished=True)
     folder.log("finished", texts=len(joined))
     report.write_report(job.out, figures=job.figures, metrics=metrics)
-    _require_no_notes(job, notes)
+    folder.record_files()
+    require_valid(job.out, metrics["validity"], notes, strict=job.strict)
     return AuditResult(joined, metrics, folder.manifest["cost"], job.out)
-
-
-def _notes(inputs: Inputs, tokenised: Tokenised, folder: RunFolder) -> list[str]:
-    """Returns all that was noticed, by any process and in any part of the run."""
-    empty = sum(not view.maskable.any() for view in tokenised.views)
-    notes = inputs.notes + noted(folder.path)
-    return notes + ([f"texts without a usable token: {empty}"] if empty else [])
-
-
-def _require_no_notes(job: AuditJob, notes: Sequence[str]) -> None:
-    """Raises `ValidityError` under --strict if something was noticed."""
-    if job.strict and notes:
-        raise ValidityError(f"{job.out}: finished, but under --strict: " + "; ".join(notes))

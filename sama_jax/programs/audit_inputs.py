@@ -20,7 +20,7 @@ from sama_jax.programs.split import require_split
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
 from sama_jax.terminal import ProgressBar
-from sama_jax.texts.read import Text, Texts, collect
+from sama_jax.texts.read import Text, collect
 from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
 from sama_jax.weights import model_folder
 
@@ -34,8 +34,6 @@ class Inputs(NamedTuple):
     """Texts, models and tokenizer of an audit: checked, nothing loaded."""
 
     texts: list[Text]
-    notes: list[str]
-    """What is noticed about the texts."""
     roles: dict[str, ModelRole]
     tokenizer: TextTokenizer
 
@@ -120,7 +118,7 @@ def read_inputs(job: AuditJob) -> Inputs:
         for name, folder in (("target", target), ("reference", reference))
     }
     require_two_models(roles)
-    return Inputs(texts.texts, data_notes(texts), roles, tokenizer)
+    return Inputs(texts.texts, roles, tokenizer)
 
 
 def require_one_kind(target: model_folder.ModelFolder, reference: model_folder.ModelFolder) -> None:
@@ -142,47 +140,6 @@ def require_two_models(roles: Mapping[str, ModelRole]) -> None:
             "model, byte for byte, so no attack could find anything; give the fine-tuned model as "
             "--target (or its --adapter), and what it was made from as --reference"
         )
-
-
-def data_notes(texts: Texts) -> list[str]:
-    """Says what makes the texts a poor ground for an evaluation."""
-    notes = []
-    if texts.in_both:
-        notes.append(
-            f"texts that occur as member and as non-member: {len(texts.in_both)}; no attack can be "
-            "right about both"
-        )
-    if texts.repeated:
-        notes.append(f"texts that repeat an earlier one: {texts.repeated}")
-    return notes
-
-
-def token_notes(texts: Sequence[Text], encoded: Sequence[Encoded], mask_id: int) -> list[str]:
-    """Says what is noticed about the tokens: mask tokens, and what cutting has made equal."""
-    notes = _equal_after_cutting(texts, encoded)
-    spelled = sum(bool((one.ids == mask_id).any()) for one in encoded)
-    if spelled:
-        notes.append(
-            f"texts that spell the mask token: {spelled}; the models read it there as masked, "
-            "though it is not"
-        )
-    return notes
-
-
-def _equal_after_cutting(texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[str]:
-    """Says whether different texts of both classes have become equal, as cutting does."""
-    seen: dict[bytes, dict[int, set[str]]] = {}
-    for text, tokens in zip(texts, encoded):
-        if text.label is not None and len(tokens.ids):
-            of_label = seen.setdefault(tokens.ids.tobytes(), {})
-            of_label.setdefault(text.label, set()).add(text.text)
-    both = [found for found in seen.values() if len(found) == 2 and found[0] != found[1]]
-    if not both:
-        return []
-    return [
-        f"texts of both classes that have the same tokens, after they are cut: {len(both)}; no "
-        "attack can be right about both"
-    ]
 
 
 def common_tokenizer(

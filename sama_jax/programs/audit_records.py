@@ -29,6 +29,7 @@ from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.run_identity import digest, run_identity
 from sama_jax.storage import replay
 from sama_jax.storage.files import require_free
+from sama_jax.storage.protocol import Protocol, fix_protocol
 from sama_jax.storage.run_folder import RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.texts.read import group_numbers
@@ -66,10 +67,12 @@ def open_run(
     run["plan"] = tokenised.replayed and tokenised.replayed.identity
     run["prefixes"] = digest(job.prefixes.texts) if job.prefixes else None
     names = [a.name for a in chosen.attacks]
-    require_same_everywhere(job.peers, [run, names, devices])
+    protocol = Protocol.of(names, job.primary, job.family, job.margin)
+    require_same_everywhere(job.peers, [run, names, devices, asdict(protocol)])
     folder, shared = _open_folder(job, run, about(job, inputs))
     try:
         folder.write_manifest(
+            protocol=asdict(_fix(job, folder, protocol)),
             attacks=names,
             not_computed=chosen.left_out,
             settings=asdict(job.settings),
@@ -83,6 +86,13 @@ def open_run(
         raise interrupted(job) from None
     finally:
         folder.close()
+
+
+def _fix(job: AuditJob, folder: RunFolder, protocol: Protocol) -> Protocol:
+    """Writes the protocol, or returns that of the run that is continued."""
+    given = {"primary": job.primary, "family": job.family, "margin": job.margin}
+    stated = [name for name, value in given.items() if value]
+    return fix_protocol(job.out, protocol, stated) if folder.writes else protocol
 
 
 def interrupted(job: AuditJob) -> Interrupted:

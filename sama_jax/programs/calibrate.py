@@ -16,12 +16,13 @@ from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.core import conformal, metrics
-from sama_jax.errors import DataError, UsageError, nearest
+from sama_jax.errors import DataError, UsageError, ValidityError, nearest
 from sama_jax.programs.rescore import settings_of
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, write_calibration
 from sama_jax.storage.run_folder import Row, read_manifest, read_rows
 from sama_jax.storage.text_index import INDEX, read_index
+from sama_jax.validity.gate import voids
 
 BEST = "best"
 """In the place of an attack's name: the one that is strongest on a third of the texts."""
@@ -58,11 +59,16 @@ def read_run(path: Path) -> FinishedRun:
 
     Raises:
       UsageError: it is none.
+      ValidityError: its result is void.
       DataError: its files are damaged.
     """
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest or manifest.get("finished") is not True:
         raise UsageError(f"{path}: expected the output folder of a finished audit (its --out)")
+    if failed := voids(manifest.get("gates") or []):
+        raise ValidityError(
+            f"{path}: its result is void: {failed[0]['name']}: {failed[0]['sentence']}"
+        )
     settings = settings_of(path, manifest)
     rows = read_rows(path)
     known, views = read_index(path / INDEX, manifest["run"])

@@ -24,7 +24,7 @@ import yaml
 from rich.table import Table
 
 from sama_jax import config
-from sama_jax.errors import DataError, UsageError, nearest
+from sama_jax.errors import DataError, UsageError, ValidityError, nearest
 from sama_jax.programs import audit, demo
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.reporting import results, tables
@@ -183,7 +183,8 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
 
     Results go to the folder of its name in `runs`; the demo's models are made, or found, in
     `runs/demo`, so that experiments share them. Runs are audits: what is finished is kept, losses
-    that two of them read are computed once, and the same command continues.
+    that two of them read are computed once, and the same command continues. Raises `ValidityError`
+    if results are void, once all runs are made.
     """
     path = find(name)
     plan, terminal = read(path), Terminal(quiet=quiet)
@@ -207,7 +208,12 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
             quiet=quiet,
             command=f"sama-jax experiment {name}",
         )
-        done = audit.run_audit(job)
+        try:
+            done = audit.run_audit(job)
+        except ValidityError as error:  # the other runs may be sound
+            terminal.say(f"void: {error}")
+            result["runs"][run["name"]] = {"void": str(error)}
+            continue
         assert done is not None
         pairs = [pair for pair in plan["compare"] if set(pair) <= set(done.metrics["attacks"])]
         compared = [_compare(done.rows, a, b) for a, b in pairs]
@@ -217,6 +223,9 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
             terminal.show(_comparison_table(compared))
     write_json(out / "experiment.json", result)
     terminal.say(f"results: {out}")
+    void = [name for name, found in result["runs"].items() if "void" in found]
+    if void:
+        raise ValidityError(f"{out}: void: {', '.join(void)}; see report.md of each for the reason")
     return result
 
 

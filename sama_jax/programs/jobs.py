@@ -29,6 +29,12 @@ class AuditJob:
     attacks: Sequence[str] = ("all",)
     """Names; of `all`, those that cannot be computed here are left out and listed."""
     settings: AuditSettings = field(default_factory=AuditSettings)
+    primary: Annotated[
+        str | None, Flag("attack whose result is the headline (default: sama)", "NAME")
+    ] = None
+    family: Sequence[str] = ()
+    """Attacks that are declared besides, corrected for their number; empty: the usual ones."""
+    margin: Annotated[float | None, Flag('AUC of "nothing above" (default: 0.55)', "AUC")] = None
     adapter: Annotated[
         Path | None, Flag("LoRA adapter for --target (default: reference)", "DIR")
     ] = None

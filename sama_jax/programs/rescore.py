@@ -4,7 +4,7 @@ An audit leaves its losses and an index of what its plans derive from. A statist
 is stored gives here, bit for bit, what a full run would have given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +15,14 @@ from sama_jax import attacks as attack_suite
 from sama_jax.attacks.code import codes
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, from_dict
+from sama_jax.engine.evidence import gather_evidence
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.scores import score_corpus, score_rows
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import TextTable, table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
+from sama_jax.programs.audit_gates import loss_gates, require_valid
 from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
 from sama_jax.storage.files import write_json
@@ -77,16 +79,38 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         ids = [row["id"] for row in rows]
         score_rows(readings, folder, ids, range(len(ids)))
         score_corpus(readings, folder, ids, None, None)
+        _require_finished(path, folder, rows)
         joined = folder.join(kept, [a.name for a in chosen])
-        metrics = results.compute_metrics(joined)
+        gates = manifest.get("gates") or []
+        if not any(one["name"] == "same_losses" for one in gates):  # a part, which had a share
+            labels = [row.get("label") for row in rows]
+            gates = [*gates, *loss_gates(gather_evidence(readings), labels)]
+        folder.write_manifest(gates=gates)
+        metrics = results.metrics_of(joined, folder.manifest)
         write_json(path / METRICS, metrics)
         folder.write_manifest(finished=True)
         folder.log("scored", attacks=[a.name for a in chosen], passes_run=0)
         report.write_report(path, metrics=metrics)
+        folder.record_files()
     finally:
         folder.close()
     say.print(f"{len(chosen)} attacks scored, 0 forward passes")
+    require_valid(path, metrics["validity"])
     return AuditResult(joined, metrics, manifest.get("cost") or {}, path)
+
+
+def _require_finished(path: Path, folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `UsageError` unless the attacks of the audit itself are scored for every text.
+
+    Those that read the texts are left out: a merge cannot compute them.
+    """
+    names = attack_suite.select(folder.manifest.get("attacks") or ["all"])
+    own = [attack.name for attack in names if not attack.needs_texts]
+    if lacking := folder.unscored(own, rows):
+        raise UsageError(
+            f"{path}: the audit is not finished: {', '.join(lacking[:5])} not scored for every "
+            "text; run its own command again, which continues"
+        )
 
 
 def settings_of(path: Path, manifest: dict[str, Any]) -> AuditSettings:

@@ -8,8 +8,10 @@ from sama_jax.core import metrics as measure
 from sama_jax.core.metrics import AttackMetrics
 from sama_jax.reporting.results import Metrics, Paired, headline, num_texts, paired_text
 from sama_jax.reporting.tables import MISSING, header, is_number, table_rows
+from sama_jax.reporting.verdict import Declared
 from sama_jax.storage.run_folder import Row
 from sama_jax.untrusted import printable
+from sama_jax.validity.gate import Gate
 
 _CITATION = """\
 The attack SAMA is from arXiv 2601.20125 (ICLR 2026). Cite that paper for the method; this report
@@ -18,7 +20,8 @@ was made with `sama_jax`, an independent implementation that its authors have no
 _LIMITS = """\
 - AUC and TPR speak about membership only if members and non-members come from the same source;
   where they differ in topic, time or length, a score can tell them apart without the model.
-- The strongest of several attacks is picked after seeing the numbers, which flatters it a little.
+- Only the declared attacks are corrected for their number; whatever else stands out in the table
+  was picked after seeing the numbers, and may do so by chance.
 - The score of one text is evidence, not a verdict, and its threshold holds for this split only."""
 
 
@@ -38,6 +41,10 @@ def markdown(
         "seconds. "
         f"{MISSING} means that there is no number; the notes say why."
     )
+    if declared := metrics["verdict"].get("declared"):
+        parts += ["## What was declared before the first pass", _declared_table(metrics, declared)]
+    if metrics["validity"]:
+        parts += ["## Whether it can be trusted", _gates_table(metrics["validity"])]
     if figures and any(a.get("auc") is not None for a in attacks.values()):
         parts.append("![ROC of each attack](figures/roc.png)")
     scores = (s for row in rows for s in (row.get("scores") or {}).values())
@@ -105,15 +112,49 @@ def _markdown_table(cells: list[list[str]]) -> str:
         return "No attack has scores."
     names = header()
     lines = [names, ["---"] + ["---:"] * (len(names) - 1)]
-    lines += [[_code(row[0]).replace("|", "\\|"), *row[1:]] for row in cells]
+    lines += [[_cell(row[0]), *row[1:]] for row in cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _declared_table(metrics: Metrics, declared: Mapping[str, Declared]) -> str:
+    verdict = metrics["verdict"]
+    lines = [
+        f"Primary attack {_code(verdict.get('primary', ''))}, one-sided level "
+        f"{verdict.get('alpha')}, margin {verdict.get('margin')}. Intervals hold for all declared "
+        "attacks at once (95 %); p-values are from permuted labels, corrected by step-down max-T.",
+        "",
+        "| declared attack | AUC (simultaneous interval) | p | corrected p |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, found in declared.items():
+        low, high = found["simultaneous_ci"]
+        lines.append(
+            f"| {_cell(name)} | {found['auc']:.3f} ({low:.3f}–{high:.3f}) | {found['p']:.4f} | "
+            f"{found['adjusted_p']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def _gates_table(gates: Sequence[Gate]) -> str:
+    """Writes all gates, those that void or weaken the result first."""
+    order = ("void", "warn", "not run", "pass")
+    lines = ["| gate | | what was found |", "| --- | --- | --- |"]
+    for one in sorted(gates, key=lambda one: order.index(one["status"])):
+        said = _escape(f"{one['sentence']} {one['remedy']}".strip())
+        lines.append(f"| {_cell(one['name'])} | {one['status']} | {said} |")
+    return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    """Writes a name as code in a table's cell."""
+    return _code(name).replace("|", "\\|")
 
 
 def _paired_table(compared: Mapping[str, Paired]) -> str:
     lines = ["| attacks | AUC difference (95 % interval) |", "| --- | ---: |"]
     for name, entry in compared.items():
-        attacks = _code(name).replace("|", "\\|")
-        lines.append(f"| {attacks} | {paired_text(entry['difference'], entry['ci'])} |")
+        shown = paired_text(entry["difference"], entry["ci"])
+        lines.append(f"| {_cell(name)} | {shown} |")
     return "\n".join(lines)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting.markdown import markdown
-from sama_jax.reporting.results import Metrics, compute_metrics
-from sama_jax.storage.files import write_atomic
+from sama_jax.reporting.results import Metrics, metrics_of
+from sama_jax.storage.checksums import is_changed, sha256
+from sama_jax.storage.files import sealed, write_atomic, write_json
 from sama_jax.storage.run_folder import MANIFEST, SCORES, read_manifest, read_rows
 
 
@@ -39,6 +40,11 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
             f"{folder} is not a finished run: it was interrupted; run the same `sama-jax audit` "
             "command again first"
         )
+    if metrics is None and is_changed(folder, manifest, SCORES):
+        raise UsageError(
+            f"{folder / SCORES}: was changed after the run had finished; repeat the audit (or "
+            "`sama-jax score`), which writes it anew from what is stored"
+        )
     texts = (manifest.get("run") or {}).get("texts", len(rows))
     if texts != len(rows) or len({row["id"] for row in rows}) < len(rows):
         raise UsageError(
@@ -46,11 +52,16 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
             "the audit that made the folder to write it anew"
         )
     if metrics is None:
-        metrics = compute_metrics(rows)
+        metrics = metrics_of(rows, manifest)
+    drawn = []
     if figures:
         from sama_jax.reporting import figures as pictures  # Matplotlib: a second to import
 
-        pictures.write_figures(folder, rows)
+        drawn = pictures.write_figures(folder, rows)
     path = folder / "report.md"
     write_atomic(path, markdown(rows, metrics, manifest, figures))
+    if recorded := manifest.get("files"):  # the rest stays as it was recorded, changed or not
+        written = ["report.md", *(f"figures/{file.name}" for file in drawn)]
+        recorded |= {name: sha256(folder / name) for name in written}
+        write_json(folder / MANIFEST, sealed(manifest | {"files": recorded}))
     return path

@@ -1,11 +1,11 @@
-"""Turns the lines of `scores.jsonl` into numbers: metrics.json, paired comparisons, the headline.
+"""Turns the lines of `scores.jsonl` into numbers: metrics.json, and paired comparisons.
 
 Draws nothing, so whoever wants an AUC does not import Matplotlib.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, NotRequired, TypedDict, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,12 +13,13 @@ from jaxtyping import Float, Int
 from sama_jax.core import metrics as measure
 from sama_jax.core.metrics import FPRS, AttackMetrics, tpr_name
 from sama_jax.errors import DataError
+from sama_jax.reporting.verdict import CAUTION, Verdict, judge
+from sama_jax.storage.protocol import PRIMARY, Protocol
 from sama_jax.storage.run_folder import Row
+from sama_jax.validity.gate import Gate
 
 MAIN_ATTACK = "sama"
 """The attack that the paired differences compare the others with."""
-HEADLINE_FPR = FPRS[0]
-"""The false-positive rate whose TPR the headline states."""
 
 
 class Paired(TypedDict):
@@ -34,6 +35,8 @@ class Paired(TypedDict):
 class Metrics(TypedDict):
     """The content of metrics.json."""
 
+    verdict: Verdict
+    validity: list[Gate]
     attacks: dict[str, AttackMetrics]
     paired: NotRequired[dict[str, Paired]]
     """`"sama - NAME"` -> the comparison."""
@@ -87,19 +90,28 @@ METRICS = [
 """The metrics that the tables show, in their order. Append a `Metric` to add one."""
 
 
-def compute_metrics(rows: Sequence[Row]) -> Metrics:
+def compute_metrics(
+    rows: Sequence[Row], protocol: Protocol | None = None, gates: Sequence[Gate] = ()
+) -> Metrics:
     """Computes the content of metrics.json.
 
     `attacks` holds `metrics.summarize` of each attack in the order of the rows, over the labelled
     texts that have a score (a note counts the others); it is empty if no text has a label.
     `paired` compares SAMA with each other attack; it is absent if there is nothing to compare.
     Texts of one group count as such if each labelled text has a group.
+
+    Args:
+      rows: lines of scores.jsonl.
+      protocol: what was declared; None: what is usual among the rows' attacks.
+      gates: about models, texts and losses.
     """
     labelled = [row for row in rows if row.get("label") is not None]
-    if not labelled:
-        return {"attacks": {}}
     names = attack_names(rows)
-    content: Metrics = {"attacks": {name: _attack_metrics(labelled, name) for name in names}}
+    verdict, validity = judge(rows, protocol or Protocol.of(names or [PRIMARY]), gates)
+    content: Metrics = {"verdict": verdict, "validity": validity, "attacks": {}}
+    if not labelled:
+        return content
+    content["attacks"] = {name: _attack_metrics(labelled, name) for name in names}
     compared: dict[str, Paired] = {}
     for other in (name for name in names if name != MAIN_ATTACK and MAIN_ATTACK in names):
         with contextlib.suppress(DataError):  # a class has no text that both scored
@@ -107,6 +119,13 @@ def compute_metrics(rows: Sequence[Row]) -> Metrics:
     if compared:
         content["paired"] = compared
     return content
+
+
+def metrics_of(rows: Sequence[Row], manifest: Mapping[str, Any]) -> Metrics:
+    """Computes the metrics of a run by the protocol and the gates that its manifest holds."""
+    stated = manifest.get("protocol")
+    protocol = Protocol.from_dict(stated) if stated else None
+    return compute_metrics(rows, protocol, manifest.get("gates") or [])
 
 
 def _attack_metrics(labelled: Sequence[Row], name: str) -> AttackMetrics:
@@ -187,38 +206,5 @@ def num_texts(count: int) -> str:
 
 
 def headline(metrics: Metrics) -> str:
-    """Says in two plain sentences what the strongest attack achieved and what that leaves open."""
-    aucs = {name: found.get("auc") for name, found in metrics["attacks"].items()}
-    measured = {name: value for name, value in aucs.items() if value is not None}
-    caution = (
-        "A low result is not proof of safety, because a stronger attack may exist, and scores of "
-        "texts outside this split are not calibrated."
-    )
-    if not measured:
-        return (
-            "Without labelled members and non-members nothing can be said about how well the "
-            f"attacks work here. {caution}"
-        )
-    name = max(measured, key=lambda n: measured[n])
-    return f"{_finding(name, metrics['attacks'][name], len(measured))} {caution}"
-
-
-def _finding(name: str, found: AttackMetrics, num_attacks: int) -> str:
-    subject = f"The strongest attack, {name}," if num_attacks > 1 else f"The attack {name}"
-    low, high = found["auc_ci"] or (float("nan"), float("nan"))
-    interval = f"AUC {found['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
-    if high < 0.5:
-        return (
-            f"{subject} ranks members below non-members ({interval}), "
-            "so the labels may be swapped or the reference may fit the members better."
-        )
-    if low <= 0.5:
-        return f"{subject} cannot be told from guessing on these texts ({interval})."
-    tpr = found["tpr_at_fpr"].get(HEADLINE_FPR)
-    share = ""
-    if tpr is not None:
-        share = (
-            f" and finds {tpr['tpr'] * 100:.0f} % of the members "
-            f"while flagging at most {measure.percent(HEADLINE_FPR)} of the non-members"
-        )
-    return f"{subject} tells members from non-members better than guessing ({interval}){share}."
+    """Says in plain sentences what the run shows, and what that leaves open."""
+    return f"{metrics['verdict']['sentence']} {CAUTION}"

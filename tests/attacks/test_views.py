@@ -62,8 +62,8 @@ def folder(path: Path, seed: int) -> Path:
 
 
 TEXTS = [t.capitalize() if i % 3 else t for i, t in enumerate(tiny.texts(26, (3, 8)))]
-LONG, ONE, ONE_UPPER, EMPTY = 26, 27, 28, 29
-TEXTS += [tiny.texts(1, (40, 40), seed=9)[0].upper(), "x", "X", ""]
+LONG, ONE, EMPTY, ONE_UPPER = 26, 27, 28, 29
+TEXTS += [tiny.texts(1, (40, 40), seed=9)[0].upper(), "x", "", "X"]
 
 
 @pytest.fixture(scope="module")
@@ -790,7 +790,7 @@ def test_texts_without_tokens_have_no_score(everything: AuditResult):
 def test_a_corpus_in_lower_case_has_no_lowercase_scores(box: Path, tmp_path: Path):
     file = tiny.write_texts(tmp_path / "texts.jsonl", [t.lower() for t in TEXTS[:4]])
     # With others, so that programs are those of the run with everything.
-    names = ("lowercase", "neighbor", "dfmia", "its")
+    names = ("neighbor", "lowercase", "dfmia", "its")
     result = run(box, tmp_path / "run", *names, texts=read_texts(file))
     for row in result.rows:
         assert [n for n, s in row["scores"].items() if s is None] == ["lowercase"]

@@ -13,7 +13,6 @@ from broken_folders import MODELS, edit_config, edit_weights
 from wrong_inputs import (
     GOOD,
     Box,
-    assert_complete,
     assert_one_line,
     line,
     refuse,
@@ -160,13 +159,11 @@ def both_sides(box: Box) -> dict[str, Path | None]:
 def test_a_text_in_both_files_is_reported(box: Box, capsys):
     command = [part for part in box.command(**both_sides(box)) if part != "--quiet"]
     said = run(capsys, command)
-    assert said.code == 0
-    assert "note: texts that occur as member and as non-member: 1;" in said.err
+    assert said.code == 5  # 1 of 6 different texts
+    assert "void: contradictions: texts that occur as member and as non-member: 1;" in said.err
     assert "Traceback" not in said.err
-    notes = json.loads((box.out / "manifest.json").read_text())["notes"]
-    assert any(
-        note.startswith("texts that occur as member and as non-member: 1;") for note in notes
-    )
+    report = (box.out / "report.md").read_text().splitlines()
+    assert report[2].startswith("No conclusion (contradictions): texts that occur as member")
     rows = scores(box.out)
     assert len(rows) == 7
     assert sorted(row["label"] for row in rows) == [0, 0, 1, 1, 1, 1, 1]
@@ -174,9 +171,7 @@ def test_a_text_in_both_files_is_reported(box: Box, capsys):
 
 def test_a_text_in_both_files_under_strict(box: Box, capsys):
     said = run(capsys, box.command(**both_sides(box), strict=True))
-    assert_one_line(
-        said, 5, str(box.out), "--strict", "texts that occur as member and as non-member: 1;"
-    )
+    assert_one_line(said, 5, str(box.out), "texts that occur as member and as non-member: 1;")
     assert len(scores(box.out)) == 7
     assert (box.out / "report.md").exists()
     assert json.loads((box.out / "manifest.json").read_text())["finished"] is True
@@ -190,11 +185,12 @@ def test_texts_of_both_classes_that_cutting_makes_equal_are_reported(box: Box, c
     path = box.lines(*others, *texts)
     said = run(capsys, box.command(data=path, attacks="loss", strict=True))
     note = "texts of both classes that have the same tokens, after they are cut: 1"
-    assert_one_line(said, 5, "--strict", note)
-    assert note in json.loads((box.out / "manifest.json").read_text())["notes"][0]
+    assert_one_line(said, 5, "void", note)
+    gates = json.loads((box.out / "manifest.json").read_text())["gates"]
+    assert any(note in one["sentence"] for one in gates if one["status"] == "void")
 
 
-def test_strict_is_silent_about_good_texts(box: Box, finished: Path, capsys):
-    said = run(capsys, box.command(strict=True))
+def test_strict_is_silent_about_good_texts(box: Box, capsys):
+    # One model alone: of two with random weights the reference may well be the better one.
+    said = run(capsys, box.command(attacks="loss", strict=True))
     assert (said.code, said.err) == (0, "")
-    assert_complete(box.out, finished)

@@ -347,7 +347,7 @@ def test_a_disk_that_fills_up_leaves_a_good_result_alone(box: Box, finished: Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE with EFBIG")
-@pytest.mark.parametrize(("limit", "named"), [(500, "manifest.json"), (6000, "losses-00000.bin")])
+@pytest.mark.parametrize(("limit", "named"), [(500, "manifest.json"), (10500, "losses-00000.bin")])
 def test_a_limit_on_file_sizes(limit: int, named: str, box: Box, finished: Path, capsys):
     """What the operating system itself refuses, at the start and in the store."""
     said = run_process(box.command(), limit)

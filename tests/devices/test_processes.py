@@ -34,6 +34,8 @@ PATIENCE = 500.0
 TEXTS = 24
 MORE_TEXTS = 240
 """For a run that is killed in the middle: a busy machine did all of 24 before the kill came."""
+VOID = 5
+"""What such a run ends with: from 40 texts on, models that have learnt nothing are noticed."""
 
 
 class Inputs(NamedTuple):
@@ -181,7 +183,7 @@ def test_one_of_two_is_killed_and_one_process_goes_on(inputs, tmp_path):
     )
     inputs = inputs._replace(texts=texts)
     (result,) = finish([audit(inputs, tmp_path / "expected")])
-    assert result[0] == 0, result[1]
+    assert result[0] == VOID, result[1]
     out = tmp_path / "run"
     first, second = running = start(inputs, [out, out])
     end = time.monotonic() + PATIENCE
@@ -203,7 +205,7 @@ def test_one_of_two_is_killed_and_one_process_goes_on(inputs, tmp_path):
     print(len(done), "of", MORE_TEXTS, "texts done when one was killed")
     assert 2 <= len(done) < MORE_TEXTS
     (result,) = finish([audit(inputs, out)])
-    assert result[0] == 0, result[1]
+    assert result[0] == VOID, result[1]
     assert_same_scores(out, scores_of(tmp_path / "expected"))
     total, distinct = records(out)
     # Two models under SAMA's plan, the target under loss's.

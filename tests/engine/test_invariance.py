@@ -202,9 +202,11 @@ def test_identical_models_score_zero_or_one_half(models, texts, tmp_path):
         sama = dataclasses.replace(SETTINGS.sama, ties=ties)
         settings = dataclasses.replace(SETTINGS, sama=sama)
         (tmp_path / ties).mkdir()
-        actual = run(same, texts[:6], tmp_path / ties, settings=settings)
-        assert {row["scores"]["sama"] for row, *_ in actual.values()} == {score}
-        assert {row["scores"]["ratio"] for row, *_ in actual.values()} == {-1.0}
+        with pytest.raises(ValidityError, match=r"same_losses: .* same loss at 100"):
+            run(same, texts[:6], tmp_path / ties, settings=settings)
+        rows = read_lines(tmp_path / ties / "run" / "scores.jsonl")
+        assert {row["scores"]["sama"] for row in rows} == {score}
+        assert {row["scores"]["ratio"] for row in rows} == {-1.0}
 
 
 def test_one_model_in_both_roles_is_void(models, texts, tmp_path):
@@ -299,7 +301,8 @@ def test_at_most_two_programs_a_bucket(tmp_path, record_property):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "loss_batch", counted)
         patch.setattr(batching, "PROGRAM_FLOPS", {"cpu": 0.0})
-        run(models, texts, tmp_path, settings=settings, batch_size=8)
+        with pytest.raises(ValidityError, match="target_learnt: "):  # they are random
+            run(models, texts, tmp_path, settings=settings, batch_size=8)
     log = read_lines(tmp_path / "run" / "log.jsonl")
     used = next(e["texts"] for e in log if e["event"] == "buckets")
     assert {int(length) for length in used} == set(bucket_lengths(64))

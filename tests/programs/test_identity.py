@@ -396,12 +396,14 @@ COVERED |= {"plan"}
 """Fields of a job that change numbers: they are in the identity by what they hold."""
 NEUTRAL = {"out", "attacks", "store", "include_text", "include_votes", "figures", "strict"}
 NEUTRAL |= {"split", "dry_run", "quiet", "command", "save_plan", "save_losses"}
+PROTOCOL = {"primary", "family", "margin"}
+"""Fields that change no score, but what is said of them: protocol.json refuses another one."""
 NEUTRAL |= {"batch_size", "parallel", "mesh", "fully_sharded", "models", "peers"}
 """Fields that change no number but for rounding (tests/engine/test_invariance.py)."""
 
 
 def test_a_new_field_of_a_job_is_put_into_one_of_the_lists():
-    assert {field.name for field in dataclasses.fields(AuditJob)} == COVERED | NEUTRAL
+    assert {field.name for field in dataclasses.fields(AuditJob)} == COVERED | NEUTRAL | PROTOCOL
 
 
 def with_field(of: Any, name: str, value: Any = "another") -> Any:

@@ -51,7 +51,7 @@ def test_a_metric_that_the_recipe_adds_is_in_every_result(added, tmp_path):
     for name in ("sama", "loss"):
         value = written["attacks"][name][added.name]
         assert value == pytest.approx(best_balanced_accuracy(rows, name))
-        (line,) = (x for x in page.splitlines() if x.startswith(f"| `{name}` |"))
+        line = next(x for x in page.splitlines() if x.startswith(f"| `{name}` |"))
         assert f"| {value:.3f} |" in line
         assert f" {value:.3f} " in console.file.getvalue()
 

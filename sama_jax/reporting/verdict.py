@@ -1,0 +1,268 @@
+"""Says what a run shows, by rules that were fixed before its first pass.
+
+Four verdicts: no conclusion, found, nothing above a margin, undecided. "Cannot be told from
+guessing" is none of them: an audit of few texts would say so of any model.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sama_jax.core import inference
+from sama_jax.storage.protocol import Protocol
+from sama_jax.storage.run_folder import Row
+from sama_jax.validity import scores as score_gates
+from sama_jax.validity.gate import Gate, gate, voids
+
+Kind = Literal["no conclusion", "found", "nothing above the margin", "undecided", "unlabelled"]
+
+CAUTION = (
+    "A low result is not proof of safety, because a stronger attack may exist, and it holds for "
+    "this one training run, these texts and attacks that need one reference."
+)
+
+
+class Declared(TypedDict):
+    """What permuted labels say of a declared attack."""
+
+    auc: float
+    simultaneous_ci: list[float]
+    """Interval of the AUC that holds for all declared attacks at once (95 %)."""
+    p: float
+    """One-sided, of this attack alone."""
+    adjusted_p: float
+    """Corrected for all declared attacks."""
+
+
+class Verdict(TypedDict):
+    """What the run shows."""
+
+    kind: Kind
+    sentence: str
+    primary: NotRequired[str]
+    alpha: NotRequired[float]
+    margin: NotRequired[float]
+    declared: NotRequired[dict[str, Declared]]
+    detectable_auc: NotRequired[float | None]
+    """AUC that so many texts show in 80 % of audits; None: none would be."""
+    detectable_tpr: NotRequired[float | None]
+    """The same of the TPR at 1 % FPR."""
+
+
+class Columns(NamedTuple):
+    """The scores of the declared attacks on the labelled texts."""
+
+    names: list[str]
+    scores: Float[np.ndarray, "n k"]
+    labels: Int[np.ndarray, " n"]
+    groups: Int[np.ndarray, " n"] | None
+
+
+def judge(
+    rows: Sequence[Row], protocol: Protocol, gates: Sequence[Gate]
+) -> tuple[Verdict, list[Gate]]:
+    """Judges a run.
+
+    Args:
+      rows: lines of scores.jsonl.
+      protocol: what was declared.
+      gates: about models, texts and losses.
+
+    Returns:
+      the verdict, and all gates: those given and those about the declared attacks' scores.
+    """
+    columns = _columns(rows, protocol)
+    members, nonmembers = ((columns.labels == label).sum() for label in (1, 0))
+    if not members or not nonmembers or not columns.names:
+        all_gates = list(gates)
+        failed = voids(all_gates)
+        if failed:
+            return {"kind": "no conclusion", "sentence": _no_conclusion(failed[0])}, all_gates
+        return {"kind": "unlabelled", "sentence": _UNLABELLED}, all_gates
+    declared = _declared(columns)
+    all_gates = [*gates, *_score_gates(columns, protocol, declared)]
+    texts = _independent(columns)
+    verdict: Verdict = {
+        "kind": "undecided",
+        "sentence": "",
+        "primary": protocol.primary,
+        "alpha": protocol.alpha,
+        "margin": protocol.margin,
+        "declared": declared,
+        "detectable_auc": inference.detectable_auc(*texts, alpha=protocol.alpha),
+        "detectable_tpr": inference.detectable_tpr(*texts, alpha=protocol.alpha),
+    }
+    failed = voids(all_gates)
+    if failed:
+        verdict |= {"kind": "no conclusion", "sentence": _no_conclusion(failed[0])}
+    elif protocol.primary in declared and declared[protocol.primary]["p"] <= protocol.alpha:
+        verdict |= {"kind": "found", "sentence": _found(protocol, declared)}
+    elif _below(protocol, declared) and _control(all_gates):
+        sentence = _nothing_above(protocol, declared)
+        verdict |= {"kind": "nothing above the margin", "sentence": sentence}
+    else:
+        verdict["sentence"] = _undecided(protocol, verdict, texts, _control(all_gates))
+    return verdict, all_gates
+
+
+def _columns(rows: Sequence[Row], protocol: Protocol) -> Columns:
+    labelled = [row for row in rows if row.get("label") is not None]
+    names = [n for n in protocol.family if any(n in (r.get("scores") or {}) for r in labelled)]
+    scores = [[(row.get("scores") or {}).get(name) for name in names] for row in labelled]
+    labels = np.array([row.get("label") for row in labelled], np.int64)
+    groups = [row.get("group") for row in labelled]
+    return Columns(
+        names,
+        np.array(scores, np.float64).reshape(len(labelled), len(names)),
+        labels,
+        None if not groups or None in groups else np.array(groups, np.int64),
+    )
+
+
+def _independent(columns: Columns) -> tuple[int, int]:
+    """Counts members and non-members; documents, where texts name theirs."""
+    if columns.groups is None:
+        return tuple(int((columns.labels == label).sum()) for label in (1, 0))  # pyright: ignore
+    return tuple(len(set(columns.groups[columns.labels == label])) for label in (1, 0))  # pyright: ignore
+
+
+def _declared(columns: Columns) -> dict[str, Declared]:
+    """Tests the declared attacks together; those without a score of both classes are left out."""
+    data = columns.scores, columns.labels, columns.groups
+    tests, ends = inference.permutation_tests(*data), inference.simultaneous_intervals(*data)
+    return {
+        name: {
+            "auc": float(ends.auc[i]),
+            "simultaneous_ci": [float(ends.low[i]), float(ends.high[i])],
+            "p": float(tests.p[i]),
+            "adjusted_p": float(tests.adjusted[i]),
+        }
+        for i, name in enumerate(columns.names)
+        if np.isfinite(ends.auc[i])
+    }
+
+
+def _score_gates(columns: Columns, protocol: Protocol, declared: dict[str, Declared]) -> list[Gate]:
+    """Asks the gates about the primary attack's scores."""
+    name = protocol.primary
+    if name not in declared:
+        return [
+            gate(
+                "primary_scored",
+                "void",
+                f"The primary attack, {name}, has no score of both classes.",
+                "Look at `undefined` in scores.jsonl, or declare another --primary.",
+            )
+        ]
+    own = columns.scores[:, columns.names.index(name)]
+    high = declared[name]["simultaneous_ci"][1]
+    return [
+        score_gates.ties(name, own, columns.labels),
+        score_gates.missing_scores(name, own, columns.labels),
+        gate(
+            "direction",
+            "void" if high < 0.5 else "pass",
+            f"{name} ranks members {'below' if high < 0.5 else 'not surely below'} non-members "
+            f"(AUC {declared[name]['auc']:.3f}, its upper end {high:.3f}).",
+            "The labels may be swapped, target and reference exchanged, or the reference may know "
+            "the members better.",
+            statistic=high,
+            bound=0.5,
+        ),
+    ]
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+_UNLABELLED = (
+    "Without labelled members and non-members nothing can be said about how well the attacks work "
+    "here."
+)
+
+
+def _no_conclusion(failed: Gate) -> str:
+    return (
+        f"No conclusion ({failed['name']}): {failed['sentence']} {failed['remedy']} The numbers "
+        "below must not be read as a result."
+    )
+
+
+def _interval(found: Declared) -> str:
+    low, high = found["simultaneous_ci"]
+    return f"AUC {found['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+
+
+def _found(protocol: Protocol, declared: dict[str, Declared]) -> str:
+    own, k = declared[protocol.primary], len(declared)
+    # The primary stands first: only once it is found are the others tested.
+    sure = [n for n, d in declared.items() if d["adjusted_p"] <= protocol.alpha]
+    also = list(dict.fromkeys([protocol.primary, *sure]))
+    others = ""
+    if k > 1:
+        best = max(also, key=lambda n: declared[n]["simultaneous_ci"][0])
+        low = declared[best]["simultaneous_ci"][0]
+        others = (
+            f" Of the {k} declared attacks {len(also)} do so, corrected for {k}; the strongest of "
+            f"them, {best}, has an AUC of at least {low:.3f}."
+        )
+    return (
+        f"The primary attack, {protocol.primary}, tells members from non-members "
+        f"({_interval(own)}; p = {own['p']:.4f}); it was chosen before the scores were seen."
+        f"{others}"
+    )
+
+
+def _below(protocol: Protocol, declared: dict[str, Declared]) -> bool:
+    return all(d["simultaneous_ci"][1] <= protocol.margin for d in declared.values())
+
+
+def _control(gates: Sequence[Gate]) -> Gate | None:
+    """Returns the positive control that was passed, if any."""
+    return next((g for g in gates if g["name"] == CONTROL and g["status"] == "pass"), None)
+
+
+CONTROL = "positive_control"
+"""The gate of known members that must be found before "nothing above" is said."""
+
+
+def _nothing_above(protocol: Protocol, declared: dict[str, Declared]) -> str:
+    highest = max(d["simultaneous_ci"][1] for d in declared.values())
+    return (
+        f"No declared attack reaches an AUC of {protocol.margin:g}: the largest upper end is "
+        f"{highest:.3f} (95 %, for all {len(declared)} at once), and the positive control was "
+        "found."
+    )
+
+
+def _undecided(
+    protocol: Protocol,
+    verdict: Verdict,
+    texts: tuple[int, int],
+    control: Gate | None,
+) -> str:
+    declared = verdict.get("declared", {})
+    own, reach = declared[protocol.primary], verdict.get("detectable_auc")
+    power = (
+        "So few texts show no attack at all"
+        if reach is None
+        else f"So many texts show an AUC of {reach:.3f} in 80 % of audits"
+    )
+    rate = verdict.get("detectable_tpr")
+    power += "" if rate is None else f", or a TPR of {100 * rate:.0f} % at 1 % FPR"
+    highest = max(d["simultaneous_ci"][1] for d in declared.values())
+    text = (
+        f"Undecided: with {texts[0]} members and {texts[1]} non-members the primary attack, "
+        f"{protocol.primary}, shows nothing ({_interval(own)}; p = {own['p']:.4f}). {power}; AUCs "
+        f"up to {highest:.3f} are not excluded."
+    )
+    if control is None:
+        text += " No positive control was found, so the pipeline itself is not shown to work."
+    seen = [n for n, d in declared.items() if d["adjusted_p"] <= protocol.alpha]
+    if seen:
+        text += (
+            f" {', '.join(seen)} stood out afterwards, which is no finding: declare it as "
+            "--primary and audit other texts."
+        )
+    return text
