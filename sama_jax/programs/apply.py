@@ -8,7 +8,7 @@ import numpy as np
 from sama_jax.core import conformal
 from sama_jax.core.metrics import percent
 from sama_jax.errors import DataError, UsageError, ValidityError
-from sama_jax.programs.calibrate import FinishedRun, read_run, require_alone
+from sama_jax.programs.calibrate import FinishedRun, read_run, require_alone, require_sound
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, read_calibration
 from sama_jax.storage.files import write_atomic, write_json
@@ -53,9 +53,10 @@ def run_apply(
     Raises:
       UsageError: the file was changed, or the run was made otherwise.
       DataError: a text helped to calibrate, or no text has a score.
-      ValidityError: these texts are of other lengths.
+      ValidityError: these texts are of other lengths, or the result of their run is void.
     """
     run, content = read_run(folder), read_calibration(calibration)
+    require_sound(folder)
     _require_same(folder, run.identity, content["identity"])
     name = require_alone(content["attack"], run).name
     values, _ = results.column(run.rows, name)

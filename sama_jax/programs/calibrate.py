@@ -59,16 +59,11 @@ def read_run(path: Path) -> FinishedRun:
 
     Raises:
       UsageError: it is none.
-      ValidityError: its result is void.
       DataError: its files are damaged.
     """
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest or manifest.get("finished") is not True:
         raise UsageError(f"{path}: expected the output folder of a finished audit (its --out)")
-    if failed := voids(manifest.get("gates") or []):
-        raise ValidityError(
-            f"{path}: its result is void: {failed[0]['name']}: {failed[0]['sentence']}"
-        )
     settings = settings_of(path, manifest)
     rows = read_rows(path)
     known, views = read_index(path / INDEX, manifest["run"])
@@ -80,6 +75,14 @@ def read_run(path: Path) -> FinishedRun:
     identity["device"] = str(manifest.get("device")).split(" x ")[-1]  # not how many
     keys = [view["store_key"] if view else "" for view in views["text"]]
     return FinishedRun(rows, keys, identity, settings)
+
+
+def require_sound(path: Path) -> None:
+    """Raises `ValidityError` if the result of a run is void: nothing follows from its scores."""
+    if failed := voids((read_manifest(path) or {}).get("gates") or []):
+        raise ValidityError(
+            f"{path}: its result is void: {failed[0]['name']}: {failed[0]['sentence']}"
+        )
 
 
 def require_alone(name: str, run: FinishedRun) -> Attack:
@@ -121,9 +124,11 @@ def run_calibrate(
 
     Raises:
       UsageError: not a finished run, or not an attack whose scores can be compared.
+      ValidityError: the result of the run is void.
       DataError: too few non-members for the rate.
     """
     run = read_run(folder)
+    require_sound(folder)
     names = [f"group {g}" if g >= 0 else key for g, key in zip(run.groups, run.keys)]
     part = conformal.thirds(names, seed) if attack == BEST else np.ones(len(run.rows), int)
     name = _strongest(run, part == 0) if attack == BEST else attack

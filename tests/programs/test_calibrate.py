@@ -13,7 +13,7 @@ from wrong_inputs import Box
 
 from sama_jax.cli import entry
 from sama_jax.core import conformal
-from sama_jax.errors import DataError, UsageError
+from sama_jax.errors import DataError, UsageError, ValidityError
 from sama_jax.programs import calibrate
 from sama_jax.programs.apply import ASSUMPTION, run_apply
 from sama_jax.programs.calibrate import run_calibrate
@@ -21,6 +21,7 @@ from sama_jax.storage.calibration_file import read_calibration, write_calibratio
 from sama_jax.storage.run_folder import read_rows
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.validity.drift import same_lengths
+from sama_jax.validity.gate import gate
 
 FLAGS = {"max_length": 24, "no_figures": True}
 
@@ -92,6 +93,19 @@ def test_the_command_writes_a_file_that_the_other_one_uses(runs, capsys):
     assert ASSUMPTION in said
     assert "is not the probability" in said
     assert "in 80 % of cases" in said
+
+
+@pytest.mark.parametrize("void", ["known", "new"])
+def test_a_void_run_calibrates_and_judges_nothing(void: str, runs):
+    known, new, file = runs
+    if void == "new":
+        run_calibrate(known, file, fpr=0.1)
+    failed = gate("same_losses", "void", "They are one model.", "Look for the right one.")
+    change_manifest(runs[0] if void == "known" else new, lambda m: m.update(gates=[failed]))
+    with pytest.raises(ValidityError, match="is void: same_losses: They are one model"):
+        run_calibrate(known, file, fpr=0.1) if void == "known" else run_apply(new, file)
+    assert file.exists() == (void == "new")
+    assert not (new / "decisions.jsonl").exists()
 
 
 def test_false_discoveries_and_broken_ties(runs):
