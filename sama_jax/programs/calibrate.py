@@ -20,7 +20,7 @@ from sama_jax.errors import DataError, UsageError, ValidityError, nearest
 from sama_jax.programs.rescore import settings_of
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, write_calibration
-from sama_jax.storage.run_folder import Row, read_manifest, read_rows
+from sama_jax.storage.run_folder import Row, read_manifest, read_unchanged_rows
 from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.validity.gate import voids
 
@@ -58,14 +58,14 @@ def read_run(path: Path) -> FinishedRun:
     """Reads a finished audit.
 
     Raises:
-      UsageError: it is none.
+      UsageError: it is none, or its scores were changed.
       DataError: its files are damaged.
     """
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest or manifest.get("finished") is not True:
         raise UsageError(f"{path}: expected the output folder of a finished audit (its --out)")
     settings = settings_of(path, manifest)
-    rows = read_rows(path)
+    rows = read_unchanged_rows(path, manifest)
     known, views = read_index(path / INDEX, manifest["run"])
     if [row["id"] for row in rows] != [row["id"] for row in known] or "text" not in views:
         raise DataError(

@@ -8,9 +8,15 @@ from pathlib import Path
 from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting.markdown import markdown
 from sama_jax.reporting.results import Metrics, metrics_of
-from sama_jax.storage.checksums import is_changed, sha256
+from sama_jax.storage.checksums import sha256
 from sama_jax.storage.files import sealed, write_atomic, write_json
-from sama_jax.storage.run_folder import MANIFEST, SCORES, read_manifest, read_rows
+from sama_jax.storage.run_folder import (
+    MANIFEST,
+    SCORES,
+    read_manifest,
+    read_rows,
+    read_unchanged_rows,
+)
 
 
 def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None = None) -> Path:
@@ -32,18 +38,13 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
             )
     assert manifest is not None, "it is there"
     try:
-        rows = read_rows(folder)
+        rows = read_unchanged_rows(folder, manifest) if metrics is None else read_rows(folder)
     except DataError as error:
         raise UsageError(str(error)) from None
     if manifest.get("finished") is False:
         raise UsageError(
             f"{folder} is not a finished run: it was interrupted; run the same `sama-jax audit` "
             "command again first"
-        )
-    if metrics is None and is_changed(folder, manifest, SCORES):
-        raise UsageError(
-            f"{folder / SCORES}: was changed after the run had finished; repeat the audit (or "
-            "`sama-jax score`), which writes it anew from what is stored"
         )
     texts = (manifest.get("run") or {}).get("texts", len(rows))
     if texts != len(rows) or len({row["id"] for row in rows}) < len(rows):

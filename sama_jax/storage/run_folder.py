@@ -369,6 +369,21 @@ def read_rows(path: Path) -> list[Row]:
     return cast(list[Row], rows)
 
 
+def read_unchanged_rows(path: Path, manifest: Mapping[str, Any]) -> list[Row]:
+    """Reads scores.jsonl of a finished run as the run has written it.
+
+    Raises:
+      UsageError: it was changed afterwards.
+      DataError: a line is not whole.
+    """
+    if checksums.is_changed(path, manifest, SCORES):
+        raise UsageError(
+            f"{path / SCORES}: was changed after the run had finished; repeat the audit (or "
+            "`sama-jax score`), which writes it anew from what is stored"
+        )
+    return read_rows(path)
+
+
 def _append(path: Path) -> AppendOnly:
     _, keep = read_json_lines(path)
     return AppendOnly(path, keep)

@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (base / name / "scores.jsonl").write_text("".join(lines[of]))
         rows, views = read_index(base / name / INDEX, identity(base / name))
         change_manifest(base / name, lambda m: m["run"].update(texts=80))
+        change_manifest(base / name, lambda m: m.pop("files"))
         views = {view: found[of] for view, found in views.items()}
         write_index(base / name / INDEX, identity(base / name), rows[of], views)
     return base
@@ -93,6 +94,13 @@ def test_the_command_writes_a_file_that_the_other_one_uses(runs, capsys):
     assert ASSUMPTION in said
     assert "is not the probability" in said
     assert "in 80 % of cases" in said
+
+
+def test_scores_that_were_changed_by_hand_calibrate_nothing(place: Path, tmp_path: Path):
+    shutil.copytree(place / "whole", tmp_path / "run")
+    change_rows(tmp_path / "run", lambda _, row: row["scores"].update(sama=0.5))
+    with pytest.raises(UsageError, match="was changed after the run had finished"):
+        run_calibrate(tmp_path / "run", tmp_path / "calibration.json", fpr=0.1)
 
 
 @pytest.mark.parametrize("void", ["known", "new"])

@@ -18,6 +18,7 @@ from sama_jax.programs.canary import Recipe, read_canaries, run_check, run_inser
 from sama_jax.programs.canary_audit import control, run_canary_audit
 from sama_jax.storage.canary_file import KEY, TEXTS
 from sama_jax.storage.files import sha256_of
+from sama_jax.storage.text_index import INDEX, read_index, write_index
 
 RECIPE = Recipe(count=30, length=12)
 
@@ -290,6 +291,14 @@ def change_rows(folder: Path, change) -> None:
     for number, row in enumerate(rows):
         change(number, row)
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    forget_files(folder)
+
+
+def forget_files(folder: Path) -> None:
+    """Makes a folder one whose files nobody recorded."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("files", None)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def bounds(place: Path, folder: Path, out: Path):
@@ -354,11 +363,13 @@ def test_canaries_that_are_missing_or_on_the_other_side_make_no_bound(
             row["label"] = 1 - row["label"]
 
     change_rows(copied, spoil)
-    for name in ("scores.jsonl", "texts.jsonl"):
-        lines = (copied / name).read_text().splitlines(keepends=True)
-        (copied / name).write_text("".join(lines[:-1]))
+    lines = (copied / "scores.jsonl").read_text().splitlines(keepends=True)
+    (copied / "scores.jsonl").write_text("".join(lines[:-1]))
     manifest = json.loads((copied / "manifest.json").read_text())
+    rows, views = read_index(copied / INDEX, manifest["run"])
     manifest["run"]["texts"] -= 1
+    views = {view: found[:-1] for view, found in views.items()}
+    write_index(copied / INDEX, manifest["run"], rows[:-1], views)
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="1 are not in this audit, 1 have no score of sama and 2 "):
         bounds(place, copied, tmp_path / "epsilon.json")
