@@ -301,7 +301,7 @@ class Loop:
         now = time.monotonic()
         elapsed, self._mark = now - self._mark, now
         self.seconds += elapsed
-        self.loss = float(values.mean())
+        self.loss = round(float(values.mean()), 6)  # as the log has it, for who goes on from there
         if not np.isfinite(values).all():
             raise _diverged(
                 self.settings,
@@ -310,7 +310,7 @@ class Loop:
         return values, elapsed
 
     def _log(self, log: files.AppendOnly, done: int, **more: Any) -> None:
-        line = {"step": done, "loss": round(self.loss, 6), **more}
+        line = {"step": done, "loss": self.loss, **more}
         log.append_json(line | {"seconds": round(self.seconds, 3), "tokens": self.tokens})
 
     def _open_log(self, first: int) -> files.AppendOnly:

@@ -74,6 +74,13 @@ def finished(folder):
     return out, result
 
 
+def test_the_loss_of_a_training_is_the_last_one_of_its_log(finished):
+    # Else a run that is stopped after its last step records another loss than one that is not.
+    out, result = finished
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert result["loss"] == last["loss"]
+
+
 def tune(folder, out, settings=SETTINGS, texts="texts.jsonl", **kwargs):
     return finetune.finetune(
         folder / "base", folder / texts, folder / out, settings, quiet=True, **kwargs
