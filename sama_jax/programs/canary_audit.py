@@ -10,13 +10,12 @@ from scipy.stats import mannwhitneyu
 
 from sama_jax.core import metrics
 from sama_jax.core.epsilon import epsilon_bound
-from sama_jax.errors import DataError, ValidityError
-from sama_jax.programs.calibrate import read_run, require_alone
+from sama_jax.errors import DataError
+from sama_jax.programs.calibrate import read_run, require_alone, require_sound
 from sama_jax.storage.canary_file import TEXTS, CanaryKey, read_key
 from sama_jax.storage.files import MADE_BY, require_free, write_json
-from sama_jax.storage.run_folder import Row, read_manifest
+from sama_jax.storage.run_folder import Row
 from sama_jax.texts.read import content_id
-from sama_jax.validity.gate import told, voids
 
 CONFIDENCE = 0.95
 FOUND = 0.001
@@ -50,9 +49,7 @@ def run_canary_audit(
     """
     require_free(out, _AUDIT)
     key, run = read_key(folder), read_run(run_folder)
-    gates = (read_manifest(run_folder) or {}).get("gates", [])
-    if void := [one for one in voids(gates) if one["name"] not in NOT_ASKED]:
-        raise ValidityError(f"{run_folder}: the audit is void: {told(void[0])}")
+    require_sound(run_folder, but_for=NOT_ASKED)
     name = require_alone(key.attack, run).name
     scores = _scores(run_folder, name, run.rows, key)
     included = np.array([one.included for one in key.canaries])

@@ -384,7 +384,7 @@ def test_a_void_audit_makes_no_bound(place: Path, copied: Path, tmp_path: Path, 
     (copied / "manifest.json").write_text(json.dumps(manifest | {"gates": [one]}))
     out = tmp_path / "epsilon.json"
     said = command(capsys, "audit", copied, canaries=place / "canaries", out=out)
-    assert_one_line(said, 5, "the audit is void: identical: Target and reference are the same.")
+    assert_one_line(said, 5, "its result is void: identical: Target and reference are the same.")
     assert not out.exists()
     expected = one | {"name": "reference_learnt"}
     (copied / "manifest.json").write_text(json.dumps(manifest | {"gates": [expected]}))
