@@ -58,7 +58,7 @@ def epsilon_bound(
     if min(len(included), len(held_out)) < LEAST:
         return Bound(0.0, 0.0)
 
-    # Not `epsilon_from_gdp`: with 300 + 300 scores of one distribution its bound is 5.9. Not
+    # Not `epsilon_from_gdp`: with 300 + 300 scores of one distribution its bound is 7. Not
     # `Bonferroni`: it divides by a number of thresholds that is read from the scores.
     def bound(inside: np.ndarray, outside: np.ndarray, splits: int) -> float:
         strategy = auditing.MultiSplit(num_samples=splits, seed=seed)
