@@ -218,7 +218,7 @@ class AuditSettings:
     """Passes that each attack other than SAMA may spend on a text. 0: as many as SAMA."""
     max_length: Length = 512
     seed: Seed = 42
-    dtype: Annotated[Dtype, Flag("auto: float32 on CPUs, else as stored")] = "auto"
+    dtype: Annotated[Dtype, Flag("auto: float32 on CPUs, else as the target is stored")] = "auto"
     attention: Attention = "auto"
     """`auto`: cuDNN's on one NVIDIA GPU in bfloat16 (`model_folder.with_attention`), else `xla`,
     what XLA makes of it."""

@@ -109,6 +109,8 @@ def read_inputs(job: AuditJob) -> Inputs:
         "attention": settings.attention,
     }
     target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
+    if settings.dtype == "auto":  # each folder's own would look like a difference of the models
+        options["dtype"] = str(target.model.dtype)
     reference = model_folder.open_folder(job.reference, **options)
     require_one_kind(target, reference)
     tokenizer = common_tokenizer(target, reference, texts.texts)
@@ -134,6 +136,12 @@ def require_one_kind(target: model_folder.ModelFolder, reference: model_folder.M
 def require_two_models(roles: Mapping[str, ModelRole]) -> None:
     """Raises `ValidityError` if target and reference are one model: nothing could differ."""
     target, reference = roles["target"], roles["reference"]
+    matrices = target.folder.adapter.values()
+    if matrices and not any(a.any() and b.any() for a, b in matrices):
+        raise ValidityError(
+            f"{target.folder.path}: its adapter is zero, so target and reference are the same "
+            "model: its B matrices were never trained, or not saved; give the trained adapter"
+        )
     if target.store_key == reference.store_key:
         raise ValidityError(
             f"{target.folder.path} and {reference.folder.path}: target and reference are the same "

@@ -1,0 +1,286 @@
+"""Ways to make an audit that means nothing: each is stopped, or void in the first line, by name."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import trained
+from safetensors.numpy import load_file, save_file
+
+from sama_jax.config import AuditSettings, SamaSettings
+from sama_jax.errors import DataError, ModelError, SamaError, ValidityError
+from sama_jax.programs.audit import AuditResult, run_audit
+from sama_jax.programs.jobs import AuditJob
+from sama_jax.texts.read import read_texts
+
+EACH = 60
+"""Texts of each class."""
+SETTINGS = AuditSettings(max_length=trained.LENGTH, sama=SamaSettings(steps=4, subsets=16))
+BLOCK = "model.transformer.blocks.0"
+
+
+def classes(seed: int = 7) -> tuple[list[str], list[str]]:
+    """Members and non-members of one source."""
+    texts = [trained.words(ids) for ids in trained.tokens(2 * EACH, seed=seed)]
+    return texts[:EACH], texts[EACH:]
+
+
+def write(path: Path, members: Iterable[str], nonmembers: Iterable[str], label="label") -> Path:
+    lines = [
+        {"id": f"{label}{i}", "text": text, label: label_of}
+        for label_of, texts in ((1, members), (0, nonmembers))
+        for i, text in enumerate(texts, 1000 * label_of)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models that have learnt the language, the target also the members, and the texts."""
+    base = tmp_path_factory.mktemp("void")
+    trained.audited(base, trained.tokens(2 * EACH, seed=7)[:EACH])
+    write(base / "texts.jsonl", *classes())
+    return base
+
+
+@pytest.fixture
+def own(place: Path, tmp_path: Path) -> Path:
+    """A copy of all inputs, to be spoilt."""
+    return shutil.copytree(place, tmp_path / "own")
+
+
+def audit(place: Path, out: Path, **changes: Any) -> AuditResult:
+    given: dict[str, Any] = {
+        "target": place / "target",
+        "reference": place / "reference",
+        "texts": read_texts(place / "texts.jsonl"),
+        "out": out,
+        "attacks": ["sama", "loss", "ratio"],
+        "settings": SETTINGS,
+        "quiet": True,
+        "figures": False,
+    }
+    result = run_audit(AuditJob(**(given | changes)))
+    assert result is not None
+    return result
+
+
+def test_a_sound_audit_is_void_by_nothing_and_weakened_by_nothing(place: Path, tmp_path: Path):
+    found = audit(place, tmp_path / "run").metrics
+    fired = [one for one in found["validity"] if one["status"] not in ("pass", "not run")]
+    assert fired == []
+    assert found["verdict"]["kind"] == "found"
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def edit(folder: Path, name: str, change: Callable[[np.ndarray], Any]) -> None:
+    tensors = {n: t.copy() for n, t in load_file(folder / "model.safetensors").items()}
+    made = change(tensors[name])
+    tensors[name] = tensors[name] if made is None else np.ascontiguousarray(made)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def put(value: float) -> Callable[[np.ndarray], None]:
+    return lambda tensor: tensor.__setitem__((-1,) * tensor.ndim, value)
+
+
+def edit_configs(own: Path, *roles: str, **changes: Any) -> None:
+    for role in roles:
+        path = own / role / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def write_adapter(path: Path, b: float) -> Path:
+    """An adapter on one query projection; all values of B are `b`."""
+    path.mkdir()
+    module, width = f"base_model.model.{BLOCK}.q_proj", trained.SHAPE["d_model"]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    a = np.ones((2, width), np.float32)
+    tensors = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": a.T * np.float32(b)}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def with_adapter(b: float) -> Callable[[Path], dict[str, Any]]:
+    return lambda own: {
+        "target": own / "reference",
+        "adapter": write_adapter(own / "adapter", b),
+    }
+
+
+def broken(role: str, name: str, value: float) -> Callable[[Path], dict[str, Any]]:
+    return lambda own: edit(own / role, name, put(value)) or {}
+
+
+def swap_halves(tensor: np.ndarray) -> np.ndarray:
+    """Exchanges the halves of each head's rows, which rotary embeddings pair."""
+    return tensor.reshape(2, 2, -1, tensor.shape[1])[:, ::-1].reshape(tensor.shape)
+
+
+def swapped(*roles: str) -> Callable[[Path], dict[str, Any]]:
+    def spoil(own: Path) -> dict[str, Any]:
+        for role in roles:
+            for side in ("q_proj", "k_proj"):
+                edit(own / role, f"{BLOCK}.{side}.weight", swap_halves)
+        return {}
+
+    return spoil
+
+
+def config_of(*roles: str, **changes: Any) -> Callable[[Path], dict[str, Any]]:
+    return lambda own: edit_configs(own, *roles, **changes) or {}
+
+
+def other_tokenizer(own: Path) -> dict[str, Any]:
+    for role in ("target", "reference"):
+        trained.tokenizer(shift=7).save(str(own / role / "tokenizer.json"))
+    return {}
+
+
+def one_model_in_two_files(own: Path) -> dict[str, Any]:
+    return {"target": tiny.same_weights(own / "reference", own / "same")}
+
+
+def lost_head(own: Path) -> dict[str, Any]:
+    edit(own / "target", "model.transformer.ff_out.weight", np.zeros_like)
+    return {}
+
+
+THETA, BOTH = trained.SHAPE["rope_theta"], ("target", "reference")
+MODELS: dict[str, tuple[Callable[[Path], dict[str, Any]], type[SamaError], str]] = {
+    "NaN in the target's embedding": (
+        broken("target", "model.transformer.wte.weight", np.nan),
+        ModelError,
+        r"the target hold NaN or infinity, at embed.embedding\[299, 31\]",
+    ),
+    "infinity in the target's norm": (
+        broken("target", "model.transformer.ln_f.weight", np.inf),
+        ModelError,
+        r"the target hold NaN or infinity, at final_norm.scale\[31\]",
+    ),
+    "NaN in a block of the reference": (
+        broken("reference", f"{BLOCK}.v_proj.weight", np.nan),
+        ModelError,
+        r"the reference hold NaN or infinity, at last_block.attn.v_proj.kernel\[31, 31\]",
+    ),
+    "infinity in the reference's head": (
+        broken("reference", "model.transformer.ff_out.weight", -np.inf),
+        ModelError,
+        "the reference hold NaN or infinity, at lm_head",
+    ),
+    "NaN in the adapter": (with_adapter(np.nan), ModelError, "lora_A.weight: it, its B or their scale is not finite"),
+    "an adapter of zeros": (with_adapter(0.0), ValidityError, "its adapter is zero"),
+    "one folder twice": (
+        lambda own: {"target": own / "reference"},
+        ValidityError,
+        "are the same model",
+    ),
+    "one model in two files": (one_model_in_two_files, ValidityError, "same_losses"),
+    "halves of q and k swapped in the target": (
+        swapped("target"),
+        ModelError,
+        "the target: read backwards",
+    ),
+    "halves of q and k swapped in both": (swapped(*BOTH), ModelError, "read backwards"),
+    "rotary base 25 times too large": (
+        config_of(*BOTH, rope_theta=THETA * 25),
+        ModelError,
+        "with a rotary base 0.1 times as large",
+    ),
+    "rotary base 25 times too small": (
+        config_of("target", rope_theta=THETA / 25),
+        ModelError,
+        "the target: read with a rotary base 10 times as large",
+    ),
+    "another mask token": (config_of(*BOTH, mask_token_id=50), (ModelError, ValidityError), "mask"),
+    "another tokenizer of the same size": (other_tokenizer, ValidityError, "target_learnt"),
+    "a head that was lost": (lost_head, ValidityError, "target_learnt"),
+    "target and reference exchanged": (
+        lambda own: {"target": own / "reference", "reference": own / "target"},
+        ValidityError,
+        "direction: sama ranks members below",
+    ),
+}  # pyright: ignore
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+def longer(own: Path) -> dict[str, Any]:
+    members, nonmembers = classes()
+    write(own / "texts.jsonl", [text.rsplit(" ", 8)[0] for text in members], nonmembers)
+    return {}
+
+
+def dated(own: Path) -> dict[str, Any]:
+    years = [[f"{year} {t}" for t in texts] for year, texts in zip((2019, 2024), classes())]
+    write(own / "texts.jsonl", *years)
+    return {}
+
+
+def of_another_topic(own: Path) -> dict[str, Any]:
+    members, nonmembers = classes()
+    others = [f"w{30 + i % 9} " * 8 + text for i, text in enumerate(nonmembers)]
+    write(own / "texts.jsonl", members, others)
+    return {}
+
+
+def in_both_classes(own: Path) -> dict[str, Any]:
+    members, nonmembers = classes()
+    write(own / "texts.jsonl", members, [*nonmembers[10:], *members[:10]])
+    return {}
+
+
+def equal_once_cut(own: Path) -> dict[str, Any]:
+    members, nonmembers = classes()
+    write(own / "texts.jsonl", members, [*nonmembers[10:], *(f"{t} w9 w8" for t in members[:10])])
+    return {}
+
+
+def near_the_other_class(own: Path) -> dict[str, Any]:
+    members, nonmembers = classes()
+    near = [f"{text.rsplit(' ', 1)[0]} w40" for text in members[:10]]
+    write(own / "texts.jsonl", members, [*nonmembers[10:], *near])
+    return {}
+
+
+def misnamed_labels(own: Path) -> dict[str, Any]:
+    return {"texts": read_texts(write(own / "texts.jsonl", *classes(), label="Label"))}
+
+
+TEXTS: dict[str, tuple[Callable[[Path], dict[str, Any]], type[SamaError], str]] = {
+    "classes of other lengths": (longer, ValidityError, "void: blind"),
+    "classes of other dates": (dated, ValidityError, "void: blind"),
+    "classes of other topics": (of_another_topic, ValidityError, "void: blind"),
+    "texts of both classes": (in_both_classes, ValidityError, "contradictions"),
+    "texts that cutting makes equal": (equal_once_cut, ValidityError, "equal_after_cutting"),
+    "texts near to one of the other class": (near_the_other_class, ValidityError, "near_dupl"),
+    "labels under another name": (misnamed_labels, DataError, "'Label'"),
+}
+
+
+@pytest.mark.parametrize("way", [*MODELS, *TEXTS])
+def test_what_means_nothing_is_stopped_or_void_by_name(way: str, own: Path, tmp_path: Path):
+    spoil, kind, named = (MODELS | TEXTS)[way]
+    out = tmp_path / "run"
+
+    def run() -> None:
+        changes = spoil(own)
+        audit(own, out, **changes)
+
+    with pytest.raises(kind, match=named):
+        run()
+    if (out / "report.md").is_file():
+        assert (out / "report.md").read_text().splitlines()[2].startswith("No conclusion (")
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["verdict"]["kind"] == "no conclusion"
