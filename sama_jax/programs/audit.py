@@ -28,7 +28,7 @@ from sama_jax.engine.roles import ModelRole, Probe, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.views import make_plain_views
-from sama_jax.programs.audit_gates import gates_after, gates_before, require_valid
+from sama_jax.programs.audit_gates import gates_after, require_valid
 from sama_jax.programs.audit_inputs import (
     Chosen,
     Inputs,
@@ -48,6 +48,7 @@ from sama_jax.programs.audit_records import (
     text_rows,
     update_index,
 )
+from sama_jax.programs.data_gates import DataGates, data_gates
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import METRICS, Row, noted
@@ -85,10 +86,10 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     inputs = read_inputs(job)
     chosen = choose_attacks(job, wanted, inputs)
     tokenised = tokenise(job, inputs, chosen.prefixes, quiet=quiet)
-    before = gates_before(job, inputs, tokenised)
+    data = data_gates(job, inputs, tokenised)
     tasks = tasks_of(chosen.attacks, job.settings, inputs.store_keys, tokenised.replayed)
     require_sama(job, tasks)
-    announce(say, before, inputs, chosen, tokenised, job.settings.max_length)
+    announce(say, data.gates, inputs, chosen, tokenised, job.settings.max_length)
     sources = view_sources(job, inputs, chosen.prefixes)
     tables = make_plain_views(tasks, tokenised.table, sources)
     placed = place(job, inputs)
@@ -100,14 +101,14 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         say.print(estimate(tasks, tables, left, inputs.roles, setup.shapes, rate))
         return None
     with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
-        asked = {one["name"] for one in before}
+        asked = {one["name"] for one in data.gates}
         earlier = run.folder.manifest.get("gates") or []
         rest = [one for one in earlier if one["name"] not in asked]
-        run.folder.write_manifest(gates=[*before, *rest])
+        run.folder.write_manifest(gates=[*data.gates, *rest])
         readings = Readings(tasks, job.settings, tables, inputs.store_keys, run.folder.store)
         setup = setup._replace(shared=run.shared)
         filled = fill_store(setup, readings, run.folder, inputs.ids, say)
-        return publish(job, run, inputs, chosen, tokenised, filled, before, say)
+        return publish(job, run, inputs, chosen, tokenised, filled, data, say)
 
 
 def announce(
@@ -220,7 +221,7 @@ def publish(
     chosen: Chosen,
     tokenised: Tokenised,
     filled: Filled,
-    before: Sequence[Gate],
+    data: DataGates,
     say: Console,
 ) -> AuditResult | None:
     """Joins the scores of all processes, and writes scores, metrics and report.
@@ -232,7 +233,7 @@ def publish(
       ValidityError: the result is void; under --strict, something was noticed.
     """
     folder, readings = run.folder, filled.readings
-    rows = text_rows(job, inputs, tokenised, chosen.prefixes)
+    rows = text_rows(job, inputs, tokenised, chosen.prefixes, data.blind)
     cost = cost_of(readings.tasks, filled.costs, folder.manifest.get("cost"))
     if job.peers.count > 1:
         costs = job.peers.gather("passes", cost)
@@ -258,7 +259,7 @@ def publish(
 
     notes = noted(folder.path)
     after = worst_of(folder.manifest.get("gates") or [], gates_after(inputs, tokenised, readings))
-    gates = [*before, *after]
+    gates = [*data.gates, *after]
     folder.write_manifest(notes=notes, cost=cost, gates=gates)
     metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)

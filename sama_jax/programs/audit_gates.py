@@ -11,15 +11,8 @@ from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import attention_of
 from sama_jax.errors import ValidityError
 from sama_jax.programs.audit_inputs import Inputs, Tokenised
-from sama_jax.programs.data_gates import data_gates
-from sama_jax.programs.jobs import AuditJob
 from sama_jax.validity import losses
 from sama_jax.validity.gate import Gate, told, voids, warnings
-
-
-def gates_before(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> list[Gate]:
-    """Returns the gates about texts and tokens, before a model runs."""
-    return data_gates(job, inputs, tokenised).gates
 
 
 def gates_after(inputs: Inputs, tokenised: Tokenised, readings: Readings) -> list[Gate]:

@@ -33,6 +33,7 @@ from sama_jax.storage.protocol import Protocol, fix_protocol
 from sama_jax.storage.run_folder import RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.texts.read import group_numbers
+from sama_jax.validity.blind import Blind
 from sama_jax.weights.identity import matmul_precision
 
 
@@ -166,12 +167,18 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
 
 
 def text_rows(
-    job: AuditJob, inputs: Inputs, tokenised: Tokenised, prefixes: Prefixes
+    job: AuditJob,
+    inputs: Inputs,
+    tokenised: Tokenised,
+    prefixes: Prefixes,
+    blind: Blind | None,
 ) -> list[dict[str, Any]]:
     """Returns what each line of scores.jsonl says about its text, without scores."""
     rows = []
+    baseline = np.full(len(inputs.texts), np.nan) if blind is None else blind.scores
     numbers = group_numbers(inputs.texts)
-    for text, group, view, tokens in zip(inputs.texts, numbers, tokenised.views, tokenised.encoded):
+    for i, text in enumerate(inputs.texts):
+        group, view, tokens = numbers[i], tokenised.views[i], tokenised.encoded[i]
         row: dict[str, Any] = {"id": text.id}
         if text.label is not None:
             row["label"] = text.label
@@ -181,6 +188,8 @@ def text_rows(
         row["truncated"] = tokens.truncated
         status = "ok" if view.maskable.any() else "empty"
         row["status"] = "prefix" if text.id in prefixes.taken else status
+        if np.isfinite(baseline[i]):
+            row["baseline"] = float(baseline[i])
         if job.include_text:
             row["text"] = text.text
         rows.append(row)

@@ -132,6 +132,13 @@ def _declared_table(metrics: Metrics, declared: Mapping[str, Declared]) -> str:
             f"| {_cell(name)} | {found['auc']:.3f} ({low:.3f}–{high:.3f}) | {found['p']:.4f} | "
             f"{found['adjusted_p']:.4f} |"
         )
+    if excess := verdict.get("excess"):
+        low, high = excess["ci"]
+        lines += [
+            "",
+            f"The best baseline that sees no model has an AUC of {excess['baseline_auc']:.3f}; the "
+            f"primary attack's is {excess['difference']:+.3f} ({low:+.3f} to {high:+.3f}) beyond.",
+        ]
     return "\n".join(lines)
 
 

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from jaxtyping import Float, Int
 
-from sama_jax.core import inference
+from sama_jax.core import inference, metrics
 from sama_jax.storage.protocol import Protocol
 from sama_jax.storage.run_folder import Row
 from sama_jax.validity import scores as score_gates
+from sama_jax.validity.blind import NAME as BLIND
 from sama_jax.validity.gate import Gate, gate, voids
 
 Kind = Literal["no conclusion", "found", "nothing above the margin", "undecided", "unlabelled"]
@@ -36,6 +37,15 @@ class Declared(TypedDict):
     """Corrected for all declared attacks."""
 
 
+class Excess(TypedDict):
+    """What the primary attack has beyond the best baseline that sees no model."""
+
+    baseline_auc: float
+    difference: float
+    ci: list[float]
+    """95 % interval of the difference of the AUCs, on the texts that both scored."""
+
+
 class Verdict(TypedDict):
     """What the run shows."""
 
@@ -49,6 +59,8 @@ class Verdict(TypedDict):
     """AUC that so many texts show in 80 % of audits; None: none would be."""
     detectable_tpr: NotRequired[float | None]
     """The same of the TPR at 1 % FPR."""
+    excess: NotRequired[Excess]
+    """Absent where no baseline was computed."""
 
 
 class Columns(NamedTuple):
@@ -94,17 +106,56 @@ def judge(
         "detectable_auc": inference.detectable_auc(*texts, alpha=protocol.alpha),
         "detectable_tpr": inference.detectable_tpr(*texts, alpha=protocol.alpha),
     }
-    failed = voids(all_gates)
+    excess = _excess(rows, protocol.primary)
+    if excess is not None:
+        verdict["excess"] = excess
+    failed, unfair = voids(all_gates), _sources_differ(all_gates)
     if failed:
         verdict |= {"kind": "no conclusion", "sentence": _no_conclusion(failed[0])}
-    elif protocol.primary in declared and declared[protocol.primary]["p"] <= protocol.alpha:
-        verdict |= {"kind": "found", "sentence": _found(protocol, declared)}
+    elif declared[protocol.primary]["p"] <= protocol.alpha:
+        beyond = excess is not None and excess["ci"][0] > 0
+        if unfair is None:
+            verdict |= {"kind": "found", "sentence": _found(protocol, declared)}
+        elif beyond:
+            sentence = f"{_found(protocol, declared)} {_beyond(unfair, excess)}"
+            verdict |= {"kind": "found", "sentence": sentence}
+        else:
+            verdict["sentence"] = _by_the_source(protocol, declared, unfair, excess)
     elif _below(protocol, declared) and _control(all_gates):
         sentence = _nothing_above(protocol, declared)
         verdict |= {"kind": "nothing above the margin", "sentence": sentence}
     else:
         verdict["sentence"] = _undecided(protocol, verdict, texts, _control(all_gates))
     return verdict, all_gates
+
+
+def _excess(rows: Sequence[Row], primary: str) -> Excess | None:
+    """Compares the primary attack with the rows' baseline; None if no text of a class has both."""
+    both = [
+        row
+        for row in rows
+        if row.get("label") is not None
+        and row.get("baseline") is not None
+        and (row.get("scores") or {}).get(primary) is not None
+    ]
+    labels = [row.get("label") for row in both]
+    if len(set(labels)) < 2:
+        return None
+    groups = [row.get("group") for row in both]
+    baseline = [row.get("baseline") for row in both]
+    difference, low, high = metrics.paired_difference(
+        [(row.get("scores") or {})[primary] for row in both],  # pyright: ignore  not None above
+        baseline,  # pyright: ignore  not None above
+        labels,  # pyright: ignore  not None above
+        None if None in groups else np.array(groups),
+    )
+    auc = metrics.auc(baseline, labels)  # pyright: ignore
+    return {"baseline_auc": auc, "difference": difference, "ci": [low, high]}
+
+
+def _sources_differ(gates: Sequence[Gate]) -> Gate | None:
+    """Returns the gate that found members and non-members to differ without a model, if any."""
+    return next((g for g in gates if g["name"] == BLIND and g["status"] in ("warn", "void")), None)
 
 
 def _columns(rows: Sequence[Row], protocol: Protocol) -> Columns:
@@ -211,6 +262,29 @@ def _found(protocol: Protocol, declared: dict[str, Declared]) -> str:
         f"The primary attack, {protocol.primary}, tells members from non-members "
         f"({_interval(own)}; p = {own['p']:.4f}); it was chosen before the scores were seen."
         f"{others}"
+    )
+
+
+def _beyond(unfair: Gate, excess: Excess | None) -> str:
+    """Says what the attack has beyond the best baseline."""
+    found = unfair["sentence"]
+    if excess is None:
+        return f"{found} No baseline could be compared with it."
+    low, high = excess["ci"]
+    return (
+        f"{found} On the same texts the attack's AUC is {excess['difference']:+.3f} "
+        f"({low:+.3f} to {high:+.3f}) beyond that baseline's, and only this can mean membership."
+    )
+
+
+def _by_the_source(
+    protocol: Protocol, declared: dict[str, Declared], unfair: Gate, excess: Excess | None
+) -> str:
+    own = declared[protocol.primary]
+    return (
+        f"Undecided: the primary attack, {protocol.primary}, tells members from non-members "
+        f"({_interval(own)}; p = {own['p']:.4f}), but their source alone may do so. "
+        f"{_beyond(unfair, excess)}"
     )
 
 

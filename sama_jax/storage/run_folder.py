@@ -91,6 +91,8 @@ class Row(TypedDict, total=False):
     """Whether the text was cut at the maximum length."""
     status: str
     """`ok`, `empty` (no token can be masked) or `prefix` (stands before others; not scored)."""
+    baseline: float
+    """Score of the best baseline that sees no model, higher for members; absent where none is."""
     text: str
     scores: dict[str, float | None]
     """Attack -> score, None where it is not defined."""
@@ -109,6 +111,7 @@ _ROW: Shape = {
     "n_tokens?": int,
     "truncated?": bool,
     "status?": str,
+    "baseline?": float,
     "text?": str,
     "scores?": (_NUMBERS, None),
     "passes?": (_NUMBERS, None),

@@ -14,7 +14,7 @@ from sama_jax.storage.files import read_whole_json_lines, sealed, unsealed, writ
 from sama_jax.storage.shapes import misfit
 
 INDEX = "texts.jsonl"
-_FIELDS = ("id", "label", "group", "n_tokens", "truncated", "status")
+_FIELDS = ("id", "label", "group", "n_tokens", "truncated", "status", "baseline")
 
 
 def write_index(
@@ -23,7 +23,7 @@ def write_index(
     rows: Sequence[Mapping[str, Any]],
     views: Mapping[str, Sequence[dict[str, Any] | None]],
 ) -> None:
-    """Writes one line a text: id, label, group, status, and what each of its views derives from.
+    """Writes one line a text: what its row says, and what each of its views derives from.
 
     `run` is the identity of the run.
     """
@@ -50,6 +50,7 @@ _LINE = {
     "n_tokens?": int,
     "truncated?": bool,
     "status?": str,
+    "baseline?": float,
     "views": {str: (_VIEW, None)},
 }
 

@@ -8,7 +8,6 @@ import pytest
 import tiny
 
 from sama_jax.config import AuditSettings
-from sama_jax.programs.audit_gates import gates_before
 from sama_jax.programs.audit_inputs import Inputs, Prefixes, Tokenised, read_inputs, tokenise
 from sama_jax.programs.data_gates import data_gates
 from sama_jax.programs.jobs import AuditJob
@@ -41,7 +40,7 @@ def read(
 
 
 def statuses(given: tuple[AuditJob, Inputs, Tokenised]) -> dict[str, str]:
-    return {one["name"]: one["status"] for one in gates_before(*given)}
+    return {one["name"]: one["status"] for one in data_gates(*given).gates}
 
 
 def test_fair_texts_raise_no_gate_and_scores_stand_beside_their_texts(

@@ -178,7 +178,11 @@ MODELS: dict[str, tuple[Callable[[Path], dict[str, Any]], type[SamaError], str]]
         ModelError,
         "the reference hold NaN or infinity, at lm_head",
     ),
-    "NaN in the adapter": (with_adapter(np.nan), ModelError, "lora_A.weight: it, its B or their scale is not finite"),
+    "NaN in the adapter": (
+        with_adapter(np.nan),
+        ModelError,
+        "its B or their scale is not finite",
+    ),
     "an adapter of zeros": (with_adapter(0.0), ValidityError, "its adapter is zero"),
     "one folder twice": (
         lambda own: {"target": own / "reference"},

@@ -1,15 +1,12 @@
 """What a run is said to show: four verdicts by rules that were fixed before."""
 
-import json
-
 import numpy as np
 import pytest
 from score_rows import make_rows
 
-from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting import results
 from sama_jax.reporting.verdict import CONTROL, judge
-from sama_jax.storage.protocol import PROTOCOL, Protocol, fix_protocol, read_protocol
+from sama_jax.storage.protocol import Protocol
 from sama_jax.validity.gate import gate
 
 PASSED = gate(CONTROL, "pass", "32 texts were found.")
@@ -23,6 +20,32 @@ def test_an_attack_that_works_is_found():
     assert verdict["sentence"].startswith("The primary attack, sama, tells members")
     assert "Of the 2 declared attacks 1 do so" in verdict["sentence"]
     assert {one["status"] for one in gates} == {"pass"}
+
+
+DIFFERENT = gate("blind", "warn", "Without any model, words tell the classes apart.", "Split anew.")
+
+
+def with_baseline(rows, shift):
+    draw = np.random.default_rng(5)
+    for row in rows:
+        row["baseline"] = float(draw.normal(shift * (row["label"] or 0)))
+    return rows
+
+
+def test_where_sources_differ_only_what_goes_beyond_them_is_found():
+    strong, _ = judge(with_baseline(make_rows(shift=2.0), 0.5), BOTH, [DIFFERENT])
+    assert strong["kind"] == "found"
+    assert "beyond that baseline's, and only this can mean membership" in strong["sentence"]
+    assert strong["excess"]["ci"][0] > 0
+    weak, _ = judge(with_baseline(make_rows(shift=1.0), 1.5), BOTH, [DIFFERENT])
+    assert weak["declared"]["sama"]["p"] < 0.001
+    assert weak["kind"] == "undecided"
+    assert "but their source alone may do so" in weak["sentence"]
+    unknown, _ = judge(make_rows(shift=2.0), BOTH, [DIFFERENT])
+    assert unknown["kind"] == "undecided"
+    assert "excess" not in unknown
+    fair, _ = judge(with_baseline(make_rows(shift=1.0), 1.5), BOTH, [])
+    assert fair["kind"] == "found"
 
 
 def test_what_voids_stands_in_place_of_any_finding():
@@ -118,33 +141,3 @@ def test_the_headline_is_the_verdict_and_what_it_leaves_open():
 
 
 # --- the protocol --------------------------------------------------------------------------------
-
-
-def test_a_protocol_is_written_once_and_read_again(tmp_path):
-    first = fix_protocol(tmp_path, BOTH, [])
-    assert first == read_protocol(tmp_path) == BOTH
-    other = Protocol("loss", ("loss", "zlib"))
-    assert fix_protocol(tmp_path, other, []) == BOTH  # what nobody stated follows
-    with pytest.raises(UsageError, match="primary was 'sama', is 'loss'") as caught:
-        fix_protocol(tmp_path, other, ["primary"])
-    assert caught.value.exit_code == 2
-
-
-def test_a_protocol_that_was_edited_is_refused(tmp_path):
-    fix_protocol(tmp_path, BOTH, [])
-    path = tmp_path / PROTOCOL
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"margin": 0.9}))
-    with pytest.raises(DataError, match="not as it was written"):
-        fix_protocol(tmp_path, BOTH, [])
-
-
-def test_what_can_be_declared():
-    names = ["loss", "zlib", "bows", "sama"]
-    assert Protocol.of(names) == Protocol("sama", ("sama", "loss", "zlib"))
-    assert Protocol.of(["bows"]) == Protocol("bows", ("bows",))
-    assert Protocol.of(names, "loss", ["zlib"]).family == ("loss", "zlib")
-    for wrong in ({"primary": "mink"}, {"family": ["mink"]}, {"margin": 0.4}, {"margin": 1.0}):
-        with pytest.raises(UsageError):
-            Protocol.of(names, **wrong)
-    with pytest.raises(UsageError, match="at most 8"):
-        Protocol.of([f"a{i}" for i in range(9)], family=[f"a{i}" for i in range(9)])
