@@ -20,6 +20,7 @@ from sama_jax.cli import (
     report,
     score,
     split,
+    verify_run,
 )
 from sama_jax.cli.running import Parser, run_program
 from sama_jax.devices import processes
@@ -40,6 +41,7 @@ COMMANDS = (
     plan,
     experiment,
     report,
+    verify_run,
 )
 """The modules of the commands, in the order of `--help`."""
 

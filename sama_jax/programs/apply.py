@@ -12,7 +12,7 @@ from sama_jax.programs.calibrate import FinishedRun, read_run, require_alone, re
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, read_calibration
 from sama_jax.storage.files import write_atomic, write_json
-from sama_jax.storage.run_folder import differences, json_lines
+from sama_jax.storage.run_folder import differences, json_lines, record_also
 from sama_jax.untrusted import printable
 from sama_jax.validity.drift import same_lengths
 from sama_jax.validity.gate import told
@@ -99,6 +99,7 @@ def run_apply(
         }
     write_atomic(folder / DECISIONS, json_lines(lines))
     write_json(folder / SUMMARY, summary)
+    record_also(folder, [DECISIONS, SUMMARY])
     return Applied(summary, _sentences(summary))
 
 

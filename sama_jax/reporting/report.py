@@ -8,14 +8,14 @@ from pathlib import Path
 from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting.markdown import markdown
 from sama_jax.reporting.results import Metrics, metrics_of
-from sama_jax.storage.checksums import sha256
-from sama_jax.storage.files import sealed, write_atomic, write_json
+from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import (
     MANIFEST,
     SCORES,
     read_manifest,
     read_rows,
     read_unchanged_rows,
+    record_also,
 )
 
 
@@ -61,8 +61,5 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
         drawn = pictures.write_figures(folder, rows)
     path = folder / "report.md"
     write_atomic(path, markdown(rows, metrics, manifest, figures))
-    if recorded := manifest.get("files"):  # the rest stays as it was recorded, changed or not
-        written = ["report.md", *(f"figures/{file.name}" for file in drawn)]
-        recorded |= {name: sha256(folder / name) for name in written}
-        write_json(folder / MANIFEST, sealed(manifest | {"files": recorded}))
+    record_also(folder, ["report.md", *(f"figures/{file.name}" for file in drawn)])
     return path

@@ -7,16 +7,15 @@ from typing import Any
 
 from sama_jax.storage.files import opened, unsealed
 
-MANIFEST, STORE = "manifest.json", "losses"
+MANIFEST = "manifest.json"
 PIECE = 2**20
 
 
 def record(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of every file of a run folder, by its path in the folder.
 
-    Left out are the manifest, which holds this and carries a checksum of its own; the losses, each
-    of which carries one; and the logs of other processes. Raises `DataError` for what is no
-    regular file.
+    Left out is the manifest, which holds this and carries a checksum of its own. Raises `DataError`
+    for what is no regular file.
     """
     return {name: sha256(folder / name) for name in sorted(_recorded(folder))}
 
@@ -50,7 +49,6 @@ def is_changed(folder: Path, manifest: Mapping[str, Any], name: str) -> bool:
 
 def _recorded(folder: Path) -> Iterator[str]:
     for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        ours = name.parts[0] != STORE and str(name) != MANIFEST and path.suffix != ".part"
-        if ours and not path.name.startswith("log-") and not path.is_dir():
-            yield name.as_posix()
+        name = path.relative_to(folder).as_posix()
+        if name != MANIFEST and path.suffix != ".part" and not path.is_dir():
+            yield name

@@ -387,6 +387,17 @@ def read_unchanged_rows(path: Path, manifest: Mapping[str, Any]) -> list[Row]:
     return read_rows(path)
 
 
+def record_also(path: Path, names: Sequence[str]) -> None:
+    """Records files that were written into the folder of a finished run.
+
+    The others stay as they were recorded, changed or not.
+    """
+    manifest = read_manifest(path) or {}
+    if recorded := manifest.get("files"):
+        recorded |= {name: checksums.sha256(path / name) for name in names}
+        write_json(path / MANIFEST, sealed(manifest | {"files": recorded}))
+
+
 def _append(path: Path) -> AppendOnly:
     _, keep = read_json_lines(path)
     return AppendOnly(path, keep)
