@@ -21,6 +21,20 @@ _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
 """Classes of `transformers` (also ...Fast) that leave cases, accents and added tokens alone."""
 _NO_ENDS = ("GPT2Tokenizer", "Qwen2Tokenizer")
 """Classes that leave `add_bos_token` and `add_eos_token` alone, as those above do."""
+_BY_MODEL = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}
+_BY_MODEL |= {"llama": "LlamaTokenizer"}
+"""`model_type` -> the class that is taken where no file names one, if its defaults change ids."""
+_ENDS = {
+    "LlamaTokenizer": ("<s>", "</s>", True),
+    "CodeLlamaTokenizer": ("<s>", "</s>", True),
+    "GemmaTokenizer": ("<bos>", "<eos>", True),
+    "CohereTokenizer": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", True),
+    "GPTNeoXTokenizer": ("<|endoftext|>", "<|endoftext|>", False),
+}
+"""Class -> its tokens for both ends, and whether version 4.57.1 adds the first unless told.
+
+It adds the second only if told. Version 5.23.0 leaves both to `tokenizer.json`.
+"""
 _FLAGS = ("lstrip", "rstrip", "single_word")
 """Of an added token, what changes where it is found; `normalized` does under a normaliser."""
 
@@ -42,12 +56,16 @@ def require_agreement(tokenizer: Tokenizer, folder: Path) -> None:
     """Raises `ModelError` if files beside `tokenizer.json` say what it, as read, does not do.
 
     What they leave out is for `tokenizer.json` to say, but for the defaults that all classes of
-    BERT's kind have. Any other error is the library's, or of a value of another type.
+    BERT's kind have, and those of `_ENDS`. Any other error is the library's, or of a value of
+    another type.
     """
     config = _object(folder / CONFIG)
+    kind = _class(config, folder)
+    unstated = f" (not stated: the default of {kind})"
     problems = [
-        f"{field} is {shown(told)}, but by tokenizer.json it is {shown(does)}"
-        for field, told, does in _settings(tokenizer, config)
+        f"{field} is {shown(told)}{unstated if config.get(field) is None else ''}, but by "
+        f"tokenizer.json it is {shown(does)}"
+        for field, told, does in _settings(tokenizer, config, kind)
         if told != does
     ]
     problems += _tokens(tokenizer, config, folder)
@@ -57,13 +75,22 @@ def require_agreement(tokenizer: Tokenizer, folder: Path) -> None:
             f"{folder / CONFIG}: {'; '.join(problems[:3])}{more}. Versions of transformers "
             "differ in which of them they follow: load the tokenizer with the one that trained "
             "the model and save it again (save_pretrained), or, if tokenizer.json is right, "
-            "correct the other file"
+            "state the same in the other file"
         )
 
 
-def _settings(tokenizer: Tokenizer, config: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _class(config: dict[str, Any], folder: Path) -> str | None:
+    """Returns the class without `Fast`, found as `AutoTokenizer` does; None if none is known."""
+    if (found := config.get("tokenizer_class")) is None:
+        model = _object(folder / "config.json")
+        found = model.get("tokenizer_class") or _BY_MODEL.get(str(model.get("model_type")))
+    return None if found is None else str(found).removesuffix("Fast")
+
+
+def _settings(
+    tokenizer: Tokenizer, config: dict[str, Any], kind: str | None
+) -> Iterator[tuple[str, Any, Any]]:
     """Yields fields that some version applies: name, value, what the tokenizer does."""
-    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
     does: dict[str, Any] = {"fast_tokenizer_files": ["tokenizer.json"]}
     if isinstance(tokenizer.model, models.WordPiece) and kind not in _GENERIC:
         normalise = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
@@ -71,19 +98,22 @@ def _settings(tokenizer: Tokenizer, config: dict[str, Any]) -> Iterator[tuple[st
         does["tokenize_chinese_chars"] = normalise("中") != "中"
         does["strip_accents"] = normalise("é") == "e"
         does["unk_token"] = tokenizer.model.unk_token
-        if "tokenizer_class" in config:  # all classes have these defaults
+        if kind is not None:  # all classes have these defaults
             config = {"do_lower_case": True, "tokenize_chinese_chars": True} | config
         if config.get("strip_accents") is None:  # then case decides
             config = config | {"strip_accents": config.get("do_lower_case")}
     elif kind not in _GENERIC or any(part["type"] == "ByteLevel" for part in _parts(tokenizer)):
         does["add_prefix_space"] = _adds_space(tokenizer)
     if kind not in _GENERIC + _NO_ENDS:
-        around = tokenizer.encode("a").ids
-        for name, at in (("bos", 0), ("eos", -1)):
-            token = _name(config.get(f"{name}_token"))
-            if token is not None:
-                found = around and around[at] == tokenizer.token_to_id(token)
-                does[f"add_{name}_token"] = bool(found)
+        around = tokenizer.encode("a")
+        bos, eos, begins = _ENDS.get(kind or "", (None, None, False))
+        for name, at, usual, added in (("bos", 0, bos, begins), ("eos", -1, eos, False)):
+            token, field = _name(config.get(f"{name}_token", usual)), f"add_{name}_token"
+            row = None if token is None else tokenizer.token_to_id(token)
+            ends = around.special_tokens_mask if token is None else [i == row for i in around.ids]
+            does[field] = bool(ends and ends[at])
+            if usual is not None and row is not None:  # else 4.57.1 would make a token of it
+                config = {field: added} | config
     for field, value in does.items():
         if config.get(field) is not None:
             told = _name(config[field]) if field == "unk_token" else config[field]

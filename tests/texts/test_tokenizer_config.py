@@ -52,7 +52,7 @@ def bert(**settings):
     return json.loads(made.to_str())
 
 
-def folder(path, raw, config, **others):
+def folder(path, raw, config, /, **others):
     files = {"tokenizer": raw, "tokenizer_config": config, **others}
     for name, content in files.items():
         (path / f"{name}.json").write_text(json.dumps(content))
@@ -152,6 +152,54 @@ def test_what_transformers_4_takes_from_the_config_is_in_tokenizer_json_too(
         TextTokenizer.from_folder(tmp_path, None)
 
 
+@pytest.mark.parametrize("model", ["bert", "distilbert"])
+@pytest.mark.parametrize("config", [None, {}, {"tokenizer_class": None, "mask_token": "[MASK]"}])
+def test_a_class_that_only_the_model_names_has_its_defaults(model, config, tmp_path):
+    folder(tmp_path, bert(lowercase=False), config, config={"model_type": model})
+    if config is None:
+        (tmp_path / "tokenizer_config.json").unlink()
+    read = TextTokenizer.from_file(tmp_path / "tokenizer.json", None)
+    assert by_transformers(tmp_path) != ids(read)
+    with pytest.raises(ModelError, match=r"do_lower_case is True \(not stated: the default of"):
+        TextTokenizer.from_folder(tmp_path, None)
+    folder(tmp_path, bert(), config or {}, config={"model_type": model})
+    assert ids(TextTokenizer.from_folder(tmp_path, None)) == by_transformers(tmp_path)
+
+
+NAMED_ENDS = {"bos_token": END, "eos_token": END, "unk_token": END}
+
+
+@pytest.mark.parametrize(
+    ("begins", "config", "model", "field"),
+    [
+        (False, NAMED_ENDS | {"tokenizer_class": "LlamaTokenizer"}, {}, "add_bos_token is True"),
+        (False, NAMED_ENDS | {"tokenizer_class": "CodeLlamaTokenizerFast"}, {}, "add_bos_token"),
+        (False, NAMED_ENDS | {"tokenizer_class": "GemmaTokenizer"}, {}, "add_bos_token"),
+        (False, NAMED_ENDS, {"tokenizer_class": "CohereTokenizerFast"}, "add_bos_token"),
+        (False, NAMED_ENDS, {"model_type": "llama"}, "add_bos_token is True"),
+        (True, {"tokenizer_class": "GPTNeoXTokenizerFast"}, {}, "add_bos_token is False"),
+    ],
+)
+def test_a_class_that_begins_texts_unless_told_must_be_told(begins, config, model, field, tmp_path):
+    # Version 4.57.1 gives other ids for each of these than 5.23.0, which reads tokenizer.json.
+    folder(tmp_path, bytes_pairs(begins=begins), config, config=model)
+    with pytest.raises(ModelError, match=rf"{field}.*\(not stated: the default of") as caught:
+        TextTokenizer.from_folder(tmp_path, None)
+    assert "state the same in the other file" in str(caught.value)
+    eos = {"eos_token": None}  # the same token begins and ends
+    told = config | eos | {"add_bos_token": begins, "bos_token": END}
+    folder(tmp_path, bytes_pairs(begins=begins), told, config=model)
+    TextTokenizer.from_folder(tmp_path, None)
+
+
+def test_an_end_that_is_told_for_needs_no_name(tmp_path):
+    # 4.57.1 takes the class's own </s>, 5.23.0 what tokenizer.json says.
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": True}
+    folder(tmp_path, bytes_pairs(), config)
+    with pytest.raises(ModelError, match=r"add_eos_token is True, but .* it is False"):
+        TextTokenizer.from_folder(tmp_path, None)
+
+
 ENDS = {"bos_token": END, "eos_token": END, "pad_token": END, "unk_token": None}
 AGREEING = {
     "LLaDA": (
@@ -188,6 +236,14 @@ AGREEING = {
     ),
     "any class": (bert(), {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}),
     "nothing": (bytes_pairs(space=True), {}),
+    "Llama 2": (
+        bytes_pairs(begins=True),
+        ENDS | {"tokenizer_class": "LlamaTokenizer", "unk_token": END, "eos_token": None},
+    ),
+    "Llama, without the tokens of its class": (
+        bytes_pairs(),
+        PLAIN | {"tokenizer_class": "LlamaTokenizer"},
+    ),
 }
 
 
