@@ -1,14 +1,16 @@
 """Writes files so that they survive a crash: atomic files, appended lines, a full disk.
 
-Standard library only. A file that is written whole appears whole (`.part`, then rename); a file
-that grows is cut back to its last complete line when it is opened again.
+Standard library only. A file that is written whole appears whole (NAME.sama-XXXXXXXX.part,
+then rename); a file that grows is cut back to its last complete line when it is opened again.
 """
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
+import secrets
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,18 +84,24 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """Writes a file piece by piece, whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    """Writes a file piece by piece, whole or not at all; replaces nothing else.
+
+    What processes that were killed in the middle of it have left is removed.
+    """
+    part = path.with_name(f"{path.name}.sama-{secrets.token_hex(4)}.part")
     with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            try:
                 for piece in pieces:
                     file.write(piece)
-            os.replace(part, path)
-        except BaseException:  # Ctrl-C among them
-            part.unlink(missing_ok=True)
-            raise
+                file.flush()
+                os.replace(part, path)
+            except BaseException:  # Ctrl-C among them
+                part.unlink(missing_ok=True)
+                raise
+        for left in path.parent.glob(f"{glob.escape(path.name)}.sama-{'[0-9a-f]' * 8}.part"):
+            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,6 +25,21 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]  # no .part is left
 
 
+def test_a_file_beside_the_one_that_is_written_is_not_touched(tmp_path):
+    path = tmp_path / "cal[1].json"
+    theirs = [
+        tmp_path / f"cal[1].json{end}" for end in (".part", ".sama-mine.part", ".sama-1.part")
+    ]
+    left = tmp_path / "cal[1].json.sama-0123abcd.part"  # by a process that was killed
+    for file in (*theirs, left):
+        file.write_text("precious")
+    write_atomic(path, "new")
+    assert path.read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == sorted([path, *theirs])
+    assert {file.read_text() for file in theirs} == {"precious"}
+    assert path.stat().st_mode == theirs[0].stat().st_mode
+
+
 def test_numbers_that_are_no_json_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
