@@ -119,7 +119,7 @@ def score_corpus(
       folder: where the scores go.
       ids: of all texts of the run.
       texts: the texts themselves; None leaves out the attacks that read them.
-      labels: 1 member, 0 not; None without labels.
+      labels: 1 member, 0 not, -1 unknown; None without labels.
     """
     for attack in readings.tasks.attacks:
         if attack.corpus is None or (attack.needs_texts and texts is None):
@@ -130,11 +130,10 @@ def score_corpus(
             chunks = [usable[s : s + PLAN_ROWS] for s in range(0, len(usable), PLAN_ROWS)]
             found = [readings.statistics([attack], c)[attack.name] for c in chunks]
             parts = np.concatenate(found).reshape(len(usable), -1)
-        corpus = CorpusReading(
-            parts,
-            None if texts is None else [texts[row] for row in usable],
-            None if labels is None else labels[usable],
-        )
+        # Texts that serve as prefixes are not usable, and need no label.
+        known = None if labels is None or (labels[usable] < 0).any() else labels[usable]
+        given = None if texts is None else [texts[row] for row in usable]
+        corpus = CorpusReading(parts, given, known)
         values = np.full(len(ids), np.nan)
         if usable:
             values[usable] = attack.corpus(corpus, readings.settings)

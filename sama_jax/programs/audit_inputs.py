@@ -48,10 +48,9 @@ class Inputs(NamedTuple):
         return {name: role.store_key for name, role in self.roles.items()}
 
     @property
-    def labels(self) -> np.ndarray | None:
-        """int32 [n], 1 member, 0 not; None where a text has no label."""
-        labels = [text.label for text in self.texts]
-        return None if None in labels else np.array(labels, np.int32)
+    def labels(self) -> np.ndarray:
+        """int32 [n], 1 member, 0 not, -1 a text without a label."""
+        return np.array([-1 if t.label is None else t.label for t in self.texts], np.int32)
 
 
 class Prefixes(NamedTuple):

@@ -374,6 +374,18 @@ def one(name: str, text: str, label: int | None) -> Text:
     return Text(name, text, label, "here")
 
 
+def test_a_text_that_serves_as_a_prefix_needs_no_label(box: Path, tmp_path: Path):
+    texts = [one(f"t{i}", t, i % 2) for i, t in enumerate(TEXTS)]
+    file = collect([one("p", "ka ro mi te sun", None)])
+    names, found = ("recall", "bows"), []
+    for label in (0, None):
+        both = collect([*texts, one("same", file.texts[0].text, label)])
+        result = run(box, tmp_path / f"{label}", *names, texts=both, prefixes=file)
+        found.append({row["id"]: row["scores"] for row in result.rows})
+    assert found[0] == found[1]
+    assert sum(scores["bows"] is not None for scores in found[1].values()) > 20
+
+
 def chosen(box: Path, texts: list[Text], **changes) -> Prefixes:
     made = job(box, box / "none", "conrecall", texts=collect(texts), **changes)
     return choose_prefixes(made, attacks.select(["conrecall"]), texts, [])
