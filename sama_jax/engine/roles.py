@@ -11,14 +11,17 @@ from rich.console import Console
 
 from sama_jax.arrays import Params
 from sama_jax.config import AuditSettings, settings_hash
+from sama_jax.core.frequencies import frequency_losses
 from sama_jax.devices import memory
 from sama_jax.devices.strategy import Layout
 from sama_jax.engine import other_readings, output_position
 from sama_jax.errors import ModelError
 from sama_jax.terminal import ByteBar
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import loading, model_folder
 from sama_jax.weights.finite import not_finite
 from sama_jax.weights.identity import model_identity
+from sama_jax.weights.special_tokens import possible_masks
 
 
 class ModelRole(NamedTuple):
@@ -89,6 +92,25 @@ class Probe(NamedTuple):
     """Loss of those texts by how frequent their tokens are."""
     other_masks: Collection[int] = ()
     """What could stand for a masked token besides the models' own mask."""
+
+
+def make_probe(
+    folder: model_folder.ModelFolder,
+    tokenizer: TextTokenizer,
+    texts: Sequence[Int[np.ndarray, "..."]],
+) -> Probe:
+    """Gathers the tokens that models are checked on when they are loaded.
+
+    Args:
+      folder: the target; its files name the tokens that could be masks.
+      tokenizer: of all models.
+      texts: token ids of a run's texts; empty ones are passed over.
+    """
+    position = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
+    texts = [ids for ids in texts if len(ids)]
+    frequencies = frequency_losses(texts)[: other_readings.MOST_TEXTS]
+    found = float(np.nanmean(frequencies)) if np.isfinite(frequencies).any() else math.nan
+    return Probe(position, texts, found, possible_masks(folder.path, folder.family))
 
 
 class Loaded(NamedTuple):

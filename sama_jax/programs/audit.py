@@ -4,27 +4,23 @@ Batches are independent and their results are appended as they are made, so a ru
 at any moment and continued by the same command.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from sama_jax.core.frequencies import frequency_losses
 from sama_jax.devices import mesh
 from sama_jax.devices.matmul_rate import matmul_rate
 from sama_jax.devices.placement import Placement, choose_placement, device_bytes
 from sama_jax.devices.sharding import parameter_shardings
-from sama_jax.engine import other_readings, output_position
 from sama_jax.engine.batching import BatchShapes, distinct_rows
 from sama_jax.engine.costs import cost_of, sum_costs
 from sama_jax.engine.estimate import estimate
 from sama_jax.engine.loop import Filled, Setup, fill_store
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import ModelRole, Probe, resident_bytes
+from sama_jax.engine.roles import ModelRole, make_probe, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.views import make_plain_views
@@ -55,7 +51,6 @@ from sama_jax.storage.run_folder import METRICS, Row, noted
 from sama_jax.terminal import console
 from sama_jax.validity.gate import Gate, told, voids, warnings, worst_of
 from sama_jax.weights import model_folder
-from sama_jax.weights.special_tokens import possible_masks
 
 if TYPE_CHECKING:
     from sama_jax.reporting.results import Metrics
@@ -191,19 +186,9 @@ def make_setup(job: AuditJob, inputs: Inputs, tokenised: Tokenised, placed: Plac
         shapes,
         in_turn=in_turn,
         peers=job.peers,
-        probe=make_probe(inputs, tokenised),
+        probe=make_probe(roles[0].folder, inputs.tokenizer, [v.ids for v in tokenised.views]),
         include_votes=job.include_votes,
     )
-
-
-def make_probe(inputs: Inputs, tokenised: Tokenised) -> Probe:
-    """Gathers the tokens that the models are checked on when they are loaded."""
-    position = inputs.tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
-    texts = [view.ids for view in tokenised.views if len(view.ids)]
-    frequencies = frequency_losses(texts)[: other_readings.MOST_TEXTS]
-    found = float(np.nanmean(frequencies)) if np.isfinite(frequencies).any() else math.nan
-    target = inputs.roles["target"].folder
-    return Probe(position, texts, found, possible_masks(target.path, target.family))
 
 
 # --- results -------------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.devices.placement import device_bytes
 from sama_jax.devices.strategy import local_layout
-from sama_jax.engine import output_position
 from sama_jax.engine.batching import BatchShapes
 from sama_jax.engine.loop import Setup, fill_store
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.roles import ModelRole, Probe, model_key, pad_id, resident_bytes
+from sama_jax.engine.roles import ModelRole, make_probe, model_key, pad_id, resident_bytes
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import original_view, table_of
 from sama_jax.errors import UsageError
@@ -77,6 +76,7 @@ def run_nll(
     and `nll_total` (nats).
 
     Raises:
+      ModelError: the model is damaged, or is surely not read as it was trained.
       UsageError: the model is autoregressive, or `out` belongs to another run.
     """
     say = console(quiet)
@@ -96,8 +96,8 @@ def run_nll(
     tasks, tables = tasks_of([_NLL], settings, keys), {"text": table_of(views)}
     sizes = resident_bytes([role], layout), device_bytes()
     shapes = BatchShapes(folder.model, folder.max_length, settings, layout, *sizes)
-    probe = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
-    setup = Setup(roles, shapes, probe=Probe(probe), quiet=quiet)
+    probe = make_probe(folder, tokenizer, [view.ids for view in views])
+    setup = Setup(roles, shapes, probe=probe, quiet=quiet)
     run = run_identity(texts.texts, encoded, tokenizer, roles, settings)
     run["nll"] = tasks.first("nll").identity
     output = RunFolder(out, run, {"model": str(model)}, None)

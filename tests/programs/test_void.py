@@ -16,6 +16,7 @@ from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.errors import DataError, ModelError, SamaError, ValidityError
 from sama_jax.programs.audit import AuditResult, run_audit
 from sama_jax.programs.jobs import AuditJob
+from sama_jax.programs.nll import run_nll
 from sama_jax.texts.read import read_texts
 
 EACH = 60
@@ -288,3 +289,12 @@ def test_what_means_nothing_is_stopped_or_void_by_name(way: str, own: Path, tmp_
         assert (out / "report.md").read_text().splitlines()[2].startswith("No conclusion (")
         metrics = json.loads((out / "metrics.json").read_text())
         assert metrics["verdict"]["kind"] == "no conclusion"
+
+
+def test_nll_looks_whether_another_reading_of_the_model_is_better(own: Path, tmp_path: Path):
+    texts = read_texts(own / "texts.jsonl")
+    settings = AuditSettings(max_length=trained.LENGTH, passes=2)
+    run_nll(own / "target", texts, tmp_path / "sound", settings, quiet=True)
+    config_of("target", rope_theta=THETA * 25)(own)
+    with pytest.raises(ModelError, match=r"target: read with a rotary base 0\.1 times as large"):
+        run_nll(own / "target", texts, tmp_path / "spoilt", settings, quiet=True)
