@@ -116,12 +116,12 @@ def folder(path: Path, weights: Params, **changes: Any) -> Path:
     return path
 
 
-def audited(base: Path, members: np.ndarray | None = None, **changes: Any) -> None:
+def audited(base: Path, members: np.ndarray | None = None, steps: int = TUNED) -> None:
     """Folders `reference` and `target` in `base`; the latter is fine-tuned on the members."""
     texts = tokens(64, seed=7) if members is None else members
-    target = train(model(), params(), texts, TUNED, 3e-3, seed=1)
+    target = train(model(), params(), texts, steps, 3e-3, seed=1)
     for name, weights in (("reference", params()), ("target", target)):
-        folder(base / name, weights, **changes)
+        folder(base / name, weights)
 
 
 def write_texts(path: Path, texts: Mapping[str, tuple[str, int]]) -> Path:

@@ -24,6 +24,9 @@ def add(commands: Any) -> None:
     inputs.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
     inputs.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
     inputs.add_argument("--nonmembers", type=Path, metavar="F", help="and texts that were not")
+    inputs.add_argument(
+        "--control", type=Path, metavar="F", help="known members besides, which must be found"
+    )
     flags.flags_of(inputs, AuditJob, "split", "limit", "mask_id")
 
     attacks = p.add_argument_group("attacks")
@@ -137,6 +140,7 @@ def _run_here(
         "target": args.target or args.reference,
         "texts": read,
         "prefixes": read_texts(args.prefixes) if args.prefixes else None,
+        "control": read_texts(args.control) if args.control else None,
         "settings": settings,
         "peers": peers or processes.Peers(),
     }

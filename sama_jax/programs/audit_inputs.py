@@ -20,7 +20,7 @@ from sama_jax.programs.split import require_split
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
 from sama_jax.terminal import ProgressBar
-from sama_jax.texts.read import Text, collect
+from sama_jax.texts.read import Text, collect, with_control
 from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
 from sama_jax.weights import model_folder
 
@@ -100,7 +100,8 @@ def read_inputs(job: AuditJob) -> Inputs:
     settings = job.settings
     texts = collect(job.texts.texts[: job.limit])
     if job.split is not None:
-        require_split(job.split, texts.texts)
+        require_split(job.split, texts.texts, job.limit)
+    texts = with_control(texts, job.control)
     options: dict[str, Any] = {
         "mask_id": job.mask_id,
         "dtype": settings.dtype,

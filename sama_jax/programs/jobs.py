@@ -42,6 +42,8 @@ class AuditJob:
     mask_id: Annotated[int | None, Flag("replaces the mask token id of config.json")] = None
     prefixes: "sama_jax.texts.read.Texts | None" = None
     """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
+    control: "sama_jax.texts.read.Texts | None" = None
+    """Known members besides, which the primary attack must find before "nothing above" is said."""
     split: Annotated[Path | None, Flag("split.json that drew these texts, to check", "F")] = None
     """What `sama-jax split` wrote: shows that the classes were drawn at random."""
     limit: Annotated[int | None, Flag("only the first N texts", "N")] = None

@@ -64,9 +64,8 @@ def digest(texts: Sequence[Text]) -> str:
     """Hashes ids, labels, groups and texts: 16 hex digits."""
     found = hashlib.sha256()
     for text in texts:
-        found.update(
-            repr((text.id, text.label, text.group, text.text)).encode("utf-8", "surrogatepass")
-        )
+        known = (text.id, text.label, text.group, text.text, *(["control"] * text.control))
+        found.update(repr(known).encode("utf-8", "surrogatepass"))
     return found.hexdigest()[:16]
 
 

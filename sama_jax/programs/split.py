@@ -110,8 +110,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def require_split(path: Path, texts: list[Text]) -> None:
-    """Raises `DataError` unless a split file holds every text, on the side that its label says."""
+def require_split(path: Path, texts: list[Text], limit: int | None = None) -> None:
+    """Raises `DataError` unless these are the texts of a split file, on the side of their labels.
+
+    All of them, unless a `limit` took the first: texts that were picked afterwards are not random.
+    """
     with readable(path):
         found = read_json(path)
     wrong = misfit(found, _SHAPE)
@@ -129,4 +132,10 @@ def require_split(path: Path, texts: list[Text]) -> None:
         raise DataError(
             f"{path}: was drawn for other texts: of {len(texts)} texts {strange} are not in it, "
             f"and {other} have another label or none; audit its members.jsonl and nonmembers.jsonl"
+        )
+    lacking = len(known - set(digests))
+    if lacking and limit is None:
+        raise DataError(
+            f"{path}: {lacking} of its {len(known)} texts are not audited, and what was picked "
+            "afterwards is not random; audit its members.jsonl and nonmembers.jsonl"
         )

@@ -14,7 +14,7 @@ from sama_jax.storage.files import read_whole_json_lines, sealed, unsealed, writ
 from sama_jax.storage.shapes import misfit
 
 INDEX = "texts.jsonl"
-_FIELDS = ("id", "label", "group", "n_tokens", "truncated", "status", "baseline")
+_FIELDS = ("id", "label", "group", "n_tokens", "truncated", "status", "baseline", "control")
 
 
 def write_index(
@@ -51,6 +51,7 @@ _LINE = {
     "truncated?": bool,
     "status?": str,
     "baseline?": float,
+    "control?": bool,
     "views": {str: (_VIEW, None)},
 }
 

@@ -35,6 +35,8 @@ class Text(NamedTuple):
     """File and place for messages, such as `file.jsonl:7`."""
     group: str | None = None
     """What it shares with other texts: the document, author or source it comes from."""
+    control: bool = False
+    """Whether it is a known member that an audit must find, and none of the texts it is about."""
 
 
 class Texts(NamedTuple):
@@ -223,6 +225,26 @@ def collect(texts: list[Text]) -> Texts:
         labels.setdefault(text.text, set()).add(text.label)
     both = [first_id[text] for text, seen in labels.items() if {0, 1} <= seen]
     return Texts(texts, len(texts) - len(first_id), both)
+
+
+def with_control(texts: Texts, control: Texts | None) -> Texts:
+    """Puts known members behind the texts of an audit, without a label.
+
+    Raises `DataError` if one of them is a non-member, or one of those texts.
+    """
+    if control is None:
+        return texts
+    ids, contents = ({getattr(t, name) for t in texts.texts} for name in ("id", "text"))
+    for text in control.texts:
+        if text.label == 0:
+            raise DataError(f"{text.where}: label is 0, but a positive control is of known members")
+        if text.id in ids or text.text in contents:
+            raise DataError(
+                f"{text.where}: this text of the positive control stands among the texts of the "
+                "audit, too (or its id does); take it out of one of them"
+            )
+    known = [text._replace(label=None, control=True) for text in control.texts]
+    return collect([*texts.texts, *known])
 
 
 def group_numbers(texts: list[Text]) -> list[int | None]:

@@ -52,5 +52,10 @@ TIED_PAIRS = 0.2
 TOP_SHARE = 0.1
 """Share of non-members with the highest score. Judgement: no threshold finds a member at a lower
 rate of false alarms."""
+CONTROL_P = 0.001
+"""p of the primary attack on the positive control at which it is found. Judgement: 7 texts that
+stand above 7 non-members reach it."""
+CONTROL_TEXTS = 7
+"""Fewer texts of a control cannot reach that p against as many non-members."""
 MISSING_P = 0.01
 """Fisher's p below which scores are missing in one class more than in the other."""

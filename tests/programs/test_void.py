@@ -17,10 +17,12 @@ from sama_jax.errors import DataError, ModelError, SamaError, ValidityError
 from sama_jax.programs.audit import AuditResult, run_audit
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.nll import run_nll
-from sama_jax.texts.read import read_texts
+from sama_jax.texts.read import collect, read_texts
 
 EACH = 60
 """Texts of each class."""
+CONTROL = 16
+"""Texts of a positive control."""
 SETTINGS = AuditSettings(max_length=trained.LENGTH, sama=SamaSettings(steps=4, subsets=16))
 BLOCK = "model.transformer.blocks.0"
 
@@ -77,6 +79,28 @@ def test_a_sound_audit_is_void_by_nothing_and_weakened_by_nothing(place: Path, t
     fired = [one for one in found["validity"] if one["status"] not in ("pass", "not run")]
     assert fired == []
     assert found["verdict"]["kind"] == "found"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_positive_control_must_be_found(known: bool, place: Path, tmp_path: Path):
+    learnt = trained.tokens(CONTROL, seed=21)
+    trained.audited(tmp_path, learnt, steps=150)
+    texts = learnt if known else trained.tokens(CONTROL, seed=22)
+    file = write(tmp_path / "control.jsonl", map(trained.words, texts), ())
+    given = collect([text._replace(id=f"c{text.id}") for text in read_texts(file).texts])
+    of = read_texts(Path(shutil.copy(place / "texts.jsonl", tmp_path)))
+    result = audit(tmp_path, tmp_path / "run", control=given)
+    gates = {one["name"]: one for one in result.metrics["validity"]}
+    found = gates["positive_control"]
+    assert found["status"] == ("pass" if known else "warn"), found
+    marked = [row["id"] for row in result.rows if row.get("control")]
+    assert marked == [text.id for text in given.texts]
+    assert result.metrics["attacks"]["sama"]["n_members"] == EACH
+    with pytest.raises(DataError, match="stands among the texts of the audit"):
+        audit(place, tmp_path / "other", texts=of, control=of._replace(texts=of.texts[:1]))
+    wrong = collect([text._replace(label=0) for text in given.texts])
+    with pytest.raises(DataError, match="a positive control is of known members"):
+        audit(place, tmp_path / "other", texts=of, control=wrong)
 
 
 # --- models --------------------------------------------------------------------------------------
