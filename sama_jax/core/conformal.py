@@ -107,13 +107,13 @@ def collection_test(
 def one_of_each(
     groups: Int[np.ndarray, " n"], keys: Sequence[str], seed: int = 0
 ) -> Int[np.ndarray, " k"]:
-    """Chooses one text of each group by its key, and every text without one (-1), in order."""
+    """Chooses one text of each group by its key, and of those without one (-1) one of each key."""
     drawn = uniform_of(keys, seed)
-    best: dict[int, int] = {}
+    best: dict[int | str, int] = {}
     for place, group in enumerate(groups.tolist()):
-        kept = best.setdefault(group if group >= 0 else -1 - place, place)
-        if drawn[place] < drawn[kept]:
-            best[group] = place
+        unit = group if group >= 0 else keys[place]
+        if drawn[place] < drawn[best.setdefault(unit, place)]:
+            best[unit] = place
     return np.sort(np.fromiter(best.values(), dtype=np.int64))
 
 

@@ -96,10 +96,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         say.print(estimate(tasks, tables, left, inputs.roles, setup.shapes, rate))
         return None
     with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
-        asked = {one["name"] for one in data.gates}
         earlier = run.folder.manifest.get("gates") or []
-        rest = [one for one in earlier if one["name"] not in asked]
-        run.folder.write_manifest(gates=[*data.gates, *rest])
+        run.folder.write_manifest(gates=worst_of([earlier, data.gates]))
         readings = Readings(tasks, job.settings, tables, inputs.store_keys, run.folder.store)
         setup = setup._replace(shared=run.shared)
         filled = fill_store(setup, readings, run.folder, inputs.ids, say)
@@ -226,7 +224,8 @@ def publish(
         if not run.shared:
             update_index(folder, rows, readings.tables)
             notes = noted(folder.path)
-            folder.write_manifest(notes=notes, cost=cost)
+            gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, readings)])
+            folder.write_manifest(notes=notes, cost=cost, gates=gates)
             say.print(_HINT)
             require_valid(job.out, [], notes, strict=job.strict)
             return None
@@ -243,8 +242,7 @@ def publish(
     from sama_jax.reporting import report, results
 
     notes = noted(folder.path)
-    after = worst_of(folder.manifest.get("gates") or [], gates_after(inputs, tokenised, readings))
-    gates = [*data.gates, *after]
+    gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, readings)])
     folder.write_manifest(notes=notes, cost=cost, gates=gates)
     metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)

@@ -8,7 +8,7 @@ import platform
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.run_identity import digest, run_identity
 from sama_jax.storage import replay
 from sama_jax.storage.files import require_free
-from sama_jax.storage.protocol import Protocol, fix_protocol
+from sama_jax.storage.protocol import Protocol, known_protocol, require_same, write_protocol
 from sama_jax.storage.run_folder import RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.texts.read import group_numbers
@@ -70,10 +70,11 @@ def open_run(
     names = [a.name for a in chosen.attacks]
     protocol = Protocol.of(names, job.primary, job.family, job.margin)
     require_same_everywhere(job.peers, [run, names, devices, asdict(protocol)])
+    _require_protocol(job, run, protocol)
     folder, shared = _open_folder(job, run, about(job, inputs))
     try:
         folder.write_manifest(
-            protocol=asdict(_fix(job, folder, protocol)),
+            protocol=asdict(_fix(job, folder, protocol, inputs.store_keys)),
             attacks=names,
             not_computed=chosen.left_out,
             settings=asdict(job.settings),
@@ -89,11 +90,28 @@ def open_run(
         folder.close()
 
 
-def _fix(job: AuditJob, folder: RunFolder, protocol: Protocol) -> Protocol:
-    """Writes the protocol, or returns that of the run that is continued."""
-    given = {"primary": job.primary, "family": job.family, "margin": job.margin}
-    stated = [name for name, value in given.items() if value]
-    return fix_protocol(job.out, protocol, stated) if folder.writes else protocol
+def _fix(
+    job: AuditJob, folder: RunFolder, protocol: Protocol, store_keys: Mapping[str, str]
+) -> Protocol:
+    """Writes the protocol of a new run, or returns that of the run that is continued."""
+    if not folder.writes:
+        return protocol
+    known = known_protocol(job.out, folder.manifest)
+    if known is None:
+        records = folder.store.keys()
+        seen = any(model in store_keys.values() for model, _, _ in records)
+        known = replace(protocol, stored=seen)
+    write_protocol(job.out, known)
+    return known
+
+
+def _require_protocol(job: AuditJob, run: dict[str, Any], protocol: Protocol) -> None:
+    """Raises `UsageError`, before a folder is touched, if its run has another protocol."""
+    manifest = read_manifest(job.out) or {}
+    known = known_protocol(job.out, manifest) if manifest.get("run") == run else None
+    if known is not None:
+        given = {"primary": job.primary, "family": job.family, "margin": job.margin}
+        require_same(job.out, known, protocol, [name for name, value in given.items() if value])
 
 
 def interrupted(job: AuditJob) -> Interrupted:
@@ -188,6 +206,8 @@ def text_rows(
         row["truncated"] = tokens.truncated
         status = "ok" if view.maskable.any() else "empty"
         row["status"] = "prefix" if text.id in prefixes.taken else status
+        if text.control:
+            row["control"] = True
         if np.isfinite(baseline[i]):
             row["baseline"] = float(baseline[i])
         if job.include_text:

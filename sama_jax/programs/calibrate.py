@@ -20,7 +20,7 @@ from sama_jax.errors import DataError, UsageError, ValidityError, nearest
 from sama_jax.programs.rescore import settings_of
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, write_calibration
-from sama_jax.storage.run_folder import Row, read_manifest, read_unchanged_rows
+from sama_jax.storage.run_folder import Row, read_manifest, read_rows, read_unchanged_rows
 from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.validity.gate import voids
 
@@ -82,7 +82,7 @@ def require_sound(path: Path, but_for: Collection[str] = ()) -> None:
 
     Gates of the names `but_for` are not asked.
     """
-    gates = (read_manifest(path) or {}).get("gates") or []
+    gates = results.metrics_of(read_rows(path), read_manifest(path) or {})["validity"]
     if failed := voids(one for one in gates if one["name"] not in but_for):
         raise ValidityError(
             f"{path}: its result is void: {failed[0]['name']}: {failed[0]['sentence']}"

@@ -16,9 +16,11 @@ from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.rescore import run_score, store_of
 from sama_jax.storage.files import copy_file, write_json, writing
+from sama_jax.storage.protocol import Protocol, write_protocol
 from sama_jax.storage.run_folder import MANIFEST, noted, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.terminal import console
+from sama_jax.validity.gate import worst_of
 
 _OWN = ("session", "store", "cost")
 """Of a manifest, what belongs to one process."""
@@ -41,6 +43,11 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
             )
             raise UsageError(
                 f"{part}: belongs to another run than {parts[0]}; differences: {', '.join(changed)}"
+            )
+        if manifest.get("protocol") != manifests[0].get("protocol"):
+            raise UsageError(
+                f"{part}: was declared another protocol than {parts[0]} (--primary, --family, "
+                "--margin); merge parts of one command"
             )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; give a new folder")
@@ -68,7 +75,10 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
     manifest = {k: v for k, v in manifests[0].items() if k not in _OWN}
     found = [*(m.get("notes") or [] for m in manifests), *(noted(part) for part in parts)]
     notes = dict.fromkeys(note for some in found for note in some)
-    manifest |= {"finished": False, "cost": sum_costs(costs), "notes": list(notes)}
+    gates = worst_of(m.get("gates") or [] for m in manifests)
+    manifest |= {"finished": False, "cost": sum_costs(costs), "notes": list(notes), "gates": gates}
+    if manifest.get("protocol"):
+        write_protocol(out, Protocol.from_dict(manifest["protocol"]))
     write_json(out / MANIFEST, manifest)
     say.print(f"{len(parts)} parts copied to {out}")
     names = [a for a in manifest["attacks"] if not attack_suite.select([a])[0].needs_texts]

@@ -36,6 +36,7 @@ from sama_jax.storage.run_folder import (
 )
 from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.terminal import console
+from sama_jax.validity.gate import worst_of
 
 _MADE = ("scores", "passes", "undefined", "votes")
 """Fields of a line of scores.jsonl that scoring makes; the others are kept."""
@@ -81,10 +82,8 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         score_corpus(readings, folder, ids, None, None)
         _require_finished(path, folder, rows)
         joined = folder.join(kept, [a.name for a in chosen])
-        gates = manifest.get("gates") or []
-        if not any(one["name"] == "same_losses" for one in gates):  # a part, which had a share
-            labels = [row.get("label") for row in rows]
-            gates = [*gates, *loss_gates(gather_evidence(readings), labels)]
+        asked = loss_gates(gather_evidence(readings), [row.get("label") for row in rows])
+        gates = worst_of([manifest.get("gates") or [], asked])
         folder.write_manifest(gates=gates)
         metrics = results.metrics_of(joined, folder.manifest)
         write_json(path / METRICS, metrics)

@@ -15,7 +15,7 @@ from sama_jax.core.metrics import FPRS, AttackMetrics, tpr_name
 from sama_jax.errors import DataError
 from sama_jax.reporting.verdict import CAUTION, Verdict, judge
 from sama_jax.storage.protocol import PRIMARY, Protocol
-from sama_jax.storage.run_folder import Row
+from sama_jax.storage.run_folder import Row, groups_of
 from sama_jax.validity.gate import Gate
 
 MAIN_ATTACK = "sama"
@@ -98,7 +98,7 @@ def compute_metrics(
     `attacks` holds `metrics.summarize` of each attack in the order of the rows, over the labelled
     texts that have a score (a note counts the others); it is empty if no text has a label.
     `paired` compares SAMA with each other attack; it is absent if there is nothing to compare.
-    Texts of one group count as such if each labelled text has a group.
+    Texts of one group count as such, and those without one for themselves, if any has one.
 
     Args:
       rows: lines of scores.jsonl.
@@ -185,12 +185,6 @@ def column(rows: Sequence[Row], name: str) -> tuple[Float[np.ndarray, " n"], Int
     scores = [(row.get("scores") or {}).get(name) for row in rows]
     labels = [-1 if (label := row.get("label")) is None else int(label) for row in rows]
     return np.array(scores, dtype=np.float64), np.array(labels, dtype=np.int64)
-
-
-def groups_of(labelled: Sequence[Row]) -> Int[np.ndarray, " n"] | None:
-    """Returns the group of each text; None if any has none: all count as independent then."""
-    groups = [row.get("group") for row in labelled]
-    return None if None in groups else np.array(groups, dtype=np.int64)
 
 
 def paired_text(difference: float, ci: Sequence[float] | None) -> str:

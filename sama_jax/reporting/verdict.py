@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 
 from sama_jax.core import inference, metrics
 from sama_jax.storage.protocol import Protocol
-from sama_jax.storage.run_folder import Row
+from sama_jax.storage.run_folder import Row, groups_of
+from sama_jax.validity import bounds
 from sama_jax.validity import scores as score_gates
 from sama_jax.validity.blind import NAME as BLIND
 from sama_jax.validity.gate import Gate, gate, voids
@@ -87,15 +88,17 @@ def judge(
     """
     columns = _columns(rows, protocol)
     members, nonmembers = ((columns.labels == label).sum() for label in (1, 0))
-    if not members or not nonmembers or not columns.names:
+    if not members or not nonmembers:
         all_gates = list(gates)
         failed = voids(all_gates)
         if failed:
             return {"kind": "no conclusion", "sentence": _no_conclusion(failed[0])}, all_gates
         return {"kind": "unlabelled", "sentence": _UNLABELLED}, all_gates
     declared = _declared(columns)
-    all_gates = [*gates, *_score_gates(columns, protocol, declared)]
-    texts = _independent(columns)
+    all_gates = [*gates, *_score_gates(columns, protocol, declared, rows)]
+    if protocol.primary not in declared:
+        return {"kind": "no conclusion", "sentence": _no_conclusion(voids(all_gates)[0])}, all_gates
+    texts = _independent(columns, protocol.primary)
     verdict: Verdict = {
         "kind": "undecided",
         "sentence": "",
@@ -141,42 +144,41 @@ def _excess(rows: Sequence[Row], primary: str) -> Excess | None:
     labels = [row.get("label") for row in both]
     if len(set(labels)) < 2:
         return None
-    groups = [row.get("group") for row in both]
     baseline = [row.get("baseline") for row in both]
     difference, low, high = metrics.paired_difference(
         [(row.get("scores") or {})[primary] for row in both],  # pyright: ignore  not None above
         baseline,  # pyright: ignore  not None above
         labels,  # pyright: ignore  not None above
-        None if None in groups else np.array(groups),
+        groups_of(both),
     )
     auc = metrics.auc(baseline, labels)  # pyright: ignore
     return {"baseline_auc": auc, "difference": difference, "ci": [low, high]}
 
 
 def _sources_differ(gates: Sequence[Gate]) -> Gate | None:
-    """Returns the gate that found members and non-members to differ without a model, if any."""
-    return next((g for g in gates if g["name"] == BLIND and g["status"] in ("warn", "void")), None)
+    """Returns the gate that could not show that members and non-members have one source, if any."""
+    return next((g for g in gates if g["name"] == BLIND and g["status"] != "pass"), None)
 
 
 def _columns(rows: Sequence[Row], protocol: Protocol) -> Columns:
-    labelled = [row for row in rows if row.get("label") is not None]
+    labelled = [r for r in rows if r.get("label") is not None and r.get("status") != "prefix"]
     names = [n for n in protocol.family if any(n in (r.get("scores") or {}) for r in labelled)]
     scores = [[(row.get("scores") or {}).get(name) for name in names] for row in labelled]
     labels = np.array([row.get("label") for row in labelled], np.int64)
-    groups = [row.get("group") for row in labelled]
     return Columns(
         names,
         np.array(scores, np.float64).reshape(len(labelled), len(names)),
         labels,
-        None if not groups or None in groups else np.array(groups, np.int64),
+        groups_of(labelled),
     )
 
 
-def _independent(columns: Columns) -> tuple[int, int]:
-    """Counts members and non-members; documents, where texts name theirs."""
-    if columns.groups is None:
-        return tuple(int((columns.labels == label).sum()) for label in (1, 0))  # pyright: ignore
-    return tuple(len(set(columns.groups[columns.labels == label])) for label in (1, 0))  # pyright: ignore
+def _independent(columns: Columns, primary: str) -> tuple[int, int]:
+    """Counts members and non-members that the primary scored; documents, where they are known."""
+    scored = np.isfinite(columns.scores[:, columns.names.index(primary)])
+    units = np.arange(len(scored)) if columns.groups is None else columns.groups
+    members, others = (np.unique(units[scored & (columns.labels == c)]).size for c in (1, 0))
+    return members, others
 
 
 def _declared(columns: Columns) -> dict[str, Declared]:
@@ -195,7 +197,32 @@ def _declared(columns: Columns) -> dict[str, Declared]:
     }
 
 
-def _score_gates(columns: Columns, protocol: Protocol, declared: dict[str, Declared]) -> list[Gate]:
+def _positive_control(rows: Sequence[Row], primary: str) -> Gate:
+    """Asks whether known members are found among the non-members."""
+    texts = [row for row in rows if row.get("control") or row.get("label") == 0]
+    own = [(row.get("scores") or {}).get(primary) for row in texts]
+    known = np.array([int(bool(row.get("control"))) for row in texts], np.int64)
+    scores = np.array(own, np.float64).reshape(-1, 1)
+    count = int(np.isfinite(scores[known == 1]).sum())
+    if not known.any():
+        return gate(CONTROL, "not run", "No positive control was given (--control FILE).")
+    p = float(inference.permutation_tests(scores, known, groups_of(texts)).p[0])
+    found = p <= bounds.CONTROL_P
+    return gate(
+        CONTROL,
+        "pass" if found else "warn",
+        f"A positive control of {count} known members was {'' if found else 'not '}found among the "
+        f"non-members by {primary} (p = {p:.4f}).",
+        f"Nothing follows from what this audit does not find. Give at least {bounds.CONTROL_TEXTS} "
+        "texts that the target was surely trained on, such as canaries with many copies.",
+        statistic=p,
+        bound=bounds.CONTROL_P,
+    )
+
+
+def _score_gates(
+    columns: Columns, protocol: Protocol, declared: dict[str, Declared], rows: Sequence[Row]
+) -> list[Gate]:
     """Asks the gates about the primary attack's scores."""
     name = protocol.primary
     if name not in declared:
@@ -212,6 +239,7 @@ def _score_gates(columns: Columns, protocol: Protocol, declared: dict[str, Decla
     return [
         score_gates.ties(name, own, columns.labels),
         score_gates.missing_scores(name, own, columns.labels),
+        _positive_control(rows, name),
         gate(
             "direction",
             "void" if high < 0.5 else "pass",
@@ -245,6 +273,13 @@ def _interval(found: Declared) -> str:
     return f"AUC {found['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f}"
 
 
+_WHEN = {
+    False: "it was chosen before the scores were seen",
+    True: "losses of these models were stored before it was declared, so nothing here shows that "
+    "it was chosen without them",
+}
+
+
 def _found(protocol: Protocol, declared: dict[str, Declared]) -> str:
     own, k = declared[protocol.primary], len(declared)
     # The primary stands first: only once it is found are the others tested.
@@ -260,8 +295,7 @@ def _found(protocol: Protocol, declared: dict[str, Declared]) -> str:
         )
     return (
         f"The primary attack, {protocol.primary}, tells members from non-members "
-        f"({_interval(own)}; p = {own['p']:.4f}); it was chosen before the scores were seen."
-        f"{others}"
+        f"({_interval(own)}; p = {own['p']:.4f}); {_WHEN[protocol.stored]}.{others}"
     )
 
 

@@ -5,7 +5,7 @@ and labels without meaning in 37 % of audits. So one attack is primary, and a fa
 The file proves no date to anybody else; file its hash with someone who can.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Protocol:
     """One-sided level of error of the primary's finding."""
     margin: float = MARGIN
     """AUC below which all declared attacks must stay for "nothing above it"."""
+    stored: bool = False
+    """Whether losses of these models were stored before it: scores may have been seen."""
 
     @classmethod
     def of(
@@ -71,31 +73,39 @@ class Protocol:
         return cls(**{**value, "family": tuple(value["family"])})
 
 
-def fix_protocol(folder: Path, wanted: Protocol, given: Sequence[str]) -> Protocol:
-    """Writes the protocol of a new run, or returns that of the run to be continued.
+def require_same(folder: Path, known: Protocol, wanted: Protocol, given: Sequence[str]) -> None:
+    """Raises `UsageError` if a command declares another protocol than its run was begun with.
 
     Args:
       folder: of the run.
+      known: the run's.
       wanted: what the command declares.
-      given: the names of fields that it states; the others follow what stands there.
-
-    Raises:
-      UsageError: the run was begun with another protocol.
-      DataError: the file is damaged.
+      given: the names of fields that it states; the others follow what is known.
     """
-    path = folder / PROTOCOL
-    if not path.is_file():
-        write_json(path, sealed(asdict(wanted) | {"family": list(wanted.family)}))
-        return wanted
-    stated = read_protocol(folder)
-    changed = [name for name in given if getattr(stated, name) != getattr(wanted, name)]
+    changed = [name for name in given if getattr(known, name) != getattr(wanted, name)]
     if changed:
         name = changed[0]
         raise UsageError(
-            f"{path}: was fixed before the first pass: {name} was {shown(getattr(stated, name))}, "
-            f"is {shown(getattr(wanted, name))}; give --out a new folder (and the same --store)"
+            f"{folder / PROTOCOL}: was fixed before the first pass: {name} was "
+            f"{shown(getattr(known, name))}, is {shown(getattr(wanted, name))}; give --out a new "
+            "folder"
         )
-    return stated
+
+
+def known_protocol(folder: Path, manifest: Mapping[str, Any]) -> Protocol | None:
+    """Returns the protocol of a run, by its manifest if the file is gone; None: there is none yet.
+
+    Raises `DataError` if the file is damaged.
+    """
+    if (folder / PROTOCOL).is_file():
+        return read_protocol(folder)
+    stated = manifest.get("protocol")
+    return Protocol.from_dict(stated) if stated else None
+
+
+def write_protocol(folder: Path, protocol: Protocol) -> None:
+    """Writes the protocol of a run."""
+    write_json(folder / PROTOCOL, sealed(asdict(protocol) | {"family": list(protocol.family)}))
 
 
 def read_protocol(folder: Path) -> Protocol:

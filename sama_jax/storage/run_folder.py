@@ -15,6 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Required, TypedDict, cast
 
+import numpy as np
+from jaxtyping import Int
+
 from sama_jax.config import settings_hash
 from sama_jax.errors import DataError, UsageError
 from sama_jax.storage import checksums
@@ -53,7 +56,13 @@ _GATE: Shape = {
     **dict.fromkeys(("name", "status", "sentence", "remedy"), str),
     **dict.fromkeys(("statistic", "bound"), (float, None)),
 }
-_PROTOCOL: Shape = {"primary": str, "family": [str], "alpha": float, "margin": float}
+_PROTOCOL: Shape = {
+    "primary": str,
+    "family": [str],
+    "alpha": float,
+    "margin": float,
+    "stored?": bool,
+}
 _MANIFEST: Shape = {
     "run?": {str: object},
     "finished?": bool,
@@ -93,6 +102,8 @@ class Row(TypedDict, total=False):
     """`ok`, `empty` (no token can be masked) or `prefix` (stands before others; not scored)."""
     baseline: float
     """Score of the best baseline that sees no model, higher for members; absent where none is."""
+    control: bool
+    """Whether it is a known member of the positive control, which has no label."""
     text: str
     scores: dict[str, float | None]
     """Attack -> score, None where it is not defined."""
@@ -112,6 +123,7 @@ _ROW: Shape = {
     "truncated?": bool,
     "status?": str,
     "baseline?": float,
+    "control?": bool,
     "text?": str,
     "scores?": (_NUMBERS, None),
     "passes?": (_NUMBERS, None),
@@ -370,6 +382,14 @@ def read_rows(path: Path) -> list[Row]:
                 "own command again, which makes it anew"
             )
     return cast(list[Row], rows)
+
+
+def groups_of(rows: Sequence[Row]) -> Int[np.ndarray, " n"] | None:
+    """Returns the group of each text, one of its own where it has none; None if no text has one."""
+    groups = [row.get("group") for row in rows]
+    if set(groups) <= {None}:
+        return None
+    return np.array([-1 - i if g is None else g for i, g in enumerate(groups)], np.int64)
 
 
 def read_unchanged_rows(path: Path, manifest: Mapping[str, Any]) -> list[Row]:

@@ -54,11 +54,11 @@ def contradictions(texts: Sequence[str], labels: Labels) -> Gate:
     classes: dict[str, set[int]] = {}
     for text, label in zip(texts, labels.tolist()):
         classes.setdefault(text, set()).add(label)
-    both = sum({0, 1} <= found for found in classes.values())
+    both = {text for text, found in classes.items() if {0, 1} <= found}
     return _wrong_labels(
         "contradictions",
-        both,
-        len(classes),
+        len(both),
+        sum(text in both for text in texts) / max(1, len(texts)),
         "texts that occur as member and as non-member",
         "Take them out of the non-members.",
     )
@@ -72,11 +72,11 @@ def equal_after_cutting(
     for text, ids, label in zip(texts, tokens, labels.tolist()):
         if len(ids):
             seen.setdefault(ids.tobytes(), {}).setdefault(label, set()).add(text)
-    both = [found for found in seen.values() if {0, 1} <= found.keys() and found[0] != found[1]]
+    both = {k for k, one in seen.items() if {0, 1} <= one.keys() and one[0] != one[1]}
     return _wrong_labels(
         "equal_after_cutting",
         len(both),
-        len(seen),
+        sum(ids.tobytes() in both for ids in tokens) / max(1, sum(len(ids) > 0 for ids in tokens)),
         "texts of both classes that have the same tokens, after they are cut",
         "Raise --max-length, or take them out of the non-members.",
     )
@@ -98,15 +98,22 @@ def near_duplicates(classes: Sequence[set[int]], pairs: Int[np.ndarray, "p 2"]) 
     return _wrong_labels(
         "near_duplicates",
         len(concerned),
-        len(classes),
+        len(concerned) / max(1, len(classes)),
         "texts that share most of their words with one of the other class",
         "Draw the split again with sama-jax split, which keeps near duplicates on one side.",
     )
 
 
-def _wrong_labels(name: str, count: int, total: int, what: str, remedy: str) -> Gate:
-    """Makes a gate of texts about which no attack can be right: any weakens, many void."""
-    share = count / max(1, total)
+def _wrong_labels(name: str, count: int, share: float, what: str, remedy: str) -> Gate:
+    """Makes a gate of texts about which no attack can be right: any weakens, many void.
+
+    Args:
+      name: the gate's.
+      count: different texts.
+      share: of all texts, copies counted.
+      what: they are.
+      remedy: what to do.
+    """
     status: Status = "void" if share > bounds.WRONG_LABELS else "warn" if count else "pass"
     said = f"{what}: {count}; no attack can be right about both." if count else f"No {what}."
     return gate(name, status, said, remedy, statistic=share, bound=bounds.WRONG_LABELS)

@@ -57,17 +57,19 @@ def warnings(gates: Iterable[Gate]) -> list[Gate]:
     return [one for one in gates if one["status"] == "warn"]
 
 
-def worst_of(earlier: Iterable[Gate], now: Iterable[Gate]) -> list[Gate]:
-    """Returns the gates of now, each replaced by the earlier one of its name if that is not better.
+def worst_of(parts: Iterable[Iterable[Gate]]) -> list[Gate]:
+    """Returns every gate of several goes or processes of one run, of each name the worst.
 
-    What voids a run stands, whatever fewer attacks read of it later.
+    What voids a part voids the whole, and stands whatever fewer attacks read of it later. Of equals
+    the first is kept.
     """
     order: tuple[Status, ...] = ("not run", "pass", "warn", "void")
-    known = {one["name"]: one for one in earlier}
-    return [
-        max(known.get(one["name"], one), one, key=lambda gate: order.index(gate["status"]))
-        for one in now
-    ]
+    found: dict[str, Gate] = {}
+    for one in (one for part in parts for one in part):
+        known = found.setdefault(one["name"], one)
+        if order.index(one["status"]) > order.index(known["status"]):
+            found[one["name"]] = one
+    return list(found.values())
 
 
 def told(one: Gate) -> str:

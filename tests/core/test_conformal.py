@@ -119,6 +119,7 @@ def test_one_text_of_each_group_is_chosen_whatever_the_order():
     assert {3, 5} < set(chosen.tolist())
     turned = conformal.one_of_each(groups[::-1], keys[::-1])
     assert {keys[i] for i in chosen} == {keys[::-1][i] for i in turned}
+    assert len(conformal.one_of_each(np.full(4, -1), ["same", "other", "same", "same"])) == 2
     drawn = {conformal.one_of_each(groups, keys, seed)[0] for seed in range(20)}
     assert drawn == {0, 1, 2}
 

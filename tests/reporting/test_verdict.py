@@ -19,7 +19,7 @@ def test_an_attack_that_works_is_found():
     assert verdict["kind"] == "found"
     assert verdict["sentence"].startswith("The primary attack, sama, tells members")
     assert "Of the 2 declared attacks 1 do so" in verdict["sentence"]
-    assert {one["status"] for one in gates} == {"pass"}
+    assert {one["status"] for one in gates if one["name"] != CONTROL} == {"pass"}
 
 
 DIFFERENT = gate("blind", "warn", "Without any model, words tell the classes apart.", "Split anew.")
@@ -141,3 +141,41 @@ def test_the_headline_is_the_verdict_and_what_it_leaves_open():
 
 
 # --- the protocol --------------------------------------------------------------------------------
+
+
+def test_texts_that_serve_as_prefixes_do_not_count():
+    rows = make_rows(n=60, shift=1.0)
+    for row in rows[:20] + rows[60:80]:
+        row["status"], row["scores"] = "prefix", {"sama": None, "loss": None}
+    verdict, _ = judge(rows, BOTH, [])
+    fewer, _ = judge(make_rows(n=40, shift=1.0), BOTH, [])
+    assert verdict["detectable_auc"] == fewer["detectable_auc"]
+
+
+def test_a_primary_that_was_never_computed_is_void_and_not_unlabelled():
+    verdict, gates = judge(make_rows(), Protocol("mink", ("mink",)), [])
+    assert verdict["kind"] == "no conclusion"
+    assert gates[-1]["name"] == "primary_scored"
+
+
+def test_a_source_that_could_not_be_asked_about_is_no_finding():
+    unasked = gate("blind", "not run", "Fewer than 5 texts of a class.")
+    assert judge(make_rows(shift=2.0), BOTH, [unasked])[0]["kind"] == "undecided"
+
+
+def test_a_protocol_that_came_after_the_losses_says_so():
+    late = Protocol("sama", ("sama", "loss"), stored=True)
+    assert "were stored before it was declared" in judge(make_rows(), late, [])[0]["sentence"]
+
+
+def test_one_text_without_a_group_does_not_make_documents_independent():
+    rows = make_rows(n=60, shift=0.6)
+    for i, row in enumerate(rows):
+        row["group"] = i // 10
+    grouped = judge(rows, BOTH, [])[0]["declared"]["sama"]
+    del rows[0]["group"]
+    lacking = judge(rows, BOTH, [])[0]["declared"]["sama"]
+    assert lacking["p"] == pytest.approx(grouped["p"], rel=0.5)
+    for row in rows:
+        row.pop("group", None)
+    assert judge(rows, BOTH, [])[0]["declared"]["sama"]["p"] < grouped["p"] / 2

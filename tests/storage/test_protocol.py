@@ -1,9 +1,17 @@
 """What a run set out to show is fixed before its first pass, and no later command changes it."""
 
+from dataclasses import asdict
+
 import pytest
 
 from sama_jax.errors import DataError, UsageError
-from sama_jax.storage.protocol import PROTOCOL, Protocol, fix_protocol, read_protocol
+from sama_jax.storage.protocol import (
+    PROTOCOL,
+    Protocol,
+    known_protocol,
+    require_same,
+    write_protocol,
+)
 
 ATTACKS = ["sama", "loss", "ratio", "pia"]
 
@@ -30,18 +38,24 @@ def test_declarations_that_mean_nothing_are_refused(given, message):
 
 def test_a_run_keeps_its_first_protocol(tmp_path):
     first = Protocol.of(ATTACKS, "ratio", margin=0.6)
-    assert fix_protocol(tmp_path, first, ["primary", "margin"]) == first
+    assert known_protocol(tmp_path, {}) is None
+    write_protocol(tmp_path, first)
+    assert known_protocol(tmp_path, {}) == first
     # A later go that declares nothing follows it; one that declares the same may.
-    assert fix_protocol(tmp_path, Protocol.of(["loss"]), []) == first
-    assert fix_protocol(tmp_path, first, ["primary"]) == first
+    require_same(tmp_path, first, Protocol.of(["loss"]), [])
+    require_same(tmp_path, first, first, ["primary", "margin"])
     with pytest.raises(UsageError, match="primary was 'ratio', is 'loss'"):
-        fix_protocol(tmp_path, Protocol.of(["loss"]), ["primary"])
-    assert read_protocol(tmp_path) == first
+        require_same(tmp_path, first, Protocol.of(["loss"]), ["primary"])
+
+
+def test_a_protocol_that_is_gone_is_that_of_the_manifest(tmp_path):
+    first = Protocol.of(ATTACKS, "ratio")
+    assert known_protocol(tmp_path, {"protocol": asdict(first)}) == first
 
 
 def test_a_changed_protocol_is_refused(tmp_path):
-    fix_protocol(tmp_path, Protocol.of(ATTACKS), [])
+    write_protocol(tmp_path, Protocol.of(ATTACKS))
     path = tmp_path / PROTOCOL
     path.write_text(path.read_text().replace('"sama"', '"loss"', 1))
     with pytest.raises(DataError, match="not as it was written"):
-        read_protocol(tmp_path)
+        known_protocol(tmp_path, {})

@@ -106,7 +106,7 @@ def test_what_no_attack_can_be_right_about_weakens_and_much_of_it_voids():
     texts = [f"t{i}" for i in range(40)] + ["t0"]
     labels = np.array([1, 0] * 20 + [0])
     one = data.contradictions(texts, labels)
-    assert (one["status"], one["statistic"]) == ("warn", 1 / 40)
+    assert (one["status"], one["statistic"]) == ("warn", 2 / 41)
     assert "texts that occur as member and as non-member: 1;" in one["sentence"]
     many = data.contradictions([*texts, "t2", "t4"], np.append(labels, [0, 0]))
     assert (many["status"], many["bound"]) == ("void", bounds.WRONG_LABELS)
@@ -118,6 +118,10 @@ def test_texts_that_cutting_makes_equal_are_named_and_equal_texts_are_not():
     labels = np.array([1, 0, 1, 0, 1, 0])
     found = data.equal_after_cutting(["a", "b", "c", "c", "d", "e"], tokens, labels)
     assert (found["status"], found["statistic"]) == ("void", 0.5)
+    copies = data.equal_after_cutting(
+        ["a", "b"] * 3 + ["c"], ids(*[[1]] * 6, [2]), np.array([1, 0] * 3 + [1])
+    )
+    assert copies["statistic"] == 6 / 7  # one sequence of tokens, but six texts
     assert data.equal_after_cutting(list("abc"), tokens[:3], np.array([1, 1, 0]))["status"] == (
         "pass"
     )
