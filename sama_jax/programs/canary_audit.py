@@ -49,8 +49,8 @@ def run_canary_audit(
     """
     require_free(out, _AUDIT)
     key, run = read_key(folder), read_run(run_folder)
-    require_sound(run_folder, but_for=NOT_ASKED)
     name = require_alone(key.attack, run).name
+    require_sound(run_folder, but_for=NOT_ASKED)
     scores = _scores(run_folder, name, run.rows, key)
     included = np.array([one.included for one in key.canaries])
     copies = np.array([one.copies for one in key.canaries])

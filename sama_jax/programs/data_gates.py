@@ -8,7 +8,7 @@ import numpy as np
 from sama_jax.programs.audit_inputs import MANY_TEXTS, Inputs, Tokenised
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.terminal import ProgressBar
-from sama_jax.texts.read import Text
+from sama_jax.texts.read import Text, content_id
 from sama_jax.validity import bounds, data, overlap
 from sama_jax.validity.blind import STEPS, Blind, blind
 from sama_jax.validity.gate import Gate
@@ -32,6 +32,8 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
         data.empty_texts([int(tokenised.table.num_tokens[i]) for i in scored]),
     ]
     labelled = [i for i in scored if inputs.texts[i].label is not None]
+    # By their content, so that no draw depends on the order of the file.
+    labelled.sort(key=lambda i: (content_id(inputs.texts[i].text), inputs.texts[i].id))
     texts = [inputs.texts[i] for i in labelled]
     strings = [text.text for text in texts]
     labels = np.array([text.label for text in texts], np.int64)

@@ -20,6 +20,7 @@ from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.placement import choose_placement
 from sama_jax.devices.sharding import RULES, parameter_shardings
 from sama_jax.devices.strategy import OnMesh, Replicated, local_layout
+from sama_jax.engine import output_position
 from sama_jax.errors import UsageError
 from sama_jax.models import transformer
 from sama_jax.programs import audit
@@ -54,7 +55,7 @@ def _unchecked():
     """Without the look at what position a model reads, which compiles for every mesh: on one,
     test_multiprocess.py runs it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit.output_position, "check", lambda *_: None)
+        patch.setattr(output_position, "check", lambda *_: None)
         yield
 
 

@@ -296,7 +296,7 @@ def test_saving_a_model_copies_no_foreign_link(folder, tmp_path):
 def adapter(tmp_path) -> Path:
     path = tmp_path / "adapter"
     path.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (path / "adapter_config.json").write_text(json.dumps(config))
     name = "base_model.model.model.transformer.blocks.0.q_proj.lora_{}.weight"
     ones = {"A": np.ones((2, 16), np.float32), "B": np.ones((16, 2), np.float32)}
