@@ -115,13 +115,8 @@ def fill_store(
                 rows = own_rows(setup, readings, tasks, list(roles))
                 if rows and not {r.store_key for r in roles.values()} <= params.keys():
                     params = {}  # frees the other model before this one is loaded
-                    params, noticed = load(
-                        list(roles.values()),
-                        setup.layout,
-                        say,
-                        probe=setup.probe,
-                        quiet=setup.quiet,
-                    )
+                    given = list(roles.values()), setup.layout, say
+                    params, noticed = load(*given, probe=setup.probe, quiet=setup.quiet)
                     for note in noticed:
                         folder.keep_note(note)
                 if rows:

@@ -28,8 +28,8 @@ CHUNK = 32
 """Texts of one pass."""
 MOST_TEXTS = 256
 LEAST_TEXTS = 32
-SHORTEST = 8
-"""Tokens of a text that is read."""
+SHORTEST, LONGEST = 8, 512
+"""Tokens of a text that is read: a chunk of longer ones needs more memory than a batch may have."""
 BASES = (0.1, 10.0)
 """Factors of the rotary base. A base that is wrong by 25 either way is better by one of them."""
 SURE, CLEARED = 5.0, 3.0

@@ -104,10 +104,11 @@ def make_probe(
     Args:
       folder: the target; its files name the tokens that could be masks.
       tokenizer: of all models.
-      texts: token ids of a run's texts; empty ones are passed over.
+      texts: token ids of a run's texts; short ones are passed over, and long ones cut.
     """
     position = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
-    texts = [ids for ids in texts if len(ids)]
+    shortest, longest = other_readings.SHORTEST, other_readings.LONGEST
+    texts = [ids[:longest] for ids in texts if len(ids) >= shortest]
     frequencies = frequency_losses(texts)[: other_readings.MOST_TEXTS]
     found = float(np.nanmean(frequencies)) if np.isfinite(frequencies).any() else math.nan
     return Probe(position, texts, found, possible_masks(folder.path, folder.family))
