@@ -20,8 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from sama_jax.programs.audit_gates import require_valid
     from sama_jax.reporting import report
     from sama_jax.reporting.results import metrics_of
-    from sama_jax.storage.run_folder import read_manifest, read_rows
 
-    print(report.write_report(args.run_folder))
-    metrics = metrics_of(read_rows(args.run_folder), read_manifest(args.run_folder) or {})
+    metrics = metrics_of(*report.read_finished(args.run_folder))
+    print(report.write_report(args.run_folder, metrics=metrics))
     require_valid(args.run_folder, metrics["validity"])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from sama_jax.core import conformal
 from sama_jax.core.metrics import percent
@@ -75,11 +76,6 @@ def run_apply(
     flagged = p <= content["rank"] / (len(known) + 1)
     if fdr is not None:
         flagged = conformal.adjusted(p) <= fdr
-    lines: list[dict[str, Any]] = [
-        {"id": row["id"], "score": None, "p": None, "flagged": None} for row in run.rows
-    ]
-    for place, score, value, is_flagged in zip(scored, scores, p, flagged):
-        lines[place] |= {"score": float(score), "p": float(value), "flagged": bool(is_flagged)}
     summary: dict[str, Any] = {
         "attack": name,
         "texts": len(scored),
@@ -97,10 +93,27 @@ def run_apply(
         summary["collection"] = conformal.collection_test(scores[alone], known)._asdict() | {
             "texts": len(alone)
         }
+    lines = _decisions(run, scored, scores, p, flagged)
     write_atomic(folder / DECISIONS, json_lines(lines))
     write_json(folder / SUMMARY, summary)
     record_also(folder, [DECISIONS, SUMMARY])
     return Applied(summary, _sentences(summary))
+
+
+def _decisions(
+    run: FinishedRun,
+    scored: Int[np.ndarray, " k"],
+    scores: Float[np.ndarray, " k"],
+    p: Float[np.ndarray, " k"],
+    flagged: Bool[np.ndarray, " k"],
+) -> list[dict[str, Any]]:
+    """Returns a line for each text of a run; without a score it has no verdict."""
+    lines: list[dict[str, Any]] = [
+        {"id": row["id"], "score": None, "p": None, "flagged": None} for row in run.rows
+    ]
+    for place, score, value, is_flagged in zip(scored, scores, p, flagged):
+        lines[place] |= {"score": float(score), "p": float(value), "flagged": bool(is_flagged)}
+    return lines
 
 
 def _require_same(folder: Path, run: dict[str, Any], calibrated: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ A canary is a text that nobody wrote. An independent fair coin decides whether i
 those that are not are its held-out twins, from the same source.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from sama_jax.reporting import results
 from sama_jax.storage.canary_file import KEY, TEXTS, Canary, CanaryKey, read_key, write_key
 from sama_jax.storage.files import opened, write_atomic, write_pieces
 from sama_jax.storage.run_folder import json_lines
-from sama_jax.texts.read import read_texts
+from sama_jax.texts.read import read_texts, text_digest
 from sama_jax.texts.records import LINE_BYTES, rows_of
 from sama_jax.texts.survival import kept_tokens, spelling_ids
 from sama_jax.texts.tokenizer import TextTokenizer
@@ -99,7 +98,7 @@ def run_make(
     drawn = draw_texts(folder, tokenizer, recipe, seed)
     coins = flip_coins(len(drawn), seed)
     canaries = [
-        Canary(_digest(text), kind, copies, bool(coin))
+        Canary(text_digest(text), kind, copies, bool(coin))
         for (text, kind, copies), coin in zip(drawn, coins)
     ]
     about = {
@@ -195,10 +194,6 @@ def distinct_texts(
     )
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_canaries(folder: Path) -> tuple[CanaryKey, list[str]]:
     """Reads a folder of canaries: its key, and the text of each.
 
@@ -206,7 +201,7 @@ def read_canaries(folder: Path) -> tuple[CanaryKey, list[str]]:
     """
     key = read_key(folder)
     texts = [text.text for text in read_texts(folder / TEXTS).texts]
-    if [_digest(text) for text in texts] != [one.sha256 for one in key.canaries]:
+    if [text_digest(text) for text in texts] != [one.sha256 for one in key.canaries]:
         raise DataError(f"{folder}: {TEXTS} and {KEY} are of different canaries; copy both again")
     return key, texts
 

@@ -16,10 +16,9 @@ from sama_jax.storage.canary_file import TEXTS, CanaryKey, read_key
 from sama_jax.storage.files import MADE_BY, require_free, write_json
 from sama_jax.storage.run_folder import Row
 from sama_jax.texts.read import content_id
+from sama_jax.validity import bounds
 
 CONFIDENCE = 0.95
-FOUND = 0.001
-"""p-value at which the canaries with most copies count as found."""
 NOT_ASKED = frozenset({"reference_learnt", "target_learnt"})
 """Gates that ask whether a model predicts texts better than the frequencies of their tokens do: of
 random tokens none does, and of texts sampled at a high temperature few do."""
@@ -156,7 +155,7 @@ def control(copies: str, one: dict[str, Any]) -> str:
     if min(one["included"], one["held_out"]) < ENOUGH:
         return f"There are too few canaries of {copies} copies to say whether they are found."
     p = f"(p = {one['p']:.2g})"
-    if one["p"] <= FOUND:
+    if one["p"] <= bounds.CONTROL_P:
         return f"Control: canaries that stand there {copies} times were found {p}."
     return (
         f"Control: canaries that stand there {copies} times were not found {p}: this attack is "

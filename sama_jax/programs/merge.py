@@ -36,19 +36,7 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
     """
     say = console(quiet)
     manifests = [_manifest(part) for part in parts]
-    for part, manifest in zip(parts, manifests):
-        if manifest["run"] != manifests[0]["run"]:
-            changed = sorted(
-                k for k, v in manifest["run"].items() if manifests[0]["run"].get(k) != v
-            )
-            raise UsageError(
-                f"{part}: belongs to another run than {parts[0]}; differences: {', '.join(changed)}"
-            )
-        if manifest.get("protocol") != manifests[0].get("protocol"):
-            raise UsageError(
-                f"{part}: was declared another protocol than {parts[0]} (--primary, --family, "
-                "--margin); merge parts of one command"
-            )
+    _require_one_run(parts, manifests)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; give a new folder")
     indexes = [part / INDEX for part in parts if (part / INDEX).is_file()]
@@ -87,6 +75,23 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
             f"not computed: {name} (it reads the texts themselves: run the audit with --out {out})"
         )
     return run_score(out, names, quiet=quiet)
+
+
+def _require_one_run(parts: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
+    """Raises `UsageError` unless all parts are of one run, and were declared one protocol."""
+    for part, manifest in zip(parts, manifests):
+        if manifest["run"] != manifests[0]["run"]:
+            changed = sorted(
+                k for k, v in manifest["run"].items() if manifests[0]["run"].get(k) != v
+            )
+            raise UsageError(
+                f"{part}: belongs to another run than {parts[0]}; differences: {', '.join(changed)}"
+            )
+        if manifest.get("protocol") != manifests[0].get("protocol"):
+            raise UsageError(
+                f"{part}: was declared another protocol than {parts[0]} (--primary, --family, "
+                "--margin); merge parts of one command"
+            )
 
 
 def _manifest(part: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Divides texts at random into members and non-members, before training, and records how."""
 
-import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from sama_jax.errors import DataError, UsageError
 from sama_jax.storage.files import MADE_BY, readable, sha256_of, write_atomic, write_json
 from sama_jax.storage.run_folder import json_lines
 from sama_jax.storage.shapes import misfit
-from sama_jax.texts.read import Text, read_texts
+from sama_jax.texts.read import Text, read_texts, text_digest
 from sama_jax.untrusted import read_json
 from sama_jax.validity.overlap import relate
 
@@ -99,15 +98,11 @@ def _manifest(
         "nonmembers": int((~is_member).sum()),
         "units": len(set(units.tolist())),
         "texts": [
-            {"sha256": _digest(text.text), "label": int(label), "unit": int(unit)}
+            {"sha256": text_digest(text.text), "label": int(label), "unit": int(unit)}
             for text, label, unit in zip(texts, is_member, units)
         ],
     }
     return made | {_SEAL: sha256_of(made)}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_split(path: Path, texts: list[Text], limit: int | None = None) -> None:
@@ -125,7 +120,7 @@ def require_split(path: Path, texts: list[Text], limit: int | None = None) -> No
         raise DataError(f"{path}: is not as it was written (its SHA-256 differs); copy it again")
     sides = {(one["sha256"], one["label"]) for one in found["texts"]}
     known = {digest for digest, _ in sides}
-    digests = [_digest(text.text) for text in texts]
+    digests = [text_digest(text.text) for text in texts]
     strange = sum(one not in known for one in digests)
     other = sum((one, t.label) not in sides for one, t in zip(digests, texts)) - strange
     if strange or other:

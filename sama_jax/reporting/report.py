@@ -4,6 +4,7 @@ Reads `scores.jsonl` and `manifest.json`; computes the metrics from the scores.
 """
 
 from pathlib import Path
+from typing import Any
 
 from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting.markdown import markdown
@@ -12,6 +13,7 @@ from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import (
     MANIFEST,
     SCORES,
+    Row,
     read_manifest,
     read_rows,
     read_unchanged_rows,
@@ -19,15 +21,14 @@ from sama_jax.storage.run_folder import (
 )
 
 
-def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None = None) -> Path:
-    """Writes `report.md` of a run folder and, if wanted, its figures; returns the report's path.
+def read_finished(folder: Path, *, checked: bool = True) -> tuple[list[Row], dict[str, Any]]:
+    """Reads the rows and the manifest of a finished run.
 
-    A run without labels gets a report of its scores alone. The metrics are computed from the
-    scores, unless they are given because they just have been.
+    Args:
+      folder: the run's.
+      checked: refuse rows that were changed after the run had finished.
 
-    Raises:
-      UsageError: `folder` is not a finished run.
-      OutputError: `folder` cannot be written to.
+    Raises `UsageError`: `folder` is not a finished run.
     """
     manifest = read_manifest(folder)
     for name in (MANIFEST, SCORES):
@@ -38,7 +39,7 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
             )
     assert manifest is not None, "it is there"
     try:
-        rows = read_unchanged_rows(folder, manifest) if metrics is None else read_rows(folder)
+        rows = read_unchanged_rows(folder, manifest) if checked else read_rows(folder)
     except DataError as error:
         raise UsageError(str(error)) from None
     if manifest.get("finished") is False:
@@ -52,6 +53,20 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
             f"{folder / SCORES} has {len(rows)} lines, not one for each of {texts} texts; repeat "
             "the audit that made the folder to write it anew"
         )
+    return rows, manifest
+
+
+def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None = None) -> Path:
+    """Writes `report.md` of a run folder and, if wanted, its figures; returns the report's path.
+
+    A run without labels gets a report of its scores alone. The metrics are computed from the
+    scores, unless they are given because they just have been.
+
+    Raises:
+      UsageError: `folder` is not a finished run.
+      OutputError: `folder` cannot be written to.
+    """
+    rows, manifest = read_finished(folder, checked=metrics is None)
     if metrics is None:
         metrics = metrics_of(rows, manifest)
     drawn = []

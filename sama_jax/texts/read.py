@@ -257,5 +257,10 @@ def group_numbers(texts: list[Text]) -> list[int | None]:
 
 
 def content_id(text: str) -> str:
-    """Returns the id of a text that has none: 16 hex digits of the SHA-256 of its UTF-8."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    """Returns the id of a text that has none: the first 16 digits of its `text_digest`."""
+    return text_digest(text)[:16]
+
+
+def text_digest(text: str) -> str:
+    """Returns the SHA-256 of a text's UTF-8: 64 hex digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
