@@ -22,6 +22,7 @@ from sama_jax.engine.batching import Batch, BatchShapes, distinct_rows, same_tok
 from sama_jax.engine.costs import Costs
 from sama_jax.engine.estimate import estimate
 from sama_jax.engine.forward import Call, Job, Programs, calls_of, jobs_of, values_of
+from sama_jax.engine.other_readings import can_tell
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, Probe, load, pad_id
 from sama_jax.engine.scores import score_rows
@@ -102,7 +103,7 @@ def fill_store(
         line = estimate(readings.tasks, readings.tables, left, setup.roles, setup.shapes, rate)
         say.print(line)
     turns = [[role] for role in ROLES] if setup.in_turn else [[*ROLES]]
-    params = held or {}
+    params, unchecked = held or {}, _unchecked(setup, readings)
     for stage in stages(readings.tasks):
         if any(task.view not in readings.tables for task in stage):
             setup.peers.gather("guides", None)
@@ -113,12 +114,16 @@ def fill_store(
             for view in dict.fromkeys(task.view for task in stage):
                 tasks = [task for task in stage if task.view == view]
                 rows = own_rows(setup, readings, tasks, list(roles))
-                if rows and not {r.store_key for r in roles.values()} <= params.keys():
+                keys = {r.store_key for r in roles.values()}
+                if (rows or keys & unchecked) and not keys <= params.keys():
                     params = {}  # frees the other model before this one is loaded
                     given = list(roles.values()), setup.layout, say
                     params, noticed = load(*given, probe=setup.probe, quiet=setup.quiet)
                     for note in noticed:
                         folder.keep_note(note)
+                    if not noticed:  # else the next run says it, too
+                        _note_checked(setup, readings, keys & unchecked)
+                    unchecked -= keys
                 if rows:
                     run_batches(run, readings, tasks, roles, rows, params)
         turns.reverse()  # the model that is in memory goes first
@@ -145,6 +150,27 @@ def _say_damage(readings: Readings, say: Console) -> None:
     if readings.store.damaged_bytes:
         damaged = f"{readings.store.damaged_bytes:,} bytes of the loss store are damaged"
         say.print(f"note: {damaged}; what is missing is computed anew")
+
+
+CHECKED = ("readings", "checked")
+"""Plan and text of the empty record that says of a model how it is read was checked."""
+
+
+def _unchecked(setup: Setup, readings: Readings) -> set[str]:
+    """Returns the keys of the models that these texts can judge and that no run has judged before.
+
+    Losses may have been stored by runs of too few texts to tell whether a model is read rightly.
+    """
+    roles, texts = setup.roles.values(), () if setup.probe is None else setup.probe.texts
+    able = {r.store_key for r in roles if can_tell(r.folder.model, texts)}
+    return {key for key in able if not readings.store.exists(key, *CHECKED)}
+
+
+def _note_checked(setup: Setup, readings: Readings, keys: Collection[str]) -> None:
+    """Notes in the store that these models have passed, once for all processes."""
+    nothing = make_record(np.full((1, 0), -1), np.zeros((1, 0)))
+    for key in sorted(keys) if setup.peers.rank == 0 else ():
+        readings.store.append(key, CHECKED[0], [CHECKED[1]], [nothing])
 
 
 def _agree(setup: Setup, readings: Readings) -> None:

@@ -130,6 +130,17 @@ def text_losses(
     return np.nanmean(np.asarray(found, np.float64)[: len(texts)], axis=1)
 
 
+def can_tell(model: Model, texts: Sequence[Int[np.ndarray, "..."]]) -> bool:
+    """Tells whether these texts are enough to judge how a model of this kind is read.
+
+    Args:
+      model: of any kind; an autoregressive one has no mask to read with.
+      texts: token ids.
+    """
+    enough = sum(len(ids) >= SHORTEST for ids in texts) >= LEAST_TEXTS
+    return enough and model.kind != "autoregressive"
+
+
 def better_readings(
     own: Reading,
     others: Sequence[Reading],
@@ -205,9 +216,9 @@ def check(
       frequencies: loss of those texts by how frequent their tokens are.
       other_masks: tokens that could stand for a masked one.
     """
-    texts = [ids for ids in texts if len(ids) >= SHORTEST]
-    if model.kind == "autoregressive" or len(texts) < LEAST_TEXTS:
+    if not can_tell(model, texts):
         return None
+    texts = [ids for ids in texts if len(ids) >= SHORTEST]
     own = Reading("as its config says", model, model.mask_id)
     others = other_readings(model, other_masks)
     leads = better_readings(own, others, params, texts, frequencies)

@@ -11,15 +11,18 @@ from sama_jax.core.metrics import percent
 from sama_jax.errors import DataError, UsageError, ValidityError
 from sama_jax.programs.calibrate import FinishedRun, read_run, require_alone, require_sound
 from sama_jax.reporting import results
-from sama_jax.storage.calibration_file import Calibration, read_calibration
+from sama_jax.storage.calibration_file import (
+    DECISIONS,
+    SUMMARY,
+    Calibration,
+    read_calibration,
+)
 from sama_jax.storage.files import write_atomic, write_json
 from sama_jax.storage.run_folder import differences, json_lines, record_also
 from sama_jax.untrusted import printable
 from sama_jax.validity.drift import same_lengths
 from sama_jax.validity.gate import told
 
-DECISIONS = "decisions.jsonl"
-SUMMARY = "decisions.json"
 ASSUMPTION = (
     "p is the share of held-out texts that look at least as much like members; it is not the "
     "probability that this text was not used. It holds if the text would be one of the held-out "

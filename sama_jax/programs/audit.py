@@ -46,6 +46,7 @@ from sama_jax.programs.audit_records import (
 )
 from sama_jax.programs.data_gates import DataGates, data_gates
 from sama_jax.programs.jobs import AuditJob
+from sama_jax.storage.calibration_file import withdraw_decisions
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import METRICS, Row, noted
 from sama_jax.terminal import console
@@ -246,6 +247,8 @@ def publish(
     folder.write_manifest(notes=notes, cost=cost, gates=gates)
     metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)
+    if voids(metrics["validity"]):
+        withdraw_decisions(job.out)
     save_replay(job, readings, inputs, tokenised)
     folder.write_manifest(finished=True)
     folder.log("finished", texts=len(joined))

@@ -25,6 +25,7 @@ from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.audit_gates import loss_gates, require_valid
 from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
+from sama_jax.storage.calibration_file import withdraw_decisions
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import (
     MANIFEST,
@@ -36,7 +37,7 @@ from sama_jax.storage.run_folder import (
 )
 from sama_jax.storage.text_index import INDEX, read_index
 from sama_jax.terminal import console
-from sama_jax.validity.gate import worst_of
+from sama_jax.validity.gate import voids, worst_of
 
 _MADE = ("scores", "passes", "undefined", "votes")
 """Fields of a line of scores.jsonl that scoring makes; the others are kept."""
@@ -87,6 +88,8 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         folder.write_manifest(gates=gates)
         metrics = results.metrics_of(joined, folder.manifest)
         write_json(path / METRICS, metrics)
+        if voids(metrics["validity"]):
+            withdraw_decisions(path)
         folder.write_manifest(finished=True)
         folder.log("scored", attacks=[a.name for a in chosen], passes_run=0)
         report.write_report(path, metrics=metrics)

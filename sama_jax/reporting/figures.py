@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.artist import Artist
@@ -44,7 +45,9 @@ def write_figures(folder: Path, rows: Sequence[Row]) -> list[Path]:
     for name, draw, content in (("roc", _draw_roc, both), ("scores", _draw_scores, columns)):
         if content:
             path = folder / "figures" / f"{name}.png"
-            _save(draw(content), path)
+            with matplotlib.rc_context():
+                matplotlib.rcdefaults()  # whatever a `matplotlibrc` of the current folder says
+                _save(draw(content), path)
             written.append(path)
     return written
 

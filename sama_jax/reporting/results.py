@@ -16,8 +16,14 @@ from sama_jax.errors import DataError
 from sama_jax.reporting.verdict import CAUTION, Verdict, judge
 from sama_jax.storage.protocol import PRIMARY, Protocol
 from sama_jax.storage.run_folder import Row, groups_of
-from sama_jax.validity.gate import Gate
+from sama_jax.validity.gate import Gate, gate
 
+_NO_GATES = gate(
+    "gates",
+    "void",
+    "The folder does not say whether its models, texts and losses were checked.",
+    "Run the audit's own command again: it checks them, and computes nothing twice.",
+)
 MAIN_ATTACK = "sama"
 """The attack that the paired differences compare the others with."""
 
@@ -122,10 +128,13 @@ def compute_metrics(
 
 
 def metrics_of(rows: Sequence[Row], manifest: Mapping[str, Any]) -> Metrics:
-    """Computes the metrics of a run by the protocol and the gates that its manifest holds."""
+    """Computes the metrics of a run by the protocol and the gates that its manifest holds.
+
+    Without gates, as an older version has left it, nobody knows whether the result is sound.
+    """
     stated = manifest.get("protocol")
     protocol = Protocol.from_dict(stated) if stated else None
-    return compute_metrics(rows, protocol, manifest.get("gates") or [])
+    return compute_metrics(rows, protocol, manifest.get("gates", [_NO_GATES]))
 
 
 def _attack_metrics(labelled: Sequence[Row], name: str) -> AttackMetrics:

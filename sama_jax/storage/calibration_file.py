@@ -1,4 +1,7 @@
-"""Keeps a calibration: scores of held-out non-members, and all that they depend on."""
+"""Keeps a calibration: scores of held-out non-members, and all that they depend on.
+
+Names the decisions that are made by it, too.
+"""
 
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -9,6 +12,9 @@ from sama_jax.storage.shapes import misfit
 from sama_jax.untrusted import read_json
 
 MAKER = "sama-jax calibrate"
+DECISIONS = "decisions.jsonl"
+SUMMARY = "decisions.json"
+"""What `sama-jax apply` writes into a run's folder."""
 
 
 class Calibration(TypedDict):
@@ -75,3 +81,9 @@ def read_calibration(path: Path) -> Calibration:
             f"{path}: was changed after it was written; make it again with `sama-jax calibrate`"
         )
     return cast(Calibration, found)
+
+
+def withdraw_decisions(folder: Path) -> None:
+    """Removes the decisions about the texts of a run whose result has become void."""
+    for name in (DECISIONS, SUMMARY):
+        (folder / name).unlink(missing_ok=True)

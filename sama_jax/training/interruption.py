@@ -10,19 +10,25 @@ from sama_jax.errors import Interrupted
 
 
 class Stop:
-    """A handler of signals. Inside `deferred` the first signal only sets `requested`."""
+    """A handler of signals. Inside `deferred` the first signal only sets `requested`.
+
+    Outside it raises as well, but a callback of XLA in which a signal strikes swallows what is
+    raised there; whoever goes on then finds `requested` set.
+    """
 
     def __init__(self, out: Path):
         self.out, self.requested, self._defer = out, False, False
 
     def __call__(self, *_: object) -> None:
-        if not self._defer or self.requested:
+        again, self.requested = self.requested, True
+        if again or not self._defer:
             raise KeyboardInterrupt
-        self.requested = True
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Lets the code inside finish its step; a second signal does not wait."""
+        if self.requested:
+            raise KeyboardInterrupt
         self._defer = True
         try:
             yield

@@ -245,7 +245,7 @@ class Loop:
         key = rng.run_key(self.settings.seed, rng.Purpose.TRAINING_MASKS)
         columns = np.arange(tokens.shape[1])[None, :]
         bar = self.run.terminal.bar("train", self.steps, "steps", done=first)
-        with self.stop.deferred(), contextlib.closing(log), bar:
+        with contextlib.closing(log), self.stop.deferred(), bar:
             bar.note("compiling the training step (once)" if first < self.steps else "")
             slow = True  # until the first ten steps are timed
             for done in range(first + 1, self.steps + 1):

@@ -5,7 +5,6 @@ Files are written one tensor at a time. Nothing is unpickled.
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which safetensors
 import numpy as np
 
 from sama_jax.errors import ModelError
+from sama_jax.storage.files import write_json
 from sama_jax.weights.folder_files import listed_files
 
 INDEX = "model.safetensors.index.json"
@@ -110,9 +110,7 @@ def save_weights(
         weight_map |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    part = folder / (INDEX + ".part")
-    part.write_text(json.dumps(index, indent=2), "utf-8")
-    os.replace(part, folder / INDEX)
+    write_json(folder / INDEX, index)
 
 
 def write_file(

@@ -1,13 +1,13 @@
 """Writes model folders in the Hugging Face layout."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import OutputError
 from sama_jax.models.families.weight_table import Table
+from sama_jax.storage.files import write_atomic
 from sama_jax.weights import safetensors
 from sama_jax.weights.folder_files import CONFIG, copy_companions
 from sama_jax.weights.tensor_map import export_tensors
@@ -38,8 +38,6 @@ def save_folder(
         dtypes = [str(a.dtype) for a in tensors.values()]
         commonest = max(sorted(set(dtypes)), key=dtypes.count)
         config = {**config, "torch_dtype": commonest, **weights.saved_config}
-        part = out / (CONFIG + ".part")
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        os.replace(part, out / CONFIG)
+        write_atomic(out / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise OutputError(f"{out}: cannot write the model folder ({error})") from None

@@ -3,6 +3,7 @@
 import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -122,6 +123,21 @@ def test_the_console_scripts_start_where_they_are_isolated():
         "sama-jax": "sama_jax.__main__:main",
         "checkpoints-convert": "checkpoints_convert.__main__:main",
     }
+
+
+def test_ctrl_c_during_imports_ends_without_a_traceback():
+    code = """
+import builtins, signal
+before = builtins.__import__
+def start(name, *args):
+    if name == "sama_jax.cli.entry":
+        signal.raise_signal(signal.SIGINT)
+    return before(name, *args)
+builtins.__import__ = start
+import sama_jax.__main__
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
 
 
 def test_both_start_files_import_nothing_before_they_are_isolated():

@@ -9,6 +9,7 @@ is not written in one order, by its content (each `compare` says what may differ
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -212,7 +213,7 @@ def _seen(out: Path) -> set[tuple[str, int]]:
     for folder, _, names in os.walk(out):
         for name in names:
             path = os.path.join(folder, name)
-            if os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):  # a file that was being written
                 found.add((path, os.stat(path, follow_symlinks=False).st_mtime_ns))
     return found
 

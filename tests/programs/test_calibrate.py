@@ -15,7 +15,7 @@ from sama_jax.cli import entry
 from sama_jax.core import conformal
 from sama_jax.errors import DataError, UsageError, ValidityError
 from sama_jax.programs import calibrate
-from sama_jax.programs.apply import ASSUMPTION, run_apply
+from sama_jax.programs.apply import ASSUMPTION, DECISIONS, SUMMARY, run_apply
 from sama_jax.programs.calibrate import run_calibrate
 from sama_jax.storage.calibration_file import read_calibration, write_calibration
 from sama_jax.storage.run_folder import read_rows
@@ -114,6 +114,29 @@ def test_a_void_run_calibrates_and_judges_nothing(void: str, runs):
         run_calibrate(known, file, fpr=0.1) if void == "known" else run_apply(new, file)
     assert file.exists() == (void == "new")
     assert not (new / "decisions.jsonl").exists()
+
+
+def test_decisions_about_a_run_that_becomes_void_are_withdrawn(place: Path, tmp_path: Path):
+    box = Box(place, place / "target", place / "reference", place / "texts.jsonl", tmp_path / "run")
+    shutil.copytree(place / "whole", box.out)
+    for name in (DECISIONS, SUMMARY):
+        (box.out / name).write_text("{}")
+    again = box.command(**FLAGS, attacks="sama,ratio")
+    assert entry.main(again) == 0
+    assert (box.out / DECISIONS).is_file()
+    assert (box.out / SUMMARY).is_file()
+    failed = gate("same_losses", "void", "They are one model.", "Look for the right one.")
+    change_manifest(box.out, lambda m: m.update(gates=[failed]))
+    assert entry.main(again) == ValidityError.exit_code
+    assert not (box.out / DECISIONS).exists()
+    assert not (box.out / SUMMARY).exists()
+
+
+def test_a_run_that_asked_no_gates_calibrates_nothing(runs):
+    known, _, file = runs
+    change_manifest(known, lambda m: m.pop("gates"))
+    with pytest.raises(ValidityError, match="does not say whether its models, texts and losses"):
+        run_calibrate(known, file, fpr=0.1)
 
 
 def test_false_discoveries_and_broken_ties(runs):

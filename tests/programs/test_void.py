@@ -1,5 +1,6 @@
 """Ways to make an audit that means nothing: each is stopped, or void in the first line, by name."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ import trained
 from safetensors.numpy import load_file, save_file
 
 from sama_jax.config import AuditSettings, SamaSettings
+from sama_jax.engine import loop, other_readings
 from sama_jax.errors import DataError, ModelError, SamaError, ValidityError
 from sama_jax.programs.audit import AuditResult, run_audit
 from sama_jax.programs.jobs import AuditJob
@@ -313,6 +315,33 @@ def test_what_means_nothing_is_stopped_or_void_by_name(way: str, own: Path, tmp_
         assert (out / "report.md").read_text().splitlines()[2].startswith("No conclusion (")
         metrics = json.loads((out / "metrics.json").read_text())
         assert metrics["verdict"]["kind"] == "no conclusion"
+
+
+def test_a_run_of_enough_texts_judges_models_whose_losses_came_in_small_portions(
+    own: Path, tmp_path: Path
+):
+    """The store is full when the last run begins, so no pass would load the models again."""
+    config_of("target", rope_theta=THETA * 25)(own)
+    config_of("reference", rope_theta=THETA * 25)(own)
+    texts, store = read_texts(own / "texts.jsonl"), tmp_path / "store"
+    few = other_readings.LEAST_TEXTS - 2
+    portions = [
+        collect(texts.texts[start : start + few]) for start in (0, few, len(texts.texts) - few)
+    ]
+    for number, portion in enumerate(portions):
+        with contextlib.suppress(ValidityError):
+            audit(own, tmp_path / f"part{number}", texts=portion, store=store)
+    whole = collect(texts.texts[: 2 * few] + texts.texts[-few:])
+    with pytest.raises(ModelError, match=r"read with a rotary base 0\.1 times as large"):
+        audit(own, tmp_path / "whole", texts=whole, store=store)
+
+
+def test_models_that_were_judged_are_not_loaded_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    audit(place, tmp_path / "one", store=tmp_path / "store")
+    monkeypatch.setattr(loop, "load", None)
+    audit(place, tmp_path / "two", store=tmp_path / "store")
 
 
 def test_nll_looks_whether_another_reading_of_the_model_is_better(own: Path, tmp_path: Path):

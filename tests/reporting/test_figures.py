@@ -1,5 +1,6 @@
 """Pictures: the same bytes for the same scores, and room for everything."""
 
+import matplotlib
 import numpy as np
 import pytest
 from score_rows import make_rows
@@ -17,6 +18,14 @@ def test_figures_are_the_same_bytes_for_the_same_scores(tmp_path):
     assert len(first) == 2
     assert first == second
     assert all(a != b for a, b in zip(first, other))
+
+
+def test_a_matplotlibrc_changes_nothing(tmp_path):
+    rows = make_rows()
+    first = [p.read_bytes() for p in figures.write_figures(tmp_path / "a", rows)]
+    with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 50, "axes.facecolor": "red"}):
+        second = [p.read_bytes() for p in figures.write_figures(tmp_path / "b", rows)]
+    assert first == second
 
 
 def test_histogram_range_keeps_a_few_outliers_from_squeezing_the_rest():

@@ -1,5 +1,6 @@
 """Training runs: exact resume, and the folder that comes out."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -198,6 +199,23 @@ def test_a_signal_during_the_wait_for_the_device_still_saves(step, folder, finis
         assert checkpoints.steps == [step]
     tune(folder, out)
     assert_same_weights(folder / out, finished[0])
+
+
+def test_a_signal_that_a_callback_swallows_is_not_lost(folder, finished, monkeypatch):
+    """XLA calls back while memory is freed, and prints there what is raised."""
+    build = loop.Start
+
+    def start(*args):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        return build(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Start", start)
+        with pytest.raises(Interrupted, match="interrupted, between two checkpoints"):
+            tune(folder, "swallowed")
+    tune(folder, "swallowed")
+    assert_same_weights(folder / "swallowed", finished[0])
 
 
 def test_a_broken_line_of_the_log_costs_that_line_alone(folder, finished, monkeypatch):
