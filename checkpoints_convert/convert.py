@@ -228,7 +228,8 @@ def _names_no_mask(path: Path) -> bool:
 def _check_tokenizer(folder: ModelFolder) -> None:
     """Refuses a broken tokenizer; weights without any can be converted."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    if any((folder.path / name).is_file() for name in names):
+    stored = any((folder.path / name).is_file() for name in names)
+    if stored or names[0] in folder_files.companion_names(folder.path):
         TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sama_jax import gguf_header
 from sama_jax.errors import ModelError
 from sama_jax.models.families.family import UNLIMITED
 from sama_jax.models.registry import read_config
@@ -48,13 +49,14 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
         found["refused"].append(str(error))
         return found
     names = [tensor.dtype for tensor in folder.source.tensors.values()]
+    gguf = gguf_header.find(path)
     orbax = isinstance(folder.source, OrbaxSource)
     found |= {
         "mask_id": folder.model.mask_id,
         "max_length": None if folder.max_length == UNLIMITED else folder.max_length,
         "parameters": folder.num_params,
         "stored_dtypes": {name: names.count(name) for name in sorted(set(names))},
-        "storage": "orbax" if orbax else "safetensors",
+        "storage": "orbax" if orbax else "safetensors" if gguf is None else "gguf",
         "bfloat16_bytes": 2 * folder.num_params,
         "float32_bytes": 4 * folder.num_params,
     }

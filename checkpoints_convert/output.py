@@ -21,16 +21,17 @@ from sama_jax.weights.orbax_source import files_below
 
 def make_record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> dict[str, Any]:
     """Makes the content of `conversion.json`."""
-    copied = folder_files.companions(folder.path)
+    config = folder.path / CONFIG  # a GGUF file needs none
+    copied = [*([config] if config.is_file() else []), *folder_files.companions(folder.path)]
     return {
         "format": kind,
         "source": str(src),
         "source_identity": folder.identity,
         "dtype": dtype,
         "sama_jax": __version__,
-        "files": [file.name for file in copied],
+        "files": folder_files.companion_names(folder.path),
         # Mask and padding ids, the tokenizer: what is written besides the weights.
-        "source_files": stored_bytes.digest([(f.name, f) for f in (folder.path / CONFIG, *copied)]),
+        "source_files": stored_bytes.digest([(f.name, f) for f in copied]),
     }
 
 

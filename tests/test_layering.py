@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WORDS = {"arrays", "config", "errors", "ranges", "isolation", "rng", "terminal", "untrusted"}
+WORDS = {"arrays", "config", "errors", "gguf_header", "isolation", "ranges", "rng", "terminal"}
+WORDS |= {"untrusted"}
 """The files that everybody uses; they import each other only."""
 
 LAYERS = {
@@ -37,6 +38,7 @@ ONLY_IN = {
     "flax": ("sama_jax.models",),
     # pickled: .bin weights, on request only, through torch's weights-only loading.
     "torch": ("sama_jax.programs.bench", "sama_jax.weights.pickled", "checkpoints_convert.verify"),
+    "gguf": ("sama_jax.weights.gguf_source",),
     "jax_privacy": ("sama_jax.core.epsilon",),
     "optax": ("sama_jax.training",),
     "orbax": ("sama_jax.weights",),
@@ -59,6 +61,7 @@ NO_JAX = (
     "sama_jax.ranges",
     "sama_jax.terminal",
     "sama_jax.isolation",
+    "sama_jax.gguf_header",
     "sama_jax.untrusted",
     "sama_jax.cli",
     "sama_jax.storage.files",

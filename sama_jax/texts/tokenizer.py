@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Bool
 from tokenizers import Tokenizer
 
+from sama_jax import gguf_header
 from sama_jax.arrays import Encoded
 from sama_jax.errors import DataError, ModelError
+from sama_jax.texts import gguf_tokenizer
 from sama_jax.texts.read import Text, without_surrogates
 from sama_jax.texts.tokenizer_config import require_agreement, splits_special_tokens
 from sama_jax.untrusted import printable, read_bytes
@@ -89,16 +91,24 @@ class TextTokenizer:
     def from_folder(cls, path: Path, rows: int | None) -> "TextTokenizer":
         """Reads `tokenizer.json`, else what `transformers` makes of the folder's files.
 
-        Code in the folder is never run. Raises `ModelError`, also where the files beside
-        `tokenizer.json` say that other ids come out.
+        `path` may be a GGUF file, or a folder with one, whose metadata count where there is no
+        `tokenizer.json`. Code in the folder is never run. Raises `ModelError`, also where the files
+        beside `tokenizer.json` say that other ids come out.
         """
-        file = path / "tokenizer.json"
+        file, gguf = path / "tokenizer.json", gguf_header.find(path)
+        header = None if gguf is None else gguf_header.read_header(gguf)
         if file.is_file():
             read = cls.from_file(file, rows)
             with _library(f"{path}: cannot compare the tokenizer with the files beside it"):
                 require_agreement(read._tokenizer, path)
+            if header is not None:
+                gguf_tokenizer.require_agreement(header, read._tokenizer)
             read._tokenizer.encode_special_tokens = splits_special_tokens(path)
             return read
+        if header is not None:
+            with _library(f"{header.path}: its tokenizer cannot be used"):
+                made = gguf_tokenizer.build(header)
+            return cls(made, str(header.path), rows)
         hint = "expected tokenizer.json or files that transformers reads without remote code"
         with _library(f"{path}: no usable tokenizer; {hint}"):
             # Whoever opens a named pipe waits for a writer, for ever.
@@ -126,6 +136,10 @@ class TextTokenizer:
         with _library(f"{path}: not a usable tokenizer file"):
             made = Tokenizer.from_buffer(read_bytes(path))
         return cls(made, str(path), rows)
+
+    def to_json(self) -> str:
+        """Returns the content of a `tokenizer.json` that is read as this tokenizer."""
+        return self._tokenizer.to_str(pretty=True)
 
     @functools.cached_property
     def fingerprint(self) -> str:

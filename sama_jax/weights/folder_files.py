@@ -5,9 +5,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sama_jax import untrusted
+from sama_jax import gguf_header, untrusted
 from sama_jax.errors import DataError, ModelError
-from sama_jax.storage.files import copy_file
+from sama_jax.storage.files import copy_file, write_json
+from sama_jax.texts import gguf_tokenizer
+from sama_jax.weights import gguf_config
 
 CONFIG = "config.json"
 PARAMS = "orbax"
@@ -39,7 +41,14 @@ def object_if_there(file: Path) -> dict[str, Any]:
 
 
 def read_json_config(path: Path) -> dict[str, Any]:
-    """Reads the `config.json` of a folder. Raises `ModelError`."""
+    """Reads the `config.json` of a folder, or what the metadata of a GGUF file say instead.
+
+    Raises `ModelError`.
+    """
+    if (file := gguf_header.find(path)) is not None:
+        told = None if file == path else object_if_there(path / CONFIG)
+        header = gguf_header.read_header(file)
+        return gguf_config.model_config(header, told or None, str(path / CONFIG))
     if not os.path.isdir(path):
         raise ModelError(f"{path}: no such folder; expected a model folder with {CONFIG}")
     if not os.path.isfile(path / CONFIG) and os.path.isfile(path / RECORD):
@@ -50,7 +59,7 @@ def read_json_config(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path / CONFIG):
         raise ModelError(
             f"{path}: has no {CONFIG}; expected a Hugging Face model folder ({CONFIG}, "
-            "model.safetensors, tokenizer.json)"
+            "model.safetensors, tokenizer.json), or a GGUF file"
         )
     return read_object(path / CONFIG)
 
@@ -98,14 +107,16 @@ def companions(path: Path) -> list[Path]:
     """Lists what is neither config nor weights: tokenizer, generation settings, licence.
 
     Links that lead out of the folder are left out: whoever copies a folder would otherwise copy
-    whatever they point to.
+    whatever they point to. Beside a GGUF file that is named itself, nothing belongs to it.
     """
+    if path.is_file():
+        return []
     files = (f for f in sorted(path.iterdir()) if f.is_file() and f.name != CONFIG)
     return [f for f in files if not _is_weights(f) and not _leads_out(f)]
 
 
 def copy_companions(path: Path, out: Path, leave_out: Collection[str] = ()) -> None:
-    """Copies the `companions` of a folder to `out`.
+    """Copies the `companions` of a folder to `out`; writes the tokenizer of a GGUF file.
 
     Raises:
       ModelError: one of them cannot be read.
@@ -117,10 +128,34 @@ def copy_companions(path: Path, out: Path, leave_out: Collection[str] = ()) -> N
                 copy_file(file, out / file.name)
             except DataError as error:
                 raise ModelError(str(error)) from None
+    for name, content in _tokenizer_files(path).items():
+        write_json(out / name, content)
+
+
+def companion_names(path: Path) -> list[str]:
+    """Names the files that `copy_companions` writes."""
+    return [*(file.name for file in companions(path)), *_tokenizer_files(path)]
+
+
+def _tokenizer_files(path: Path) -> dict[str, Any]:
+    """Returns the content of a GGUF file's tokenizer, by file; nothing if it has none of its own.
+
+    Raises `ModelError` for a tokenizer that is not read.
+    """
+    file = gguf_header.find(path)
+    if file is None or (path / "tokenizer.json").is_file():
+        return {}
+    header = gguf_header.read_header(file)
+    if "tokenizer.ggml.model" not in header.metadata:
+        return {}
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return dict(zip(names, (gguf_tokenizer.as_json(header), gguf_tokenizer.settings(header))))
 
 
 def foreign_links(path: Path) -> list[str]:
     """Names the files that `companions` leaves out because they are links that lead out."""
+    if path.is_file():
+        return []
     return [f.name for f in sorted(path.iterdir()) if f.is_file() and _leads_out(f)]
 
 
@@ -133,7 +168,7 @@ def _leads_out(file: Path) -> bool:
 
 def _is_weights(file: Path) -> bool:
     return (
-        file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".part")
+        file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".part", gguf_header.SUFFIX)
         or file.name.endswith(".index.json")
         or file.name == RECORD
     )

@@ -1,7 +1,7 @@
 """Opens and checks model folders in the Hugging Face layout, without loading their weights.
 
 Composes `models` (architecture) and the tensors of a folder. Reads `config.json`, safetensors and
-tokenizer files; never imports torch, never runs code from a folder.
+tokenizer files, or a GGUF file alone; never imports torch, never runs code from a folder.
 """
 
 import hashlib
@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sama_jax import gguf_header
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.untrusted import printable, shown
 from sama_jax.weights import checks, peft, safetensors
 from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
+from sama_jax.weights.gguf_source import open_gguf
 from sama_jax.weights.hub import resolve
 from sama_jax.weights.orbax_source import OrbaxSource, read_stored
 from sama_jax.weights.source import Source, open_source
@@ -107,7 +109,7 @@ def open_folder(
 
     Args:
       path: folder with `config.json` and safetensors, or with parameters that
-        `checkpoints_convert to-orbax` wrote; or a Hub id.
+        `checkpoints_convert to-orbax` wrote; a GGUF file, or a folder with one; or a Hub id.
       mask_id: replaces the config's mask id, or the tokenizer's where the config names none.
       dtype: of activations and loaded weights; `auto` is float32 on CPU, else the stored dtype.
       adapter: folder or Hub id of a LoRA adapter for this model.
@@ -182,6 +184,9 @@ def _open_source(path: Path, family: FamilyConfig) -> tuple[Source, Params]:
     if (path / PARAMS).is_dir():
         stored = read_stored(path)
         held, apart = len(jax.tree.leaves(stored.params)), 1 + family.arch.stacked_layers
+    elif (file := gguf_header.find(path)) is not None:
+        source = open_gguf(gguf_header.read_header(file), family)
+        held, apart = len(source.tensors), 1
     else:
         source = open_source(path, family.weights, family.block_group_size)
         held, apart = len(source.tensors), 1
@@ -207,7 +212,8 @@ def require_one_set(path: Path) -> None:
     """
     held = {f.name for f in path.glob("*.safetensors")} - {peft.WEIGHTS}
     converted = (path / PARAMS).is_dir()
-    read = set() if converted else {f.name for f in safetensors.weight_files(path)}
+    alone = converted or gguf_header.find(path) is not None
+    read = set() if alone else {f.name for f in safetensors.weight_files(path)}
     unread = sorted(held - read)
     if unread:
         kept = f"{PARAMS}/" if converted else ", ".join(sorted(read)[:3])

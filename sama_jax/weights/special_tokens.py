@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sama_jax import gguf_header
 from sama_jax.errors import ModelError
 from sama_jax.models.registry import FamilyConfig
+from sama_jax.texts import gguf_tokenizer
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.untrusted import printable, shown
 from sama_jax.weights.folder_files import CONFIG, object_if_there
@@ -33,8 +35,12 @@ def tokenizer_mask(path: Path) -> int | None:
     """Returns the id of the mask token by the tokenizer's JSON files; None if they name none.
 
     It is what they call `mask_token`; else, since many leave that out, an added token of a usual
-    name.
+    name. Of a GGUF file, its metadata come first.
     """
+    if (file := gguf_header.find(path)) is not None:
+        told = gguf_header.read_header(file).get(f"{gguf_tokenizer.KEYS}mask_token_id", int)
+        if told is not None:
+            return told
     added = _added_tokens(path)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = object_if_there(path / file).get("mask_token")
@@ -75,8 +81,11 @@ def _added_tokens(path: Path) -> dict[str, int]:
     """Returns the ids of tokens added to the tokenizer's vocabulary, by any of its files."""
     decoder = object_if_there(path / "tokenizer_config.json").get("added_tokens_decoder") or {}
     listed = object_if_there(path / "tokenizer.json").get("added_tokens") or []
+    file = gguf_header.find(path)
+    gguf = {} if file is None else gguf_tokenizer.added_tokens(gguf_header.read_header(file))
     try:
         found = {
+            **gguf,
             **object_if_there(path / "added_tokens.json"),
             **{token["content"]: int(i) for i, token in decoder.items()},
             **{token["content"]: token["id"] for token in listed},
