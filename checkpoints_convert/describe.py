@@ -33,8 +33,9 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
     try:
         path = hub.resolve(src)
         found["path"] = str(path)
-        if path.is_dir():
-            found["licence"] = _licence(path)
+        gguf = gguf_header.find(path)
+        if path.is_dir() or gguf is not None:
+            found["licence"] = _licence(path, gguf)
         config = folder_files.read_json_config(path)
         family = read_config(config, str(path / folder_files.CONFIG))
         found |= {
@@ -49,7 +50,6 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
         found["refused"].append(str(error))
         return found
     names = [tensor.dtype for tensor in folder.source.tensors.values()]
-    gguf = gguf_header.find(path)
     orbax = isinstance(folder.source, OrbaxSource)
     found |= {
         "mask_id": folder.model.mask_id,
@@ -77,8 +77,14 @@ def _plain(arch: Any) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if isinstance(v, int | float | str) or v is None}
 
 
-def _licence(path: Path) -> str | None:
-    """Returns the licence by the model card's front matter, else the name of a licence file."""
+def _licence(path: Path, gguf: Path | None) -> str | None:
+    """Returns the licence by the model card's front matter, else the name of a licence file.
+
+    A GGUF file may say it itself.
+    """
+    told = None if gguf is None else gguf_header.read_header(gguf).metadata.get("general.license")
+    if isinstance(told, str):
+        return printable(told, 200)
     card = path / "README.md"
     if card.is_file():
         with card.open("rb") as file:

@@ -134,7 +134,7 @@ class _Bytes:
     def string(self, limit: int = HEADER_BYTES) -> str:
         length = int.from_bytes(self.take(8), "little")
         if length > limit:
-            raise ValueError(f"a name of {length:,} bytes, expected at most {limit:,}")
+            raise ValueError(f"a text of {length:,} bytes, expected at most {limit:,}")
         return self.take(length).decode()
 
     def count(self, what: str, most: int) -> int:

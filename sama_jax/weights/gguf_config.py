@@ -74,19 +74,22 @@ def model_config(header: Header, told: dict[str, Any] | None, where: str) -> dic
         header.refuse(f"is a {ours.family}, but {where} tells of a {theirs.family}")
     # What a position may see is the one thing that the metadata does not decide.
     wanted = dataclasses.replace(ours.arch, block_length=theirs.arch.block_length)
-    pairs = {
-        f.name: [getattr(a, f.name) for a in (theirs.arch, wanted)]
-        for f in dataclasses.fields(wanted)
-    }
-    wrong = [
-        f"{name} is {told}, but {own} there" for name, (told, own) in pairs.items() if told != own
-    ]
+    names = [field.name for field in dataclasses.fields(wanted)]
+    pairs = [(name, getattr(theirs.arch, name), getattr(wanted, name)) for name in names]
+    wrong = [f"{name} is {a}, but {b} there" for name, a, b in pairs if not _same(a, b)]
     if wrong:
         raise ModelError(
             f"{where}: does not fit {header.path.name}: {'; '.join(wrong)}; correct it, or remove "
             "it: then what the file says of itself counts"
         )
     return told
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Compares fields; numbers as float32, as the file holds them."""
+    if isinstance(a, float) and isinstance(b, float):
+        return bool(np.float32(a) == np.float32(b))
+    return a == b
 
 
 def _from_metadata(header: Header) -> dict[str, Any]:
@@ -154,7 +157,11 @@ def _rows(header: Header) -> int:
 def _decoder(header: Header, sizes: tuple[int, ...], length: Any) -> dict[str, Any]:
     """Returns the fields of transformers' decoders."""
     width, layers, heads, kv_heads, size, inner = sizes
+    biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}
+    if header.metadata["general.architecture"] in ("qwen2", "dream"):  # always there
+        biases = {}
     return {
+        **{field: f"blk.0.{name}.bias" in header.tensors for field, name in biases.items()},
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -162,8 +169,6 @@ def _decoder(header: Header, sizes: tuple[int, ...], length: Any) -> dict[str, A
         "num_key_value_heads": kv_heads,
         "head_dim": size,
         "max_position_embeddings": length,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
 

@@ -4,16 +4,18 @@ import dataclasses
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import numpy as np
 import tiny
 
 from checkpoints_convert import convert
 from fuzz import seeds
-from fuzz.reader import MAX_LENGTH, Reader, audit, write
+from fuzz.reader import MAX_LENGTH, Reader, audit
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import model_folder, safetensors, special_tokens
 
@@ -50,6 +52,11 @@ def _inspect(root: Path, good: Path) -> list[str]:
     return ["convert", "inspect", str(root)]
 
 
+def _convert(root: Path, good: Path) -> list[str]:
+    del good
+    return ["convert", "to-hf", str(root), str(root.with_name(root.name + "-out")), "--quiet"]
+
+
 def _audit_model(root: Path, good: Path) -> list[str]:
     command = audit(root / "run", good, good / "texts.jsonl", "--dry-run")
     command[command.index("--target") + 1] = str(root)
@@ -65,16 +72,34 @@ def _shards(root: Path) -> None:
 
 
 def _gguf(root: Path) -> None:
-    seeds.model(root / "one", seeds.CONFIGS["llama"])
-    (root / "one" / safetensors.SINGLE).unlink()
-    header = b"GGUF" + (3).to_bytes(4, "little") + (2**60).to_bytes(8, "little") * 2
-    write(root / "one" / "model.gguf", header + b"\0" * 100)
+    """Files alone, and one with a config that says how it is used."""
+    for name, kind in (("llama", "F32"), ("qwen2", "Q8_0"), ("llada", "BF16")):
+        config = seeds.CONFIGS[name] | ({} if name == "llada" else {"rope_parameters": None})
+        if kind == "Q8_0":  # rows of whole blocks
+            config |= {"hidden_size": 32}
+        made, kinds = seeds.model(root / f"{name}-made", config), {"token_embd.weight": kind}
+        (root / name).mkdir()
+        gguf_files.write(root / name / "m.gguf", made, name, kinds=kinds)
+        shutil.copy(made / "tokenizer.json", root / name)
+        shutil.rmtree(made)
+    shutil.copytree(root / "llama", root / "a2d")
+    a2d = {**seeds.DECODER, "model_type": "a2d-llama"}
+    (root / "a2d" / "config.json").write_text(json.dumps(a2d))
+    for name in ("llama", "qwen2"):
+        (root / name / "tokenizer.json").unlink()
 
 
-def _read_gguf(root: Path) -> None:
-    """No GGUF is read: a folder that holds nothing else is refused."""
-    model_folder.open_folder(root)
-    raise AssertionError("a folder without safetensors was opened")
+def _spoil_gguf(draw: random.Random, root: Path) -> None:
+    """Other numbers behind a key or a tensor's name."""
+    file = next(root.glob("*.gguf"))
+    content = bytearray(file.read_bytes())
+    names = rb"general\.\w+|tokenizer\.ggml\.\w+|(?:llama|qwen2|llada)\.[\w.]+|blk\.[\w.]+"
+    ends = [found.end() for found in re.finditer(names, content)]
+    at = draw.choice(ends) + draw.choice([0, 4, 8, 12, 16, 20])
+    number = draw.choice([0, 1, 2, 3, 6, 8, 9, 99, 2**16, 2**31, 2**32 - 1, 2**60, 2**64 - 1])
+    size = draw.choice([4, 4, 8])
+    content[at : at + size] = (number % 2 ** (8 * size)).to_bytes(size, "little")
+    file.write_bytes(content)
 
 
 def _adapters(root: Path) -> None:
@@ -166,7 +191,7 @@ def _inspect_tokenizer(root: Path, good: Path) -> list[str]:
 READERS = {
     "config": Reader(_families, ("config.json",), _open, _inspect),
     "safetensors": Reader(_shards, ("*.safetensors", "*.index.json"), _open, _audit_model),
-    "gguf": Reader(_gguf, ("*.gguf",), _read_gguf, _inspect),
+    "gguf": Reader(_gguf, ("*",), _open, _convert, extra=_spoil_gguf),
     "adapter": Reader(_adapters, ("adapter/*",), _open_adapter, _audit_adapter),
     "orbax": Reader(_orbax, ("conversion.json", "orbax/**/*", "config.json"), _open, _audit_model),
     "pickle": Reader(_pickles, ("pytorch*",), _convert_pickles, extra=_spoil_pickle),

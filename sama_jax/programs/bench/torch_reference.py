@@ -5,6 +5,8 @@ that the folder brings. None of them shares code, weight tables or config reader
 Texts run one by one without padding, so that no class's reading of a padding mask matters.
 """
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sama_jax import gguf_header
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.weights.safetensors import weight_files
 
@@ -73,6 +76,8 @@ SAME_MATHS = {
 }
 """`model_type` -> the class of transformers that computes the same, but for what positions see,
 which an explicit mask decides. Another such family is one more line."""
+READ_GGUF = ("Llama", "Qwen2", "Qwen3")
+"""Classes whose GGUF files transformers reads by itself."""
 
 
 def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Reference:
@@ -83,12 +88,18 @@ def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Refere
             f"{wanted.path}: its parameters are kept by Orbax, which PyTorch does not read; verify "
             "the folder that it was made from, or one that `to-hf` writes from it"
         )
-    weight_files(wanted.path)  # says so in one line if there are none
     kind = config.get("model_type")
     if "ILLaDAForCausalLM" in (config.get("architectures") or ()):
         kind = "illada"
     if kind == "llada" and "num_experts" in config:
         kind = "lladamoe"
+    if gguf_header.find(wanted.path) is None:
+        weight_files(wanted.path)  # says so in one line if there are none
+    elif trust_remote_code or SAME_MATHS.get(kind or "") not in READ_GGUF or kind == "Dream":
+        raise ModelError(
+            f"{wanted.path}: transformers reads GGUF files of {', '.join(READ_GGUF)} only; verify "
+            "the folder that `to-hf` writes from it"
+        )
     if trust_remote_code:
         return _remote(wanted)
     if kind == "llada":
@@ -121,7 +132,8 @@ def _quietly(load: Callable[[], Any], where: Path) -> Any:
     logging.set_verbosity(50)
     logging.disable_progress_bar()
     try:
-        return load()
+        with contextlib.redirect_stderr(io.StringIO()):  # GGUF files draw a bar of their own
+            return load()
     except Exception as error:  # whatever a folder's files, or its code, can provoke in there
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ModelError(f"{where}: PyTorch cannot load it ({reason})") from None
@@ -147,8 +159,11 @@ def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
         "local_files_only": True,
         "output_loading_info": True,
     }
+    gguf, place = gguf_header.find(wanted.path), wanted.path
+    if gguf is not None:
+        options["gguf_file"], place = gguf.name, gguf.parent
     load = lambda: cls.from_pretrained(  # noqa: E731
-        str(wanted.path), config=getattr(transformers, f"{name}Config")(**fields), **options
+        str(place), config=getattr(transformers, f"{name}Config")(**fields), **options
     )
     module, found = _quietly(load, wanted.path)
     missing = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
