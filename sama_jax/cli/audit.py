@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     inputs.add_argument(
         "--control", type=Path, metavar="F", help="known members besides, which must be found"
     )
-    flags.flags_of(inputs, AuditJob, "split", "limit", "mask_id")
+    flags.flags_of(inputs, AuditJob, "pipeline_control", "split", "limit", "mask_id")
 
     attacks = p.add_argument_group("attacks")
     flags.add_attacks(attacks, flags.STANDARD)
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     flags.add_budget(attacks)
     attacks.add_argument("--prefixes", type=Path, metavar="F", help="texts for ReCaLL's prefixes")
     flags.flags_of(attacks, AuditSettings, "max_length", "seed", "dtype", "padding", "pad_to")
-    flags.flags_of(attacks, AuditJob, "plan")
+    flags.flags_of(attacks, AuditJob, "second_seed", "plan")
     flags.add_set(attacks)
 
     devices = p.add_argument_group("devices")

@@ -37,8 +37,8 @@ MIN_TOKENS = 16
 REFUSE_NATS, REFUSE_ERRORS, WARN_ERRORS = 0.5, 5.0, 2.0
 
 
-class Evidence(NamedTuple):
-    """Losses under both readings, in nats, averaged over distinct tokens."""
+class TwoReadings(NamedTuple):
+    """Holds the losses under both readings, in nats, averaged over distinct tokens."""
 
     own: float
     """As the model's family says."""
@@ -75,7 +75,9 @@ def both_losses(
     return flat.reshape(sources.shape)
 
 
-def measure(model: Model, params: Params, token_ids: Sequence[int] | np.ndarray) -> Evidence | None:
+def measure(
+    model: Model, params: Params, token_ids: Sequence[int] | np.ndarray
+) -> TwoReadings | None:
     """Measures one text; returns None if it has too few distinct tokens.
 
     A token that comes up several times counts once, with its mean: a model that has learnt nothing
@@ -99,7 +101,7 @@ def measure(model: Model, params: Params, token_ids: Sequence[int] | np.ndarray)
         own, other = other, own
     lead = own - other
     root = math.sqrt(len(lead))
-    return Evidence(
+    return TwoReadings(
         own.mean(), other.mean(), lead.mean(), lead.std(ddof=1) / root, other.std(ddof=1) / root,
         len(lead),
     )  # fmt: skip

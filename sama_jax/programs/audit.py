@@ -44,8 +44,10 @@ from sama_jax.programs.audit_records import (
     text_rows,
     update_index,
 )
-from sama_jax.programs.data_gates import DataGates, data_gates
+from sama_jax.programs.data_gates import data_gates
 from sama_jax.programs.jobs import AuditJob
+from sama_jax.programs.pipeline_control import require_possible, run_pipeline_control
+from sama_jax.programs.second_seed import score_again
 from sama_jax.storage.calibration_file import withdraw_decisions
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import METRICS, Row, noted
@@ -91,6 +93,9 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     placed = place(job, inputs)
     say.print(describe(placed))
     setup = make_setup(job, inputs, tokenised, placed)._replace(sources=sources, quiet=quiet)
+    halves = None
+    if job.pipeline_control:
+        halves = require_possible(job, inputs, chosen, placed.device_bytes)
     if job.dry_run:
         left = {view: distinct_rows(tables.get(view, tables["text"])) for view in tasks.views}
         rate = matmul_rate(setup.shapes.product, setup.shapes.model.dtype)
@@ -99,10 +104,16 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
         earlier = run.folder.manifest.get("gates") or []
         run.folder.write_manifest(gates=worst_of([earlier, data.gates]))
+        primary = run.folder.manifest["protocol"]["primary"]
+        if halves is not None:
+            made = run_pipeline_control(job, inputs, chosen, halves, primary, setup, say)
+            run.folder.write_manifest(gates=worst_of([run.folder.manifest["gates"], [made]]))
+        again = score_again(job, inputs, chosen, primary, setup, say)
+        rows = text_rows(job, inputs, tokenised, chosen.prefixes, data.blind, again)
         readings = Readings(tasks, job.settings, tables, inputs.store_keys, run.folder.store)
         setup = setup._replace(shared=run.shared)
         filled = fill_store(setup, readings, run.folder, inputs.ids, say)
-        return publish(job, run, inputs, chosen, tokenised, filled, data, say)
+        return publish(job, run, inputs, chosen, tokenised, filled, rows, say)
 
 
 def announce(
@@ -205,7 +216,7 @@ def publish(
     chosen: Chosen,
     tokenised: Tokenised,
     filled: Filled,
-    data: DataGates,
+    rows: list[dict[str, Any]],
     say: Console,
 ) -> AuditResult | None:
     """Joins the scores of all processes, and writes scores, metrics and report.
@@ -217,7 +228,6 @@ def publish(
       ValidityError: the result is void; under --strict, something was noticed.
     """
     folder, readings = run.folder, filled.readings
-    rows = text_rows(job, inputs, tokenised, chosen.prefixes, data.blind)
     cost = cost_of(readings.tasks, filled.costs, folder.manifest.get("cost"))
     if job.peers.count > 1:
         costs = job.peers.gather("passes", cost)

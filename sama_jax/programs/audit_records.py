@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -189,9 +190,19 @@ def text_rows(
     inputs: Inputs,
     tokenised: Tokenised,
     prefixes: Prefixes,
-    blind: Blind | None,
+    blind: Blind | None = None,
+    again: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Returns what each line of scores.jsonl says about its text, without scores."""
+    """Returns what each line of scores.jsonl says about its text, without scores.
+
+    Args:
+      job: of the run.
+      inputs: its texts.
+      tokenised: the same as tokens.
+      prefixes: texts that are not scored.
+      blind: the best baseline without a model.
+      again: id -> score of the primary attack under other masks.
+    """
     rows = []
     baseline = np.full(len(inputs.texts), np.nan) if blind is None else blind.scores
     numbers = group_numbers(inputs.texts)
@@ -210,6 +221,8 @@ def text_rows(
             row["control"] = True
         if np.isfinite(baseline[i]):
             row["baseline"] = float(baseline[i])
+        if text.id in again:
+            row["again"] = again[text.id]
         if job.include_text:
             row["text"] = text.text
         rows.append(row)

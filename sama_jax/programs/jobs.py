@@ -44,6 +44,13 @@ class AuditJob:
     """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
     control: "sama_jax.texts.read.Texts | None" = None
     """Known members besides, which the primary attack must find before "nothing above" is said."""
+    pipeline_control: Annotated[
+        bool, Flag("train the reference on 32 non-members, which must then be found")
+    ] = False
+    """Another control, which needs no known members, but shows less."""
+    second_seed: Annotated[
+        bool, Flag("score 100 texts once more, under other masks: are scores mostly luck?")
+    ] = False
     split: Annotated[Path | None, Flag("split.json that drew these texts, to check", "F")] = None
     """What `sama-jax split` wrote: shows that the classes were drawn at random."""
     limit: Annotated[int | None, Flag("only the first N texts", "N")] = None

@@ -124,8 +124,8 @@ def judge(
             verdict |= {"kind": "found", "sentence": sentence}
         else:
             verdict["sentence"] = _by_the_source(protocol, declared, unfair, excess)
-    elif _below(protocol, declared) and _control(all_gates):
-        sentence = _nothing_above(protocol, declared)
+    elif _below(protocol, declared) and (control := _control(all_gates)):
+        sentence = _nothing_above(protocol, declared, control)
         verdict |= {"kind": "nothing above the margin", "sentence": sentence}
     else:
         verdict["sentence"] = _undecided(protocol, verdict, texts, _control(all_gates))
@@ -220,6 +220,17 @@ def _positive_control(rows: Sequence[Row], primary: str) -> Gate:
     )
 
 
+def _mask_noise(rows: Sequence[Row], primary: str) -> list[Gate]:
+    """Compares the scores with those under other masks, if any were made."""
+    texts = [row for row in rows if "again" in row]
+    if not texts:
+        return []
+    first = np.array([(row.get("scores") or {}).get(primary) for row in texts], np.float64)
+    second = np.array([row.get("again") for row in texts], np.float64)
+    labels = [-1 if (label := row.get("label")) is None else label for row in texts]
+    return [score_gates.mask_noise(primary, first, second, np.array(labels, np.int64))]
+
+
 def _score_gates(
     columns: Columns, protocol: Protocol, declared: dict[str, Declared], rows: Sequence[Row]
 ) -> list[Gate]:
@@ -235,10 +246,13 @@ def _score_gates(
             )
         ]
     own = columns.scores[:, columns.names.index(name)]
-    high = declared[name]["simultaneous_ci"][1]
+    high, others = declared[name]["simultaneous_ci"][1], columns.labels == 0
+    groups = None if columns.groups is None else columns.groups[others]
     return [
         score_gates.ties(name, own, columns.labels),
         score_gates.missing_scores(name, own, columns.labels),
+        score_gates.negative_control(name, own[others], groups),
+        *_mask_noise(rows, name),
         _positive_control(rows, name),
         gate(
             "direction",
@@ -327,20 +341,21 @@ def _below(protocol: Protocol, declared: dict[str, Declared]) -> bool:
 
 
 def _control(gates: Sequence[Gate]) -> Gate | None:
-    """Returns the positive control that was passed, if any."""
-    return next((g for g in gates if g["name"] == CONTROL and g["status"] == "pass"), None)
+    """Returns a control that was passed; None, too, if another one was not."""
+    made = [g for g in gates if g["name"] in (CONTROL, score_gates.PIPELINE)]
+    passed = [g for g in made if g["status"] == "pass"]
+    return passed[0] if passed and all(g["status"] in ("pass", "not run") for g in made) else None
 
 
 CONTROL = "positive_control"
 """The gate of known members that must be found before "nothing above" is said."""
 
 
-def _nothing_above(protocol: Protocol, declared: dict[str, Declared]) -> str:
+def _nothing_above(protocol: Protocol, declared: dict[str, Declared], control: Gate) -> str:
     highest = max(d["simultaneous_ci"][1] for d in declared.values())
     return (
         f"No declared attack reaches an AUC of {protocol.margin:g}: the largest upper end is "
-        f"{highest:.3f} (95 %, for all {len(declared)} at once), and the positive control was "
-        "found."
+        f"{highest:.3f} (95 %, for all {len(declared)} at once). {control['sentence']}"
     )
 
 
@@ -366,7 +381,10 @@ def _undecided(
         f"up to {highest:.3f} are not excluded."
     )
     if control is None:
-        text += " No positive control was found, so the pipeline itself is not shown to work."
+        text += (
+            " No control was found (--control, --pipeline-control), so the pipeline itself is not "
+            "shown to work."
+        )
     seen = [n for n, d in declared.items() if d["adjusted_p"] <= protocol.alpha]
     if seen:
         text += (

@@ -102,6 +102,8 @@ class Row(TypedDict, total=False):
     """`ok`, `empty` (no token can be masked) or `prefix` (stands before others; not scored)."""
     baseline: float
     """Score of the best baseline that sees no model, higher for members; absent where none is."""
+    again: float
+    """Score of the primary attack under other masks, where that was made (--second-seed)."""
     control: bool
     """Whether it is a known member of the positive control, which has no label."""
     text: str
@@ -123,6 +125,7 @@ _ROW: Shape = {
     "truncated?": bool,
     "status?": str,
     "baseline?": float,
+    "again?": float,
     "control?": bool,
     "text?": str,
     "scores?": (_NUMBERS, None),

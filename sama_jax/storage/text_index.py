@@ -14,7 +14,17 @@ from sama_jax.storage.files import read_whole_json_lines, sealed, unsealed, writ
 from sama_jax.storage.shapes import misfit
 
 INDEX = "texts.jsonl"
-_FIELDS = ("id", "label", "group", "n_tokens", "truncated", "status", "baseline", "control")
+_FIELDS = (
+    "id",
+    "label",
+    "group",
+    "n_tokens",
+    "truncated",
+    "status",
+    "baseline",
+    "control",
+    "again",
+)
 
 
 def write_index(

@@ -59,3 +59,14 @@ CONTROL_TEXTS = 7
 """Fewer texts of a control cannot reach that p against as many non-members."""
 MISSING_P = 0.01
 """Fisher's p below which scores are missing in one class more than in the other."""
+HALVINGS, HALVES_APART = 50, 0.25
+"""Random halvings of the non-members, and the share of them whose interval may lie beside an AUC of
+0.5. A sound interval does in .05 of them, and in more than this share once in five million audits;
+one that lies beside it in .1 of them, once in a thousand."""
+HALVED = 20
+"""Fewer non-members, or documents of them, are not halved. Judgement."""
+SECOND_TEXTS = 100
+"""Texts that are scored under other masks, at most. Their correlation is then known to about .1."""
+RELIABLE, SAME_AUC = 0.7, 0.02
+"""Correlation of scores under two draws of masks below which they are mostly luck, and difference
+of AUCs below which both are the same. Judgement."""

@@ -4,8 +4,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import fisher_exact
 
+from sama_jax.core import inference, intervals, metrics
 from sama_jax.validity import bounds
 from sama_jax.validity.gate import Gate, gate
+
+PIPELINE = "pipeline_control"
 
 
 def ties(name: str, scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> Gate:
@@ -66,4 +69,117 @@ def missing_scores(
         "scores.jsonl for the reasons.",
         statistic=p,
         bound=bounds.MISSING_P,
+    )
+
+
+def pipeline_control(
+    name: str,
+    scores: Float[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    before: float,
+    after: float,
+    steps: int,
+) -> Gate:
+    """Warns where texts that the reference was made to learn are not found.
+
+    Args:
+      name: the attack's.
+      scores: of texts that were learnt and of others, by the model that has learnt them.
+      labels: 1 for those that were learnt.
+      before: their loss, in nats a token.
+      after: the same when they were learnt; not finite: training broke the model.
+      steps: of that training.
+    """
+    if not np.isfinite(after):
+        return gate(
+            PIPELINE,
+            "warn",
+            f"The reference could not be made to learn texts: in {steps} steps its loss went from "
+            f"{before:.3f} to {after} nats a token.",
+            "Give texts that the target was surely trained on instead (--control FILE).",
+        )
+    p = float(inference.permutation_tests(scores[:, None], labels).p[0])
+    found = p <= bounds.CONTROL_P
+    return gate(
+        PIPELINE,
+        "pass" if found else "warn",
+        f"A copy of the reference was made to learn {(labels == 1).sum()} of the non-members (from "
+        f"{before:.3f} to {after:.3f} nats a token, in {steps} steps), and {name} "
+        f"{'found' if found else 'did not find'} them among {(labels == 0).sum()} others "
+        f"(p = {p:.4f}).",
+        "The same pipeline could not have found members: give the attack more passes, or texts "
+        "with more tokens.",
+        statistic=p,
+        bound=bounds.CONTROL_P,
+    )
+
+
+def negative_control(
+    name: str, scores: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None = None
+) -> Gate:
+    """Voids an attack by which random halves of the non-members can be told apart too often.
+
+    Labels mean nothing there, so 95 % of the intervals must hold an AUC of 0.5: a check of what is
+    computed from these very scores, with their ties and groups. Each half has whole groups.
+
+    Args:
+      name: the attack's.
+      scores: of non-members; NaN where there is none.
+      groups: documents that they belong to.
+    """
+    known = np.isfinite(scores)
+    units = intervals.numbered(groups, len(scores))[known]
+    drawn = np.unique(units)
+    if len(drawn) < bounds.HALVED:
+        return gate(
+            "negative_control", "not run", f"{len(drawn)} non-members are too few to halve."
+        )
+    draw, apart = np.random.default_rng(0), 0
+    for _ in range(bounds.HALVINGS):
+        half = np.isin(units, draw.permutation(drawn)[: len(drawn) // 2])
+        low, high = metrics.auc_interval(scores[known], half.astype(np.int64), units)
+        apart += not low <= 0.5 <= high
+    share = apart / bounds.HALVINGS
+    return gate(
+        "negative_control",
+        "void" if share > bounds.HALVES_APART else "pass",
+        f"{name} tells the halves of {apart} of {bounds.HALVINGS} random halvings of the "
+        "non-members apart, where 5 are expected.",
+        "The numbers of this audit cannot be trusted; please report it with these scores.",
+        statistic=share,
+        bound=bounds.HALVES_APART,
+    )
+
+
+def mask_noise(
+    name: str,
+    first: Float[np.ndarray, " n"],
+    second: Float[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+) -> Gate:
+    """Warns where scores under other masks are other scores.
+
+    Args:
+      name: the attack's.
+      first: its scores.
+      second: the same under another seed; NaN for texts that were not scored again.
+      labels: 1, 0, or -1 where there is none.
+    """
+    both = np.isfinite(first) & np.isfinite(second)
+    a, b, of = first[both], second[both], labels[both]
+    if both.sum() < 3 or not a.std() * b.std():
+        return gate("mask_noise", "not run", f"{both.sum()} texts have scores to compare.")
+    r = float(np.corrcoef(a, b)[0, 1])
+    aucs = [metrics.auc(x[of >= 0], of[of >= 0]) for x in (a, b)] if {0, 1} <= {*of} else []
+    differ = aucs and abs(aucs[0] - aucs[1]) > bounds.SAME_AUC
+    said = f", and have AUCs of {aucs[0]:.3f} and {aucs[1]:.3f}" if differ else ""
+    return gate(
+        "mask_noise",
+        "warn" if r < bounds.RELIABLE else "pass",
+        f"Under two draws of masks the scores of {name} on the same {both.sum()} texts correlate "
+        f"by {r:.2f}{said}: {100 * (1 - max(r, 0)):.0f} % of their variance is luck of the masks.",
+        "Give it more passes (--passes).",
+        statistic=r,
+        bound=bounds.RELIABLE,
     )

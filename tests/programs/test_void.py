@@ -14,12 +14,16 @@ import trained
 from safetensors.numpy import load_file, save_file
 
 from sama_jax.config import AuditSettings, SamaSettings
+from sama_jax.devices.processes import Peers
 from sama_jax.engine import loop, other_readings
-from sama_jax.errors import DataError, ModelError, SamaError, ValidityError
+from sama_jax.errors import DataError, ModelError, SamaError, UsageError, ValidityError
+from sama_jax.programs import second_seed
 from sama_jax.programs.audit import AuditResult, run_audit
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.nll import run_nll
+from sama_jax.programs.verify_run import verify_run
 from sama_jax.texts.read import collect, read_texts
+from sama_jax.training import few
 
 EACH = 60
 """Texts of each class."""
@@ -103,6 +107,62 @@ def test_a_positive_control_must_be_found(known: bool, place: Path, tmp_path: Pa
     wrong = collect([text._replace(label=0) for text in given.texts])
     with pytest.raises(DataError, match="a positive control is of known members"):
         audit(place, tmp_path / "other", texts=of, control=wrong)
+
+
+def test_what_the_reference_was_made_to_learn_must_be_found(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(few, "STEPS", 500)  # p is .0001 after 400 already
+    out = tmp_path / "run"
+    asked = {"pipeline_control": True, "second_seed": True, "attacks": ["ratio"]}
+    first = audit(place, out, **asked)
+    gates = {one["name"]: one for one in first.metrics["validity"]}
+    assert gates["pipeline_control"]["status"] == "pass", gates["pipeline_control"]
+    assert "texts correlate by" in gates["mask_noise"]["sentence"]
+    again = [row for row in first.rows if "again" in row]
+    assert [sum(row.get("label") == label for row in again) for label in (0, 1)] == [50, 50]
+    assert any(row.get("again") != (row.get("scores") or {})["ratio"] for row in again)
+    with pytest.MonkeyPatch.context() as patch:  # nothing is computed again, asked for or not
+        patch.setattr(few, "learn", None)
+        patch.setattr(second_seed, "score_part", None)
+        for more in (asked, {"attacks": ["ratio"]}):
+            assert audit(place, out, **more).metrics == first.metrics
+    assert verify_run(out).files > 10
+    scores = out / "pipeline_control" / "scores.jsonl"
+    scores.write_text(scores.read_text().replace('"label": 1', '"label": 0', 1))
+    with pytest.raises(DataError, match=r"changed.*\n  pipeline_control/scores\.jsonl"):
+        verify_run(out)
+
+
+def test_a_pipeline_control_that_taught_nothing_is_not_passed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(few, "STEPS", few.EVERY)
+    found = audit(place, tmp_path / "run", pipeline_control=True, attacks=["ratio"])
+    gates = {one["name"]: one["status"] for one in found.metrics["validity"]}
+    assert gates["pipeline_control"] == "warn"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"bytes": 10**9}, UsageError, r"trains the reference on one device.*--control FILE"),
+        ({"limit": EACH + 12}, DataError, "needs 14 non-members of different documents.*found 12"),
+        ({"peers": Peers(0, 2)}, UsageError, "needs a run of one process, this one has 2"),
+    ],
+)
+def test_a_pipeline_control_that_cannot_be_made_is_refused_before_any_pass(
+    change: dict[str, Any],
+    kind: type[SamaError],
+    said: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(few, "BYTES", change.pop("bytes", few.BYTES))
+    with pytest.raises(kind, match=said):
+        audit(place, tmp_path / "run", pipeline_control=True, **change)
+    assert not (tmp_path / "run").exists()
 
 
 # --- models --------------------------------------------------------------------------------------

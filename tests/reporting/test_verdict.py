@@ -7,7 +7,9 @@ from score_rows import make_rows
 from sama_jax.reporting import results
 from sama_jax.reporting.verdict import CONTROL, judge
 from sama_jax.storage.protocol import Protocol
+from sama_jax.validity import bounds
 from sama_jax.validity.gate import gate
+from sama_jax.validity.scores import PIPELINE
 
 PASSED = gate(CONTROL, "pass", "32 texts were found.")
 BROKEN = gate("same_losses", "void", "They are the same.", "Look for a wrong folder.")
@@ -70,9 +72,19 @@ def test_nothing_above_the_margin_needs_texts_and_a_control():
     assert judge(rows, BOTH, [PASSED])[0]["kind"] == "nothing above the margin"
     verdict, _ = judge(rows, BOTH, [])
     assert verdict["kind"] == "undecided"
-    assert "No positive control was found" in verdict["sentence"]
+    assert "No control was found" in verdict["sentence"]
     narrow = Protocol("sama", ("sama", "loss"), margin=0.501)
     assert judge(rows, narrow, [PASSED])[0]["kind"] == "undecided"
+
+
+def test_a_control_that_was_not_passed_outweighs_one_that_was():
+    rows, learnt = make_rows(n=1200, shift=0.0), gate(PIPELINE, "pass", "30 texts were learnt.")
+    verdict, _ = judge(rows, BOTH, [learnt])
+    assert verdict["kind"] == "nothing above the margin"
+    assert verdict["sentence"].endswith("at once). 30 texts were learnt.")
+    lost = [gate(CONTROL, "warn", "Not found."), gate(PIPELINE, "warn", "Not found.")]
+    for passed, failed in ((learnt, lost[0]), (PASSED, lost[1])):
+        assert judge(rows, BOTH, [passed, failed])[0]["kind"] == "undecided"
 
 
 def test_members_below_non_members_void_the_run():
@@ -128,6 +140,8 @@ def judge_quickly(rows, protocol):
         from sama_jax.core import inference
 
         original = inference.permutation_tests
+        patch.setattr(bounds, "HALVINGS", 1)
+        patch.setattr(bounds, "HALVES_APART", 1.0)
         patch.setattr(
             inference, "permutation_tests", lambda *data: original(*data, permutations=199)
         )
