@@ -293,6 +293,9 @@ class TrainSettings:
 
     epochs: Annotated[float, Between(0, 1e6), Flag("passes over the texts")] = 4.0
     batch_size: Annotated[int, Between(1, 65535), Flag("sequences in a step", "ROWS")] = 16
+    accumulate: Annotated[
+        int, Between(1, 65535), Flag("pieces of a step that are computed one by one, for memory")
+    ] = 1
     learning_rate: Annotated[
         float, Between(0, 1000), Flag("peak learning rate", "RATE", "--lr")
     ] = 5e-5
@@ -323,6 +326,11 @@ class TrainSettings:
                 raise UsageError(f"{name} must be positive, got 0")
         if not 0 < self.eps < 1:
             raise UsageError(f"eps must lie between 0 and 1, got {self.eps}")
+        if self.batch_size % self.accumulate:
+            raise UsageError(
+                f"accumulate is {self.accumulate}; expected a divisor of batch_size, which is "
+                f"{self.batch_size}"
+            )
 
     @classmethod
     def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> "TrainSettings":

@@ -15,6 +15,12 @@ def add(commands: Any) -> None:
         commands, "finetune", "Fine-tune a model folder by its kind's own loss.", finetune
     )
     p.add_argument("--base", type=Path, required=True, metavar="DIR", help="model folder")
+    p.add_argument(
+        "--as",
+        dest="as_kind",
+        choices=["diffusion"],
+        help="make a diffusion model of a causal one: attention opened, a mask token added",
+    )
     _add_training(p)
     p = command_of(
         commands, "pretrain", "Train a model from a config.json and a tokenizer.", pretrain
@@ -34,6 +40,7 @@ def _add_training(p: flags.Flags) -> None:
         TrainSettings,
         "epochs",
         "batch_size",
+        "accumulate",
         "learning_rate",
         "max_length",
         "dtype",
@@ -49,7 +56,15 @@ def finetune(args: argparse.Namespace) -> None:
     settings = flags.settings_of(args, TrainSettings)
     from sama_jax.programs.finetune import finetune
 
-    finetune(args.base, args.data, args.out, settings, heldout=args.held_out, quiet=args.quiet)
+    finetune(
+        args.base,
+        args.data,
+        args.out,
+        settings,
+        heldout=args.held_out,
+        quiet=args.quiet,
+        as_diffusion=args.as_kind == "diffusion",
+    )
 
 
 def pretrain(args: argparse.Namespace) -> None:

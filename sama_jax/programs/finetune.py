@@ -16,7 +16,7 @@ from sama_jax.config import TrainSettings
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.training import loop, new_tokenizer, runs
+from sama_jax.training import adaptation, loop, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
 from sama_jax.weights import hub, loading, model_folder
 from sama_jax.weights.identity import arithmetic, model_identity
@@ -29,8 +29,12 @@ def finetune(
     settings: TrainSettings,
     heldout: Path | None = None,
     quiet: bool = False,
+    *,
+    as_diffusion: bool = False,
 ) -> dict[str, Any]:
     """Trains all parameters of the model folder `base` on the texts of `data`, into folder `out`.
+
+    A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`).
 
     The objective is that of the model's kind (`step.loss_of_kind`). The same call continues an
     interrupted run and returns at once from a finished one. Weights are kept and written in
@@ -48,10 +52,22 @@ def finetune(
     with interruptible(out) as stop:
         base = hub.resolve(base)
         folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
-        _require_trainable(folder.family, settings, str(base))
+        if not as_diffusion:
+            _require_trainable(folder.family, settings, str(base))
         tokenizer = TextTokenizer.from_folder(base, folder.model.vocab_size)
+        start = loop.Start(
+            folder.model,
+            folder.family.weights,
+            folder.config,
+            tokenizer,
+            lambda: loading.load(folder, loop.device()),
+            str(base),
+        )
+        if as_diffusion:
+            start = _as_diffusion(start, folder, settings)
         identity = {
             "command": "finetune",
+            **({"as": "diffusion"} if as_diffusion else {}),
             **model_identity(folder),
             "tokenizer": tokenizer.fingerprint,
             "pad_id": folder.pad_id if settings.train_on_padding else None,
@@ -60,15 +76,26 @@ def finetune(
             if run.finished:
                 return run.manifest["result"]
             runs.copy_companions(base, out)
-            start = loop.Start(
-                folder.model,
-                folder.family.weights,
-                folder.config,
-                tokenizer,
-                lambda: loading.load(folder, loop.device()),
-                str(base),
-            )
+            if as_diffusion:
+                ids = start.config["mask_token_id"], start.config["vocab_size"]
+                start = start._replace(tokenizer=adaptation.add_mask_token(base, out, *ids))
             return loop.train(start, run, settings, stop)
+
+
+def _as_diffusion(
+    start: loop.Start, folder: model_folder.ModelFolder, settings: TrainSettings
+) -> loop.Start:
+    """Makes a causal start that of a diffusion model; its tokenizer still lacks the mask token."""
+    where, mask_id = str(folder.path), adaptation.mask_token(folder.path, start.tokenizer)
+    config = adaptation.diffusion_config(start.config, mask_id, where)
+    family = read_config(config, where)
+    _require_trainable(family, settings, where)
+    return start._replace(
+        model=build_model(family, mask_id, start.model.dtype),
+        weights=family.weights,
+        config=config,
+        params=lambda: adaptation.with_rows(start.params(), config["vocab_size"]),
+    )
 
 
 def pretrain(

@@ -253,7 +253,8 @@ class Loop:
                     self.settings.seed, done - 1, self.settings.batch_size, len(lengths)
                 )
                 valid = columns < lengths[rows][:, None]
-                state, loss = train_step(model, self.recipe, state, tokens[rows], valid, key)
+                given = model, self.settings.accumulate, self.recipe
+                state, loss = train_step(*given, state, tokens[rows], valid, key)
                 if done == first + 1:
                     self._mark = time.monotonic()  # compiled; its time is not training's
                     bar.note("")

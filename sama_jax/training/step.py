@@ -28,6 +28,20 @@ MASKED_PERCENT = 15
 # --- losses --------------------------------------------------------------------------------------
 
 
+class Objective(NamedTuple):
+    """Says what a model sees of a batch, and what its losses count for.
+
+    The loss is the sum over the counted tokens of `CE / share`, over `total`.
+    """
+
+    seen: Int[Array, "b l"]
+    """Tokens of the input; some of them may be masked."""
+    counted: Bool[Array, "b l"]
+    share: Float[Array, " b"]
+    """What the losses of a row are divided by: the probability of its masks, or 1."""
+    total: Float[Array, ""]
+
+
 def _nll_everywhere(
     model: Model,
     params: Params,
@@ -42,13 +56,6 @@ def _nll_everywhere(
     return nll.reshape(b, length)
 
 
-class LossAux(NamedTuple):
-    """Counts the tokens that a loss was computed from."""
-
-    num_masked: Int[Array, ""]
-    num_valid: Int[Array, ""]
-
-
 def diffusion_masks(
     key: Key[Array, ""], valid: Bool[Array, "b l"], eps: float | Float[Array, ""]
 ) -> tuple[Bool[Array, "b l"], Float[Array, " b"]]:
@@ -61,41 +68,35 @@ def diffusion_masks(
     return valid & (jax.random.uniform(position_key, valid.shape) < p[:, None]), p
 
 
-def diffusion_loss(
-    model: Model,
-    params: Params,
+def diffusion_objective(
+    mask_id: int,
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
     eps: float | Float[Array, ""],
-) -> tuple[Float[Array, ""], LossAux]:
-    """Computes LLaDA's training loss in nats: sum over masked tokens of CE / p, over all tokens.
+) -> Objective:
+    """Draws LLaDA's objective: the sum over masked tokens of CE / p, over all tokens.
 
     Positions that are not valid are hidden from attention, never masked, and not counted.
     Source: `GUIDELINES.md` in `ML-GSAI/LLaDA`, where every position of a batch is valid.
     """
     masks, p = diffusion_masks(key, valid, eps)
-    nll = _nll_everywhere(model, params, tokens, jnp.where(masks, model.mask_id, tokens), valid)
-    weighted = jnp.where(masks, nll / p[:, None], 0.0)
-    num_valid = valid.sum()
-    loss = weighted.sum() / jnp.maximum(num_valid, 1).astype(jnp.float32)
-    return loss, LossAux(masks.sum(), num_valid)
+    return Objective(jnp.where(masks, mask_id, tokens), masks, p, _at_least_one(valid))
 
 
-def next_token_loss(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "b l"],
-    valid: Bool[Array, "b l"],
-    key: Key[Array, ""],
-) -> Float[Array, ""]:
-    """Returns the mean loss in nats of all tokens but each text's first; `key` is not used."""
-    return _mean_over(_nll_everywhere(model, params, tokens, tokens, valid), _predicted(valid))
+def next_token_objective(tokens: Int[Array, "b l"], valid: Bool[Array, "b l"]) -> Objective:
+    """Returns the mean over all tokens but each text's first."""
+    counted = _predicted(valid)
+    return Objective(tokens, counted, jnp.ones(len(tokens)), _at_least_one(counted))
 
 
 def _predicted(valid: Bool[Array, "b l"]) -> Bool[Array, "b l"]:
     """Marks the tokens that a next-token model predicts: nothing stands before a first one."""
     return valid & (jnp.arange(valid.shape[1]) > 0)[None, :]
+
+
+def _at_least_one(counted: Bool[Array, "b l"]) -> Float[Array, ""]:
+    return jnp.maximum(counted.sum(), 1).astype(jnp.float32)
 
 
 def fixed_share_masks(key: Key[Array, ""], valid: Bool[Array, " l"]) -> Bool[Array, " l"]:
@@ -108,26 +109,32 @@ def fixed_share_masks(key: Key[Array, ""], valid: Bool[Array, " l"]) -> Bool[Arr
     return masking.random_ranks(key, valid, valid.shape[0]) < jnp.minimum(count, num)
 
 
-def masked_loss(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "b l"],
-    valid: Bool[Array, "b l"],
-    key: Key[Array, ""],
-) -> Float[Array, ""]:
-    """Returns the mean loss in nats of 15 % of the tokens, all replaced by the mask token.
+def masked_objective(
+    mask_id: int, tokens: Int[Array, "b l"], valid: Bool[Array, "b l"], key: Key[Array, ""]
+) -> Objective:
+    """Draws the mean over 15 % of the tokens, all replaced by the mask token.
 
     This is BERT's objective except that BERT leaves a tenth of them as they are and replaces
     another tenth by random tokens, for the sake of inputs without masks, which nothing here reads.
     """
     masks = jax.vmap(fixed_share_masks)(jax.random.split(key, len(tokens)), valid)
-    seen = jnp.where(masks, model.mask_id, tokens)
-    return _mean_over(_nll_everywhere(model, params, tokens, seen, valid), masks)
+    seen = jnp.where(masks, mask_id, tokens)
+    return Objective(seen, masks, jnp.ones(len(tokens)), _at_least_one(masks))
 
 
-def _mean_over(nll: Float[Array, "b l"], counted: Bool[Array, "b l"]) -> Float[Array, ""]:
-    num = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
-    return jnp.where(counted, nll, 0.0).sum() / num
+def objective_of_kind(
+    model: Model,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    key: Key[Array, ""],
+    eps: float | Float[Array, ""],
+) -> Objective:
+    """Draws the objective of the model's kind; only diffusion reads `eps`."""
+    if model.kind == "autoregressive":
+        return next_token_objective(tokens, valid)
+    if model.kind == "masked":
+        return masked_objective(model.mask_id, tokens, valid, key)
+    return diffusion_objective(model.mask_id, tokens, valid, key, eps)
 
 
 def loss_of_kind(
@@ -138,11 +145,22 @@ def loss_of_kind(
     key: Key[Array, ""],
     eps: float | Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Computes the objective of the model's kind; only diffusion reads `eps`."""
-    if model.kind == "diffusion":
-        return diffusion_loss(model, params, tokens, valid, key, eps)[0]
-    loss = {"autoregressive": next_token_loss, "masked": masked_loss}[model.kind]
-    return loss(model, params, tokens, valid, key)
+    """Draws the objective of the model's kind for a batch, and computes it."""
+    objective = objective_of_kind(model, tokens, valid, key, eps)
+    return loss_of(model, params, tokens, valid, objective)
+
+
+def loss_of(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    objective: Objective,
+) -> Float[Array, ""]:
+    """Computes an objective in nats; of some rows of a batch, their part of the batch's loss."""
+    nll = _nll_everywhere(model, params, tokens, objective.seen, valid)
+    divided = jnp.where(objective.counted, nll / objective.share[:, None], 0.0)
+    return divided.sum() / objective.total
 
 
 # --- optimiser and step --------------------------------------------------------------------------
@@ -203,26 +221,50 @@ def init_state(params: Params, recipe: Recipe) -> TrainState:
     return TrainState(params, make_optimizer(recipe).init(params), jnp.zeros((), jnp.int32))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _gradients(
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    valid: Bool[Array, "b l"],
+    objective: Objective,
+    pieces: int,
+) -> tuple[Float[Array, ""], Params]:
+    """Computes the loss of a batch and its gradients, `b / pieces` rows at a time."""
+    compute = jax.value_and_grad(loss_of, argnums=1)
+    if pieces == 1:
+        return compute(model, params, tokens, valid, objective)
+
+    def add(sums: tuple[Array, Params], rows: tuple[Array, ...]) -> tuple[Any, None]:
+        tokens, valid, seen, counted, share = rows
+        part = Objective(seen, counted, share, objective.total)
+        return jax.tree.map(jnp.add, sums, compute(model, params, tokens, valid, part)), None
+
+    cut = (tokens, valid, objective.seen, objective.counted, objective.share)
+    cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), cut)
+    nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, nothing, cut)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def train_step(
     model: Model,
+    pieces: int,
     recipe: Recipe,
     state: TrainState,
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """Updates once, on one batch; `key` is the run's, and the step is folded in here.
+    """Updates once, on one batch, whose losses are computed in as many `pieces` one by one.
+
+    `key` is the run's, and the step is folded in here.
 
     Donates `state`. Returns the next state and the loss before the update. Everything that differs
     between two runs is an argument, so pre-training and fine-tuning share one program.
     """
     mask_key = jax.random.fold_in(key, state.step)
-
-    def loss_fn(params):
-        return loss_of_kind(model, params, tokens, valid, mask_key, recipe.eps)
-
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    objective = objective_of_kind(model, tokens, valid, mask_key, recipe.eps)
+    loss, grads = _gradients(model, state.params, tokens, valid, objective, pieces)
     updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1), loss
