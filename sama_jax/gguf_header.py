@@ -55,15 +55,15 @@ class Header(NamedTuple):
     size: int
     """Bytes of the whole file."""
 
-    def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
-        """Returns a value of the metadata, `default` if it is absent.
+    def get(self, key: str, kind: type[T]) -> T | None:
+        """Returns a value of the metadata, None if it is absent.
 
         Raises `ModelError` if it is of another type than `kind`.
         """
         found = self.metadata.get(key)
         if found is not None and type(found) is not kind:
             self.refuse(f"{key} is {shown(found)}; expected {kind.__name__}")
-        return default if found is None else found
+        return found
 
     def refuse(self, problem: str) -> NoReturn:
         """Raises `ModelError` about this file."""
@@ -100,11 +100,11 @@ def read_header(path: Path) -> Header:
         raise ModelError(
             f"{path}: not a sound GGUF file ({error}); download or convert it again"
         ) from None
-    if (parts := header.get("split.count", int, 0) or 0) > 1:
+    if (parts := header.get("split.count", int) or 0) > 1:
         header.refuse(
             f"is one of {parts:,} parts of a model; join them with `llama-gguf-split --merge`"
         )
-    if (kind := header.get("general.type", str, "model")) != "model":
+    if (kind := header.get("general.type", str) or "model") != "model":
         header.refuse(f"general.type is {shown(kind)}; expected a model")
     return header
 

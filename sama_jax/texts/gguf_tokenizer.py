@@ -8,6 +8,7 @@ Llama 3.
 """
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ from sama_jax.untrusted import shown
 KEYS = "tokenizer.ggml."
 WORD, CONTROL, USER, UNUSED = 1, 3, 4, 5
 """Kinds of tokens: of the vocabulary; special; added by a user; none (fills the embedding)."""
+_KNOWN = re.compile(
+    r"model|pre|tokens|token_type|merges|add_[be]os_token|\w+_token_ids?"
+    # Of other kinds of tokenizers, and of generating.
+    r"|scores|token_type_count|suppress_tokens"
+)
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -73,8 +79,9 @@ def as_json(header: Header) -> dict[str, Any]:
             f"its tokenizer is {shown(model)} with the splitting {shown(pre)}; expected gpt2 with "
             f"one of {known}; {own}"
         )
+    _require_known(header)
     kind, (tokens, types) = _KINDS[pre], vocabulary(header)
-    merges = header.get(KEYS + "merges", list, [])
+    merges = header.get(KEYS + "merges", list) or []
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": i, "content": token, **flags, "special": bool(types[i] == CONTROL)}
@@ -105,10 +112,19 @@ def as_json(header: Header) -> dict[str, Any]:
     }
 
 
+def _require_known(header: Header) -> None:
+    """Raises `ModelError` for a field below `KEYS` that is not known and not off."""
+    for key, value in header.metadata.items():
+        name = key.removeprefix(KEYS)
+        if name != key and not _KNOWN.fullmatch(name) and value is not False:
+            header.refuse(f"{key} is {shown(value)}, which is not understood; it may change ids")
+
+
 def vocabulary(header: Header) -> tuple[list[str], np.ndarray]:
     """Returns the tokens by their ids, and their kinds. Raises `ModelError`."""
-    tokens = header.get(KEYS + "tokens", list, [])
-    types = header.get(KEYS + "token_type", np.ndarray, np.zeros(0, int))
+    tokens = header.get(KEYS + "tokens", list) or []
+    stored = header.get(KEYS + "token_type", np.ndarray)
+    types: np.ndarray = np.zeros(0, int) if stored is None else stored
     if len(types) != len(tokens) or types.dtype.kind not in "iu":
         header.refuse(f"has {len(tokens):,} tokens, but {len(types):,} kinds of tokens (integers)")
     if strange := set(types.tolist()) - {WORD, CONTROL, USER, UNUSED}:
@@ -144,7 +160,7 @@ def settings(header: Header) -> dict[str, Any]:
 
 def require_agreement(header: Header, tokenizer: Tokenizer) -> None:
     """Raises `ModelError` unless a tokenizer beside the file has the file's tokens."""
-    tokens = header.get(KEYS + "tokens", list, [])
+    tokens = header.get(KEYS + "tokens", list) or []
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
         if tokens and (i >= len(tokens) or tokens[i] != token):
             has = shown(tokens[i]) if i < len(tokens) else f"only {len(tokens):,} tokens"
@@ -177,7 +193,8 @@ def _ends(header: Header, tokens: list[str], begins: bool) -> dict[str, Any] | N
 
 def _end(header: Header, tokens: list[str], name: str, usual: bool) -> dict[str, int]:
     """Returns the token that is added at one end of a text and its id; empty if none is."""
-    if not header.get(f"{KEYS}add_{name}_token", bool, usual):
+    told = header.get(f"{KEYS}add_{name}_token", bool)
+    if not (usual if told is None else told):
         return {}
     i = header.get(f"{KEYS}{name}_token_id", int)
     if i is None or not 0 <= i < len(tokens):

@@ -70,10 +70,11 @@ def model_config(header: Header, told: dict[str, Any] | None, where: str) -> dic
     if told is None:
         return made
     ours, theirs = read_config(made, str(header.path)), read_config(told, where)
+    own: Any = ours.arch
     if ours.weights is not theirs.weights:
         header.refuse(f"is a {ours.family}, but {where} tells of a {theirs.family}")
     # What a position may see is the one thing that the metadata does not decide.
-    wanted = dataclasses.replace(ours.arch, block_length=theirs.arch.block_length)
+    wanted = dataclasses.replace(own, block_length=theirs.arch.block_length)
     names = [field.name for field in dataclasses.fields(wanted)]
     pairs = [(name, getattr(theirs.arch, name), getattr(wanted, name)) for name in names]
     wrong = [f"{name} is {a}, but {b} there" for name, a, b in pairs if not _same(a, b)]

@@ -175,7 +175,8 @@ def _require_room(header: Header, formats: dict[int, Format]) -> None:
     end = 0
     for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start):
         where, format = f"tensor {printable(name)} {list(tensor.shape)}", formats[tensor.kind]
-        if len(tensor.shape) > 2 or not all(tensor.shape) or tensor.shape[-1] % format.values:
+        *_, columns = tensor.shape
+        if len(tensor.shape) > 2 or not all(tensor.shape) or columns % format.values:
             header.refuse(
                 f"{where}: expected one axis or two, the last of a multiple of {format.values} "
                 f"({format.kind.name})"

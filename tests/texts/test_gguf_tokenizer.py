@@ -152,6 +152,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few kinds": ({"token_type": [1]}, "1 kinds of tokens"),
     "a token twice": ({"tokens": ["a"] * 300, "token_type": [1] * 300}, "two tokens of one text"),
     "no such end": ({"add_eos_token": True, "eos_token_id": 300}, "eos, whose id is 300"),
+    "a prefix": ({"add_space_prefix": True}, "add_space_prefix is True"),
+    "a normaliser": ({"normalizer.lowercase": True}, "normalizer.lowercase is True"),
     "no list": ({"merges": "a b"}, "merges is 'a b'"),
     "no merge": ({"merges": ["a"]}, "cannot be used"),
     "unknown merges": ({"merges": ["zz qq"]}, "cannot be used"),
@@ -171,6 +173,14 @@ def test_tokenizers_that_are_not_read_are_refused_by_name(case, folder, tmp_path
     with pytest.raises(ModelError, match=expected) as caught:
         TextTokenizer.from_folder(path, tiny.VOCAB)
     assert "\n" not in str(caught.value)
+
+
+def test_fields_that_change_no_id_are_let_pass(folder, tmp_path):
+    told = {"add_space_prefix": False, "eot_token_id": 0, "scores": [0.0] * tiny.VOCAB}
+    path = gguf_files.write(tmp_path / "m.gguf", folder, "llama", tokenizer=told)
+    plain = gguf_files.write(tmp_path / "n.gguf", folder, "llama")
+    first, second = (TextTokenizer.from_folder(p, tiny.VOCAB).fingerprint for p in (path, plain))
+    assert first == second
 
 
 def test_what_the_converter_says_of_llada_is_not_believed(tmp_path):
