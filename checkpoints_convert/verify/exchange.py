@@ -16,12 +16,11 @@ from scipy.stats import spearmanr
 from checkpoints_convert.verify.ours import (
     PARITY,
     RANKS,
-    TOLERANCE,
-    WHY,
     Ours,
     require_finite,
     token_losses,
 )
+from checkpoints_convert.verify.rounding import bound_of_losses
 from sama_jax.errors import DataError
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.replay import read_arrays
@@ -93,16 +92,17 @@ def compare_losses(path: Path, ours: Ours) -> int:
     nll = token_losses(ours, theirs.ids, theirs.mask, theirs.key_valid)
     read = theirs.mask & theirs.key_valid
     difference = np.abs(nll - theirs.nll)
-    largest, allowed = float(difference[read].max()), TOLERANCE[ours.dtype]
+    largest = float(difference[read].max())
+    bound = bound_of_losses(ours, theirs.ids, theirs.mask, theirs.key_valid, read, largest)
     ranks = rank_agreement(nll[read], theirs.nll[read])
     print(
         f"{read.sum()} losses, {ours.dtype}: largest difference {largest:.3g} nats, mean "
         f"{difference[read].mean():.3g}, rank correlation {ranks:.6f}"
     )
-    print(WHY[ours.dtype])
+    print(f"allowed: {bound.nats:.2g} nats; {bound.why}")
     # Not `>`: a NaN of ours must also fail.
-    if largest <= allowed and (ours.dtype == "float32" or ranks >= RANKS):
-        print(f"verdict: equal within {allowed:g} nats")
+    if largest <= bound.nats and (ours.dtype == "float32" or ranks >= RANKS):
+        print(f"verdict: equal within {bound.nats:.2g} nats")
         return 0
     row, place = np.unravel_index(np.argmax(np.where(read, difference, -1)), difference.shape)
     print(

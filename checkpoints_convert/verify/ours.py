@@ -17,14 +17,9 @@ from sama_jax.weights import loading, model_folder
 PARITY = ParityError.exit_code
 """Exit code of a comparison that found a difference."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Largest difference of a loss, in nats, and of a hidden state or logit in its own unit."""
-WHY = {
-    "float32": "float32: sums of the same numbers in another order differ by some 1e-6 of their "
-    "size a block; a wrong formula or weight differs by 1e-2 or more; 1e-4 lies between",
-    "bfloat16": "bfloat16: every value is rounded to 2^-8 of its size, some fifteen times a block; "
-    "so losses may differ by 5e-2 nats (side by side also by twice what PyTorch's own move from "
-    "float32), and must come in the same order (rank correlation 0.99)",
-}
+"""Difference of a loss, in nats, that is never held against a framework."""
+LOOSEST = TOLERANCE["bfloat16"]
+"""What float32 is allowed at most, in nats, however large its rounding."""
 RANKS = 0.99
 """Spearman correlation of the losses that bfloat16 must keep."""
 
@@ -63,6 +58,13 @@ def require_finite(ours: Ours, values: Float[np.ndarray, "*n"]) -> None:
         )
 
 
+def masked_tokens(
+    tokens: Int[np.ndarray, "b l"], masks: Bool[np.ndarray, "b l"], mask_id: int
+) -> Int[np.ndarray, "b l"]:
+    """Returns what the networks read: the mask id at masked positions."""
+    return np.where(masks, mask_id, tokens).astype(np.int32)
+
+
 def token_losses(
     ours: Ours,
     tokens: Int[np.ndarray, "b l"],
@@ -88,15 +90,3 @@ def _losses(model: Any, params: Params, tokens: Array, masks: Array, valid: Arra
     stream = model.trunk(params, jnp.where(masks & valid, model.mask_id, tokens), valid)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     return losses.scored_nll(model, params, tokens, valid, stream, positions)
-
-
-def in_units(
-    actual: Float[np.ndarray, "*n d"], expected: Float[np.ndarray, "*n d"]
-) -> Float[np.ndarray, "*n d"]:
-    """Returns |actual - expected| in units of each vector's root mean square plus |expected|.
-
-    States grow with depth, and a few channels of large models reach thousands of times the rest:
-    those are measured by themselves, all others by the typical size at their position.
-    """
-    unit = np.sqrt(np.mean(np.square(expected), axis=-1, keepdims=True)) + np.abs(expected)
-    return np.abs(actual - expected) / np.maximum(unit, np.finfo(np.float32).tiny)

@@ -4,6 +4,7 @@ Are the losses equal, which votes flip and why, and how far do the scores move? 
 the hidden states that the script saved with them name the first block at fault.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,18 @@ from checkpoints_convert.verify import live
 from checkpoints_convert.verify.ours import (
     PARITY,
     TOLERANCE,
-    WHY,
     Ours,
-    in_units,
+    masked_tokens,
     open_ours,
     require_finite,
+)
+from checkpoints_convert.verify.rounding import (
+    MOVES,
+    SEEDS,
+    Bound,
+    bound_of_losses,
+    jittered,
+    sizes,
 )
 from sama_jax.arrays import ForwardBatch, Params
 from sama_jax.core import losses, votes
@@ -53,9 +61,9 @@ def verify_plan(
     probes = replay.load_plan(plan)
     theirs = replay.load_losses(saved, probes)
     paths = {"target": (target, options.adapter), "reference": (reference, None)}
-    found, wrong = {}, []
+    found, bounds, wrong = {}, {}, []
     table = Table(title=f"{plan.name}: {len(probes.ids)} texts, {dtype}")
-    for column in ("model", "losses", "largest difference", "mean", ""):
+    for column in ("model", "losses", "largest difference", "mean", "allowed", ""):
         table.add_column(column)
     for name, (path, adapter) in paths.items():
         ours = open_ours(path, dtype=dtype, adapter=adapter, mask_id=options.mask_id)
@@ -63,8 +71,10 @@ def verify_plan(
         found[name] = plan_losses(ours, probes)
         scored = probes.plan.scored
         difference = np.abs(found[name] - getattr(theirs, name))[scored]
-        agrees = not difference.size or bool(difference.max() <= TOLERANCE[dtype])
-        numbers = (difference.max(initial=0), difference.mean() if difference.size else 0.0)
+        largest = float(difference.max(initial=0))
+        bounds[name] = _bound(ours, probes, largest)
+        agrees = largest <= bounds[name].nats
+        numbers = (largest, difference.mean() if difference.size else 0.0, bounds[name].nats)
         table.add_row(
             name, str(scored.sum()), *(f"{v:.2e}" for v in numbers), "" if agrees else "DIFFERS"
         )
@@ -72,22 +82,34 @@ def verify_plan(
             wrong.append(f"{name}: {first_difference(ours, probes, theirs, name, dtype)}")
         del ours
     results_console().print(table)
-    print(WHY[dtype])
-    flips = count_flips(probes, found, {k: getattr(theirs, k) for k in paths}, TOLERANCE[dtype])
+    for name, bound in bounds.items():
+        print(f"{name}: allowed {bound.nats:.2g} nats; {bound.why}")
+    allowed = sum(bound.nats for bound in bounds.values()) / 2  # a vote reads both models
+    flips = count_flips(probes, found, {k: getattr(theirs, k) for k in paths}, allowed)
     scores = [_scores(probes, x["target"], x["reference"]) for x in (found, theirs._asdict())]
     print(
         f"votes: {flips.count} of {flips.total} flip, {flips.unexplained} unexplained (their sums "
-        "are further from zero than the losses' tolerance allows); largest sum of a flip "
+        "are further from zero than what losses are allowed); largest sum of a flip "
         f"{flips.largest:.2e} nats"
     )
     print(f"scores: largest difference {np.abs(scores[0] - scores[1]).max(initial=0):.2e}")
     if not wrong and not flips.unexplained:
-        print(f"verdict: equal within {TOLERANCE[dtype]:g}, every flip explained")
+        largest = max(bound.nats for bound in bounds.values())
+        print(f"verdict: equal within {largest:.2g}, every flip explained")
         return 0
     for line in wrong:
         print(line)
     print("verdict: DIFFERENT")
     return PARITY
+
+
+def _bound(ours: Ours, probes: replay.Replay, apart: float) -> Bound:
+    """Returns the bound for losses of the plan: its texts in all their passes."""
+    masks, scored = np.asarray(probes.plan.masks), np.asarray(probes.plan.scored)
+    length = max(1, int((probes.tokens >= 0).sum(axis=1).max(initial=1)))
+    tokens = np.repeat(probes.tokens[:, :length], masks.shape[1], axis=0)
+    masks, scored = (x[:, :, :length].reshape(-1, length) for x in (masks, scored))
+    return bound_of_losses(ours, np.maximum(tokens, 0), masks, tokens >= 0, scored, apart)
 
 
 def _check_tokens(path: Path, probes: replay.Replay, ours: Ours) -> None:
@@ -200,12 +222,15 @@ def first_difference(
             f"its saved hidden states are {list(saved.shape[1:])} (stages, width), ours "
             f"{list(states.shape[1:])}: another architecture"
         )
-    worst = in_units(states, saved.astype(np.float32)).max(axis=(0, 2))
-    for stage, value in zip(names, worst):
-        if not value <= TOLERANCE[dtype]:
+    saved = saved.astype(np.float64)
+    apart = (np.abs(states - saved) / sizes(saved)).max(axis=(0, 2))
+    moved = _moved(ours, probes, theirs.state_at, states) if dtype == "float32" else 0 * apart
+    for stage, value, move in zip(names, apart, moved):
+        allowed = max(TOLERANCE[dtype], MOVES * move)
+        if not value <= allowed:
             return (
                 f"the first stage that differs is {stage} ({value:.1e} of its unit, allowed "
-                f"{TOLERANCE[dtype]:g}): its weights, or its arithmetic, are not those of the file"
+                f"{allowed:.2g}): its weights, or its arithmetic, are not those of the file"
             )
     return (
         "all blocks agree, so the difference is behind them: vocabulary head, logit alignment "
@@ -213,8 +238,19 @@ def first_difference(
     )
 
 
+def _moved(
+    ours: Ours, probes: replay.Replay, at: np.ndarray, still: np.ndarray
+) -> Float[np.ndarray, " s"]:
+    """Returns how far each stage moves, in its unit, when every state is rounded."""
+    found = [states_at(ours, probes, at, jittered(seed))[1] for seed in range(SEEDS)]
+    return np.max([(np.abs(x - still) / sizes(still)).max(axis=(0, 2)) for x in found], axis=0)
+
+
 def states_at(
-    ours: Ours, probes: replay.Replay, at: np.ndarray
+    ours: Ours,
+    probes: replay.Replay,
+    at: np.ndarray,
+    instead: Callable[[str, jax.Array], jax.Array] = lambda name, state: state,
 ) -> tuple[list[str], Float[np.ndarray, "r s d"]]:
     """Returns our hidden states at (row, pass, position).
 
@@ -225,11 +261,11 @@ def states_at(
     length = max(1, int((probes.tokens[row] >= 0).sum(axis=1).max()))
     tokens = probes.tokens[row, :length]
     masks = np.asarray(probes.plan.masks)[row, step, :length]
-    read = np.where(masks, ours.model.mask_id, np.maximum(tokens, 0))
-    read, valid = jnp.asarray(read, jnp.int32), jnp.asarray(tokens >= 0)
+    read = jnp.asarray(masked_tokens(np.maximum(tokens, 0), masks, ours.model.mask_id))
+    valid = jnp.asarray(tokens >= 0)
     found = [
         (stage, np.asarray(state, np.float32)[np.arange(len(at)), position])
-        for stage, state in stages(ours.model, ours.params, read, valid)
+        for stage, state in stages(ours.model, ours.params, read, valid, instead)
     ]
     last, final = found[-2], found[-1]
     found = [*found[:-2], (f"{last[0]} (with the final norm)", final[1])]

@@ -4,7 +4,7 @@ Scoring never needs them: the blocks are scanned there. Here the same block modu
 over their slices of the stacked parameters, one compiled program for all blocks of a kind.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,16 +27,33 @@ def block_params(params: Params) -> Iterator[Params]:
 
 
 def stages(
-    model: Model, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    key_valid: Bool[Array, "b l"],
+    instead: Callable[[str, Array], Array] = lambda name, state: state,
 ) -> Iterator[tuple[str, Float[Array, "b l d"]]]:
     """Yields what enters the first block (`embedding`), what each block gives (`block 1`, ..), and
-    the final hidden states (`final norm`; BERT, which has none, gives its last block's again)."""
+    the final hidden states (`final norm`; BERT, which has none, gives its last block's again).
+
+    `instead` is told the name and the state of each stage but the last; the next stage reads what
+    it returns.
+    """
     assert isinstance(model, LinenModel)  # every family's is; the protocol knows no blocks
+
+    def passed_on(name: str, stream: Any) -> Any:
+        state = model.state_of(stream)
+        given = instead(name, state)
+        return jax.tree.map(lambda leaf: given if leaf is state else leaf, stream)
+
     stream = _enter(model, params, tokens, key_valid)
     yield "embedding", model.state_of(stream)
+    stream = passed_on("embedding", stream)
     for number, weights in enumerate(block_params(params)):
+        name = f"block {number + 1}"
         stream = _block(model, model.block_kind(number), weights, stream, key_valid)
-        yield f"block {number + 1}", model.state_of(stream)
+        yield name, model.state_of(stream)
+        stream = passed_on(name, stream)
     yield "final norm", _leave(model, params, stream)
 
 

@@ -30,23 +30,22 @@ except ImportError:
         "this comparison runs PyTorch, which is not installed: pip install 'sama-jax[verify]'; "
         "--dump and --against need no PyTorch on this machine"
     ) from None
-
-
-class Stages(NamedTuple):
-    """Holds what one text left behind in the network; float32."""
-
-    states: dict[str, np.ndarray]
-    """[l, d] by name: `embedding`, `block 1`, .., and `final norm` where there is one."""
-    logits: np.ndarray
-    """[l, v], as the network gives them."""
+from sama_jax.programs.bench.torch_double import in_double
 
 
 class Reference(NamedTuple):
-    """Holds a loaded network."""
+    """Holds a loaded network.
+
+    Both functions take token ids [b, l] without padding and return what each stage gave [b, l, d],
+    by name: `embedding`, `block 1`, .., `final norm` where there is one, and `logits` [b, l, v].
+    """
 
     name: str
-    run: Callable[[np.ndarray], Stages]
-    """Token ids [l] of one text -> what it leaves behind."""
+    run: Callable[[np.ndarray, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    """Computes in the dtype of the weights. Its second argument holds by name what the next stage
+    reads instead of what a stage gave; empty: the network as it is."""
+    exact: Callable[[np.ndarray], dict[str, np.ndarray]]
+    """Computes the same in float64."""
 
 
 class Wanted(NamedTuple):
@@ -153,6 +152,7 @@ def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
         fields.setdefault("tie_word_embeddings", True)
     if kind == "lladamoe":
         fields = _qwen3_moe(fields, wanted.path)
+        fields["experts_implementation"] = "eager"  # grouped products know no float64
     options = {
         "dtype": getattr(torch, wanted.dtype),
         "attn_implementation": "sdpa",
@@ -246,14 +246,13 @@ def _hooked(
     beside = dict(blocks_parent.named_children())
     norms = [beside[n] for n in ("norm", "ln_f", "final_norm", "final_layernorm") if n in beside]
 
-    def run(tokens: np.ndarray) -> Stages:
-        states: dict[str, np.ndarray] = {}
+    def run(tokens: np.ndarray, instead: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        keep = _Keep(instead)
 
-        def keep(name: str, value: Any) -> None:
-            states[name] = _array(value[0] if isinstance(value, tuple) else value)[0]
-
-        def enter(_: Any, args: Any, named: Any) -> None:
-            keep("embedding", args[0] if args else named["hidden_states"])
+        def enter(_: Any, args: Any, named: Any) -> Any:
+            if args:
+                return (keep("embedding", args[0]), *args[1:]), named
+            return args, {**named, "hidden_states": keep("embedding", named["hidden_states"])}
 
         hooks = [blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
         for i, block in enumerate(blocks):
@@ -262,23 +261,43 @@ def _hooked(
             hooks.append(hook)
         if norms:
             hooks.append(norms[0].register_forward_hook(lambda _m, _i, o: keep("final norm", o)))
-        mask = {} if seen is None else {"attention_mask": seen(len(tokens))}
+        mask = {} if seen is None else {"attention_mask": seen(tokens.shape[1])}
         try:
             with torch.no_grad():
-                out = module(input_ids=torch.from_numpy(tokens).long()[None], **mask)
+                out = module(input_ids=torch.from_numpy(tokens).long(), **mask)
         except Exception as error:  # the folder's own code may do anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise ModelError(f"{wanted.path}: {name} cannot run ({reason})") from None
         finally:
             for hook in hooks:
                 hook.remove()
-        return Stages(states, _array(out.logits)[0])
+        return {**keep.states, "logits": _array(out.logits)}
 
-    return Reference(name, run)
+    def exact(tokens: np.ndarray) -> dict[str, np.ndarray]:
+        with in_double(module):
+            return run(tokens, {})
+
+    return Reference(name, run, exact)
+
+
+class _Keep:
+    """Notes what stages give, and puts something else in its place."""
+
+    def __init__(self, instead: Mapping[str, np.ndarray]):
+        self.instead = instead
+        self.states: dict[str, np.ndarray] = {}
+
+    def __call__(self, name: str, value: Any) -> Any:
+        state = value[0] if isinstance(value, tuple) else value
+        self.states[name] = _array(state)
+        if name not in self.instead:
+            return value
+        given = torch.from_numpy(self.instead[name]).to(state.dtype)
+        return (given, *value[1:]) if isinstance(value, tuple) else given
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().numpy()
+    return tensor.detach().float().cpu().numpy()  # float64 of a run in float64
 
 
 # --- LLaDA ---------------------------------------------------------------------------------------
@@ -287,17 +306,16 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def _llada(wanted: Wanted) -> Reference:
     config, weights = dict(wanted.config), llada_weights(wanted)
 
-    def run(tokens: np.ndarray) -> Stages:
-        states: dict[str, np.ndarray] = {}
+    def run(tokens: np.ndarray, instead: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        keep = _Keep(instead)
+        logits = llada_logits(config, weights, torch.from_numpy(tokens).long(), keep=keep)
+        return {**keep.states, "logits": _array(logits)}
 
-        def keep(name: str, x: torch.Tensor) -> None:
-            states[name] = _array(x[0])
+    def exact(tokens: np.ndarray) -> dict[str, np.ndarray]:
+        with in_double():
+            return run(tokens, {})
 
-        ids = torch.from_numpy(tokens).long()[None]
-        logits = llada_logits(config, weights, ids, keep=keep)
-        return Stages(states, _array(logits[0]))
-
-    return Reference("a plain LLaDA in PyTorch", run)
+    return Reference("a plain LLaDA in PyTorch", run, exact)
 
 
 def llada_weights(wanted: Wanted) -> dict[str, torch.Tensor]:
@@ -325,7 +343,7 @@ def llada_logits(
     weights: Mapping[str, torch.Tensor],
     tokens: torch.Tensor,
     valid: torch.Tensor | None = None,
-    keep: Callable[[str, torch.Tensor], None] = lambda name, x: None,
+    keep: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, x: x,
 ) -> torch.Tensor:
     """Computes a dense LLaDA, written from its modelling code's description (docs/models.md).
 
@@ -334,7 +352,7 @@ def llada_logits(
       weights: `llada_weights`.
       tokens: ids [b, l].
       valid: bool [b, l]; only these positions are seen. None: all of them.
-      keep: told the stream [b, l, d] after every stage, by its name in `Stages`.
+      keep: told the stream [b, l, d] after every stage, by its name; what it returns goes on.
 
     Returns:
       Logits [b, l, v].
@@ -349,12 +367,12 @@ def llada_logits(
     x = weights["wte.weight"][tokens]
     if config.get("input_emb_norm"):
         x = x * x.shape[-1] ** 0.5
-    keep("embedding", x)
+    x = keep("embedding", x)
     for i in range(config["n_layers"]):
         x = llada.block(f"blocks.{i}", x)
-        keep(f"block {i + 1}", x)
+        x = keep(f"block {i + 1}", x)
     x = llada.norm("ln_f", x)
-    keep("final norm", x)
+    x = keep("final norm", x)
     # Tied unless the config says otherwise, as its class has it.
     tied = config.get("weight_tying", True)
     logits = F.linear(x, weights["wte.weight"]) if tied else llada.linear("ff_out", x)
