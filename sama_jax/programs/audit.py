@@ -24,6 +24,7 @@ from sama_jax.engine.roles import ModelRole, make_probe, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.views import make_plain_views
+from sama_jax.programs import pipeline_control
 from sama_jax.programs.audit_gates import gates_after, require_valid
 from sama_jax.programs.audit_inputs import (
     Chosen,
@@ -46,7 +47,6 @@ from sama_jax.programs.audit_records import (
 )
 from sama_jax.programs.data_gates import data_gates
 from sama_jax.programs.jobs import AuditJob
-from sama_jax.programs.pipeline_control import require_possible, run_pipeline_control
 from sama_jax.programs.second_seed import score_again
 from sama_jax.storage.calibration_file import withdraw_decisions
 from sama_jax.storage.files import write_json
@@ -95,10 +95,12 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     setup = make_setup(job, inputs, tokenised, placed)._replace(sources=sources, quiet=quiet)
     halves = None
     if job.pipeline_control:
-        halves = require_possible(job, inputs, chosen, placed.device_bytes)
+        halves = pipeline_control.require_possible(job, inputs, tokenised, placed.device_bytes)
     if job.dry_run:
         left = {view: distinct_rows(tables.get(view, tables["text"])) for view in tasks.views}
         rate = matmul_rate(setup.shapes.product, setup.shapes.model.dtype)
+        if halves is not None:
+            say.print(pipeline_control.estimate(halves, setup))
         say.print(estimate(tasks, tables, left, inputs.roles, setup.shapes, rate))
         return None
     with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
@@ -106,7 +108,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
         run.folder.write_manifest(gates=worst_of([earlier, data.gates]))
         primary = run.folder.manifest["protocol"]["primary"]
         if halves is not None:
-            made = run_pipeline_control(job, inputs, chosen, halves, primary, setup, say)
+            texts = chosen, halves, primary
+            made = pipeline_control.run_pipeline_control(job, inputs, *texts, setup, say)
             run.folder.write_manifest(gates=worst_of([run.folder.manifest["gates"], [made]]))
         again = score_again(job, inputs, chosen, primary, setup, say)
         rows = text_rows(job, inputs, tokenised, chosen.prefixes, data.blind, again)

@@ -7,7 +7,7 @@ find even these says nothing by finding nothing.
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from sama_jax.engine.estimate import USED
 from sama_jax.engine.loop import Setup
 from sama_jax.engine.roles import ModelRole, load
 from sama_jax.errors import DataError, UsageError
-from sama_jax.programs.audit_inputs import Chosen, Inputs
+from sama_jax.programs.audit_inputs import Chosen, Inputs, Tokenised
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.part import Part, known_part, make_part, require_one_process, score_part
 from sama_jax.storage.run_folder import Row
@@ -53,25 +53,23 @@ class Halves(NamedTuple):
         return [text for text in self.texts if text.label == 1]
 
 
-def choose_halves(texts: Sequence[Text], taken: Collection[str], seed: int) -> Halves:
+def choose_halves(texts: Sequence[Text], readable: Sequence[bool], seed: int) -> Halves:
     """Chooses non-members of different groups, by the seed and their content alone.
 
     Args:
       texts: of the run.
-      taken: ids of those that serve as prefixes.
+      readable: whether each can be scored and learnt.
       seed: of the run.
 
     Raises:
       DataError: too few are there for the control to pass.
     """
     pool: dict[str, Text] = {}
-    for text in texts:
-        if text.label == 0 and text.id not in taken:
+    for text, usable in zip(texts, readable):
+        if text.label == 0 and usable:
             pool.setdefault(text.group or content_id(text.text), text)
-    order = sorted(
-        pool.values(),
-        key=lambda t: hashlib.sha256(f"{seed} {content_id(t.text)}".encode()).digest(),
-    )
+    order = list(pool.values())
+    order.sort(key=lambda t: hashlib.sha256(f"{seed} {content_id(t.text)}".encode()).digest())
     count = min(TEXTS, len(order) // 2)
     if count < bounds.CONTROL_TEXTS:
         raise DataError(
@@ -82,13 +80,13 @@ def choose_halves(texts: Sequence[Text], taken: Collection[str], seed: int) -> H
     return Halves(halves)
 
 
-def require_possible(job: AuditJob, inputs: Inputs, chosen: Chosen, room: int) -> Halves:
+def require_possible(job: AuditJob, inputs: Inputs, tokenised: Tokenised, room: int) -> Halves:
     """Returns the texts of the control, before anything is computed.
 
     Args:
       job: of the run.
       inputs: its texts and models.
-      chosen: its attacks and prefixes.
+      tokenised: the texts.
       room: bytes of memory of a device.
 
     Raises:
@@ -103,7 +101,22 @@ def require_possible(job: AuditJob, inputs: Inputs, chosen: Chosen, room: int) -
             f"moments take {binary_size(needed)} of {binary_size(room)}; give known members by "
             "--control FILE instead"
         )
-    return choose_halves(inputs.texts, chosen.prefixes.taken, job.settings.seed)
+    # A next-token model learns nothing of one token.
+    long = [len(one.ids) > 1 for one in tokenised.encoded]
+    readable = (tokenised.table.readable & long).tolist()
+    return choose_halves(inputs.texts, readable, job.settings.seed)
+
+
+def estimate(halves: Halves, setup: Setup) -> str:
+    """Says what the training may take: three times the operations of as many passes."""
+    shapes = setup.shapes
+    length = shapes.settings.max_length
+    flops = 3 * few.STEPS * few.BATCH * shapes.model.flops_per_text(length, float(length))
+    seconds = flops / (USED * matmul_rate(shapes.product, shapes.model.dtype))
+    return (
+        f"pipeline control: a copy of the reference learns {len(halves.learnt)} non-members, in at "
+        f"most {few.STEPS} steps: at most about {duration(seconds)} after compiling"
+    )
 
 
 def run_pipeline_control(
@@ -119,7 +132,7 @@ def run_pipeline_control(
     part = _part(job, inputs, chosen, halves, primary)
     if (known := known_part(part)) and fits(known[1].get("learnt"), _LEARNT):
         return _judge(known[0], primary, known[1]["learnt"])
-    say.print(_estimate(part, setup))
+    say.print(estimate(halves, setup))
     learnt = _learn(part, job.quiet)
     told = {"before": learnt.before, "after": learnt.after, "steps": learnt.steps}
     if not np.isfinite(learnt.after):
@@ -148,19 +161,6 @@ def _judge(rows: Sequence[Row], primary: str, told: dict[str, Any]) -> Gate:
     scores = [(row.get("scores") or {}).get(primary) for row in rows]
     labels = np.array([row.get("label") for row in rows], np.int64)
     return pipeline_control(primary, np.array(scores, np.float64), labels, **told)
-
-
-def _estimate(part: Part, setup: Setup) -> str:
-    """Says what the training may take: three times the operations of as many passes."""
-    shapes = setup.shapes
-    length = max(len(one.ids) for one in part.tokenised.encoded)
-    flops = 3 * few.STEPS * few.BATCH * shapes.model.flops_per_text(length, float(length))
-    seconds = flops / (USED * matmul_rate(shapes.product, shapes.model.dtype))
-    return (
-        f"pipeline control: a copy of the reference learns {len(part.inputs.texts) // 2} "
-        f"non-members, in at most {few.STEPS} steps: at most about {duration(seconds)} after "
-        "compiling"
-    )
 
 
 def _learn(part: Part, quiet: bool) -> few.Learnt:
