@@ -18,8 +18,9 @@ SUFFIX = ".gguf"
 VERSIONS = (2, 3)
 """Both are laid out alike; version 1 counted in 32 bits."""
 HEADER_BYTES = 32 * 2**20
-"""Most bytes before the tensors: a vocabulary of 262,144 tokens with 514,906 merges takes 16 MB.
-As strings of two bytes each they would be 3.4 million, 220 MB and two seconds."""
+"""Most bytes before the tensors: a vocabulary of 262,144 tokens with 514,906 merges takes 16 MB."""
+STRINGS = 2**20
+"""Most strings of all lists together, which take a second; such a vocabulary has 777,050."""
 FIELDS = 2**12
 """Most fields of the metadata; a published file has 20 to 60."""
 TENSORS = 2**18
@@ -113,7 +114,7 @@ class _Bytes:
     """Gives the bytes of a header one after another, never more than are left of it."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self.at = 0
+        self.at, self.strings = 0, 0
         self._file, self._end = file, min(size, HEADER_BYTES)
 
     def take(self, count: int) -> bytes:
@@ -183,7 +184,9 @@ def _value(data: _Bytes, kind: int) -> Any:
         raise ValueError(f"a value of type {kind}, expected 0 to 12")
     inner, count = data.number("I"), data.number("Q")
     if inner == _STRING:
-        # A string takes 8 bytes or more, so that a loop over a claim of 2^60 soon ends.
+        data.strings += count
+        if data.strings > STRINGS:
+            raise ValueError(f"lists of {data.strings:,} strings, expected at most {STRINGS:,}")
         return [data.string() for _ in range(count)]
     if inner not in _NUMBERS:
         raise ValueError(f"a list of type {inner}, expected strings or numbers")

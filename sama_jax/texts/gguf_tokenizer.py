@@ -20,6 +20,9 @@ from sama_jax.untrusted import shown
 KEYS = "tokenizer.ggml."
 WORD, CONTROL, USER, UNUSED = 1, 3, 4, 5
 """Kinds of tokens: of the vocabulary; special; added by a user; none (fills the embedding)."""
+MOST_ADDED = 2**14
+"""Most tokens that are looked for in texts as they are; Gemma 3 has some 6,400. The library takes
+20 s for a million of them."""
 _KNOWN = re.compile(
     r"model|pre|tokens|token_type|merges|add_[be]os_token|\w+_token_ids?"
     # Of other kinds of tokenizers, and of generating.
@@ -140,7 +143,10 @@ def added_tokens(header: Header) -> dict[str, int]:
     if header.get(KEYS + "model", str) != "gpt2":
         return {}
     tokens, types = vocabulary(header)
-    return {tokens[i]: i for i in np.flatnonzero((types == CONTROL) | (types == USER)).tolist()}
+    ids = np.flatnonzero((types == CONTROL) | (types == USER)).tolist()
+    if len(ids) > MOST_ADDED:
+        header.refuse(f"has {len(ids):,} special and added tokens, expected at most {MOST_ADDED:,}")
+    return {tokens[i]: i for i in ids}
 
 
 def settings(header: Header) -> dict[str, Any]:

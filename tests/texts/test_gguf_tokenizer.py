@@ -144,6 +144,7 @@ def test_tokens_that_users_added_are_found_in_texts_and_unused_rows_are_none(tra
     assert own.token_id("[PAD]") is None
 
 
+MANY = {"tokens": [f"<{i}>" for i in range(2**14 + 1)], "token_type": [3] * (2**14 + 1)}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sentencepiece": ({"model": "llama"}, "its tokenizer is 'llama'"),
     "another splitting": ({"pre": "deepseek-coder"}, "the splitting 'deepseek-coder'"),
@@ -152,6 +153,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too few kinds": ({"token_type": [1]}, "1 kinds of tokens"),
     "a token twice": ({"tokens": ["a"] * 300, "token_type": [1] * 300}, "two tokens of one text"),
     "no such end": ({"add_eos_token": True, "eos_token_id": 300}, "eos, whose id is 300"),
+    "many special ones": (MANY, "16,385 special and added tokens"),
     "a prefix": ({"add_space_prefix": True}, "add_space_prefix is True"),
     "a normaliser": ({"normalizer.lowercase": True}, "normalizer.lowercase is True"),
     "no list": ({"merges": "a b"}, "merges is 'a b'"),

@@ -253,7 +253,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a cut header": (header(fields=1), "ends before"),
     "a long string": (header(fields=1, rest=field(b"a", 8, b"\xff" * 8)), "a text of"),
     "no text": (header(fields=1, rest=field(b"a", 8, struct.pack("<Q", 1) + b"\xff")), "decode"),
-    "a long list": (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 8, 2**60))), "ends"),
+    "a long list": (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 8, 2**60))), "strings"),
+    "short strings": (
+        header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 8, 2**20 + 1) + bytes(2**23 + 8))),
+        "1,048,577 strings",
+    ),
+    "a list that ends": (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 8, 9))), "ends"),
     "long numbers": (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 4, 2**60))), "ends"),
     "lists of lists": (header(fields=1, rest=field(b"a", 9, struct.pack("<IQ", 9, 1))), "type 9"),
     "an unknown type": (header(fields=1, rest=field(b"a", 13, b"")), "type 13"),
