@@ -26,6 +26,7 @@ FAMILIES = (
     "likelihood",
     "partition",
     "sama_other_models",
+    "next_token",
     "circulated_forms",
     "denoising",
     "infill",

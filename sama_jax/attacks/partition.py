@@ -88,10 +88,6 @@ def mink(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     return token_statistics.lower_tail(likelihood, settings.tail.fraction)
 
 
-_SMALLEST = 1e-6
-"""Least standard deviation of log-probabilities, in nats: a certain model's is 0."""
-
-
 @register(
     "mink++",
     queries=lambda settings: {
@@ -102,9 +98,7 @@ _SMALLEST = 1e-6
 )
 def minkpp(reading: Reading, settings: AuditSettings) -> Float[Array, ""]:
     """Min-K% of log-probabilities normalised by their mean and spread over the vocabulary."""
-    more = reading.target_more
-    z = (-reading.target - more["mean"]) / jnp.maximum(more["deviation"], _SMALLEST)
-    normalised = token_statistics.token_means(z, reading.plan.scored)
+    normalised = token_statistics.standardised(reading)
     return token_statistics.lower_tail(normalised, settings.tail.fraction)
 
 

@@ -28,6 +28,20 @@ def differences(reading: Reading) -> Float[Array, " l"]:
     return token_means(reading.reference - reading.target, reading.plan.scored)
 
 
+SMALLEST = 1e-6
+"""Least standard deviation of log-probabilities, in nats: a certain model's is 0."""
+
+
+def standardised(reading: Reading) -> Float[Array, " l"]:
+    """Centres and scales the target's log-probability of every token by all of the vocabulary's.
+
+    `reading` has the channels `mean` and `deviation`, as Min-K%++ reads them.
+    """
+    more = reading.target_more
+    z = (-reading.target - more["mean"]) / jnp.maximum(more["deviation"], SMALLEST)
+    return token_means(z, reading.plan.scored)
+
+
 def mean(values: Float[AnyArray, " l"]) -> Float[Array, ""]:
     """Averages the tokens."""
     read = ~jnp.isnan(values)

@@ -4,16 +4,12 @@ Its corpus is the source of the standard library that runs it. A small LLaDA is 
 part; a random half of the rest is fine-tuned on (the members); then every attack says which half.
 """
 
-import ast
 import dataclasses
-import hashlib
 import json
 import random
-import re
 import shutil
-import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +21,9 @@ from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_atomic, write_json
 from sama_jax.storage.run_folder import Row, json_lines
 from sama_jax.terminal import Terminal
+from sama_jax.texts.installed import stdlib_documents
 from sama_jax.texts.read import read_split, read_texts
 
-MIN_CHARS, MAX_CHARS = 250, 700
-"""Shorter documents are left out, longer ones cut: `MAX_TOKENS` tokens are about 300 characters."""
 NUM_MEMBERS = 125
 """Members, and as many non-members."""
 MAX_TOKENS = 96
@@ -38,22 +33,6 @@ MASK_SEEDS = (0, 1, 2, 3, 4)
 SEED_TEXTS = 100
 """Texts that SAMA and Ratio are compared on with every mask seed. All 250 would be 64,000 forward
 passes, almost as many as the 80,000 of all attacks together."""
-
-# Parts of the library that are tests, generated tables or not always installed.
-_SKIPPED = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "site-packages",
-    "ensurepip",
-    "encodings",
-    "pydoc_data",
-    "__pycache__",
-    "tkinter",
-    "dist-packages",
-}
 
 CONFIG: dict[str, Any] = {
     "model_type": "llada",
@@ -114,43 +93,6 @@ NETWORKS = {"llada": CONFIG, "llama": LLAMA, "bert": BERT}
 PRETRAIN = TrainSettings(epochs=2, learning_rate=2e-3, max_length=MAX_TOKENS)
 FINETUNE = TrainSettings(epochs=40, learning_rate=1e-3, max_length=MAX_TOKENS)
 """Forty epochs, so that the members are memorised."""
-
-
-def stdlib_documents(folder: Path | None = None) -> list[str]:
-    """Lists top-level functions and classes of the standard library, none inside another.
-
-    Each has at least `MIN_CHARS` characters. They come in a fixed order, without documents of
-    which half the lines or more stand in earlier ones.
-    """
-    root = folder or Path(sysconfig.get_paths()["stdlib"])
-    seen: set[bytes] = set()
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        if _SKIPPED & set(path.relative_to(root).parts):
-            continue
-        for document in _top_level(path):
-            lines = {_line_key(s) for s in document.splitlines() if len(s.strip()) >= 12}
-            if len(document) >= MIN_CHARS and lines and 2 * len(lines & seen) < len(lines):
-                documents.append(document[:MAX_CHARS])
-                seen |= lines
-    return documents
-
-
-def _top_level(path: Path) -> Iterator[str]:
-    """Yields the source of each function and class of a file; nothing if it cannot be parsed."""
-    try:
-        source = path.read_text("utf-8")
-        tree = ast.parse(source)
-    except (ValueError, SyntaxError, OSError):
-        return
-    lines = source.splitlines(keepends=True)
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield "".join(lines[node.lineno - 1 : node.end_lineno])
-
-
-def _line_key(line: str) -> bytes:
-    return hashlib.blake2b(re.sub(r"\s+", " ", line.strip()).encode(), digest_size=8).digest()
 
 
 def audit_settings() -> AuditSettings:

@@ -4,7 +4,8 @@ A file is a mapping with
 
     summary   one line
     models    `demo` (made here, see `sama-jax demo`), `demo:llama` or `demo:bert` (the same of a
-              next-token or a masked language model), or {target: DIR, reference: DIR}; with
+              next-token or a masked language model), `smol` (SmolLM2 as a diffusion model, see
+              `programs.smol`) or `smol:causal` (as it is), or {target: DIR, reference: DIR}; with
               {adapter: DIR} a LoRA adapter on the target (left out: on the reference)
     data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}, and
               {prefixes: FILE} where attacks want them
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from sama_jax import config
 from sama_jax.errors import DataError, UsageError, ValidityError, nearest
-from sama_jax.programs import audit, demo
+from sama_jax.programs import audit, demo, smol
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_json
@@ -65,6 +66,8 @@ _RUN_FIELDS = {
 """Field -> what it must be, as a type, and in words."""
 _DEMOS = {"demo": "llada", **{f"demo:{name}": name for name in demo.NETWORKS if name != "llada"}}
 """What `models` may be called -> the network of the demo."""
+_SMOL = {"smol": False, "smol:causal": True}
+"""What `models` may be called -> whether SmolLM2 stays a causal model."""
 
 
 def _folders() -> list[Path]:
@@ -171,9 +174,9 @@ def _check_models(models: Any, where: str) -> None:
         _check(models, _MODELS, ("reference",), f"{where}, models")
         if not {"target", "adapter"} & set(models):
             raise DataError(f"{where}: models need a target, or an adapter on the reference")
-    elif models not in _DEMOS:
+    elif models not in (known := [*_DEMOS, *_SMOL]):
         raise DataError(
-            f"{where}: models are '{printable(models)}'; expected {', '.join(_DEMOS)}, or target "
+            f"{where}: models are '{printable(models)}'; expected {', '.join(known)}, or target "
             "and reference folders"
         )
 
@@ -182,9 +185,9 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
     """Runs every run of an experiment, prints its tables, writes `experiment.json`.
 
     Results go to the folder of its name in `runs`; the demo's models are made, or found, in
-    `runs/demo`, so that experiments share them. Runs are audits: what is finished is kept, losses
-    that two of them read are computed once, and the same command continues. Raises `ValidityError`
-    if results are void, once all runs are made.
+    `runs/demo`, those of `smol` in `runs/smol-models`, so that experiments share them. Runs are
+    audits: what is finished is kept, losses that two of them read are computed once, and the same
+    command continues. Raises `ValidityError` if results are void, once all runs are made.
     """
     path = find(name)
     plan, terminal = read(path), Terminal(quiet=quiet)
@@ -243,7 +246,10 @@ class _Inputs(NamedTuple):
 def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inputs:
     """Makes or finds the models, and reads the texts. Raises `DataError`."""
     if isinstance(models, str):
-        made = demo.prepare(runs / "demo", network=_DEMOS[models], quiet=quiet)
+        if models in _SMOL:
+            made = smol.prepare(runs / "smol-models", causal=_SMOL[models], quiet=quiet)
+        else:
+            made = demo.prepare(runs / "demo", network=_DEMOS[models], quiet=quiet)
         texts = read_split(made.members, made.nonmembers)
         prefixes = read_texts(made.prefixes)
         return _Inputs(made.target, made.base, None, texts, prefixes, _base_settings(models))
@@ -262,7 +268,9 @@ def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inp
 
 def _base_settings(models: Any) -> config.AuditSettings:
     """Returns the settings that go with these models."""
-    return demo.audit_settings() if isinstance(models, str) else config.AuditSettings()
+    if not isinstance(models, str):
+        return config.AuditSettings()
+    return smol.audit_settings() if models in _SMOL else demo.audit_settings()
 
 
 def run_settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSettings:

@@ -78,7 +78,7 @@ def finetune(
             runs.copy_companions(base, out)
             if as_diffusion:
                 ids = start.config["mask_token_id"], start.config["vocab_size"]
-                start = start._replace(tokenizer=adaptation.add_mask_token(base, out, *ids))
+                start = start._replace(tokenizer=adaptation.add_mask_token(out, *ids))
             return loop.train(start, run, settings, stop)
 
 

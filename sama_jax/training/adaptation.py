@@ -80,21 +80,21 @@ def with_rows(params: Params, rows: int) -> Params:
     return jax.tree_util.tree_map_with_path(grown, params)
 
 
-def add_mask_token(base: Path, out: Path, mask_id: int, rows: int) -> TextTokenizer:
-    """Writes into `out` the tokenizer of `base` with the mask token, and reads it.
+def add_mask_token(out: Path, mask_id: int, rows: int) -> TextTokenizer:
+    """Adds the mask token to the tokenizer's files that were copied to `out`, and reads them.
 
-    Raises `ModelError` if `base` has no `tokenizer.json`, or the token does not get `mask_id`.
+    Raises `ModelError` if there is no `tokenizer.json`, or the token does not get `mask_id`.
     """
-    made = object_if_there(base / "tokenizer.json")
+    made = object_if_there(out / "tokenizer.json")
     if not made:
         raise ModelError(
-            f"{base}: has no tokenizer.json to add a mask token to; save the tokenizer with "
-            "transformers' PreTrainedTokenizerFast first"
+            f"{out}: the base has no tokenizer.json to add a mask token to; save its tokenizer "
+            "with transformers' PreTrainedTokenizerFast first"
         )
-    beside = object_if_there(base / "tokenizer_config.json")
+    beside = object_if_there(out / "tokenizer_config.json")
     token = {"content": MASK, "lstrip": False, "normalized": False, "rstrip": False}
     token |= {"single_word": False, "special": True}
-    if tokenizer_mask(base) is None:
+    if tokenizer_mask(out) is None:
         made["added_tokens"] = [*(made.get("added_tokens") or []), {"id": mask_id, **token}]
         beside["mask_token"] = MASK
         if "added_tokens_decoder" in beside:

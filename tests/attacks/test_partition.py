@@ -285,6 +285,30 @@ def test_unmasked_attacks_read_every_token_but_the_first(tokens: int):
     np.testing.assert_allclose(scores("sama:ar", read), votes, rtol=2e-6)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+@oracle("loss:ar", "zlib:ar", "ratio:ar", "mink:ar", "mink++:ar")
+def test_attacks_on_next_token_models_against_loops(tokens: int):
+    plan = drawn(sama_other_models.UnmaskedProbes(7, 3), tokens)
+    read = reading(plan.scored, tokens, mean=(-9000, 0), deviation=(1, 4000))._replace(plan=plan)
+    target, reference, mean, deviation = (
+        np.asarray(x[0, 1:tokens], np.float64)
+        for x in (read.target, read.reference, *read.target_more.values())
+    )
+    lowest = max(len(target) // 5, 1)
+    expected = dict.fromkeys(("loss:ar", "zlib:ar", "ratio:ar", "mink:ar", "mink++:ar"), np.nan)
+    if tokens > 1:
+        expected = {
+            "loss:ar": -target.mean(),
+            "zlib:ar": -target.mean() / read.zlib_bytes,
+            "ratio:ar": -target.mean() / reference.mean(),
+            "mink:ar": np.sort(-target)[:lowest].mean(),
+            "mink++:ar": np.sort((-target - mean) / deviation)[:lowest].mean(),
+        }
+    for name, value in expected.items():
+        np.testing.assert_allclose(scores(name, read), value, rtol=3e-6, err_msg=name)
+        assert select([name])[0].kinds == ("autoregressive",)
+
+
 def test_sama_on_masked_models_stays_within_their_training():
     made = sama_other_models.masked_model_probes(AuditSettings())
     assert (made.settings.min_density, made.settings.max_density) == (0.05, 0.15)

