@@ -2,9 +2,9 @@
 
     python experiments/statistics/coverage.py [PART ...] [--repetitions N] [--scores FILE]
 
-Prints one Markdown table a part: auc, groups, paired, tpr, headline, conformal. All take some
-twenty minutes of one core at 1,000 repetitions. `headline` wants the scores.jsonl of a run with
-many attacks and freezes it; without one it makes a matrix of 33 attacks with much in common.
+Prints one Markdown table a part: auc, groups, paired, tpr, headline, conformal, halves. All take
+some thirty minutes of one core at 1,000 repetitions. `headline` wants the scores.jsonl of a run
+with many attacks and freezes it; without one it makes a matrix of 33 attacks with much in common.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from scipy.optimize import brentq
 from scipy.stats import kstest, norm
 
 from sama_jax.core import conformal, inference, intervals, metrics
+from sama_jax.validity import bounds
+from sama_jax.validity.scores import negative_control
 
 AUCS = (0.5, 0.7, 0.9, 0.99)
 SIZES = (50, 100, 500, 2000)
@@ -275,7 +277,21 @@ def conformal_table(times: int) -> Iterator[list[object]]:
             ]
 
 
+def halves_table(times: int) -> Iterator[list[object]]:
+    """Yields how often halves of non-members are told apart, and how often that voids an audit."""
+    yield ["non-members", "documents of", "scores", "share told apart, mean", "highest", "void"]
+    for count, group, (kind, make) in itertools.product((20, 100, 500), (1, 5), KINDS.items()):
+        rng, model, shares = np.random.default_rng([8, count, group]), make(0.5), []
+        for _ in range(times):
+            scores = model.of(texts(rng, count * group, group=group, shared=0.5)[:, 0])
+            found = negative_control("", scores, np.arange(count * group) // group)
+            shares.append(found["statistic"] or 0.0)
+        void = np.mean(np.array(shares) > bounds.HALVES_APART)
+        yield [count * group, group, kind, np.mean(shares), max(shares), void]
+
+
 TABLES = {
+    "halves": halves_table,
     "auc": auc_table,
     "groups": group_table,
     "paired": paired_table,

@@ -61,7 +61,7 @@ MISSING_P = 0.01
 """Fisher's p below which scores are missing in one class more than in the other."""
 HALVINGS, HALVES_APART = 50, 0.25
 """Random halvings of the non-members, and the share of them whose interval may lie beside an AUC of
-0.5. A sound interval does in .05 of them, and in more than this share once in five million audits;
+0.5. A sound interval does in .05 of them, and in more than this share once in a million audits;
 one that lies beside it in .1 of them, once in a thousand."""
 HALVED = 20
 """Fewer non-members, or documents of them, are not halved. Judgement."""
