@@ -27,8 +27,9 @@ networks of any size find theirs."""
 RECIPE = (
     f"AdamW, {STEPS} steps of {BATCH} at most, rate {FIRST_RATE} to {LAST_RATE}, until {FALL} nats"
 )
-BYTES = 16
-"""Of a parameter in training: itself, its gradient and two moments, in float32."""
+BYTES, PIECES = 20, 8
+"""Bytes of a parameter in training: itself, the gradients of all texts and of those of a piece, and
+two moments, in float32; and pieces in which the loss of a large model is computed."""
 
 
 class Learnt(NamedTuple):
@@ -60,8 +61,9 @@ def learn(
     Returns:
       the model; its loss is not finite if training broke it.
     """
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    model = dataclasses.replace(model, remat=size > REMAT_PARAMS)  # pyright: ignore  a protocol
+    large = sum(leaf.size for leaf in jax.tree.leaves(params)) > REMAT_PARAMS
+    model = dataclasses.replace(model, remat=large)  # pyright: ignore  a protocol
+    pieces = PIECES if large else 1
     tokens, lengths = pad(sequences, padded_length(sequences), 0)
     columns = np.arange(tokens.shape[1])[None]
     held, quiet = held_out("the texts", model.kind, sequences), Terminal(quiet=True)
@@ -74,7 +76,7 @@ def learn(
         for step in range(done, done + EVERY):
             rows = batch_rows(seed, step, BATCH, len(tokens))
             valid = columns < lengths[rows][:, None]
-            state, _ = train_step(model, _recipe(rate), state, tokens[rows], valid, key)
+            state, _ = train_step(model, pieces, _recipe(rate), state, tokens[rows], valid, key)
         done, last = done + EVERY, after
         after = mean_nll(evaluate, state.params, held, "after", quiet)
         rate = min(2 * rate, LAST_RATE) if after < last else rate / 2
