@@ -18,6 +18,8 @@ from sama_jax.gguf_header import Header
 from sama_jax.untrusted import shown
 
 KEYS = "tokenizer.ggml."
+CLASS = "PreTrainedTokenizerFast"
+"""A class of transformers that leaves `tokenizer.json` as it is."""
 WORD, CONTROL, USER, UNUSED = 1, 3, 4, 5
 """Kinds of tokens: of the vocabulary; special; added by a user; none (fills the embedding)."""
 MOST_ADDED = 2**14
@@ -156,9 +158,8 @@ def settings(header: Header) -> dict[str, Any]:
     ids = {name: header.get(f"{KEYS}{key}_token_id", int) for name, key in named.items()}
     found = {f"{name}_token": added[i] for name, i in ids.items() if i in added}
     template = header.get("tokenizer.chat_template", str)
-    # A class that leaves tokenizer.json as it is.
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": CLASS,
         **found,
         **({} if template is None else {"chat_template": template}),
     }

@@ -140,15 +140,18 @@ def companion_names(path: Path) -> list[str]:
 def _tokenizer_files(path: Path) -> dict[str, Any]:
     """Returns the content of a GGUF file's tokenizer, by file; nothing if it has none of its own.
 
-    Raises `ModelError` for a tokenizer that is not read.
+    Of one beside it, the name of a class that leaves it as it is: else the `config.json` that is
+    written would choose another. Raises `ModelError` for a tokenizer that is not read.
     """
-    file = gguf_header.find(path)
-    if file is None or (path / "tokenizer.json").is_file():
+    file, names = gguf_header.find(path), ("tokenizer.json", "tokenizer_config.json")
+    if file is None:
         return {}
+    if (path / names[0]).is_file():
+        own = (path / names[1]).is_file()
+        return {} if own else {names[1]: {"tokenizer_class": gguf_tokenizer.CLASS}}
     header = gguf_header.read_header(file)
     if "tokenizer.ggml.model" not in header.metadata:
         return {}
-    names = ("tokenizer.json", "tokenizer_config.json")
     return dict(zip(names, (gguf_tokenizer.as_json(header), gguf_tokenizer.settings(header))))
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 
+from sama_jax import gguf_header
 from sama_jax.errors import ModelError
 from sama_jax.gguf_header import Header, Stored
 from sama_jax.models.families.family import FamilyConfig
@@ -115,9 +116,10 @@ def dequantised(blocks: np.ndarray, format: Format) -> np.ndarray:
         return quants.dequantize(blocks, format.kind)
 
 
-def open_gguf(header: Header, family: FamilyConfig) -> Source:
+def open_gguf(path: Path, family: FamilyConfig) -> Source:
     """Returns the tensors of a file by their canonical names. Raises `ModelError`."""
-    stamp = stored_bytes.same_files([(header.path.name, header.path)])
+    stamp = stored_bytes.same_files([(path.name, path)])
+    header = gguf_header.read_header(path)
     formats = {kind: _format(header, kind) for kind in {t.kind for t in header.tensors.values()}}
     _require_room(header, formats)
     size: Any = getattr(family.arch, "head_size")  # noqa: B009  of all families that are read
@@ -126,11 +128,11 @@ def open_gguf(header: Header, family: FamilyConfig) -> Source:
     for name, stored in header.tensors.items():
         turns = bool(paired and re.search(r"\.attn_[qk]\.(weight|bias)$", name))
         format = formats[stored.kind]
-        handle[name] = GgufTensor(header.path, stored, format, size if turns else 1)
+        handle[name] = GgufTensor(path, stored, format, size if turns else 1)
         if name != ROPE_FREQS:  # that is read as part of the configuration
             key = _canonical(name, family)
-            tensors[key] = SourceTensor(header.path, name, stored.shape, format.dtype)
-    return Source(tensors, {header.path: handle}, stamp)
+            tensors[key] = SourceTensor(path, name, stored.shape, format.dtype)
+    return Source(tensors, {path: handle}, stamp)
 
 
 def _canonical(name: str, family: FamilyConfig) -> str:

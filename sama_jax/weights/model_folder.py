@@ -185,7 +185,7 @@ def _open_source(path: Path, family: FamilyConfig) -> tuple[Source, Params]:
         stored = read_stored(path)
         held, apart = len(jax.tree.leaves(stored.params)), 1 + family.arch.stacked_layers
     elif (file := gguf_header.find(path)) is not None:
-        source = open_gguf(gguf_header.read_header(file), family)
+        source = open_gguf(file, family)
         held, apart = len(source.tensors), 1
     else:
         source = open_source(path, family.weights, family.block_group_size)

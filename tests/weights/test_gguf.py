@@ -190,6 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a scale": ({"llama.attention.scale": 1.0}, "attention.scale is 1.0"),
     "scaled logits": ({"llama.logit_scale": 0.5}, "logit_scale is 0.5"),
     "half rotation": ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4"),
+    "smaller values": ({"llama.attention.value_length": 4}, "value_length is 4"),
     "experts": ({"llama.expert_count": 8}, "expert_count is 8"),
     "open attention": ({"llama.attention.causal": False}, "attention.causal is False"),
     "other rows": ({"llama.vocab_size": 299}, "vocab_size is 299"),
@@ -217,6 +218,7 @@ def test_neutral_metadata_change_nothing(folder, tmp_path):
         "llama.logit_scale": 1.0,
         "llama.attention.causal": True,
         "llama.vocab_size": tiny.VOCAB,
+        "llama.rope.dimension_count": 8,
         "llama.tensor_data_layout": "Meta AI original pth",
         "general.quantization_version": 2,
         "split.count": 1,
@@ -293,9 +295,7 @@ def test_a_header_that_is_not_sound_is_refused(case, tmp_path):
         ({"start": 2**50}, "ends at byte"),
     ],
 )
-def test_a_tensor_without_a_place_of_its_own_is_refused(
-    change, expected, folder, tmp_path, monkeypatch
-):
+def test_a_tensor_without_a_place_is_refused(change, expected, folder, tmp_path, monkeypatch):
     path = gguf_files.write(tmp_path / "m.gguf", folder, "llama")
     found = gguf_header.read_header(path)
     name = "blk.1.ffn_up.weight"
@@ -349,6 +349,18 @@ def test_to_hf_writes_the_folder_that_it_was_made_from(folder, tmp_path):
     assert not (tmp_path / "alone" / "LICENSE").exists()
     assert not list(tmp_path.rglob("folder/*.gguf"))
     assert describe.describe(tmp_path / "alone")["loadable"]
+
+
+def test_to_hf_keeps_a_tokenizer_beside_the_file(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    changes = {"pre": "another"}
+    gguf_files.write(tmp_path / "in" / "m.gguf", folder, "llama", tokenizer=changes)
+    assert "another" in describe.describe(tmp_path / "in")["refused"][0]
+    shutil.copy(folder / "tokenizer.json", tmp_path / "in")
+    convert.to_hf(tmp_path / "in", tmp_path / "out", quiet=True)
+    assert describe.describe(tmp_path / "out")["refused"] == []
+    first, again = (TextTokenizer.from_folder(tmp_path / p, tiny.VOCAB) for p in ("in", "out"))
+    assert first.fingerprint == again.fingerprint
 
 
 def test_an_interrupted_conversion_is_started_over(folder, tmp_path):
