@@ -7,7 +7,6 @@ Texts run one by one without padding, so that no class's reading of a padding ma
 
 import contextlib
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ except ImportError:
         "this comparison runs PyTorch, which is not installed: pip install 'sama-jax[verify]'; "
         "--dump and --against need no PyTorch on this machine"
     ) from None
+from sama_jax.programs.bench.torch_adapter import merge_adapter
 from sama_jax.programs.bench.torch_double import in_double
 
 
@@ -235,7 +235,7 @@ def _hooked(
     """Reads the states with hooks: on the list of blocks, and on the norm next to it."""
     module.eval()
     if wanted.adapter is not None:
-        _merge(dict(module.named_parameters()), wanted.adapter)
+        merge_adapter(dict(module.named_parameters()), wanted.adapter)
     found = ((n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList))
     lists = [(n, m) for n, m in found if len(m) == wanted.num_layers]
     if not lists:
@@ -326,7 +326,7 @@ def llada_weights(wanted: Wanted) -> dict[str, torch.Tensor]:
     for file in weight_files(wanted.path):
         tensors |= load_file(file)
     if wanted.adapter is not None:
-        _merge(tensors, wanted.adapter)
+        merge_adapter(tensors, wanted.adapter)
     dtype = getattr(torch, wanted.dtype)
     inner = r"^.*?transformer\.|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
     weights = {re.sub(inner, "", n): t.to(dtype) for n, t in tensors.items()}
@@ -431,33 +431,3 @@ class _Llada(NamedTuple):
         h = self.norm(f"{at}.ff_norm", x)
         gated = F.silu(self.linear(f"{at}.ff_proj", h)) * self.linear(f"{at}.up_proj", h)
         return x + self.linear(f"{at}.ff_out", gated)
-
-
-# --- adapters ------------------------------------------------------------------------------------
-
-
-def _merge(tensors: Mapping[str, torch.Tensor], adapter: Path) -> None:
-    """Adds a LoRA adapter of linear layers to the weights: W + scale B A."""
-    from safetensors.torch import load_file
-
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    if any(config.get(n) for n in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora")):
-        raise ModelError(
-            f"{adapter}: the PyTorch side reads plain LoRA with one rank and alpha only; merge it "
-            "with PEFT, or compare with --against"
-        )
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    found = load_file(adapter / "adapter_model.safetensors")
-    for name, a in found.items():
-        if ".lora_A." not in name:
-            if ".lora_B." not in name:
-                raise ModelError(f"{adapter}: {name} is not of a linear layer's plain LoRA")
-            continue
-        base = name.split(".lora_A.")[0].removeprefix("base_model.model.")
-        weight = tensors.get(f"{base}.weight")
-        if weight is None:
-            raise ModelError(f"{adapter}: {name} has no weight {base}.weight in the model")
-        delta = scale * found[name.replace(".lora_A.", ".lora_B.")].float() @ a.float()
-        with torch.no_grad():
-            weight.copy_((weight.float() + delta).to(weight.dtype))
