@@ -145,7 +145,7 @@ def negative_control(
         "negative_control",
         "void" if share > bounds.HALVES_APART else "pass",
         f"{name} tells the halves of {apart} of {bounds.HALVINGS} random halvings of the "
-        "non-members apart, where 5 are expected.",
+        f"non-members apart, where {0.05 * bounds.HALVINGS:g} are expected.",
         "The numbers of this audit cannot be trusted; please report it with these scores.",
         statistic=share,
         bound=bounds.HALVES_APART,

@@ -27,6 +27,7 @@ def scores_of(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
 def test_sound_scores_tell_halves_of_nothing_apart_as_rarely_as_they_should(kind: str):
     found = [negative_control("sama", *scores_of(kind, seed)) for seed in range(10)]
     assert {one["status"] for one in found} == {"pass"}
+    assert f"where {bounds.HALVINGS / 20:g} are expected" in found[0]["sentence"]
     # Of 500 intervals a share of .05 has a deviation of .01; the scores' own adds some.
     assert np.mean([one["statistic"] or 0 for one in found]) == pytest.approx(0.05, abs=0.04)
 
