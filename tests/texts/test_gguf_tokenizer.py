@@ -140,6 +140,8 @@ def test_tokens_that_users_added_are_found_in_texts_and_unused_rows_are_none(tra
     last = len(told["tokens"]) - 2
     assert ids(own, ["a<|end|>"])[0][-1] == last
     assert own.encode(["<|end|>"], 9)[0].special.tolist() == [False]
+    assert own.decode([[last]]) == ["<|end|>"]
+    assert ours(trained).decode([[last]]) == [""]  # there it is a special one
     assert own.max_id == last
     assert own.token_id("[PAD]") is None
 
