@@ -19,7 +19,7 @@ from sama_jax.arrays import Params
 from sama_jax.models.stages import stages
 
 NOISES = 64.0
-"""How many times PyTorch's own noise a stage of ours may be off. Rounding gave at most 12 in three
+"""How many times PyTorch's own noise a stage of ours may be off. Rounding gave at most 17 in three
 real networks and 3 in random ones; a norm that is off by 1e-3 gives 1,600 or more, 1e-2 of noise in
 a block's weights tens of thousands (docs/verify.md)."""
 MOVES = 8.0

@@ -30,7 +30,7 @@ except ImportError:
         "--dump and --against need no PyTorch on this machine"
     ) from None
 from sama_jax.programs.bench.torch_adapter import merge_adapter
-from sama_jax.programs.bench.torch_double import in_double
+from sama_jax.programs.bench.torch_double import Keep, as_array, in_double
 
 
 class Reference(NamedTuple):
@@ -247,7 +247,7 @@ def _hooked(
     norms = [beside[n] for n in ("norm", "ln_f", "final_norm", "final_layernorm") if n in beside]
 
     def run(tokens: np.ndarray, instead: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        keep = _Keep(instead)
+        keep = Keep(instead)
 
         def enter(_: Any, args: Any, named: Any) -> Any:
             if args:
@@ -271,33 +271,13 @@ def _hooked(
         finally:
             for hook in hooks:
                 hook.remove()
-        return {**keep.states, "logits": _array(out.logits)}
+        return {**keep.states, "logits": as_array(out.logits)}
 
     def exact(tokens: np.ndarray) -> dict[str, np.ndarray]:
         with in_double(module):
             return run(tokens, {})
 
     return Reference(name, run, exact)
-
-
-class _Keep:
-    """Notes what stages give, and puts something else in its place."""
-
-    def __init__(self, instead: Mapping[str, np.ndarray]):
-        self.instead = instead
-        self.states: dict[str, np.ndarray] = {}
-
-    def __call__(self, name: str, value: Any) -> Any:
-        state = value[0] if isinstance(value, tuple) else value
-        self.states[name] = _array(state)
-        if name not in self.instead:
-            return value
-        given = torch.from_numpy(self.instead[name]).to(state.dtype)
-        return (given, *value[1:]) if isinstance(value, tuple) else given
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().numpy()  # float64 of a run in float64
 
 
 # --- LLaDA ---------------------------------------------------------------------------------------
@@ -307,9 +287,9 @@ def _llada(wanted: Wanted) -> Reference:
     config, weights = dict(wanted.config), llada_weights(wanted)
 
     def run(tokens: np.ndarray, instead: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        keep = _Keep(instead)
+        keep = Keep(instead)
         logits = llada_logits(config, weights, torch.from_numpy(tokens).long(), keep=keep)
-        return {**keep.states, "logits": _array(logits)}
+        return {**keep.states, "logits": as_array(logits)}
 
     def exact(tokens: np.ndarray) -> dict[str, np.ndarray]:
         with in_double():
