@@ -54,6 +54,21 @@ def test_texts_that_run_the_other_way_are_read_better_backwards(texts):
     assert other_readings.better_readings(own, others, *rest)[0].name == "backwards"
 
 
+@pytest.mark.parametrize(("lead", "refused"), [(0.012, False), (0.03, True)])
+def test_a_model_that_knows_next_to_nothing_is_refused_only_for_more(
+    texts, lead, refused, monkeypatch
+):
+    """Both leads are half of what the model then knows beyond the frequencies."""
+    own = frequencies(texts) - lead
+    found = [other_readings.Lead("backwards", lead, 0.001, own, 96)]
+    monkeypatch.setattr(other_readings, "better_readings", lambda *_: found)
+    if refused:
+        with pytest.raises(ModelError, match="read backwards"):
+            check(texts)
+    else:
+        assert check(texts) is not None
+
+
 def test_few_or_short_texts_and_a_model_that_knows_nothing_cannot_tell(texts):
     wrong = {"mask_token_id": 50}
     assert check(texts[: other_readings.LEAST_TEXTS - 1], **wrong) is None
