@@ -59,9 +59,7 @@ def run_apply(
       DataError: a text helped to calibrate, or no text has a score.
       ValidityError: these texts are of other lengths, or the result of their run is void.
     """
-    run, content = read_run(folder), read_calibration(calibration)
-    require_sound(folder)
-    _require_same(folder, run.identity, content["identity"])
+    run, content = _comparable(folder, calibration)
     name = require_alone(content["attack"], run).name
     values, _ = results.column(run.rows, name)
     scored = np.flatnonzero(np.isfinite(values))
@@ -73,9 +71,8 @@ def run_apply(
         raise ValidityError(f"{folder}: {told(gate)}")
     scores, known = values[scored], np.array(content["scores"])
     keys = [run.keys[i] for i in scored]
-    p = conformal.p_values(
-        scores, known, conformal.uniform_of(keys, "smoothed") if smoothed else None
-    )
+    broken = conformal.uniform_of(keys, "smoothed") if smoothed else None
+    p = conformal.p_values(scores, known, broken)
     flagged = p <= content["rank"] / (len(known) + 1)
     if fdr is not None:
         flagged = conformal.adjusted(p) <= fdr
@@ -93,14 +90,21 @@ def run_apply(
     }
     if collection:
         alone = conformal.one_of_each(run.groups[scored], keys)
-        summary["collection"] = conformal.collection_test(scores[alone], known)._asdict() | {
-            "texts": len(alone)
-        }
+        tested = conformal.collection_test(scores[alone], known)
+        summary["collection"] = tested._asdict() | {"texts": len(alone)}
     lines = _decisions(run, scored, scores, p, flagged)
     write_atomic(folder / DECISIONS, json_lines(lines))
     write_json(folder / SUMMARY, summary)
     record_also(folder, [DECISIONS, SUMMARY])
     return Applied(summary, _sentences(summary))
+
+
+def _comparable(folder: Path, calibration: Path) -> tuple[FinishedRun, Calibration]:
+    """Reads a run that is not void, and a calibration of runs that were made as it was."""
+    run, content = read_run(folder), read_calibration(calibration)
+    require_sound(folder)
+    _require_same(folder, run.identity, content["identity"])
+    return run, content
 
 
 def _decisions(
