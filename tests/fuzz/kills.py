@@ -27,13 +27,17 @@ import numpy as np
 import tiny
 
 from fuzz.pool import ROOT
-from sama_jax.errors import Interrupted
+from sama_jax.errors import Interrupted, ValidityError
 from sama_jax.storage.loss_store import LossStore
 from sama_jax.weights import model_folder
 
 TIMES = {"seconds", "session", "tokens_per_second", "cost", "seconds_by_plan"}
 """Fields of a manifest that tell how long something took, and in how many goes."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+ENDS = (0, ValidityError.exit_code)
+"""Exit codes of a command that has done its work: models with random weights void an audit."""
 
 
 class Case(NamedTuple):
@@ -104,7 +108,7 @@ def finished_audit(inputs: Path, out: Path) -> None:
     """Copies an audit without its report, which `report` writes."""
     made = inputs / "finished"
     if not made.is_dir():
-        assert run(audit(inputs, made))[0] == 0
+        assert run(audit(inputs, made))[0] in ENDS
     shutil.copytree(made, out)
     shutil.rmtree(out / "figures", ignore_errors=True)
     (out / "report.md").unlink()
@@ -218,16 +222,16 @@ def _seen(out: Path) -> set[tuple[str, int]]:
     return found
 
 
-def timed(arguments: list[str], out: Path) -> tuple[float, float]:
-    """Runs a command undisturbed: seconds until it first writes, and until its end."""
+def timed(arguments: list[str], out: Path) -> tuple[float, float, int]:
+    """Runs a command undisturbed: seconds until it first writes, until its end; its exit code."""
     before, began, first = _seen(out), time.monotonic(), 0.0
     process = start(arguments)
     while process.poll() is None:
         if not first and _seen(out) != before:
             first = time.monotonic() - began
         time.sleep(0.01)
-    assert process.returncode == 0, f"{arguments}: exit code {process.returncode}"
-    return first or time.monotonic() - began, time.monotonic() - began
+    assert process.returncode in ENDS, f"{arguments}: exit code {process.returncode}"
+    return first or time.monotonic() - began, time.monotonic() - began, process.returncode
 
 
 def kill(arguments: list[str], out: Path, number: signal.Signals, wait: float, writes: bool):
@@ -250,11 +254,19 @@ def kill(arguments: list[str], out: Path, number: signal.Signals, wait: float, w
         return (code if alive else None), errors.read().decode(errors="replace")
 
 
-def judge(number: signal.Signals, code: int | None, said: str) -> str:
-    """Says what is wrong with the end of a process that got a signal; nothing if all is right."""
+def judge(number: signal.Signals, code: int | None, said: str, end: int) -> str:
+    """Says what is wrong with the end of a process that got a signal; nothing if all is right.
+
+    `end` is the exit code of one that gets none.
+    """
     if "Traceback" in said:
         return f"traceback: {said[-300:]!r}"
-    right = {None, 0, Interrupted.exit_code, -number}  # a signal before handlers are there ends it
+    right = {
+        None,
+        end,
+        Interrupted.exit_code,
+        -number,
+    }  # a signal before handlers are there ends it
     if number == signal.SIGKILL:
         right = {None, -number}
     return "" if code in right else f"exit code {code}: {said[-300:]!r}"
@@ -267,7 +279,7 @@ def kill_and_continue(
     case, found = CASES[name], []
     whole = scratch / f"{name}-whole"
     case.prepare(inputs, whole)
-    first, total = timed(case.command(inputs, whole), whole)
+    first, total, end = timed(case.command(inputs, whole), whole)
     while len(found) < kills:
         out, here = scratch / f"{name}-out", []
         shutil.rmtree(out, ignore_errors=True)
@@ -278,9 +290,9 @@ def kill_and_continue(
             code, said = kill(case.command(inputs, out), out, number, wait, writes)
             if code is None:  # it was quicker than before
                 continue
-            here.append(Killed(name, number.name, wait, code, judge(number, code, said)))
+            here.append(Killed(name, number.name, wait, code, judge(number, code, said, end)))
         code, said = run(case.command(inputs, out))
-        problem = "" if code == 0 else f"the same command again: exit code {code}: {said[-300:]!r}"
+        problem = "" if code == end else f"the same command again: exit code {code}: {said[-300:]}"
         try:
             if not problem:
                 case.compare(whole, out)
