@@ -74,10 +74,10 @@ def listing(problems: Iterable[str]) -> str:
 def _hint(source: Source) -> str:
     """Returns what the names of the tensors tell about how the folder came about."""
     names = [tensor.name for tensor in source.tensors.values()]
-    if any(name.startswith("base_model.model.") for name in names):
+    if any(re.search(r"\.(base_layer|lora_\w+|modules_to_save)\.", name) for name in names):
         return (
-            " Names that begin with base_model.model. are a state of PEFT's wrapper: merge the "
-            "adapter (merge_and_unload) and save the result."
+            " It is a state of PEFT's wrapper, with an adapter in it: merge the adapter "
+            "(merge_and_unload) and save the result."
         )
     if any(re.search(r"\.(absmax|quant_map|qweight|weight_scale(_inv)?)$", n) for n in names):
         return " Its weights are quantised: save them in bfloat16 or float32."

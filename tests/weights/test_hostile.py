@@ -232,7 +232,10 @@ def test_names_of_tensors_do_not_reach_the_terminal_raw(folder):
 @pytest.mark.parametrize(
     ("rename", "hint"),
     [
-        (lambda n: "base_model.model." + n, "a state of PEFT's wrapper"),
+        (
+            lambda n: "base_model.model." + n.replace("q_proj.", "q_proj.base_layer."),
+            "a state of PEFT's wrapper, with an adapter in it",
+        ),
         (lambda n: n.replace(".weight", ".qweight"), "Its weights are quantised"),
     ],
 )

@@ -418,6 +418,9 @@ def test_folder_without_weights_is_refused(tmp_path):
         "_orig_mod.module.model.",
         "_fsdp_wrapped_module.model.",
         "_module.model.",
+        "_forward_module.model.",
+        "base_model.model.model.",
+        "module._orig_mod.base_model.model.",
     ],
 )
 def test_wrapped_names_load_to_the_same_parameters(tmp_path, prefix):

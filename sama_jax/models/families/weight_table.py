@@ -82,11 +82,15 @@ def plain_rule(
 
 
 _WRAPPERS = re.compile(
-    r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|_forward_module\.|model\.)+"
+    r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|_module\.|_forward_module\.|model\."
+    r"|base_model\.model\.)+"
 )
 _INFIXES = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def clean_name(name: str) -> str:
-    """Removes what DataParallel, torch.compile, FSDP, Opacus, DeepSpeed and the Hub class add."""
+    """Removes what DataParallel, torch.compile, FSDP, Opacus, DeepSpeed, PEFT and Hub classes add.
+
+    Of a layer that PEFT has changed, `base_layer` and `lora_A` stay, which no family knows.
+    """
     return _INFIXES.sub("", _WRAPPERS.sub("", name))
