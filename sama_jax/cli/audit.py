@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     inputs.add_argument(
         "--control", type=Path, metavar="F", help="known members besides, which must be found"
     )
+    flags.add_text_fields(inputs)
     flags.flags_of(inputs, AuditJob, "pipeline_control", "split", "limit", "mask_id")
 
     attacks = p.add_argument_group("attacks")
@@ -135,12 +136,19 @@ def _run_here(
     if peers is not None and peers.jax is not None:
         mesh.connect(*peers.jax, peers.count, peers.rank)
     attacks.select(args.attacks)  # names that are wrong, before long files are read
-    read = read_texts(args.data) if args.data else read_split(args.members, args.nonmembers)
+    named = (args.text_field, args.label_field)
+    if args.data:
+        read = read_texts(args.data, *named)
+    else:
+        read = read_split(args.members, args.nonmembers, *named)
+    others = {
+        name: path and read_texts(path, *named, labels_needed=False)
+        for name, path in (("prefixes", args.prefixes), ("control", args.control))
+    }
     given = {
         "target": args.target or args.reference,
         "texts": read,
-        "prefixes": read_texts(args.prefixes) if args.prefixes else None,
-        "control": read_texts(args.control) if args.control else None,
+        **others,
         "settings": settings,
         "peers": peers or processes.Peers(),
     }

@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
     inputs = p.add_argument_group("model and texts")
     flags.flags_of(inputs, BenchJob, "model")
     inputs.add_argument("--data", type=Path, required=True, metavar="F", help="texts")
+    flags.add_text_fields(inputs)
     flags.flags_of(inputs, BenchJob, "windows", "limit")
     flags.flags_of(inputs, AuditSettings, "max_length")
     work = p.add_argument_group("what is measured")
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     require_free(args.json, "sama-jax bench")
     given = {
-        "texts": read_texts(args.data).texts,
+        "texts": read_texts(args.data, args.text_field, args.label_field).texts,
         "settings": settings,
         "torch": args.against == "torch",
     }

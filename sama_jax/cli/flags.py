@@ -139,6 +139,16 @@ def add_compile_cache(parser: Flags) -> None:
     )
 
 
+def add_text_fields(parser: Flags) -> None:
+    """Adds the names of the fields that hold texts and labels, in all files of texts."""
+    parser.add_argument(
+        "--text-field", metavar="NAME", help="field or column that holds the texts (default: text)"
+    )
+    parser.add_argument(
+        "--label-field", metavar="NAME", help="the one that holds the labels (default: label)"
+    )
+
+
 def add_quiet(parser: Flags) -> None:
     """Adds `--quiet`."""
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")

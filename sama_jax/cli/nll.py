@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
     p = command_of(commands, "nll", "Likelihood bound of texts, with its standard error.", run)
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder")
     p.add_argument("--data", type=Path, required=True, metavar="F", help="texts")
+    flags.add_text_fields(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="results")
     # Not the budget of an audit, whose name is `passes` among the settings.
     p.add_argument(
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from sama_jax.texts.read import read_texts
 
     use_compile_cache(args.compile_cache)
-    texts = read_texts(args.data)
+    texts = read_texts(args.data, args.text_field, args.label_field)
     rows = run_nll(args.model, texts, args.out, settings, mask_id=args.mask_id, quiet=args.quiet)
     known = [row for row in rows if row["nll"] is not None]
     if known and not args.quiet:

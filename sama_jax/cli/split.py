@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
         continues=False,
     )
     p.add_argument("data", type=Path, metavar="FILE", help="texts, optionally with a field group")
+    flags.add_text_fields(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     p.add_argument(
         "--members", type=int, metavar="N", help="texts to train on, about (default: half)"
@@ -33,4 +34,13 @@ def run(args: argparse.Namespace) -> None:
     flags.at_least_one(args, "members")
     if args.seed < 0:
         raise UsageError(f"--seed must be 0 or more, got {args.seed}")
-    print(run_split(args.data, args.out, members=args.members, seed=args.seed))
+    print(
+        run_split(
+            args.data,
+            args.out,
+            members=args.members,
+            seed=args.seed,
+            text_field=args.text_field,
+            label_field=args.label_field,
+        )
+    )

@@ -29,7 +29,7 @@ from sama_jax.storage.canary_file import KEY, TEXTS, Canary, CanaryKey, read_key
 from sama_jax.storage.files import opened, write_atomic, write_pieces
 from sama_jax.storage.run_folder import json_lines
 from sama_jax.texts.read import read_texts, text_digest
-from sama_jax.texts.records import LINE_BYTES, rows_of
+from sama_jax.texts.records import LINE_BYTES, Names, rows_of
 from sama_jax.texts.survival import kept_tokens, spelling_ids
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.untrusted import parse_json, printable
@@ -345,10 +345,10 @@ def run_check(
 def _times_in(path: Path, field: str, canaries: frozenset[str]) -> Counter[str]:
     """Counts how often each canary is a record of a file."""
     found: Counter[str] = Counter()
-    for row in rows_of(path):
+    for row in rows_of(path, Names(text=field)):
         if isinstance(row, str):
             raise DataError(row)
-        text = row.fields.get(field)
+        text = row.fields.get("text")
         if isinstance(text, str) and text in canaries:
             found[text] += 1
     return found

@@ -42,9 +42,11 @@ MAX_FIELDS = 100
 
 _SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
 _MODELS: dict[str, Any] = dict.fromkeys(("target", "reference", "adapter"), (str, "a folder"))
-_DATA: dict[str, Any] = dict.fromkeys(
-    ("data", "members", "nonmembers", "prefixes"), (str, "a file")
-)
+_FIELD_NAMES = ("text_field", "label_field")
+_DATA: dict[str, Any] = {
+    **dict.fromkeys(("data", "members", "nonmembers", "prefixes"), (str, "a file")),
+    **dict.fromkeys(_FIELD_NAMES, (str, "the name of a field")),
+}
 _INPUTS = {
     "models": ((str, dict), "a name, or a mapping of folders"),
     "data": (dict, "a mapping of files"),
@@ -253,13 +255,16 @@ def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inp
         texts = read_split(made.members, made.nonmembers)
         prefixes = read_texts(made.prefixes)
         return _Inputs(made.target, made.base, None, texts, prefixes, _base_settings(models))
+    named = [files.get(name) for name in _FIELD_NAMES]
     if "data" in files:
-        texts = read_texts(Path(files["data"]))
+        texts = read_texts(Path(files["data"]), *named)
     elif {"members", "nonmembers"} <= set(files):
-        texts = read_split(Path(files["members"]), Path(files["nonmembers"]))
+        texts = read_split(Path(files["members"]), Path(files["nonmembers"]), *named)
     else:
         raise DataError("data: expected a file `data`, or files `members` and `nonmembers`")
-    prefixes = read_texts(Path(files["prefixes"])) if "prefixes" in files else None
+    prefixes = None
+    if "prefixes" in files:
+        prefixes = read_texts(Path(files["prefixes"]), *named, labels_needed=False)
     reference = Path(models["reference"])
     adapter = Path(models["adapter"]) if "adapter" in models else None
     target = Path(models.get("target", reference))

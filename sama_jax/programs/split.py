@@ -22,7 +22,15 @@ _SEAL = "sha256"
 _SHAPE = {MADE_BY: str, _SEAL: str, "texts": [{"sha256": str, "label": int, "unit": int}]}
 
 
-def run_split(data: Path, out: Path, *, members: int | None = None, seed: int = 0) -> str:
+def run_split(
+    data: Path,
+    out: Path,
+    *,
+    members: int | None = None,
+    seed: int = 0,
+    text_field: str | None = None,
+    label_field: str | None = None,
+) -> str:
     """Writes `members.jsonl`, `nonmembers.jsonl` and `split.json` into a new folder.
 
     Texts of one group, and texts that share most of their words, go to one side together.
@@ -32,6 +40,8 @@ def run_split(data: Path, out: Path, *, members: int | None = None, seed: int = 
       out: a new folder.
       members: texts to train on, about: whole groups are taken. None: half of them.
       seed: of the draw.
+      text_field: of `data`, holds the texts; None: `text`.
+      label_field: of `data`, holds labels, which must all be null; None: `label`.
 
     Returns:
       what was made, in one sentence.
@@ -42,7 +52,7 @@ def run_split(data: Path, out: Path, *, members: int | None = None, seed: int = 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not empty; give --out a new folder")
-    texts = read_texts(data).texts
+    texts = read_texts(data, text_field, label_field).texts
     labelled = sum(text.label is not None for text in texts)
     if labelled:
         raise DataError(

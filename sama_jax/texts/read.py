@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sama_jax.errors import DataError
-from sama_jax.texts.records import Row, meant, rows_of, shown_names
+from sama_jax.errors import DataError, UsageError
+from sama_jax.texts.records import Names, Row, kind_of, lacks, meant, rows_of
 from sama_jax.untrusted import printable
 
 MAX_PROBLEMS = 10
@@ -22,6 +22,12 @@ MAX_COUNTED = 10_000
 """Problems after which nobody reads on."""
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_LABELS = {
+    **dict.fromkeys(("1", "1.0", "true", "member"), 1),
+    **dict.fromkeys(("0", "0.0", "false", "nonmember", "non-member"), 0),
+    "": None,
+}
+"""Strings that are labels, in any case."""
 
 
 class Text(NamedTuple):
@@ -49,49 +55,84 @@ class Texts(NamedTuple):
     """First id of each text that occurs with label 1 and with label 0."""
 
 
-def read_texts(path: Path) -> Texts:
+def read_texts(
+    path: Path,
+    text_field: str | None = None,
+    label_field: str | None = None,
+    *,
+    labels_needed: bool = True,
+) -> Texts:
     """Reads the texts of one file.
 
-    Formats: JSONL (also gzipped), JSON (a list of objects, or columns as in `{"data": {"text":
-    [..]}}`), CSV, parquet. Fields: `text`, optionally `id`, `label` (1, 0, null) and
-    `group` (a name or number; texts of one document, author or source share it); or MIMIR's
-    `member` and `nonmember` columns, which give a text of label 1 and one of label 0.
+    Formats: JSONL, JSON (a list, or columns as in `{"data": {"text": [..]}}`), CSV, each also as
+    `.gz`, `.zst` or UTF-16 with its mark, and parquet. Fields: `text`, optionally `id`, `label`
+    (1, 0, true, false, member, non-member or null) and `group` (a name or number; texts of one
+    document, author or source share it); or MIMIR's `member` and `nonmember` columns, which give a
+    text of label 1 and one of label 0. In JSON, a bare string in the place of a record is a text.
+
+    Args:
+      path: the file.
+      text_field: the field that holds the texts, `text` unless given.
+      label_field: the field that holds the labels, `label` unless given.
+      labels_needed: whether a file none of whose records has the given `label_field` is refused.
 
     Raises:
       DataError: the file cannot be read, holds no text, or lines of it cannot be used.
-      UsageError: parquet without pyarrow.
+      UsageError: parquet without pyarrow, zstd without zstandard, or one field is named twice.
     """
-    return _finish(list(_checked(path, None)), str(path))
+    names = _names(text_field, label_field)
+    return _finish(list(_checked(path, None, names, labels_needed)), str(path))
 
 
-def read_split(members: Path, nonmembers: Path) -> Texts:
+def read_split(
+    members: Path,
+    nonmembers: Path,
+    text_field: str | None = None,
+    label_field: str | None = None,
+) -> Texts:
     """Reads members (label 1) and non-members (label 0) from a file each, in turn.
 
     In turn, so that the first N texts are of both classes.
 
     Raises what `read_texts` raises; a label inside that disagrees with its file is a `DataError`.
     """
-    pairs = itertools.zip_longest(_checked(members, 1), _checked(nonmembers, 0))
+    names = _names(text_field, label_field)
+    pairs = itertools.zip_longest(_checked(members, 1, names), _checked(nonmembers, 0, names))
     found = [text for pair in pairs for text in pair if text is not None]
     return _finish(found, f"{members} and {nonmembers}")
 
 
-def _checked(path: Path, label: int | None) -> Iterator[tuple[str | None, Text]]:
+def _names(text_field: str | None, label_field: str | None) -> Names:
+    given = {"text": text_field, "label": label_field}
+    names = Names(**{field: name for field, name in given.items() if name is not None})
+    if names.text == names.label:
+        raise UsageError(f"one field ('{printable(names.text)}') cannot hold both texts and labels")
+    return names
+
+
+def _checked(
+    path: Path, label: int | None, names: Names, labels_needed: bool = True
+) -> Iterator[tuple[str | None, Text]]:
     """Yields (given id, text) of every record; raises once for all unusable records."""
     problems: list[str] = []
     texts: list[tuple[str | None, Text]] = []
-    names: set[str] = set()
-    for row in rows_of(path):
+    known: set[str] = set()
+    first: Row | None = None
+    labelled = not labels_needed or names.label == "label"
+    for row in rows_of(path, names):
         try:
             if isinstance(row, str):
                 raise DataError(row)
-            if not names.issuperset(row.fields):
-                _check_names(row, names)
-            texts += _parse_row(row, label)
+            first, labelled = first or row, labelled or "label" in row.fields
+            if not known.issuperset(row.fields):
+                _check_names(row, known, names)
+            texts += _parse_row(row, label, names)
         except DataError as error:
             problems.append(str(error))
             if len(problems) > MAX_COUNTED:
                 break
+    if first is not None and not labelled:
+        problems.insert(0, f"{path}: {lacks(names.label, 'field', first.found)}")
     if problems:
         count, shown = len(problems), problems[:MAX_PROBLEMS]
         head = shown[0] if count == 1 else f"{path.name}: {count} problems, the first is {shown[0]}"
@@ -102,43 +143,59 @@ def _checked(path: Path, label: int | None) -> Iterator[tuple[str | None, Text]]
     yield from texts
 
 
-def _check_names(row: Row, names: set[str]) -> None:
-    """Raises `DataError` for a field that stands for another name; puts the others into `names`."""
+def _check_names(row: Row, known: set[str], names: Names) -> None:
+    """Raises `DataError` for a field that stands for another name; puts the others into `known`."""
+    own = {field for field, name in names._asdict().items() if name != field}
     for name, value in row.fields.items():
         field = meant(name)
         if name == "member" and "nonmember" not in row.fields:
             field = "label"
         near = field is not None and name != field and row.fields.get(field) is None
+        near = near and not (field in own and field in row.fields)
         # Labels may be spelled in any way (1.0, "no"): read as texts without one, members and
         # non-members would be taken for the same.
         if near and value is not None and (field == "label" or name.strip().lower() == field):
+            flag = f", or name it: --{field}-field NAME" if field in names._fields else ""
             raise DataError(
                 f"{row.where}: has a field '{printable(name)}'; write it '{field}' if it is "
-                "meant, else leave it out"
+                f"meant, else leave it out{flag}"
             )
-        if (field is None or name == field) and len(names) < MAX_COUNTED:
-            names.add(name)
+        if (field is None or name == field) and len(known) < MAX_COUNTED:
+            known.add(name)
 
 
-def _parse_row(row: Row, forced: int | None) -> Iterator[tuple[str | None, Text]]:
-    fields, where = row
+def _parse_row(row: Row, forced: int | None, names: Names) -> Iterator[tuple[str | None, Text]]:
+    fields, where, found = row
     group = _name(fields.get("group"), "group", where)
-    if "text" not in fields and "member" in fields and "nonmember" in fields:
+    pair = "member" in fields and "nonmember" in fields and names.text == "text"
+    if "text" not in fields and pair:
         for column, label in (("member", 1), ("nonmember", 0)):
             if fields[column] is not None:
                 text = _text(fields[column], column, where)
                 yield None, Text("", text, _agree(label, forced, where), where, group)
         return
     if "text" not in fields:
-        raise DataError(f"{where}: has no field 'text' (its fields: {shown_names(fields)})")
-    text = _text(fields["text"], "text", where)
-    label = fields.get("label")
-    if label is not None and (type(label) is not int or label not in (0, 1)):
-        raise DataError(
-            f"{where}: label is {_shown(label)}, expected 1 (member), 0 (non-member) or null"
-        )
+        raise DataError(f"{where}: {lacks(names.text, 'field', found)}")
+    text = _text(fields["text"], names.text, where)
+    label = _label(fields.get("label"), where)
     given = _name(fields.get("id"), "id", where)
     yield given, Text("", text, _agree(label, forced, where), where, group)
+
+
+def _label(value: Any, where: str) -> int | None:
+    """Returns a label as 1, 0 or None; the same one for every way to write it."""
+    if value is None:
+        return None
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return int(value)
+    if isinstance(value, str) and (plain := value.strip().lower()) in _LABELS:
+        return _LABELS[plain]
+    kind = "another number" if isinstance(value, (int, float)) else kind_of(value)
+    kind = f"another string ({len(value):,} characters)" if isinstance(value, str) else kind
+    raise DataError(
+        f"{where}: label is {kind}; expected 1 (member), 0 (non-member), true, false, "
+        "'member', 'nonmember' or null"
+    )
 
 
 def _name(given: Any, field: str, where: str) -> str | None:
@@ -166,7 +223,7 @@ def _shown(value: Any) -> str:
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise DataError(f"{where}: '{column}' must be a string, found {kind}")
+        raise DataError(f"{where}: '{printable(column)}' must be a string, found {kind}")
     return without_surrogates(value)
 
 

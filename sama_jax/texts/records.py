@@ -5,17 +5,16 @@ lines. Files are read as streams: memory holds a line, or some rows of a parquet
 """
 
 import csv
-import gzip
 import io
 import itertools
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax.errors import DataError, UsageError
+from sama_jax.texts import streams
 from sama_jax.untrusted import parse_json, printable
 
 FIELDS = ("text", "id", "label", "group", "member", "nonmember")
@@ -28,15 +27,12 @@ JSON_BYTES = 2**29
 """Most bytes of a file that is read whole: JSON that is not in lines."""
 JSON_VALUES = 15_000_000
 """Most values of one JSON document: an empty object of two bytes takes 72 in memory."""
-UNPACKED_BYTES, UNPACKED_RATIO = 2**28, 50
-"""A compressed file may hold the first, or as many times its size as the second says. Texts shrink
-to a third or a tenth, a gigabyte of zeros to a thousandth."""
 BLANK_LINES = 1_000_000
 """Most blank lines in a row."""
 BATCH_ROWS = 256
 """Rows of a parquet file that are in memory at once."""
 
-_KINDS = "expected .jsonl, .jsonl.gz, .json, .csv or .parquet"
+_KINDS = "expected .jsonl, .json, .csv (also as .gz or .zst) or .parquet"
 
 
 class Row(NamedTuple):
@@ -44,76 +40,77 @@ class Row(NamedTuple):
 
     fields: dict[str, Any]
     where: str
+    found: Iterable[str] = ()
+    """Names of all fields that it has in its file."""
 
 
-def rows_of(path: Path) -> Iterator[Row | str]:
+class Names(NamedTuple):
+    """How a file names the fields that hold texts and labels."""
+
+    text: str = "text"
+    label: str = "label"
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Returns those of a file's names that are read: these two, and what may be meant."""
+        replaced = {"text", "label"} - {*self}
+        return [
+            name
+            for name in names
+            if name in self or (meant(name) is not None and name not in replaced)
+        ]
+
+    def standard(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a record with these two as `text` and `label`."""
+        if self == STANDARD:
+            return fields
+        renamed = {"text": self.text, "label": self.label}
+        rest = {n: v for n, v in fields.items() if n not in self and n not in renamed}
+        return rest | {ours: fields[name] for ours, name in renamed.items() if name in fields}
+
+
+STANDARD = Names()
+
+
+def rows_of(path: Path, names: Names = STANDARD) -> Iterator[Row | str]:
     """Yields the records of a file, whatever its format; for a record that is none, what is wrong.
 
     Raises:
       DataError: the file cannot be read, or holds more than a file of texts can.
-      UsageError: parquet without pyarrow.
+      UsageError: parquet without pyarrow, zstd without zstandard.
     """
     if os.path.isdir(path):
         raise DataError(f"{path}: is a folder; expected a file of texts ({_KINDS[9:]})")
-    packed = False
     try:
         with path.open("rb") as file:
-            packed = file.peek(2)[:2] == b"\x1f\x8b"
-            yield from _records(path, _unpacked(path, file) if packed else file)
+            for row in _records(path, streams.unpacked(path, file), names):
+                if isinstance(row, Row):
+                    found = row.found or row.fields
+                    row = Row(names.standard(row.fields), row.where, found)
+                yield row
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; expected a file of texts ({_KINDS[9:]})") from None
-    except (EOFError, OSError, zlib.error) as error:
-        if packed:
-            raise DataError(
-                f"{path}: the gzip file is truncated or damaged ({error}); copy it again"
-            ) from None
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
-def _records(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
+def _records(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[Row | str]:
     """Yields the records of an open file."""
     head = stream.peek(2**16)
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    suffix = Path(re.sub(r"\.(gz|zst)$", "", path.name.lower())).suffix
     if head[:4] == b"PAR1" or suffix == ".parquet":
-        yield from _parquet_rows(path, stream)
+        yield from _parquet_rows(path, stream, names)
     elif suffix == ".csv":
-        yield from _csv_rows(path, stream)
+        yield from _csv_rows(path, stream, names)
     elif suffix == ".json" or first == b"[":
-        yield from _json_rows(path, stream)
+        yield from _json_rows(path, stream, names)
     elif suffix == ".jsonl" or first == b"{":
-        yield from _jsonl_rows(path, stream)
+        yield from _jsonl_rows(path, stream, names)
     else:
         begin = [line for _, line in itertools.islice(_lines(path, stream), 1000)]
         if any(map(str.strip, begin)):
             raise DataError(f"{path}: unknown kind of file; {_KINDS}")
-
-
-class _Unpacked(io.RawIOBase):
-    """Reads what a gzip file holds, up to a limit."""
-
-    def __init__(self, path: Path, file: io.BufferedReader):
-        super().__init__()
-        packed = os.fstat(file.fileno()).st_size
-        self._path, self._file = path, gzip.GzipFile(fileobj=file)
-        self._limit = max(UNPACKED_BYTES, UNPACKED_RATIO * packed)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(buffer)
-        if self._file.tell() > self._limit:
-            raise DataError(
-                f"{self._path}: unpacks to more than {self._limit:,} bytes, more than "
-                f"{UNPACKED_RATIO} times its size; no file of texts does; unpack it to read it"
-            )
-        return count
-
-
-def _unpacked(path: Path, file: io.BufferedReader) -> io.BufferedReader:
-    return io.BufferedReader(_Unpacked(path, file), 2**20)
 
 
 def _lines(path: Path, stream: io.BufferedReader | io.BytesIO) -> Iterator[tuple[int, str]]:
@@ -149,7 +146,9 @@ def _parsed(text: str) -> Any:
     return parse_json(text)
 
 
-def _jsonl_rows(path: Path, stream: io.BufferedReader | io.BytesIO) -> Iterator[Row | str]:
+def _jsonl_rows(
+    path: Path, stream: io.BufferedReader | io.BytesIO, names: Names
+) -> Iterator[Row | str]:
     for number, line in _lines(path, stream):
         if not line.strip():
             continue
@@ -159,13 +158,19 @@ def _jsonl_rows(path: Path, stream: io.BufferedReader | io.BytesIO) -> Iterator[
         except ValueError as error:
             yield f"{where}: not valid JSON ({error})"
             continue
-        if isinstance(record, dict):
-            yield Row(record, where)
-        else:
-            yield f"{where}: expected a JSON object, found {_kind(record)}"
+        yield _row(record, where, names)
 
 
-def _json_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
+def _row(record: Any, where: str, names: Names) -> Row | str:
+    """Returns the row of a JSON value. A bare string is a text, unless a field should hold them."""
+    if isinstance(record, dict):
+        return Row(record, where)
+    if isinstance(record, str) and names.text == "text":
+        return Row({"text": record}, where)
+    return f"{where}: expected a JSON object, found {kind_of(record)}"
+
+
+def _json_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[Row | str]:
     data = stream.read(JSON_BYTES + 1)
     if len(data) > JSON_BYTES:
         raise DataError(
@@ -177,40 +182,36 @@ def _json_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
     try:
         content = _parsed(text)
     except ValueError as error:
-        if len(re.findall(r"^[^\S\n]*\{", text, re.M)) > 1:
-            yield from _jsonl_rows(path, io.BytesIO(data))  # JSONL under another name
+        if len(re.findall(r'^[^\S\n]*\{|^".*"\s*$', text, re.M)) > 1:
+            yield from _jsonl_rows(path, io.BytesIO(data), names)  # JSONL under another name
             return
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path.name}:{line}: not valid JSON ({error})") from None
     if isinstance(content, dict) and isinstance(content.get("data"), (dict, list)):
         content = content["data"]
     if isinstance(content, dict):
-        content = _transpose(path, content)
+        content = _transpose(path, content, names)
     if not isinstance(content, list):
         raise DataError(
             f'{path}: expected [{{"text": ..}}, ..] or {{"data": {{"text": [..]}}}}, '
-            f"found {_kind(content)}"
+            f"found {kind_of(content)}"
         )
     for index, record in enumerate(content):
-        where = f"{path.name}[{index}]"
-        if isinstance(record, dict):
-            yield Row(record, where)
-        else:
-            yield f"{where}: expected an object, found {_kind(record)}"
+        yield _row(record, f"{path.name}[{index}]", names)
 
 
-def _transpose(path: Path, columns: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def _transpose(path: Path, columns: dict[str, Any], names: Names) -> Iterable[dict[str, Any]]:
     """Turns columns into records. A single record (no list in it) is passed on as it is."""
-    names = [n for n in columns if meant(n) is not None]
-    if not any(isinstance(columns[n], list) for n in names):
+    read = names.among(columns)
+    if not any(isinstance(columns[n], list) for n in read):
         return [columns]
-    lengths = {n: len(columns[n]) if isinstance(columns[n], list) else -1 for n in names}
+    lengths = {n: len(columns[n]) if isinstance(columns[n], list) else -1 for n in read}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{path}: its columns must be lists of one length, found {lengths}")
-    return [dict(zip(names, record)) for record in zip(*(columns[n] for n in names))]
+    return [dict(zip(read, record)) for record in zip(*(columns[n] for n in read))]
 
 
-def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
+def _csv_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[Row | str]:
     # "\r" alone ends a line, too, but other separators may stand inside fields.
     lines = (
         part
@@ -222,9 +223,9 @@ def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
     limit, start = csv.field_size_limit(LINE_BYTES), 1
     try:
         reader = csv.DictReader(lines, strict=True)
-        names = list(reader.fieldnames or [])
-        if names:
-            _require_text(f"{path.name}:1", names)
+        header = list(reader.fieldnames or [])
+        if header:
+            _require_text(f"{path.name}:1", header, names)
         start = reader.line_num + 1
         for record in reader:
             where, start = f"{path.name}:{start}", reader.line_num + 1
@@ -232,20 +233,29 @@ def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row | str]:
                 more = "more" if None in record else "fewer"
                 yield f"{where}: {more} fields than the header has; quote the text"
                 continue
-            yield Row(_csv_fields(record), where)
+            # CSV knows strings only: an empty id or group is absent.
+            yield Row(record | {n: record.get(n) or None for n in ("id", "group")}, where)
     except csv.Error as error:
         yield f"{path.name}:{start}: not valid CSV ({error})"
     finally:
         csv.field_size_limit(limit)
 
 
-def _require_text(where: str, names: list[str]) -> None:
+def _require_text(where: str, found: list[str], names: Names) -> None:
     """Raises `DataError` unless columns of these names can be used."""
-    if "text" not in names and not {"member", "nonmember"} <= set(names):
-        raise DataError(f"{where}: has no column 'text'; its columns: {shown_names(names)}")
-    twice = sorted({name for name in FIELDS if names.count(name) > 1})
+    pairs = names.text == "text" and {"member", "nonmember"} <= set(found)
+    if names.text not in found and not pairs:
+        raise DataError(f"{where}: {lacks(names.text, 'column', found)}")
+    twice = sorted({name for name in (*FIELDS, *names) if found.count(name) > 1})
     if twice:
-        raise DataError(f"{where}: has several columns '{twice[0]}'; keep one of them")
+        raise DataError(f"{where}: has several columns '{printable(twice[0])}'; keep one of them")
+
+
+def lacks(name: str, what: str, found: Iterable[Any]) -> str:
+    """Says that a file has no such field or column, which ones it has, and how to name another."""
+    hint = "; rename the one that holds texts, or name it: --text-field NAME"
+    fields = f"(its {what}s: {shown_names(found)})"
+    return f"has no {what} '{printable(name)}' {fields}{hint if name == 'text' else ''}"
 
 
 def shown_names(names: Iterable[Any]) -> str:
@@ -266,17 +276,7 @@ def meant(name: str) -> str | None:
     return "label" if plain in LABEL_SYNONYMS else None
 
 
-def _csv_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """Types the fields, as CSV knows strings only: an empty id, group or label is absent."""
-    fields = dict(record)
-    fields |= {name: record.get(name) or None for name in ("id", "group")}
-    if "label" in record:
-        label = (record["label"] or "").strip()
-        fields["label"] = {"": None, "1": 1, "0": 0}.get(label, label)
-    return fields
-
-
-def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
+def _parquet_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -288,7 +288,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
     try:
         source = stream if stream.seekable() else pyarrow.BufferReader(stream.read())
         file = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
-        wanted = _parquet_columns(path, file)
+        wanted = _parquet_columns(path, file, names)
         # Texts that repeat one stay one: a dictionary of a page may stand for a million rows.
         strings = [n for n in wanted if pyarrow.types.is_string(file.schema_arrow.field(n).type)]
         file = pyarrow.parquet.ParquetFile(source, pre_buffer=False, read_dictionary=strings)
@@ -296,12 +296,13 @@ def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
             for record in zip(*(_values(batch.column(name)) for name in wanted)):
                 number += 1
                 total += sum(len(value) for value in record if isinstance(value, str))
-                if total > max(UNPACKED_BYTES, UNPACKED_RATIO * os.path.getsize(path)):
+                if total > streams.most_bytes(os.path.getsize(path)):
                     raise DataError(
-                        f"{path}: holds texts of more than {UNPACKED_RATIO} times its size, most "
-                        "of them repeated; keep each once"
+                        f"{path}: holds texts of more than {streams.UNPACKED_RATIO} times its "
+                        "size, most of them repeated; keep each once"
                     )
-                yield Row(dict(zip(wanted, record)), f"{path.name}:row {number}")
+                fields = dict(zip(wanted, record))
+                yield Row(fields, f"{path.name}:row {number}", file.schema_arrow.names)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # damaged bytes make pyarrow raise nearly anything
@@ -309,30 +310,30 @@ def _parquet_rows(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
         raise DataError(f"{path}: not a complete parquet file ({first}); copy it again") from None
 
 
-def _parquet_columns(path: Path, file: Any) -> list[str]:
+def _parquet_columns(path: Path, file: Any, names: Names) -> list[str]:
     """Returns the columns to read. Raises `DataError` if they are none of texts."""
     from pyarrow import types
 
     schema, metadata = file.schema_arrow, file.metadata
-    _require_text(str(path), schema.names)
-    wanted = [name for name in schema.names if meant(name) is not None]
+    _require_text(str(path), schema.names, names)
+    wanted = names.among(schema.names)
     plain = (types.is_string, types.is_large_string, types.is_integer, types.is_boolean)
     plain += (types.is_floating, types.is_null)
     for name in wanted:
         kind = schema.field(name).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        if name in FIELDS and not any(allowed(kind) for allowed in plain):
+        if name in (*FIELDS, *names) and not any(allowed(kind) for allowed in plain):
             raise DataError(
-                f"{path}: its column '{name}' holds {kind}, expected strings or whole numbers"
+                f"{path}: its column '{printable(name)}' holds {kind}, expected strings or whole "
+                "numbers"
             )
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     packed = sum(column.total_compressed_size for column in columns)
-    if sum(column.total_uncompressed_size for column in columns) > max(
-        UNPACKED_BYTES, UNPACKED_RATIO * packed
-    ):
+    if sum(column.total_uncompressed_size for column in columns) > streams.most_bytes(packed):
         raise DataError(
-            f"{path}: unpacks to more than {UNPACKED_RATIO} times its size; no file of texts does"
+            f"{path}: unpacks to more than {streams.UNPACKED_RATIO} times its size; no file of "
+            "texts does"
         )
     return wanted
 
@@ -347,6 +348,7 @@ def _values(column: Any) -> list[Any]:
     return [None if i is None else found[i] for i in indices]
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Names the kind of a value for a message, and nothing of what it holds."""
     names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
     return names.get(type(value), type(value).__name__)

@@ -81,9 +81,16 @@ TEXTS: dict[str, tuple[Callable[[Box], Path], list[str]]] = {
     "text is a number": (lambda b: b.lines(*GOOD, '{"text": 3}'), ["bad.jsonl:7:", "string"]),
     "label of 2": (
         lambda b: b.lines(*GOOD, line(label=2)),
-        ["bad.jsonl:7:", "label is 2", "1 (member)"],
+        ["bad.jsonl:7:", "label is another number", "1 (member)"],
     ),
-    "label is a word": (lambda b: b.lines(line(label="member")), ["bad.jsonl:1:", '"member"']),
+    "label is a word": (
+        lambda b: b.lines(line(label="seen")),
+        ["bad.jsonl:1:", "label is another string (4 characters)"],
+    ),
+    "texts elsewhere": (
+        lambda b: b.lines('{"input": "karo", "label": 1}'),
+        ["bad.jsonl:1:", "(its fields: input, label)", "--text-field NAME"],
+    ),
     "empty file": (lambda b: b.lines(), ["bad.jsonl", "no texts"]),
     "blank lines": (lambda b: b.lines("", "", ""), ["bad.jsonl", "no texts"]),
     "one id, two texts": (
@@ -121,6 +128,17 @@ TEXTS: dict[str, tuple[Callable[[Box], Path], list[str]]] = {
 def test_texts(case: str, box: Box, capsys):
     make, fragments = TEXTS[case]
     refuse(capsys, box, box.command(data=make(box)), 3, *fragments)
+
+
+def test_fields_that_are_named_are_read_from_all_files(box: Box, capsys):
+    texts = tiny.texts(4)
+    rows = [json.dumps({"input": text, "seen": i > 1}) for i, text in enumerate(texts)]
+    data, known = box.lines(*rows, name="d.jsonl"), box.lines('{"input": "sun"}', name="c.jsonl")
+    named = ["--text-field", "input", "--label-field"]
+    command = box.command(data=data, control=known)
+    found = run(capsys, [*command, *named, "seen", "--dry-run"])
+    assert found.code == 0, found.err
+    refuse(capsys, box, [*command, *named, "gold"], 3, "d.jsonl", "no field 'gold'", "input, seen")
 
 
 def test_one_of_two_files_is_missing(box: Box, capsys):

@@ -27,6 +27,8 @@ QUICK = (
         "json",
         "csv",
         "gzip",
+        "zstd",
+        "utf-16",
         "parquet",
         "split",
         "canaries",

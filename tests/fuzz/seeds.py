@@ -222,6 +222,13 @@ def gzip_bomb(gigabytes: int) -> bytes:
     return gzip.compress(b'{"text": "' + b"a" * 2**24 + b'"}\n') * (64 * gigabytes)
 
 
+def zstd_bomb(gigabytes: int) -> bytes:
+    """A zstd file of some hundred kB."""
+    import zstandard
+
+    return zstandard.compress(b'{"text": "' + b"a" * 2**26 + b'"}\n') * (16 * gigabytes)
+
+
 def npz_bomb(gigabytes: int) -> bytes:
     """An npz whose arrays claim, and hold, gigabytes of zeros."""
     import io

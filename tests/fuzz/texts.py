@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import zstandard
 
 from fuzz import mutations, seeds
 from fuzz.reader import TEXTS, Reader, audit, write
@@ -66,6 +67,31 @@ def _spoil_gzip(draw: random.Random, root: Path) -> None:
     (root / "texts.jsonl.gz").write_bytes(
         seeds.gzip_bomb(8) if bomb else inside * draw.choice([1, 2])
     )
+
+
+def _zstd(root: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in _rows()).encode()
+    write(root / "one" / "texts.jsonl.zst", zstandard.compress(lines))
+
+
+def _spoil_zstd(draw: random.Random, root: Path) -> None:
+    lines = zstandard.decompress((root / "texts.jsonl.zst").read_bytes())
+    inside = zstandard.compress(mutations.content(draw, "texts.jsonl", lines))
+    bomb = draw.random() < 0.1
+    (root / "texts.jsonl.zst").write_bytes(
+        seeds.zstd_bomb(8) if bomb else inside * draw.choice([1, 2])
+    )
+
+
+def _utf_16(root: Path) -> None:
+    """Every form of a label, and bare strings, in UTF-16."""
+    labels = (True, False, "1", "non-member", 1.0, "", None, 0)
+    rows = [{**row, "label": label} for row, label in zip(_rows(), labels)]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, "sun", "mite"])
+    write(root / "lines" / "texts.jsonl", lines.encode("utf-16"))
+    write(root / "list" / "texts.json", b"\xfe\xff" + json.dumps(rows).encode("utf-16-be"))
+    plain = "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in _rows())
+    write(root / "columns" / "texts.csv", plain.encode("utf-16"))
 
 
 def _parquet(root: Path) -> None:
@@ -170,6 +196,8 @@ READERS = {
     "json": Reader(_json, ("*",), _read_texts, _audit_texts, pipes=False),
     "csv": Reader(_csv, ("*",), _read_texts, _audit_texts, pipes=False),
     "gzip": Reader(_gzip, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_gzip),
+    "zstd": Reader(_zstd, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_zstd),
+    "utf-16": Reader(_utf_16, ("*",), _read_texts, _audit_texts, pipes=False),
     "parquet": Reader(
         _parquet, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_parquet
     ),

@@ -1,5 +1,6 @@
 """Canaries: made by coins, planted without a trace of anything else, checked, and audited."""
 
+import csv
 import json
 import shutil
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import zstandard
 from tokenizers import Tokenizer, normalizers
 from wrong_inputs import as_flags, assert_one_line, contents, run
 
@@ -180,6 +182,9 @@ def test_another_field_may_hold_the_texts(made: Path):
         (b"text\nsecret\n", "data.jsonl:1: expected JSON Lines"),
         (b'[{"text": "secret"}]', "data.jsonl:1: expected JSON Lines"),
         (b"\x1f\x8b\xff\n", "data.jsonl:1: expected JSON Lines"),
+        (b'"secret"\n', "data.jsonl:1: expected JSON Lines"),
+        ('{"text": "secret"}\n'.encode("utf-16"), "data.jsonl:1: expected JSON Lines"),
+        (zstandard.compress(b'{"text": "secret"}\n'), "data.jsonl:1: expected JSON Lines"),
         (b"\n\n", "holds no record"),
         (None, "cannot be read"),
     ],
@@ -237,6 +242,17 @@ def test_canaries_that_arrive_whole_pass_every_check(place: Path, made: Path, ca
         "difference",
         "training data",
     ]
+
+
+def test_canaries_are_counted_in_every_form(place: Path, made: Path, tmp_path: Path):
+    key, texts = read_canaries(made)
+    copies = [t for one, t in zip(key.canaries, texts) for _ in range(one.copies * one.included)]
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in copies)
+    (tmp_path / "t.jsonl.zst").write_bytes(zstandard.compress(lines.encode("utf-16")))
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["body"], *([text] for text in copies)])
+    for name in ("t.jsonl.zst", "t.csv"):
+        assert not run_check(made, place / "target", 64, tmp_path / name, "body").failed
 
 
 def test_what_is_lost_on_the_way_ends_with_3_by_name(place: Path, made: Path, capsys):

@@ -142,6 +142,26 @@ def test_an_adapter_of_an_experiment_is_used(tmp_path: Path, monkeypatch):
     assert found == [("r", "r", "d"), ("t", "r", None)]
 
 
+def test_fields_of_an_experiment_are_named_beside_its_files(tmp_path: Path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(experiment.audit, "run_audit", jobs.append)
+    rows = [{"input": "karo", "seen": True}, {"input": "mite", "seen": False}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.jsonl").write_text('{"input": "sun"}\n')
+    data = {"data": str(tmp_path / "t.jsonl"), "prefixes": str(tmp_path / "p.jsonl")}
+    data |= {"text_field": "input", "label_field": "seen"}
+    whole = {"models": {"reference": "r", "target": "t"}, "data": data, "runs": [GOOD]}
+    (tmp_path / "e.yaml").write_text(json.dumps(whole))
+    with pytest.raises(AssertionError):  # the run gives no result
+        experiment.run_experiment(str(tmp_path / "e.yaml"), tmp_path, quiet=True)
+    assert [(t.text, t.label) for t in jobs[0].texts.texts] == [("karo", 1), ("mite", 0)]
+    assert [t.text for t in jobs[0].prefixes.texts] == ["sun"]
+    data["text_field"] = 3
+    (tmp_path / "e.yaml").write_text(json.dumps(whole))
+    with pytest.raises(DataError, match="expected text_field to be the name of a field"):
+        experiment.read(tmp_path / "e.yaml")
+
+
 def test_an_experiment_runs_compares_and_continues(tmp_path: Path, monkeypatch, capsys):
     """Two runs on models and texts of one's own, through the command line."""
     monkeypatch.chdir(tmp_path)

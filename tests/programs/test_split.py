@@ -109,6 +109,16 @@ def test_an_audit_of_other_texts_ends_with_3(box: Box, capsys):
     assert not (box.path / "run").exists()
 
 
+def test_texts_of_another_field_are_split_the_same(box: Box, capsys):
+    assert split(capsys, box, seed=1).code == 0
+    made = (box.out / "members.jsonl").read_bytes()
+    box.data.write_text(box.data.read_text().replace('"text"', '"input"'))
+    other = {"seed": 1, "out": box.path / "other"}
+    assert_one_line(split(capsys, box, **other), 3, "--text-field NAME")
+    assert split(capsys, box, **other, text_field="input").code == 0
+    assert (box.path / "other" / "members.jsonl").read_bytes() == made
+
+
 def test_what_cannot_be_split_is_refused(box: Box, capsys):
     assert_one_line(split(capsys, box, members=33), 2, "got 33 of 33 texts")
     box.data.write_text(line("a", label=1) + "\n" + line("b") + "\n")

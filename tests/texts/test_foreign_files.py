@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from sama_jax.errors import DataError
-from sama_jax.texts import read, records
+from sama_jax.texts import read, records, streams
 from sama_jax.texts.read import read_texts
 
 PRIVATE = "Jane Doe was diagnosed with a private thing " * 70
@@ -112,7 +112,8 @@ def test_a_message_holds_little_of_a_text(name, content, tmp_path):
 def test_a_csv_file_without_a_header_is_told_by_its_columns_alone(tmp_path):
     message = error_of(tmp_path / "t.csv", f'"{PRIVATE}",name,"a, b"\n')
     assert message == (
-        "t.csv:1: has no column 'text'; its columns: (3,080 characters), name, (4 characters)"
+        "t.csv:1: has no column 'text' (its columns: (3,080 characters), name, (4 characters)); "
+        "rename the one that holds texts, or name it: --text-field NAME"
     )
 
 
@@ -145,9 +146,9 @@ def test_a_line_is_not_read_beyond_its_limit(name, tmp_path, monkeypatch):
 
 def test_a_compressed_file_is_not_unpacked_beyond_its_limit(tmp_path, monkeypatch):
     content = gzip.compress(b"\n" * 2**15)
-    monkeypatch.setattr(records, "UNPACKED_BYTES", 2**12)
+    monkeypatch.setattr(streams, "UNPACKED_BYTES", 2**12)
     assert "unpacks to more than 4,096 bytes" in error_of(tmp_path / "t.jsonl.gz", content)
-    monkeypatch.setattr(records, "UNPACKED_BYTES", 2**16)
+    monkeypatch.setattr(streams, "UNPACKED_BYTES", 2**16)
     assert "holds no texts" in error_of(tmp_path / "t.jsonl.gz", content)
 
 
@@ -155,7 +156,7 @@ def test_a_parquet_file_is_not_unpacked_beyond_its_limit(tmp_path, monkeypatch):
     path, table = tmp_path / "t.parquet", pyarrow.table({"text": ["x" * 2**20]})
     pyarrow.parquet.write_table(table, path, compression="zstd")
     assert len(read_texts(path).texts[0].text) == 2**20
-    monkeypatch.setattr(records, "UNPACKED_BYTES", 2**16)
+    monkeypatch.setattr(streams, "UNPACKED_BYTES", 2**16)
     assert "unpacks to more than 50 times its size" in error_of(path)
 
 

@@ -270,11 +270,23 @@ def test_one_id_on_two_texts_names_both_places(tmp_path):
 # --- errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", [2, -1, "1", "", True, False, 1.0, [1]])
-def test_labels_other_than_1_0_null_are_refused(label, tmp_path):
+@pytest.mark.parametrize(
+    ("label", "kind"),
+    [
+        (2, "another number"),
+        (-1, "another number"),
+        (0.5, "another number"),
+        ("yes", "another string (3 characters)"),
+        ("10", "another string (2 characters)"),
+        ([1], "a list"),
+        ({}, "an object"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused_by_their_kind(label, kind, tmp_path):
     path = write(tmp_path / "t.jsonl", lines({"text": "x"}, {"text": "y", "label": label}))
     message = error_of(path)
-    assert message.startswith(f"t.jsonl:2: label is {json.dumps(label)}, expected 1 (member)")
+    assert message.startswith(f"t.jsonl:2: label is {kind}; expected 1 (member), 0 (non-member)")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -285,7 +297,7 @@ def test_labels_other_than_1_0_null_are_refused(label, tmp_path):
         ('{"txt": "x", "n": 1}', "t.jsonl:2: has no field 'text' (its fields: txt, n)"),
         ('{"text": 3}', "t.jsonl:2: 'text' must be a string, found int"),
         ('{"text": null}', "t.jsonl:2: 'text' must be a string, found null"),
-        ('"x"', "t.jsonl:2: expected a JSON object, found a string"),
+        ("3", "t.jsonl:2: expected a JSON object, found int"),
         ('{"text": "x", "id": ["a"]}', 't.jsonl:2: id is ["a"], expected a string'),
         ('{"text": "x", "id": ""}', "t.jsonl:2: id is empty"),
         ('{"text": "x", "group": 1.5}', "t.jsonl:2: group is 1.5, expected a string"),
@@ -341,17 +353,21 @@ def test_json_errors_are_named(tmp_path):
     assert "found a string" in error_of(write(tmp_path / "t.json", '"x"'))
     uneven = {"text": ["x", "y"], "label": [1]}
     assert "lists of one length" in error_of(write(tmp_path / "t.json", json.dumps(uneven)))
-    assert "t.json[1]: expected an object" in error_of(
-        write(tmp_path / "t.json", '[{"text": "x"}, "y"]')
+    assert "t.json[1]: expected a JSON object" in error_of(
+        write(tmp_path / "t.json", '[{"text": "x"}, 3]')
     )
 
 
 def test_csv_errors_are_named(tmp_path):
     path = tmp_path / "t.csv"
-    assert "t.csv:1: has no column 'text'; its columns: a, b" in error_of(write(path, "a,b\n1,2\n"))
+    assert "t.csv:1: has no column 'text' (its columns: a, b)" in error_of(
+        write(path, "a,b\n1,2\n")
+    )
     assert "t.csv:3: more fields than the header" in error_of(write(path, "text\nok\nx, y\n"))
     assert "t.csv:3: not valid CSV" in error_of(write(path, 'text\nok\n"x\n'))
-    assert 't.csv:2: label is "2"' in error_of(write(path, "text,label\nx,2\n"))
+    assert "t.csv:2: label is another string (1 characters)" in error_of(
+        write(path, "text,label\nx,2\n")
+    )
 
 
 def test_parquet_errors_are_named(tmp_path, monkeypatch):
@@ -362,7 +378,7 @@ def test_parquet_errors_are_named(tmp_path, monkeypatch):
     message = error_of(write(tmp_path / "u.parquet", whole[: len(whole) // 2]))
     assert "u.parquet: not a complete parquet file" in message
     pyarrow.parquet.write_table(pyarrow.table({"words": ["x"]}), tmp_path / "v.parquet")
-    assert "has no column 'text'; its columns: words" in error_of(tmp_path / "v.parquet")
+    assert "has no column 'text' (its columns: words)" in error_of(tmp_path / "v.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = error_of(tmp_path / "t.parquet", UsageError)
     assert "pip install 'sama-jax[parquet]'" in message
