@@ -234,7 +234,7 @@ def _csv_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[R
                 yield f"{where}: {more} fields than the header has; quote the text"
                 continue
             # CSV knows strings only: an empty id or group is absent.
-            yield Row(record | {n: record.get(n) or None for n in ("id", "group")}, where)
+            yield Row(record | {n: record.get(n) or None for n in ("id", "group")}, where, header)
     except csv.Error as error:
         yield f"{path.name}:{start}: not valid CSV ({error})"
     finally:

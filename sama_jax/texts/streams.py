@@ -17,9 +17,9 @@ UNPACKED_BYTES, UNPACKED_RATIO = 2**28, 50
 to a third or a tenth, a gigabyte of zeros to a thousandth."""
 
 _PIECE = 2**18
-_ZSTD_PIECE = 2**12
+_ZSTD_PIECE = 2**10
 """Bytes that are unpacked at once. Three bytes of zstd can stand for a block of 128 KiB (RFC 8878),
-so these may become 140 MB."""
+so these may become 45 MB."""
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 """How a frame begins, and one to be skipped, which parallel compressors write first (RFC 8878)."""
 _MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
