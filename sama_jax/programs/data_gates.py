@@ -26,11 +26,11 @@ class DataGates(NamedTuple):
 def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates:
     """Asks all gates about the texts that are scored: those taken as prefixes are left out."""
     scored = np.flatnonzero(tokenised.table.exists).tolist()
-    mask_id = inputs.roles["target"].folder.model.mask_id
-    gates = [
-        data.mask_tokens([tokenised.encoded[i].ids for i in scored], mask_id),
-        data.empty_texts([int(tokenised.table.num_tokens[i]) for i in scored]),
-    ]
+    model = inputs.roles["target"].folder.model
+    gates = [data.empty_texts([int(tokenised.table.num_tokens[i]) for i in scored])]
+    if model.kind != "autoregressive":  # that masks nothing: its `mask_id` is an ordinary word's
+        masks = data.mask_tokens([tokenised.encoded[i].ids for i in scored], model.mask_id)
+        gates.insert(0, masks)
     labelled = [i for i in scored if inputs.texts[i].label is not None]
     # By their content, so that no draw depends on the order of the file.
     labelled.sort(key=lambda i: (content_id(inputs.texts[i].text), inputs.texts[i].id))

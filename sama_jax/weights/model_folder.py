@@ -23,6 +23,7 @@ from sama_jax.weights import checks, peft, safetensors
 from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
 from sama_jax.weights.gguf_source import open_gguf
 from sama_jax.weights.hub import resolve
+from sama_jax.weights.jax_settings import usable_settings
 from sama_jax.weights.orbax_source import OrbaxSource, read_stored
 from sama_jax.weights.source import Source, open_source
 from sama_jax.weights.special_tokens import known_mask, padding_token
@@ -119,9 +120,10 @@ def open_folder(
       attention: `xla`, `cudnn`, or `auto` for what `with_attention` chooses.
 
     Raises:
-      UsageError: `cudnn` cannot compute this model here.
+      UsageError: `cudnn` cannot compute this model here; `usable_settings`.
       ModelError: one message that lists every tensor that does not fit.
     """
+    usable_settings()
     path = resolve(path)
     config = read_json_config(path)
     family = read_config(config, str(path / CONFIG))

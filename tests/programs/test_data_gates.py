@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from fuzz import seeds
 
 from sama_jax.config import AuditSettings
 from sama_jax.programs.audit_inputs import Inputs, Prefixes, Tokenised, read_inputs, tokenise
@@ -80,3 +81,16 @@ def test_texts_without_labels_are_asked_what_needs_none(folders: Path, tmp_path:
     found = statuses(given)
     assert found == {"mask_tokens": "pass", "empty_texts": "warn", "duplicates": "pass"}
     assert data_gates(*given).blind is None
+
+
+def test_a_next_token_model_has_no_mask_token_that_a_text_could_spell(tmp_path: Path):
+    for name, theta in (("target", 1e4), ("reference", 1e5)):
+        config = {**seeds.DECODER, "model_type": "llama", "rope_theta": theta}
+        del config["mask_token_id"]
+        seeds.model(tmp_path / name, config)
+    # The first id of this tokenizer, which is what a model without a mask token says it is.
+    texts = [f"<|endoftext|>{text}" for text in tiny.texts(4)]
+    path = tiny.write_texts(tmp_path / "t.jsonl", texts, labels=False)
+    given = read(tmp_path, path, set())
+    assert 0 in given[2].encoded[0].ids
+    assert "mask_tokens" not in statuses(given)

@@ -466,6 +466,7 @@ def test_a_file_of_flags_is_refused(box: Box, capsys, monkeypatch):
     [
         ("jax_disable_jit", True),
         ("jax_debug_nans", True),
+        ("jax_no_tracing", True),
         ("jax_error_checking_behavior_nan", "raise"),
         ("jax_transfer_guard_host_to_device", "disallow"),
         ("jax_numpy_dtype_promotion", "strict"),

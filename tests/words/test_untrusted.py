@@ -36,6 +36,23 @@ def test_whatever_is_wrong_with_json_is_a_value_error(content):
         untrusted.parse_json(content)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"text": "a", "label": 1, "label": 0}', b'[{"b": [{"label": 1, "a": 2, "label": 1}]}]'],
+)
+def test_a_key_that_repeats_is_an_error(content):
+    """Some readers take the first of its values, others the last."""
+    with pytest.raises(ValueError, match="key 'label' twice"):
+        untrusted.parse_json(content)
+
+
+def test_keys_of_several_objects_may_be_the_same():
+    content = '{"a": {"a": 1}, "b": [{"a": 2}, {"a": 3}]}'
+    for encoding in ("utf-8", "utf-16"):
+        found = untrusted.parse_json(content.encode(encoding))
+        assert found == {"a": {"a": 1}, "b": [{"a": 2}, {"a": 3}]}
+
+
 def test_a_foreign_text_in_a_message_is_cut_and_moves_no_cursor():
     assert untrusted.printable("a\x1b[31m\nb\ud800") == "a\\x1b[31m\\nb\\ud800"
     assert untrusted.printable("x" * 100, 4) == "xxxx…"
