@@ -22,7 +22,7 @@ from sama_jax.engine.batching import Batch, BatchShapes, distinct_rows, same_tok
 from sama_jax.engine.costs import Costs
 from sama_jax.engine.estimate import estimate
 from sama_jax.engine.forward import Call, Job, Programs, calls_of, jobs_of, values_of
-from sama_jax.engine.other_readings import can_tell
+from sama_jax.engine.other_readings import VERSION, can_tell
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, Probe, load, pad_id
 from sama_jax.engine.scores import score_rows
@@ -118,11 +118,11 @@ def fill_store(
                 if (rows or keys & unchecked) and not keys <= params.keys():
                     params = {}  # frees the other model before this one is loaded
                     given = list(roles.values()), setup.layout, say
-                    params, noticed = load(*given, probe=setup.probe, quiet=setup.quiet)
+                    params, noticed, judged = load(*given, probe=setup.probe, quiet=setup.quiet)
                     for note in noticed:
                         folder.keep_note(note)
                     if not noticed:  # else the next run says it, too
-                        _note_checked(setup, readings, keys & unchecked)
+                        _note_checked(setup, readings, judged & unchecked)
                     unchecked -= keys
                 if rows:
                     run_batches(run, readings, tasks, roles, rows, params)
@@ -152,25 +152,28 @@ def _say_damage(readings: Readings, say: Console) -> None:
         say.print(f"note: {damaged}; what is missing is computed anew")
 
 
-CHECKED = ("readings", "checked")
-"""Plan and text of the empty record that says of a model how it is read was checked."""
+CHECKED = f"readings-{VERSION}"
+"""Plan of the empty record that says of a model and the texts of a run that it is read rightly."""
 
 
 def _unchecked(setup: Setup, readings: Readings) -> set[str]:
-    """Returns the keys of the models that these texts can judge and that no run has judged before.
+    """Returns the keys of the models that these texts can judge, and have not judged before.
 
     Losses may have been stored by runs of too few texts to tell whether a model is read rightly.
     """
-    roles, texts = setup.roles.values(), () if setup.probe is None else setup.probe.texts
-    able = {r.store_key for r in roles if can_tell(r.folder.model, texts)}
-    return {key for key in able if not readings.store.exists(key, *CHECKED)}
+    if setup.probe is None or not can_tell(setup.probe.texts):
+        return set()
+    keys, texts = {r.store_key for r in setup.roles.values()}, setup.probe.digest
+    return {key for key in keys if not readings.store.exists(key, CHECKED, texts)}
 
 
 def _note_checked(setup: Setup, readings: Readings, keys: Collection[str]) -> None:
-    """Notes in the store that these models have passed, once for all processes."""
-    nothing = make_record(np.full((1, 0), -1), np.zeros((1, 0)))
-    for key in sorted(keys) if setup.peers.rank == 0 else ():
-        readings.store.append(key, CHECKED[0], [CHECKED[1]], [nothing])
+    """Notes in the store that the run's texts have judged these models, once for all processes."""
+    if setup.probe is None or setup.peers.rank > 0:
+        return
+    nothing, texts = make_record(np.full((1, 0), -1), np.zeros((1, 0))), setup.probe.digest
+    for key in sorted(keys):
+        readings.store.append(key, CHECKED, [texts], [nothing])
 
 
 def _agree(setup: Setup, readings: Readings) -> None:

@@ -3,8 +3,9 @@
 A wrong rotary base, a wrong mask token or halves of queries and keys in another order fail nowhere;
 they only cost a part of what the model has learnt, and an attack then sees less than is there. The
 texts of the audit tell: read in another way (backwards, masked by another token, with another
-rotary base), they must be predicted worse. Whichever field of a config is wrong, and whether or
-not we have ever heard of it, some other reading is then better.
+rotary base), they must be predicted worse. A next-token model masks nothing, and is read in the
+other ways. Of many wrong fields, also of some that we have never heard of, another reading is then
+better; not of all: a model whose embedding is scaled when it should not be is worse in every way.
 """
 
 import dataclasses
@@ -42,6 +43,10 @@ FLOOR = 0.02
 rightly that knew .021 beyond the frequencies gained .012 (+- .002) by another rotary base."""
 
 
+VERSION = 2
+"""Of this check, counted up when it changes: what an earlier one has passed is judged again."""
+
+
 class Reading(NamedTuple):
     """One way of reading texts."""
 
@@ -66,13 +71,16 @@ class Lead(NamedTuple):
 def other_readings(model: Model, other_masks: Collection[int]) -> list[Reading]:
     """Lists other ways to read a model's texts than its config's.
 
+    A next-token model has no mask that could be another one.
+
     Args:
       model: as its config says.
       other_masks: tokens that could stand for a masked one; `model.mask_id` is passed over.
     """
     own = model.mask_id
     found = [Reading("backwards", model, own, backwards=True)]
-    found += [Reading(f"masked by token {m}", model, m) for m in other_masks if m != own]
+    masks = () if model.kind == "autoregressive" else other_masks
+    found += [Reading(f"masked by token {m}", model, m) for m in masks if m != own]
     arch: Any = model.arch
     bases = [f.name for f in dataclasses.fields(arch) if f.name.endswith("theta")]
     for factor in BASES if bases else ():
@@ -125,7 +133,8 @@ def text_losses(
             )
             masks[row, 0] = False
     valid[len(texts) :, 0] = True  # a row without any token has no softmax
-    inputs = np.where(masks, read.mask_id, tokens).astype(np.int32)
+    hidden = masks if read.model.kind != "autoregressive" else np.zeros_like(masks)
+    inputs = np.where(hidden, read.mask_id, tokens).astype(np.int32)
     positions = losses.scored_positions(masks, -(-length // STRIDE))
     found = token_losses(read.model, params, tokens, inputs, valid, positions)
     if not found.is_fully_addressable:  # a model over the devices of several processes
@@ -133,15 +142,18 @@ def text_losses(
     return np.nanmean(np.asarray(found, np.float64)[: len(texts)], axis=1)
 
 
-def can_tell(model: Model, texts: Sequence[Int[np.ndarray, "..."]]) -> bool:
-    """Tells whether these texts are enough to judge how a model of this kind is read.
+def can_tell(texts: Sequence[Int[np.ndarray, "..."]]) -> bool:
+    """Tells whether these texts are enough to judge how a model is read."""
+    return sum(len(ids) >= SHORTEST for ids in texts) >= LEAST_TEXTS
 
-    Args:
-      model: of any kind; an autoregressive one has no mask to read with.
-      texts: token ids.
-    """
-    enough = sum(len(ids) >= SHORTEST for ids in texts) >= LEAST_TEXTS
-    return enough and model.kind != "autoregressive"
+
+class Judgement(NamedTuple):
+    """What texts say about how a model is read."""
+
+    warning: str | None
+    """Another reading is a little better; None: none is."""
+    told: bool
+    """Whether the model knows enough of these texts for them to tell."""
 
 
 def better_readings(
@@ -150,8 +162,10 @@ def better_readings(
     params: Params,
     texts: Sequence[Int[np.ndarray, "..."]],
     frequencies: float,
-) -> list[Lead]:
+) -> tuple[list[Lead], float]:
     """Returns the other readings that surely predict better than the model's own, best first.
+
+    And the loss of its own, in nats a token.
 
     Texts are read until each other reading is surely better or no longer a suspect, so that a
     model that is read well costs a few passes.
@@ -188,7 +202,7 @@ def better_readings(
         for one in (_lead(r.name, leads[r.name], seen) for r in left)
         if one.lead > SURE * one.error
     ]
-    return sorted(found, key=lambda one: -one.lead)
+    return sorted(found, key=lambda one: -one.lead), float(np.concatenate(seen).mean())
 
 
 def _lead(name: str, leads: list[np.ndarray], seen: list[np.ndarray]) -> Lead:
@@ -205,29 +219,29 @@ def check(
     texts: Sequence[Int[np.ndarray, "..."]],
     frequencies: float,
     other_masks: Collection[int],
-) -> str | None:
-    """Warns if another reading surely predicts the texts better than the config's own; else None.
+) -> Judgement:
+    """Warns if another reading surely predicts the texts better than the config's own.
 
     Raises `ModelError` if it adds more than a tenth of what the model then knows. A model that,
     however it is read, knows no more than how frequent tokens are cannot tell, and passes: a gate
     of its own looks at that.
 
     Args:
-      model: of kind diffusion or masked; others have no mask to read with, and pass.
+      model: of any kind.
       params: its parameters.
       texts: token ids; fewer than `LEAST_TEXTS` cannot tell, and pass.
       frequencies: loss of those texts by how frequent their tokens are.
       other_masks: tokens that could stand for a masked one.
     """
-    if not can_tell(model, texts):
-        return None
+    if not can_tell(texts):
+        return Judgement(None, told=False)
     texts = [ids for ids in texts if len(ids) >= SHORTEST]
     own = Reading("as its config says", model, model.mask_id)
     others = other_readings(model, other_masks)
-    leads = better_readings(own, others, params, texts, frequencies)
-    known = frequencies - leads[0].own + leads[0].lead if leads else 0.0
-    if known <= 0:
-        return None
+    leads, loss = better_readings(own, others, params, texts, frequencies)
+    known = frequencies - loss + (leads[0].lead if leads else 0.0)
+    if known <= 0 or not leads:
+        return Judgement(None, told=known > 0)
     best = leads[0]
     line = (
         f"read {best.name} it predicts the texts better than as its config says: by "
@@ -239,4 +253,4 @@ def check(
             f"{line}; an attack would see only a part of what is there. Check the mask token, the "
             "rotary base and the other fields of config.json, and that the weights are whole"
         )
-    return line
+    return Judgement(line, told=True)

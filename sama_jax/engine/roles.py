@@ -93,6 +93,12 @@ class Probe(NamedTuple):
     other_masks: Collection[int] = ()
     """What could stand for a masked token besides the models' own mask."""
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the texts that models are judged by."""
+        read = self.texts[: other_readings.MOST_TEXTS]
+        return settings_hash([np.asarray(ids).tolist() for ids in read])[:16]
+
 
 def make_probe(
     folder: model_folder.ModelFolder,
@@ -120,6 +126,8 @@ class Loaded(NamedTuple):
     params: Mapping[str, Params]
     """By the models' keys in the store."""
     notes: list[str]
+    judged: set[str]
+    """Keys in the store of the models of which the probe's texts could tell how they are read."""
 
 
 def load(
@@ -144,7 +152,7 @@ def load(
     """
     distinct = {role.store_key: role for role in roles}
     folders = [role.folder for role in distinct.values()]
-    start, notes = time.monotonic(), []
+    start, notes, judged = time.monotonic(), [], set()
     with ByteBar("weights", model_folder.num_bytes(folders), quiet=quiet, least=10**9) as told:
         loaded = loading.load_together(folders, layout.shardings, told)
     seconds = time.monotonic() - start
@@ -153,29 +161,33 @@ def load(
         say.print(
             f"{role.name}: {folder.path}, {folder.num_params:,} parameters in {folder.model.dtype}"
         )
-        for warning in _check(role, params, probe):
+        warnings, told = _check(role, params, probe)
+        judged |= {role.store_key} if told else set()
+        for warning in warnings:
             notes.append(f"{role.name}: {warning}")
             say.print(f"note: {notes[-1]}")
     say.print(f"weights loaded in {seconds:.1f} s")
-    return Loaded(dict(zip(distinct, loaded)), notes)
+    return Loaded(dict(zip(distinct, loaded)), notes, judged)
 
 
-def _check(role: ModelRole, params: Params, probe: Probe | None) -> list[str]:
-    """Returns what is odd about a loaded model. Raises `ModelError` if it cannot be used."""
+def _check(role: ModelRole, params: Params, probe: Probe | None) -> tuple[list[str], bool]:
+    """Returns what is odd about a loaded model, and whether the probe's texts could tell.
+
+    Raises `ModelError` if it cannot be used.
+    """
     if names := not_finite(params):
         raise ModelError(
             f"{role.folder.path}: the weights of the {role.name} hold NaN or infinity, at {names}; "
             "save or convert the model again, or choose a --dtype that does not overflow"
         )
     if probe is None:
-        return []
+        return [], False
     model = role.folder.model
     rest = probe.texts, probe.frequencies, probe.other_masks
     try:
-        found = [
-            output_position.check(model, params, probe.position),
-            other_readings.check(model, params, *rest),
-        ]
+        position = output_position.check(model, params, probe.position)
+        reading = other_readings.check(model, params, *rest)
     except ModelError as error:
         raise ModelError(f"{role.folder.path}: the {role.name}: {error}") from None
-    return [warning for warning in found if warning is not None]
+    found = [position, reading.warning]
+    return [warning for warning in found if warning is not None], reading.told

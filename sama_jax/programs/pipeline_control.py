@@ -185,7 +185,7 @@ def _learn(part: Part, quiet: bool) -> few.Learnt:
 def _place(part: Part, learnt: Params, setup: Setup, say: Console) -> dict[str, Params]:
     """Puts what was learnt where the run keeps its models, in the form of the reference there."""
     target, reference = (part.inputs.roles[name] for name in ("target", "reference"))
-    loaded, _ = load([reference], setup.layout, say, quiet=setup.quiet)
+    loaded = load([reference], setup.layout, say, quiet=setup.quiet).params
     there = loaded[reference.store_key]
     placed = jax.tree.map(
         lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding), learnt, there

@@ -124,11 +124,14 @@ def judge(
             verdict |= {"kind": "found", "sentence": sentence}
         else:
             verdict["sentence"] = _by_the_source(protocol, declared, unfair, excess)
-    elif _below(protocol, declared) and (control := _control(all_gates)):
-        sentence = _nothing_above(protocol, declared, control)
-        verdict |= {"kind": "nothing above the margin", "sentence": sentence}
     else:
-        verdict["sentence"] = _undecided(protocol, verdict, texts, _control(all_gates))
+        doubts = _doubts(protocol, columns, declared)
+        control = _control(all_gates)
+        if _below(protocol, declared) and control is not None and not doubts:
+            sentence = _nothing_above(protocol, declared, control)
+            verdict |= {"kind": "nothing above the margin", "sentence": sentence}
+        else:
+            verdict["sentence"] = " ".join([_undecided(protocol, verdict, texts, control), *doubts])
     return verdict, all_gates
 
 
@@ -338,6 +341,25 @@ def _by_the_source(
 
 def _below(protocol: Protocol, declared: dict[str, Declared]) -> bool:
     return all(d["simultaneous_ci"][1] <= protocol.margin for d in declared.values())
+
+
+def _doubts(protocol: Protocol, columns: Columns, declared: dict[str, Declared]) -> list[str]:
+    """Says why small AUCs do not mean that nothing leaks."""
+    found = []
+    if lost := [name for name in protocol.family if name not in declared]:
+        found.append(f"No scores were made by {', '.join(lost)}, which the protocol declares.")
+    for name in declared:
+        scores = columns.scores[:, columns.names.index(name)]
+        known = np.isfinite(scores)
+        groups = None if columns.groups is None else columns.groups[known]
+        rate = metrics.tpr_at_fpr(scores[known], columns.labels[known], 0.01, groups)
+        if rate is not None and rate["ci"][0] > 0.01:
+            low, high = (100 * end for end in rate["ci"])
+            found.append(
+                f"But {name} surely finds more members than chance at 1 % FPR, "
+                f"{100 * rate['tpr']:.1f} % ({low:.1f} to {high:.1f} %): some texts stand out."
+            )
+    return found
 
 
 def _control(gates: Sequence[Gate]) -> Gate | None:

@@ -57,6 +57,8 @@ CONTROL_P = 0.001
 stand above 7 non-members reach it."""
 CONTROL_TEXTS = 7
 """Fewer texts of a control cannot reach that p against as many non-members."""
+MISSING_SHARE = 0.2
+"""Judgement: share of the labelled texts without a score from which the rest are no fair sample."""
 MISSING_P = 0.01
 """Fisher's p below which scores are missing in one class more than in the other."""
 HALVINGS, HALVES_APART = 50, 0.25

@@ -49,7 +49,7 @@ def ties(name: str, scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n
 def missing_scores(
     name: str, scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"]
 ) -> Gate:
-    """Warns where one class lacks scores more often than the other."""
+    """Warns where many texts lack scores, or one class more often than the other."""
     table = [
         [
             int((np.isfinite(scores) & (labels == label)).sum()),
@@ -61,12 +61,13 @@ def missing_scores(
     if not lacking:
         return gate("missing_scores", "pass", f"Every labelled text has a score of {name}.")
     p = float(fisher_exact(table)[1])  # pyright: ignore
+    many = lacking > bounds.MISSING_SHARE * (lacking + table[0][0] + table[1][0])
+    why = "So many lack one" if many else "One class lacks them more often"
     return gate(
         "missing_scores",
-        "warn" if p < bounds.MISSING_P else "pass",
+        "warn" if many or p < bounds.MISSING_P else "pass",
         f"{table[0][1]} members and {table[1][1]} non-members have no score of {name}.",
-        "One class lacks them more often, so the rest is no fair sample: see `undefined` in "
-        "scores.jsonl for the reasons.",
+        f"{why}, so the rest is no fair sample: see `undefined` in scores.jsonl for the reasons.",
         statistic=p,
         bound=bounds.MISSING_P,
     )

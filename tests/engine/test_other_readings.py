@@ -3,13 +3,17 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import trained
 
 from sama_jax.core.frequencies import frequency_losses
 from sama_jax.engine import other_readings
 from sama_jax.errors import ModelError
+from sama_jax.models.registry import build_model, read_config
+from sama_jax.training import step
 
 MASKS = (0, 50, 299)
 
@@ -30,7 +34,7 @@ def check(texts, weights=None, **changes):
 
 
 def test_a_model_that_is_read_as_it_was_trained_passes(texts):
-    assert check(texts) is None
+    assert check(texts) == (None, True)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_texts_that_run_the_other_way_are_read_better_backwards(texts):
     others = other_readings.other_readings(trained.model(), MASKS)
     turned = [ids[::-1] for ids in texts]
     rest = trained.params(), turned, frequencies(turned)
-    assert other_readings.better_readings(own, others, *rest)[0].name == "backwards"
+    assert other_readings.better_readings(own, others, *rest)[0][0].name == "backwards"
 
 
 @pytest.mark.parametrize(("lead", "refused"), [(0.012, False), (0.03, True)])
@@ -61,17 +65,57 @@ def test_a_model_that_knows_next_to_nothing_is_refused_only_for_more(
     """Both leads are half of what the model then knows beyond the frequencies."""
     own = frequencies(texts) - lead
     found = [other_readings.Lead("backwards", lead, 0.001, own, 96)]
-    monkeypatch.setattr(other_readings, "better_readings", lambda *_: found)
+    monkeypatch.setattr(other_readings, "better_readings", lambda *_: (found, own))
     if refused:
         with pytest.raises(ModelError, match="read backwards"):
             check(texts)
     else:
-        assert check(texts) is not None
+        assert check(texts).warning is not None
 
 
 def test_few_or_short_texts_and_a_model_that_knows_nothing_cannot_tell(texts):
     wrong = {"mask_token_id": 50}
-    assert check(texts[: other_readings.LEAST_TEXTS - 1], **wrong) is None
-    assert check([ids[: other_readings.SHORTEST - 1] for ids in texts], **wrong) is None
+    assert check(texts[: other_readings.LEAST_TEXTS - 1], **wrong) == (None, False)
+    assert check([ids[: other_readings.SHORTEST - 1] for ids in texts], **wrong) == (None, False)
     nothing = jax.tree.map(lambda x: x / 100, trained.params())
-    assert check(texts, nothing, **wrong) is None
+    assert check(texts, nothing, **wrong) == (None, False)
+
+
+CAUSAL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+CAUSAL |= {"num_attention_heads": 2, "model_type": "llama", "max_position_embeddings": 64}
+
+
+def causal(theta: float):
+    family = read_config(CAUSAL | {"rope_theta": theta}, "config.json")
+    return build_model(family, 0, np.dtype("float32"))
+
+
+@pytest.fixture(scope="module")
+def causal_weights():
+    """A next-token model that has learnt the language."""
+    network, optimizer = causal(100.0), optax.adam(1e-2)
+    texts = jnp.asarray(trained.tokens(250 * 32, seed=1).reshape(250, 32, -1))
+    first = jax.tree.map(
+        lambda x: 5 * x if x.ndim > 1 else x, jax.jit(network.init)(jax.random.key(0))
+    )
+
+    def update(carry, tokens):
+        weights, state = carry
+        valid = jnp.ones(tokens.shape, bool)
+        rest = network, weights, tokens, valid, jax.random.key(0), 0.0
+        grads = jax.grad(step.loss_of_kind, argnums=1)(*rest)
+        changes, state = optimizer.update(grads, state)
+        return (optax.apply_updates(weights, changes), state), None
+
+    run = jax.jit(lambda start: jax.lax.scan(update, start, texts)[0][0])
+    return run((first, optimizer.init(first)))
+
+
+def test_a_next_token_model_is_judged_as_well(texts, causal_weights):
+    given = causal_weights, texts, frequencies(texts), MASKS
+    assert other_readings.check(causal(100.0), *given) == (None, True)
+    with pytest.raises(ModelError, match="with a rotary base 10 times as large"):
+        other_readings.check(causal(4.0), *given)
+    turned = [ids[::-1] for ids in texts]
+    with pytest.raises(ModelError, match="read backwards"):
+        other_readings.check(causal(100.0), causal_weights, turned, *given[2:])

@@ -391,6 +391,11 @@ def test_a_run_of_enough_texts_judges_models_whose_losses_came_in_small_portions
     for number, portion in enumerate(portions):
         with contextlib.suppress(ValidityError):
             audit(own, tmp_path / f"part{number}", texts=portion, store=store)
+    draw = np.random.default_rng(3)
+    nonsense = [trained.words(ids) for ids in draw.integers(0, 90, (40, trained.LENGTH))]
+    file = write(tmp_path / "nonsense.jsonl", nonsense[:20], nonsense[20:])
+    with pytest.raises(ValidityError):  # these cannot tell either
+        audit(own, tmp_path / "nonsense", texts=read_texts(file), store=store)
     whole = collect(texts.texts[: 2 * few] + texts.texts[-few:])
     with pytest.raises(ModelError, match=r"read with a rotary base 0\.1 times as large"):
         audit(own, tmp_path / "whole", texts=whole, store=store)

@@ -77,6 +77,25 @@ def test_nothing_above_the_margin_needs_texts_and_a_control():
     assert judge(rows, narrow, [PASSED])[0]["kind"] == "undecided"
 
 
+def test_a_few_members_that_stand_out_forbid_nothing_above_the_margin():
+    rows = make_rows(n=1200, shift=0.0)
+    members = [row for row in rows if row["label"] == 1]
+    for row in members[:48]:
+        row["scores"]["loss"] = 50.0
+    verdict, _ = judge(rows, Protocol("sama", ("sama", "loss"), margin=0.6), [PASSED])
+    assert max(d["simultaneous_ci"][1] for d in verdict["declared"].values()) < 0.6
+    assert verdict["kind"] == "undecided"
+    assert "loss surely finds more members than chance at 1 % FPR" in verdict["sentence"]
+
+
+def test_a_declared_attack_without_scores_forbids_nothing_above_the_margin():
+    rows = make_rows(n=1200, shift=0.0)
+    family = Protocol("sama", ("sama", "loss", "lowercase"))
+    verdict, _ = judge(rows, family, [PASSED])
+    assert verdict["kind"] == "undecided"
+    assert "No scores were made by lowercase, which the protocol declares." in verdict["sentence"]
+
+
 def test_a_control_that_was_not_passed_outweighs_one_that_was():
     rows, learnt = make_rows(n=1200, shift=0.0), gate(PIPELINE, "pass", "30 texts were learnt.")
     verdict, _ = judge(rows, BOTH, [learnt])

@@ -103,6 +103,8 @@ def test_scores_that_one_class_lacks_are_a_warning():
     values[(LABELS == 1) & (np.arange(N) < 20)] = np.nan
     assert scores.missing_scores("sama", values, LABELS)["status"] == "warn"
     values = np.where(np.arange(N) < 10, np.nan, values)
+    few = np.where(np.arange(N) < 0.9 * N, np.nan, np.linspace(0, 1, N))
+    assert scores.missing_scores("sama", few, LABELS)["status"] == "warn"
     fair = np.linspace(0, 1, N)
     fair[:10] = np.nan
     assert scores.missing_scores("sama", fair, LABELS)["status"] == "pass"
