@@ -67,11 +67,15 @@ def finetune(
             start = _as_diffusion(start, folder, settings)
         identity = {
             "command": "finetune",
-            **({"as": "diffusion"} if as_diffusion else {}),
             **model_identity(folder),
             "tokenizer": tokenizer.fingerprint,
+            # The ids above are those of the texts; here is what else stands in the new folder.
+            "tokenizer_files": runs.tokenizer_files(base),
+            "config": _digest(start.config),
             "pad_id": folder.pad_id if settings.train_on_padding else None,
         }
+        if as_diffusion:
+            identity |= {"as": "diffusion", "mask_token_id": start.config["mask_token_id"]}
         with runs.open_run(out, identity, settings, data, heldout, quiet) as run:
             if run.finished:
                 return run.manifest["result"]
@@ -123,7 +127,7 @@ def pretrain(
         identity = {
             "command": "pretrain",
             **arithmetic(),
-            "base": hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest(),
+            "base": _digest(full),
             "tokenizer": tokenizer_name,
         }
         with runs.open_run(out, identity, settings, data, heldout, quiet) as run:
@@ -156,6 +160,10 @@ def _new_config(path: Path, tokenizer: Path | None) -> tuple[dict[str, Any], str
             f"{', '.join(new_tokenizer.MASK_TOKENS)}; add one of them"
         )
     return full, name
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _require_trainable(family: FamilyConfig, settings: TrainSettings, where: str) -> None:

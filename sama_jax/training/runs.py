@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import math
 import shutil
 from collections.abc import Iterator
@@ -166,6 +167,15 @@ def _require_same_run(out: Path, before: dict[str, Any], now: dict[str, Any]) ->
 
 def _short(value: Any) -> str:
     return untrusted.printable(value if isinstance(value, str) else repr(value), 16)
+
+
+def tokenizer_files(base: Path) -> str:
+    """Returns the SHA-256 of the tokenizer's JSON files that `copy_companions` copies.
+
+    They may name another mask token, or say other things of the same ids.
+    """
+    names = fnmatch.filter((f.name for f in folder_files.companions(base)), "*token*.json")
+    return stored_bytes.digest([(name, base / name) for name in names])
 
 
 def copy_companions(base: Path, out: Path) -> None:

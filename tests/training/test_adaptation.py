@@ -130,21 +130,38 @@ def test_a_row_that_is_free_serves_as_the_mask():
     assert jax.tree.leaves(adaptation.with_rows(params, 400))[0] is params["embed"]["embedding"]
 
 
-def test_an_interrupted_adaptation_ends_with_the_same_bits(box: Path, adapted, monkeypatch):
+def interrupt(box: Path, out: Path, patch: pytest.MonkeyPatch, step: int) -> None:
+    """Adapts until a step at which SIGTERM arrives."""
     original = loop.batch_rows
 
     def rows(seed: int, at: int, *rest: int):
-        if at == 4:
+        if at == step:
             signal.raise_signal(signal.SIGTERM)
         return original(seed, at, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "batch_rows", rows)
+    with patch.context() as patched:
+        patched.setattr(loop, "batch_rows", rows)
         with pytest.raises(Interrupted):
-            adapt(box, box / "resumed")
+            adapt(box, out)
+
+
+def test_an_interrupted_adaptation_ends_with_the_same_bits(box: Path, adapted, monkeypatch):
+    interrupt(box, box / "resumed", monkeypatch, 4)
     adapt(box, box / "resumed")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (box / "resumed" / name).read_bytes() == (adapted[0] / name).read_bytes(), name
+
+
+def test_another_mask_token_is_another_adaptation(box: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(box / "base", tmp_path / "base")
+    shutil.copy(box / "texts.jsonl", tmp_path)
+    interrupt(tmp_path, tmp_path / "out", monkeypatch, 1)
+    # The token for the end of a text, which is free to stand for a masked one.
+    end = json.loads((tmp_path / "base" / "tokenizer.json").read_text())["added_tokens"][0]
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": end["content"]}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(told))
+    with pytest.raises(UsageError, match=f"mask_token_id was {VOCAB}, is {end['id']}"):
+        adapt(tmp_path, tmp_path / "out")
 
 
 def test_only_causal_models_can_be_adapted(box: Path, adapted, tmp_path: Path, capsys):
