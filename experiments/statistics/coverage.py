@@ -2,9 +2,10 @@
 
     python experiments/statistics/coverage.py [PART ...] [--repetitions N] [--scores FILE]
 
-Prints one Markdown table a part: auc, groups, paired, tpr, headline, conformal, halves. All take
-some thirty minutes of one core at 1,000 repetitions. `headline` wants the scores.jsonl of a run
-with many attacks and freezes it; without one it makes a matrix of 33 attacks with much in common.
+Prints one Markdown table a part: auc, groups, documents, paired, tpr, headline, conformal, halves.
+All take some forty minutes of one core at 1,000 repetitions. `headline` wants the scores.jsonl of a
+run with many attacks and freezes it; without one it makes a matrix of 33 attacks with much in
+common.
 """
 
 import argparse
@@ -116,6 +117,40 @@ def group_table(times: int, n: int = 500) -> Iterator[list[object]]:
                     found = (metrics.auc_interval(one, labels, groups) for one in scores)
                     row.append(covered(auc, found))
             yield row
+
+
+def documents_table(times: int, n: int = 300) -> Iterator[list[object]]:
+    """Yields how often nothing is found and the interval holds with few documents of a class."""
+    names = [
+        f"{what}, {sizes} sizes" for what in ("found", "held") for sizes in ("equal", "unequal")
+    ]
+    yield ["documents of members", "of non-members", "in common", *names]
+    labels = np.repeat([1, 0], n)
+    for counts in ((5, 300), (300, 5), (10, 300), (300, 10), (10, 10), (10, 50)):
+        for shared in (0.0, 0.1, 0.3):
+            found, held = [], []
+            for unequal in (False, True):
+                rng, claims, ends = np.random.default_rng([9, *counts, unequal]), [], []
+                for _ in range(times):
+                    own, others = (_documents(rng, n, count, unequal) for count in counts)
+                    groups = np.r_[own, counts[0] + others]
+                    common = rng.normal(size=sum(counts))[groups]
+                    noise = rng.normal(size=2 * n)
+                    scores = np.sqrt(shared) * common + np.sqrt(1 - shared) * noise
+                    data = scores[:, None], labels, groups
+                    claims.append(inference.permutation_tests(*data, permutations=399).p[0])
+                    ends.append(metrics.auc_interval(scores, labels, groups))
+                found.append(np.mean(np.array(claims) <= 0.025))
+                held.append(covered(0.5, ends))
+            yield [*counts, shared, *found, *held]
+
+
+def _documents(rng: np.random.Generator, n: int, count: int, unequal: bool) -> np.ndarray:
+    """Draws the documents of `n` texts, of equal or of lognormal sizes, each with a text."""
+    if not unequal:
+        return np.arange(n) % count
+    weight = rng.lognormal(0, 1, count)
+    return np.r_[np.arange(count), rng.choice(count, n - count, p=weight / weight.sum())]
 
 
 def paired_table(times: int) -> Iterator[list[object]]:
@@ -294,6 +329,7 @@ TABLES = {
     "halves": halves_table,
     "auc": auc_table,
     "groups": group_table,
+    "documents": documents_table,
     "paired": paired_table,
     "tpr": tpr_table,
     "headline": headline_table,

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from scipy.stats import beta, false_discovery_control, norm
 
 from sama_jax.core.inference import PERMUTATIONS, detectable_auc, permutation_tests
-from sama_jax.core.intervals import auc_errors, auc_interval
+from sama_jax.core.intervals import auc_errors
 
 
 class Collection(NamedTuple):
@@ -98,8 +98,7 @@ def collection_test(
     labels = np.repeat([1, 0], [len(suspects), len(calibration)])
     p = permutation_tests(scores, labels, permutations=permutations).p[0]
     errors = auc_errors(scores, labels == 1)
-    (one,) = zip(errors.auc, errors.deviation, errors.members, errors.nonmembers)
-    low, high = auc_interval(*one, float(norm.isf(0.025)))
+    low, high = errors.intervals(float(norm.isf(0.025)))[0]
     detectable = detectable_auc(len(suspects), len(calibration), alpha=0.05)
     return Collection(float(p), float(errors.auc[0]), low, high, detectable)
 

@@ -16,7 +16,6 @@ from scipy.stats import beta, nhypergeom, norm, rankdata
 from sama_jax.core.intervals import (
     allowed_false_alarms,
     auc_errors,
-    auc_interval,
     auc_variance,
     numbered,
     root,
@@ -34,7 +33,8 @@ class PermutationTests(NamedTuple):
     """What permuted labels say of each attack: a small `p` speaks for it."""
 
     z: Float[np.ndarray, " k"]
-    """Mann-Whitney's statistic in standard deviations; above 0: members score higher."""
+    """The statistic in standard deviations, Mann-Whitney's without groups; above 0: members score
+    higher."""
     p: Float[np.ndarray, " k"]
     """One-sided p-value of the attack alone."""
     adjusted: Float[np.ndarray, " k"]
@@ -61,20 +61,24 @@ def permutation_tests(
 ) -> PermutationTests:
     """Tests each attack alone and all together, one-sided, by permuting labels.
 
-    With groups the labels of whole groups are exchanged (see `_permuted`). The adjusted p-value of
+    With groups the labels of whole groups are exchanged (see `_permuted`), and the statistic is
+    studentised by their sums, since groups of unequal sizes are not exchangeable: five large
+    documents against 300 small ones are found by ranks alone in .13 of audits without membership,
+    and so in under .025 (E. Chung and J. P. Romano, 2013). The adjusted p-value of
     an attack counts permutations in which any attack that is no stronger does as well. A p-value
     is never 0: the labels as they are count as one permutation (P. H. Westfall and S. S. Young,
     1993). A column without a spread, or with one class only, gets p-values of 1.
     """
     ranked = _standardised_ranks(scores)
     present = np.isfinite(scores)
-    observed = _z(ranked, present, labels[None] == 1)[0]
+    units = _units(groups, labels == 1)
+    observed = _statistic(ranked, present, labels[None] == 1, units)[0]
     both = present[labels == 1].any(axis=0) & present[labels != 1].any(axis=0)
     observed[~both] = -np.inf
     order = np.argsort(-observed, kind="stable")
     alone, joint = np.zeros((2, scores.shape[1]))
     for is_member in _permuted(labels == 1, groups, permutations, seed):
-        z = _z(ranked, present, is_member)
+        z = _statistic(ranked, present, is_member, units)
         # A tie is as good: rounding must not tell equal statistics apart.
         alone += (z >= observed - 1e-9).sum(axis=0)
         weaker = np.maximum.accumulate(z[:, order[::-1]], axis=1)[:, ::-1]
@@ -91,6 +95,51 @@ def _standardised_ranks(scores: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "
     centred = np.nan_to_num(ranks - np.nansum(ranks, axis=0) / np.maximum(count, 1))
     deviation = np.sqrt((centred**2).sum(axis=0) / np.maximum(count - 1, 1))
     return centred / np.where(deviation > 0, deviation, 1)
+
+
+def _units(
+    groups: Int[np.ndarray, " n"] | None, is_member: Bool[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"] | None:
+    """Numbers what keeps one label: groups of one class, and single texts; None if all are texts.
+
+    The texts of a group that holds both classes are single ones here.
+    """
+    numbers = numbered(groups, len(is_member))
+    share = np.bincount(numbers, is_member) / np.bincount(numbers)
+    pure = (share == 0) | (share == 1)
+    units = numbered(np.where(pure[numbers], numbers, -1), len(is_member))
+    return units if units.max(initial=-1) + 1 < len(units) else None
+
+
+def _statistic(
+    ranked: Float[np.ndarray, "n k"],
+    present: Bool[np.ndarray, "n k"],
+    is_member: Bool[np.ndarray, "b n"],
+    units: Int[np.ndarray, " n"] | None,
+) -> Float[np.ndarray, "b k"]:
+    """Returns Mann-Whitney's z, or, where texts are grouped, the studentised difference of ranks.
+
+    That is the difference of the classes' mean ranks over the standard deviation that the sums of
+    whole units tell (A. C. Cameron and D. L. Miller, 2015).
+    """
+    if units is None:
+        return _z(ranked, present, is_member)
+    first = np.unique(units, return_index=True)[1]
+    sums, sizes = (
+        np.stack([np.bincount(units, column) for column in table.T], axis=1)
+        for table in (ranked, present)
+    )
+    tables = sums, sizes, sums**2, sums * sizes, sizes**2, sizes > 0
+    difference, variance = 0.0, 1e-10  # of a perfect attack nothing is left: still no infinity
+    for sign, label in ((1, True), (-1, False)):
+        own = (is_member[:, first] == label).astype(np.float64)
+        total, texts, squares, mixed, sizes_squared, count = (own @ table for table in tables)
+        texts = np.maximum(texts, 1)
+        mean = total / texts
+        spread = squares - 2 * mean * mixed + mean**2 * sizes_squared
+        variance = variance + np.maximum(spread, 0) / texts**2 * count / np.maximum(count - 1, 1)
+        difference = difference + sign * mean
+    return difference / np.sqrt(variance)
 
 
 def _z(
@@ -118,7 +167,7 @@ def _permuted(
     """Draws permuted labels, some rows at a time.
 
     Groups of one class exchange their labels, whatever their sizes; in a group that holds both
-    classes, texts exchange theirs among themselves. Either leaves the null hypothesis as it was.
+    classes, texts exchange theirs among themselves. `_statistic` makes up for unequal sizes.
     """
     numbers = numbered(groups, len(is_member))
     size = np.bincount(numbers)
@@ -167,8 +216,7 @@ def simultaneous_intervals(
     )
     q = float(np.quantile(np.abs(draws).max(axis=1), level))
     auc[both] = errors.auc
-    inputs = zip(errors.auc, errors.deviation, errors.members, errors.nonmembers)
-    low[both], high[both] = zip(*(auc_interval(*one, q) for one in inputs))
+    low[both], high[both] = zip(*errors.intervals(q))
     return Simultaneous(auc, low, high, q)
 
 

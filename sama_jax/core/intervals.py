@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import brentq
 from scipy.special import expit, logit
-from scipy.stats import beta, binom, rankdata
+from scipy.stats import beta, binom, norm, rankdata, t
 
 FEW_LOST = 20
 """With fewer texts of a class than this on the wrong side, Newcombe's interval counts too.
@@ -29,13 +29,22 @@ class AucErrors(NamedTuple):
     parts: Float[np.ndarray, "g k"]
     """`parts.T @ parts` estimates the covariance of the AUCs."""
     members: Float[np.ndarray, " k"]
-    """How many independent members a column is worth: at most its texts, at least its groups."""
+    """How many independent members a column is worth: at most its texts, at least its groups, of
+    unequal sizes fewer (L. Kish, 1965)."""
     nonmembers: Float[np.ndarray, " k"]
+    freedom: Float[np.ndarray, " k"]
+    """Degrees of freedom of the deviation (B. L. Welch, 1947); infinite without groups."""
 
     @property
     def deviation(self) -> Float[np.ndarray, " k"]:
         """The standard deviation of each AUC."""
         return np.sqrt((self.parts**2).sum(axis=0))
+
+    def intervals(self, z: float) -> list[tuple[float, float]]:
+        """Returns the interval of each AUC, `z` standard deviations of a normal variable wide."""
+        half = widened(z, self.freedom)
+        inputs = zip(self.auc, self.deviation, self.members, self.nonmembers, half)
+        return [auc_interval(*one) for one in inputs]
 
 
 def numbered(groups: Int[np.ndarray, " n"] | None, count: int) -> Int[np.ndarray, " n"]:
@@ -57,39 +66,54 @@ def auc_errors(
 
     A member's component is the share of non-members below it, ties half; a non-member's is the
     share of members above. A score that is NaN is left out of its column. Each column needs both
-    classes. A class of a single group, whose spread nobody knows, adds no error.
+    classes. A group's error is that of leaving it out (the jackknife), which a large one does not
+    hide by drawing the mean to itself. A class of a single group, whose spread nobody knows, adds
+    no error and is worth one text.
     """
     numbers = numbered(groups, len(is_member))
     found = [_errors_of(values, is_member, numbers) for values in scores.T]
-    auc, parts, members, nonmembers = zip(*found)
-    return AucErrors(
-        np.array(auc), np.stack(parts, axis=1), np.array(members), np.array(nonmembers)
-    )
+    auc, parts, *others = zip(*found)
+    return AucErrors(np.array(auc), np.stack(parts, axis=1), *map(np.array, others))
 
 
 def _errors_of(
     values: Float[np.ndarray, " n"],
     is_member: Bool[np.ndarray, " n"],
     groups: Int[np.ndarray, " n"],
-) -> tuple[float, Float[np.ndarray, " g"], float, float]:
+) -> tuple[float, Float[np.ndarray, " g"], float, float, float]:
     """Computes one column of `auc_errors`."""
     present = np.isfinite(values)
     ranks = np.full(len(values), np.nan)
     ranks[present] = rankdata(values[present])
     parts, worth, auc = np.zeros(groups.max() + 1), [], np.nan
+    variances, unknown = 0.0, 0.0
     for of, sign in ((is_member, 1), (~is_member, -1)):
         own = np.flatnonzero(of & present)
         below = (ranks[own] - rankdata(values[own])) / (present.sum() - own.size)
         auc = below.mean() if sign == 1 else auc
         error = sign * (below - below.mean()) / own.size
-        summed = np.bincount(groups[own], error, groups.max() + 1)
-        size = np.unique(groups[own]).size
-        parts += summed * np.sqrt(size / max(size - 1, 1))
+        sizes = np.bincount(groups[own], minlength=len(parts))
+        count, effective = np.count_nonzero(sizes), own.size**2 / (sizes**2).sum()
+        if count == 1:
+            worth.append(1.0)
+            continue
+        summed = np.bincount(groups[own], error, len(parts))
+        left_out = summed / (1 - sizes / own.size) * np.sqrt((count - 1) / count)
+        parts += left_out
         # Summing over groups multiplies the variance: so much fewer texts is the class worth.
-        spread = (summed**2).sum()
+        spread, variance = (summed**2).sum(), (left_out**2).sum()
         alike = own.size * (error**2).sum() / spread if spread > 0 else 0
-        worth.append(float(np.clip(alike, size, own.size)))
-    return float(auc), parts, worth[0], worth[1]
+        worth.append(float(np.clip(alike, effective, own.size)))
+        variances += variance
+        if count < own.size:
+            unknown += variance**2 / max(effective - 1, 1)
+    freedom = variances**2 / unknown if unknown > 0 else np.inf
+    return float(auc), parts, worth[0], worth[1], freedom
+
+
+def widened(z: float, freedom: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """Returns Student's quantiles at the level of a normal `z`; `z` at infinite freedom."""
+    return np.where(np.isinf(freedom), z, t.isf(norm.sf(z), freedom))
 
 
 def logit_interval(auc: float, deviation: float, z: float) -> tuple[float, float]:
@@ -156,9 +180,9 @@ def difference_interval(errors: AucErrors, z: float) -> tuple[float, float]:
     difference = float(errors.auc[0] - errors.auc[1])
     deviation = float(np.sqrt(((errors.parts[:, 0] - errors.parts[:, 1]) ** 2).sum()))
     if deviation > 0:
-        return max(difference - z * deviation, -1.0), min(difference + z * deviation, 1.0)
-    inputs = zip(errors.auc, errors.deviation, errors.members, errors.nonmembers)
-    (low_a, high_a), (low_b, high_b) = (auc_interval(*one, z) for one in inputs)
+        half = deviation * float(widened(z, errors.freedom).max())
+        return max(difference - half, -1.0), min(difference + half, 1.0)
+    (low_a, high_a), (low_b, high_b) = errors.intervals(z)
     return low_a - high_b, high_a - low_b
 
 

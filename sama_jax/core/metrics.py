@@ -97,8 +97,7 @@ def auc_interval(
     """
     values, is_member = _checked(scores, labels)
     errors = auc_errors(values[:, None], is_member, _groups(groups))
-    (one,) = zip(errors.auc, errors.deviation, errors.members, errors.nonmembers)
-    return intervals.auc_interval(*one, _half_width(level))
+    return errors.intervals(_half_width(level))[0]
 
 
 def paired_difference(

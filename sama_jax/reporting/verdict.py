@@ -113,8 +113,11 @@ def judge(
     if excess is not None:
         verdict["excess"] = excess
     failed, unfair = voids(all_gates), _sources_differ(all_gates)
+    few = [g for g in all_gates if g["name"] == score_gates.DOCUMENTS and g["status"] == "warn"]
     if failed:
         verdict |= {"kind": "no conclusion", "sentence": _no_conclusion(failed[0])}
+    elif few:
+        verdict["sentence"] = f"Undecided: {few[0]['sentence']} {few[0]['remedy']}"
     elif declared[protocol.primary]["p"] <= protocol.alpha:
         beyond = excess is not None and excess["ci"][0] > 0
         if unfair is None:
@@ -254,6 +257,7 @@ def _score_gates(
     return [
         score_gates.ties(name, own, columns.labels),
         score_gates.missing_scores(name, own, columns.labels),
+        score_gates.documents(name, own, columns.labels, columns.groups),
         score_gates.negative_control(name, own[others], groups),
         *_mask_noise(rows, name),
         _positive_control(rows, name),

@@ -122,11 +122,14 @@ def _judged(name: str, auc: float, p: float, margin: float, sample: str) -> Gate
 def _unasked(labels: Int[np.ndarray, " n"], units: Int[np.ndarray, " n"]) -> Gate | None:
     """Makes the gate of texts that are too few, or in too few documents, to ask; None: enough."""
     counts = [len(set(units[labels == label].tolist())) for label in (1, 0)]
-    if min((labels == label).sum() for label in (1, 0)) < FOLDS:
+    texts = [int((labels == label).sum()) for label in (1, 0)]
+    if min(texts) < FOLDS:
         return gate(
             NAME, "not run", f"Fewer than {FOLDS} texts of a class: too few to compare sources."
         )
-    if math.comb(sum(counts), counts[0]) >= 2 / bounds.BLIND_P:
+    # One document against 99 has permutations enough, but they say nothing about that document.
+    few = any(count < min(bounds.DOCUMENTS, of) for count, of in zip(counts, texts))
+    if not few and math.comb(sum(counts), counts[0]) >= 2 / bounds.BLIND_P:
         return None
     return gate(
         NAME,

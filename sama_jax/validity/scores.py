@@ -9,6 +9,7 @@ from sama_jax.validity import bounds
 from sama_jax.validity.gate import Gate, gate
 
 PIPELINE = "pipeline_control"
+DOCUMENTS = "documents"
 
 
 def ties(name: str, scores: Float[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> Gate:
@@ -70,6 +71,36 @@ def missing_scores(
         f"{why}, so the rest is no fair sample: see `undefined` in scores.jsonl for the reasons.",
         statistic=p,
         bound=bounds.MISSING_P,
+    )
+
+
+def documents(
+    name: str,
+    scores: Float[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"] | None,
+) -> Gate:
+    """Warns where a class is so few documents that what they have in common looks like membership.
+
+    Args:
+      name: the attack's.
+      scores: NaN where there is none.
+      labels: 1 or 0.
+      groups: documents that the texts belong to; -1 or None: none.
+    """
+    units, scored = intervals.numbered(groups, len(scores)), np.isfinite(scores)
+    own = [units[scored & (labels == label)] for label in (1, 0)]
+    counts = [np.unique(of).size for of in own]
+    few = any(count < min(bounds.DOCUMENTS, len(of)) for count, of in zip(counts, own))
+    return gate(
+        DOCUMENTS,
+        "warn" if few else "pass",
+        f"The texts that {name} scored come from {counts[0]} documents of members and {counts[1]} "
+        "of non-members"
+        + (": so few may score alike for another reason than membership." if few else "."),
+        f"Give texts of at least {bounds.DOCUMENTS} documents of each class.",
+        statistic=min(counts),
+        bound=bounds.DOCUMENTS,
     )
 
 

@@ -55,6 +55,35 @@ def test_groups_of_one_text_change_nothing_and_whole_copies_count_once():
     assert (alone.members, alone.nonmembers) == (40, 40)
 
 
+@pytest.mark.parametrize("n", [32, 64, 100, 400])
+def test_a_class_that_is_one_document_is_worth_one_text(n):
+    """Its errors add up to 0 but for rounding, which made 400 texts of it."""
+    is_member = np.repeat([True, False], n)
+    for seed in range(5):
+        scores = np.random.default_rng(seed).normal(size=(2 * n, 1))
+        groups = np.where(is_member, 0, np.arange(2 * n))
+        assert intervals.auc_errors(scores, is_member, groups).members == 1
+        low, high = metrics.auc_interval(scores[:, 0], is_member, groups)
+        assert (low < 0.2, high > 0.8) == (True, True)
+
+
+def documents(rng, n, count):
+    """Draws the documents of `n` texts: a few large ones, many small ones."""
+    weight = rng.lognormal(0, 1, count)
+    return np.r_[np.arange(count), rng.choice(count, n - count, p=weight / weight.sum())]
+
+
+def test_the_auc_interval_covers_with_few_documents_of_unequal_sizes():
+    """By normal quantiles, and with errors that a large document hides, it covers 83 % here."""
+    rng, covered, is_member = np.random.default_rng(8), 0, np.repeat([True, False], 200)
+    for _ in range(250):
+        groups = np.r_[documents(rng, 200, 10), 10 + np.arange(200)]
+        scores = np.sqrt(0.3) * rng.normal(size=210)[groups] + np.sqrt(0.7) * rng.normal(size=400)
+        low, high = metrics.auc_interval(scores, is_member, groups)
+        covered += low <= 0.5 <= high
+    assert covered / 250 >= 0.91  # 95 % less three standard deviations
+
+
 def test_a_group_of_members_and_nonmembers_makes_them_cancel():
     """A document's own level lifts both of its texts, so it is no error of the AUC."""
     rng = np.random.default_rng(3)

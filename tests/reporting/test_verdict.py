@@ -137,9 +137,26 @@ def test_a_primary_without_scores_is_void():
 def test_documents_count_where_texts_name_theirs():
     rows = make_rows(n=60, shift=0.0)
     for i, row in enumerate(rows):
-        row["group"] = i // 10
+        row["group"] = i // 5
     verdict, _ = judge(rows, BOTH, [])
-    assert "with 6 members and 6 non-members" in verdict["sentence"]
+    assert "with 12 members and 12 non-members" in verdict["sentence"]
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+@pytest.mark.parametrize("few", [1, 0])
+def test_a_class_of_few_documents_shows_nothing_either_way(shift, few):
+    """Neither that members are found nor that nothing is above the margin."""
+    rows = make_rows(n=120 if shift else 1200, shift=shift)
+    for i, row in enumerate(rows):
+        row["group"] = 10_000 + i % (bounds.DOCUMENTS - 1) if row["label"] == few else i
+    verdict, gates = judge(rows, BOTH, [PASSED])
+    assert verdict["kind"] == "undecided"
+    assert "come from 9 documents of" in verdict["sentence"] or "and 9 of" in verdict["sentence"]
+    assert [one["status"] for one in gates if one["name"] == "documents"] == ["warn"]
+    for i, row in enumerate(rows):
+        row["group"] = 10_000 + i % bounds.DOCUMENTS if row["label"] == few else i
+    enough, _ = judge(rows, BOTH, [PASSED])
+    assert enough["kind"] == ("found" if shift else "nothing above the margin")
 
 
 def test_labels_without_a_meaning_are_rarely_a_finding():

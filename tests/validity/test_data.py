@@ -256,15 +256,15 @@ def test_whole_documents_are_permuted():
     draw, unfair = random.Random(0), []
     for seed in range(4):
         texts = []
-        for _ in range(16):
+        for _ in range(24):
             own = draw.sample(WORDS, 8)
             texts += [sentence(draw, 40, own) for _ in range(5)]
-        units = np.repeat(np.arange(16), 5)
-        labels = halves(16, seed)[units]
+        units = np.repeat(np.arange(24), 5)
+        labels = halves(24, seed)[units]
         unfair.append(
             [
                 blind(texts, lengths(texts), labels, of).gate["status"] != "pass"
-                for of in (units, np.arange(80))
+                for of in (units, np.arange(120))
             ]
         )
     grouped, single = np.sum(unfair, axis=0)
@@ -285,5 +285,11 @@ def test_a_class_of_one_document_and_tiny_classes_are_not_judged():
     found = blind(texts, lengths(texts), labels, labels)
     assert found.gate["status"] == "warn"
     assert "Members come from 1 and non-members from 1 documents" in found.gate["sentence"]
+    one_of_many = np.array([0, *range(1, 20)]) * (np.arange(20) > 6)  # 7 texts of one, 13 others
+    few = blind(texts, lengths(texts), (np.arange(20) < 7).astype(int), one_of_many)
+    assert (few.gate["status"], few.auc) == ("warn", None)
+    many, labels = corpus(199), (np.arange(199) < 100).astype(int)
+    single = blind(many, lengths(many), labels, np.where(labels, 0, np.arange(199)))
+    assert "Members come from 1 and non-members from 99 documents" in single.gate["sentence"]
     tiny = blind(texts[:6], lengths(texts[:6]), labels[:6], np.arange(6))
     assert (tiny.gate["status"], tiny.auc) == ("not run", None)
