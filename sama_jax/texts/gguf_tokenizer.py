@@ -9,6 +9,7 @@ Llama 3.
 
 import json
 import re
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,9 @@ def as_json(header: Header) -> dict[str, Any]:
         )
     _require_known(header)
     kind, (tokens, types) = _KINDS[pre], vocabulary(header)
-    merges = header.get(KEYS + "merges", list) or []
+    merges = header.get(KEYS + "merges", list)
+    if not merges:  # every text would be spelled in bytes
+        header.refuse(f"has no {KEYS}merges, so its tokenizer is not whole; {own}")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": i, "content": token, **flags, "special": bool(types[i] == CONTROL)}
@@ -166,7 +169,10 @@ def settings(header: Header) -> dict[str, Any]:
 
 
 def require_agreement(header: Header, tokenizer: Tokenizer) -> None:
-    """Raises `ModelError` unless a tokenizer beside the file has the file's tokens."""
+    """Raises `ModelError` unless a tokenizer beside the file has its tokens, merges and ends.
+
+    What the file says of the ends of a `llada` is not compared: the converter makes it up.
+    """
     tokens = header.get(KEYS + "tokens", list) or []
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
         if tokens and (i >= len(tokens) or tokens[i] != token):
@@ -174,6 +180,39 @@ def require_agreement(header: Header, tokenizer: Tokenizer) -> None:
             header.refuse(
                 f"the tokenizer.json beside it has {shown(token)} as token {i:,}, the file itself "
                 f"{has}; is it another model's tokenizer?"
+            )
+    _require_merges(header, tokenizer)
+    if header.get("general.architecture", str) != "llada":
+        _require_ends(header, tokenizer)
+
+
+def _require_merges(header: Header, tokenizer: Tokenizer) -> None:
+    told = header.get(KEYS + "merges", list)
+    pairs = json.loads(tokenizer.model.__getstate__()).get("merges", [])
+    found = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+    if told is not None and found != told:
+        both = enumerate(zip_longest(found, told))
+        i, a, b = next((i, a, b) for i, (a, b) in both if a != b)
+        header.refuse(
+            f"the tokenizer.json beside it has {len(found):,} merges, the file itself "
+            f"{len(told):,}; merge {i:,} is {shown(a)} there, {shown(b)} here; is it another "
+            "model's tokenizer?"
+        )
+
+
+def _require_ends(header: Header, tokenizer: Tokenizer) -> None:
+    """Raises `ModelError` unless texts get the ends that the file tells of."""
+    ids = tokenizer.encode("a").ids
+    for name, at in (("bos", 0), ("eos", -1)):
+        told = header.get(f"{KEYS}add_{name}_token", bool)
+        if told is None:
+            continue
+        i = header.get(f"{KEYS}{name}_token_id", int)
+        does = bool(ids) and ids[at] == i
+        if does != told:
+            header.refuse(
+                f"add_{name}_token is {told} (token {shown(i)}), but the tokenizer.json beside it "
+                f"{'adds' if does else 'does not add'} that token to a text; correct one of them"
             )
 
 

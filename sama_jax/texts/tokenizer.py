@@ -101,8 +101,8 @@ class TextTokenizer:
             read = cls.from_file(file, rows)
             with _library(f"{path}: cannot compare the tokenizer with the files beside it"):
                 require_agreement(read._tokenizer, path)
-            if header is not None:
-                gguf_tokenizer.require_agreement(header, read._tokenizer)
+                if header is not None:
+                    gguf_tokenizer.require_agreement(header, read._tokenizer)
             read._tokenizer.encode_special_tokens = splits_special_tokens(path)
             return read
         if header is not None:

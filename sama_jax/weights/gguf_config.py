@@ -12,6 +12,7 @@ import numpy as np
 
 from sama_jax.errors import ModelError
 from sama_jax.gguf_header import Header
+from sama_jax.models.families.family import UNLIMITED
 from sama_jax.models.families.fields import Fields
 from sama_jax.models.registry import read_config
 from sama_jax.untrusted import open_file, shown
@@ -77,6 +78,8 @@ def model_config(header: Header, told: dict[str, Any] | None, where: str) -> dic
     wanted = dataclasses.replace(own, block_length=theirs.arch.block_length)
     names = [field.name for field in dataclasses.fields(wanted)]
     pairs = [(name, getattr(theirs.arch, name), getattr(wanted, name)) for name in names]
+    if ours.max_length != UNLIMITED:
+        pairs.append(("the longest text", theirs.max_length, ours.max_length))
     wrong = [f"{name} is {a}, but {b} there" for name, a, b in pairs if not _same(a, b)]
     if wrong:
         raise ModelError(

@@ -32,6 +32,9 @@ ORBAX_TENSORS = 2**18
 """Most tensors of one parameter that is kept stacked: a model of 61 layers and 384 experts has
 23,424."""
 
+BESIDE_GGUF = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
+"""Ends of the names of other weights, which may be another model's than the GGUF file there."""
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -214,8 +217,13 @@ def require_one_set(path: Path) -> None:
     """
     held = {f.name for f in path.glob("*.safetensors")} - {peft.WEIGHTS}
     converted = (path / PARAMS).is_dir()
-    alone = converted or gguf_header.find(path) is not None
-    read = set() if alone else {f.name for f in safetensors.weight_files(path)}
+    if converted:
+        read = set()
+    elif (file := gguf_header.find(path)) is not None:
+        read = {file.name}
+        held = {f.name for f in path.glob("*") if f.name.endswith(BESIDE_GGUF)}
+    else:
+        read = {f.name for f in safetensors.weight_files(path)}
     unread = sorted(held - read)
     if unread:
         kept = f"{PARAMS}/" if converted else ", ".join(sorted(read)[:3])

@@ -35,30 +35,50 @@ def tokenizer_mask(path: Path) -> int | None:
     """Returns the id of the mask token by the tokenizer's JSON files; None if they name none.
 
     It is what they call `mask_token`; else, since many leave that out, an added token of a usual
-    name. Of a GGUF file, its metadata come first.
+    name. Of a GGUF file, its metadata come first. Raises `ModelError` if they name several.
     """
-    if (file := gguf_header.find(path)) is not None:
+    name, file = _mask_name(path), gguf_header.find(path)
+    told = None
+    if file is not None:
         told = gguf_header.read_header(file).get(f"{gguf_tokenizer.KEYS}mask_token_id", int)
-        if told is not None:
-            return told
+    if told is not None and name is None:
+        return told
     added = _added_tokens(path)
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = object_if_there(path / file).get("mask_token")
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, str):
-            if name in added:
-                return added[name]
-            try:
-                stored = path / "tokenizer.json"
-                if stored.is_file():
-                    return TextTokenizer.from_file(stored, None).token_id(name)
-                return TextTokenizer.from_folder(path, None).token_id(name)
-            except ModelError:  # whoever needs the tokenizer itself will say so
-                return None
+    if name is not None:
+        named = _id_of(path, name, added)
+        if told is not None and named not in (None, told):
+            raise ModelError(
+                f"{path}: the mask token id is {told} by the GGUF file, but {named} by the "
+                "tokenizer's files beside it; say with --mask-id which one is right"
+            )
+        return named if told is None else told
     found = {name: added[name] for name in MASK_NAMES if name in added}
     if len(set(found.values())) > 1:
         raise ModelError(f"{path}: the tokenizer has several mask tokens: {found}; give --mask-id")
     return next(iter(found.values()), None)
+
+
+def _mask_name(path: Path) -> str | None:
+    """Returns what the tokenizer's files call `mask_token`; None if they name none."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = object_if_there(path / file).get("mask_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        if isinstance(name, str):
+            return name
+    return None
+
+
+def _id_of(path: Path, name: str, added: Mapping[str, int]) -> int | None:
+    """Returns the id of a token by its name; None without such a token or a usable tokenizer."""
+    if name in added:
+        return added[name]
+    try:
+        stored = path / "tokenizer.json"
+        if stored.is_file():
+            return TextTokenizer.from_file(stored, None).token_id(name)
+        return TextTokenizer.from_folder(path, None).token_id(name)
+    except ModelError:  # whoever needs the tokenizer itself will say so
+        return None
 
 
 MOST_MASKS = 8

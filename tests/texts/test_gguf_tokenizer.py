@@ -159,6 +159,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a prefix": ({"add_space_prefix": True}, "add_space_prefix is True"),
     "a normaliser": ({"normalizer.lowercase": True}, "normalizer.lowercase is True"),
     "no list": ({"merges": "a b"}, "merges is 'a b'"),
+    "no merges": ({"merges": None}, "has no tokenizer.ggml.merges"),
     "no merge": ({"merges": ["a"]}, "cannot be used"),
     "unknown merges": ({"merges": ["zz qq"]}, "cannot be used"),
 }
@@ -203,6 +204,29 @@ def test_a_tokenizer_beside_the_file_is_read_if_it_has_the_same_tokens(folder, t
     tiny.tokenizer(seed=1).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ModelError, match="is it another model's tokenizer"):
         TextTokenizer.from_folder(tmp_path, tiny.VOCAB)
+
+
+BESIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "a beginning": ({"add_bos_token": True, "bos_token_id": 0}, r"add_bos_token is True \(token 0"),
+    "an end": ({"add_eos_token": True}, "add_eos_token is True .* does not add"),
+    "merges": ({"merges": ["k a"]}, r"[2-9]\d+ merges, the file itself 1; merge 0 is"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_a_tokenizer_beside_the_file_has_its_merges_and_ends(case, folder, tmp_path):
+    changes, expected = BESIDE[case]
+    gguf_files.write(tmp_path / "m.gguf", folder, "llama", tokenizer=changes)
+    tiny.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match=expected):
+        TextTokenizer.from_folder(tmp_path, tiny.VOCAB)
+
+
+def test_a_mask_that_is_named_beside_the_file_is_its_own(folder, tmp_path):
+    gguf_files.write(tmp_path / "m.gguf", folder, "llama")
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": "<|endoftext|>"}')
+    with pytest.raises(ModelError, match=f"is {tiny.MASK_ID} by the GGUF file, but 0 by"):
+        tokenizer_mask(tmp_path)
 
 
 def test_the_mask_is_the_one_of_the_metadata_or_a_token_of_a_usual_name(folder, tmp_path):

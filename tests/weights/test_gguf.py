@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dream": seeds.CONFIGS["dream"],
     "llada": tiny.config(n_layers=2, n_heads=4, include_qkv_bias=True, weight_tying=False),
 }  # fmt: skip
+LONGER = {"max_position_embeddings": 10**6}
 TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K")
 TYPES += ("Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ3_S", "IQ1_S", "TQ1_0", "MXFP4")
 
@@ -143,13 +144,22 @@ def test_a_folder_with_one_file_is_that_file(folder, tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "tf_model.h5"])
+def test_other_weights_beside_a_file_are_refused(name, folder, tmp_path):
+    path = gguf_files.write(tmp_path / "m.gguf", folder, "llama")
+    (tmp_path / name).write_bytes(b"another model")
+    with pytest.raises(ModelError, match=f"two sets of weights: m.gguf and {name}"):
+        opened(tmp_path)
+    opened(path)
+
+
 def test_a_config_beside_a_file_may_say_how_it_is_used_and_nothing_else(folder, tmp_path):
     gguf_files.write(tmp_path / "m.gguf", folder, "llama")
     config = {**seeds.DECODER, "model_type": "a2d-llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert opened(tmp_path).family.kind == "diffusion"
     assert opened(tmp_path / "m.gguf").family.kind == "autoregressive"
-    for change in ({"rope_theta": 5e5}, {"num_attention_heads": 1}, {"rms_norm_eps": 1e-5}):
+    for change in ({"rope_theta": 5e5}, {"num_attention_heads": 1}, {"rms_norm_eps": 1e-5}, LONGER):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ModelError, match="does not fit"):
             opened(tmp_path)
