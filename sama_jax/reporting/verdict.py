@@ -89,11 +89,9 @@ def judge(
     columns = _columns(rows, protocol)
     members, nonmembers = ((columns.labels == label).sum() for label in (1, 0))
     if not members or not nonmembers:
-        all_gates = list(gates)
-        failed = voids(all_gates)
-        if failed:
-            return {"kind": "no conclusion", "sentence": _no_conclusion(failed[0])}, all_gates
-        return {"kind": "unlabelled", "sentence": _UNLABELLED}, all_gates
+        if failed := voids(gates):
+            return {"kind": "no conclusion", "sentence": _no_conclusion(failed[0])}, [*gates]
+        return {"kind": "unlabelled", "sentence": _UNLABELLED}, [*gates]
     declared = _declared(columns)
     all_gates = [*gates, *_score_gates(columns, protocol, declared, rows)]
     if protocol.primary not in declared:
@@ -128,8 +126,7 @@ def judge(
         else:
             verdict["sentence"] = _by_the_source(protocol, declared, unfair, excess)
     else:
-        doubts = _doubts(protocol, columns, declared)
-        control = _control(all_gates)
+        doubts, control = _doubts(protocol, columns, declared), _control(all_gates)
         if _below(protocol, declared) and control is not None and not doubts:
             sentence = _nothing_above(protocol, declared, control)
             verdict |= {"kind": "nothing above the margin", "sentence": sentence}
