@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
 def _add_training(p: flags.Flags) -> None:
     p.add_argument("--data", type=Path, required=True, metavar="FILE", help="texts")
     p.add_argument("--held-out", type=Path, metavar="FILE", help="texts for the NLL at the end")
+    flags.add_text_fields(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new model folder")
     training = p.add_argument_group("training")
     flags.flags_of(
@@ -64,6 +65,8 @@ def finetune(args: argparse.Namespace) -> None:
         heldout=args.held_out,
         quiet=args.quiet,
         as_diffusion=args.as_kind == "diffusion",
+        text_field=args.text_field,
+        label_field=args.label_field,
     )
 
 
@@ -80,4 +83,6 @@ def pretrain(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         heldout=args.held_out,
         quiet=args.quiet,
+        text_field=args.text_field,
+        label_field=args.label_field,
     )

@@ -31,10 +31,13 @@ def finetune(
     quiet: bool = False,
     *,
     as_diffusion: bool = False,
+    text_field: str | None = None,
+    label_field: str | None = None,
 ) -> dict[str, Any]:
     """Trains all parameters of the model folder `base` on the texts of `data`, into folder `out`.
 
-    A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`).
+    A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`). The
+    fields are those of `read_texts`.
 
     The objective is that of the model's kind (`step.loss_of_kind`). The same call continues an
     interrupted run and returns at once from a finished one. Weights are kept and written in
@@ -76,7 +79,8 @@ def finetune(
         }
         if as_diffusion:
             identity |= {"as": "diffusion", "mask_token_id": start.config["mask_token_id"]}
-        with runs.open_run(out, identity, settings, data, heldout, quiet) as run:
+        given = out, identity, settings, data, heldout, quiet, text_field, label_field
+        with runs.open_run(*given) as run:
             if run.finished:
                 return run.manifest["result"]
             runs.copy_companions(base, out)
@@ -110,6 +114,9 @@ def pretrain(
     tokenizer: Path | None = None,
     heldout: Path | None = None,
     quiet: bool = False,
+    *,
+    text_field: str | None = None,
+    label_field: str | None = None,
 ) -> dict[str, Any]:
     """Trains a model from random weights, into folder `out`.
 
@@ -130,7 +137,8 @@ def pretrain(
             "base": _digest(full),
             "tokenizer": tokenizer_name,
         }
-        with runs.open_run(out, identity, settings, data, heldout, quiet) as run:
+        given = out, identity, settings, data, heldout, quiet, text_field, label_field
+        with runs.open_run(*given) as run:
             if run.finished:
                 return run.manifest["result"]
             model = build_model(family, family.mask_id or 0, jnp.dtype("float32"))

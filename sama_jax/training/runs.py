@@ -49,16 +49,23 @@ def open_run(
     data: Path,
     heldout: Path | None,
     quiet: bool,
+    text_field: str | None = None,
+    label_field: str | None = None,
 ) -> Iterator[Run]:
     """Reads the texts and opens `out`, new or left by the same run.
+
+    The fields are those of `read_texts`; the held-out texts may lack the one of labels.
 
     Raises:
       UsageError: `out` holds something else.
       DataError: the texts.
     """
     terminal = Terminal(quiet=quiet)
-    texts = training_texts(data, terminal)
-    held = None if heldout is None else [t.text for t in read_texts(heldout).texts]
+    fields = text_field, label_field
+    texts = training_texts(data, terminal, *fields)
+    held = None
+    if heldout is not None:
+        held = [t.text for t in read_texts(heldout, *fields, labels_needed=False).texts]
     given = dataclasses.asdict(settings)
     del given["checkpoint_every"]  # when states are saved changes no number
     identity = {

@@ -22,13 +22,18 @@ Ids = Int[np.ndarray, " _"]
 """Token ids of one sequence."""
 
 
-def training_texts(path: Path, terminal: Terminal) -> list[str]:
-    """Reads the texts to learn. Non-members of a labelled file are left out.
+def training_texts(
+    path: Path,
+    terminal: Terminal,
+    text_field: str | None = None,
+    label_field: str | None = None,
+) -> list[str]:
+    """Reads the texts to learn, as `read_texts` does. Non-members of a labelled file are left out.
 
     Raises:
       DataError: the file cannot be read, or all its texts are non-members.
     """
-    found = read_texts(path).texts
+    found = read_texts(path, text_field, label_field).texts
     texts = [t.text for t in found if t.label != 0]
     if not texts:
         raise DataError(

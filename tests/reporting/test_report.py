@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("figures")
 
 
 def make_folder(folder, rows, with_metrics=True, **manifest):
-    content = {"seed": 42, "preset": "default", "target": "models/tiny"} | manifest
+    content = {"seed": 42, "preset": "default", "target": "models/tiny", "gates": []} | manifest
     (folder / "manifest.json").write_text(json.dumps(content))
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if with_metrics:

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from wrong_inputs import assert_one_line, run_process
 
+from sama_jax.cli import entry
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, OutputError, UsageError
 from sama_jax.programs import finetune
@@ -199,6 +200,22 @@ def test_a_signal_during_the_wait_for_the_device_still_saves(step, folder, finis
         assert checkpoints.steps == [step]
     tune(folder, out)
     assert_same_weights(folder / out, finished[0])
+
+
+def test_texts_under_other_names_are_the_same_training(folder, monkeypatch):
+    lines = [{"document": text, "seen": 1} for text in TEXTS] + [{"document": "x y", "seen": 0}]
+    named = folder / "named.jsonl"
+    named.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held = write_texts(folder / "held.jsonl", TEXTS[:2])
+    (folder / "held-named.jsonl").write_text(held.read_text().replace('"text"', '"document"'))
+    found = []
+    monkeypatch.setattr(loop, "train", lambda start, run, *_: found.append(run) or {})
+    finetune.finetune(folder / "base", folder / "texts.jsonl", folder / "a", SETTINGS, held, True)
+    command = ["finetune", "--base", folder / "base", "--data", named, "--out", folder / "b"]
+    command += ["--held-out", folder / "held-named.jsonl", "--text-field", "document"]
+    assert entry.main([*map(str, command), "--label-field", "seen", "--quiet"]) == 0
+    plain, other = found
+    assert (other.texts, other.heldout) == (plain.texts, plain.heldout) == (TEXTS, TEXTS[:2])
 
 
 def test_a_signal_that_a_callback_swallows_is_not_lost(folder, finished, monkeypatch):
