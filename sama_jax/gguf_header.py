@@ -5,6 +5,7 @@ what both the tokenizer and the weights of such a file need; NumPy and the stand
 Every length and count is held against what is left of the header before anything is made of it.
 """
 
+import os
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
@@ -77,9 +78,9 @@ def find(path: Path) -> Path | None:
     That is the file itself, or the only one in a folder that holds no other weights. Raises
     `ModelError` for a folder with several.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, where the path cannot be
         return path if path.suffix.lower() == SUFFIX else None
-    if not path.is_dir() or (path / "orbax").is_dir() or any(path.glob("*.safetensors*")):
+    if not os.path.isdir(path) or (path / "orbax").is_dir() or any(path.glob("*.safetensors*")):
         return None
     found = sorted(f for f in path.iterdir() if f.suffix.lower() == SUFFIX)
     if len(found) > 1:

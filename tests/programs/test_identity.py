@@ -396,6 +396,8 @@ COVERED |= {"plan", "control"}
 """Fields of a job that change numbers: they are in the identity by what they hold."""
 NEUTRAL = {"out", "attacks", "store", "include_text", "include_votes", "figures", "strict"}
 NEUTRAL |= {"split", "dry_run", "quiet", "command", "save_plan", "save_losses"}
+NEUTRAL |= {"pipeline_control", "second_seed"}
+"""They add scores of their own beside those of the run."""
 PROTOCOL = {"primary", "family", "margin"}
 """Fields that change no score, but what is said of them: protocol.json refuses another one."""
 NEUTRAL |= {"batch_size", "parallel", "mesh", "fully_sharded", "models", "peers"}
