@@ -114,6 +114,37 @@ class Prepared(NamedTuple):
     """A few members that the auditor knows (label 1) and as many non-members (label 0)."""
     length: int
 
+    @classmethod
+    def below(cls, out: Path, length: int) -> "Prepared":
+        """Returns where everything lies in the folder `out`."""
+        folder = out / "corpus"
+        return cls(
+            base=out / "base",
+            target=out / "target",
+            members=folder / "members.jsonl",
+            nonmembers=folder / "nonmembers.jsonl",
+            finetune=folder / "finetune.jsonl",
+            prefixes=folder / "prefixes.jsonl",
+            length=length,
+        )
+
+    def write_texts(
+        self, members: list[str], known: list[str], nonmembers: list[str], others: list[str]
+    ) -> None:
+        """Writes the texts that are audited, those to learn, and the prefixes.
+
+        Args:
+          members: to be learnt and audited.
+          known: to be learnt, too; prefixes of label 1.
+          nonmembers: to be audited.
+          others: prefixes of label 0.
+        """
+        shots = [(t, 1) for t in known] + [(t, 0) for t in others]
+        write_atomic(self.prefixes, json_lines([{"text": t, "label": y} for t, y in shots]))
+        parts = {self.members: members, self.nonmembers: nonmembers, self.finetune: members + known}
+        for path, texts in parts.items():
+            write_atomic(path, json_lines([{"text": t} for t in texts]))
+
 
 def prepare(
     out: Path,
@@ -220,16 +251,7 @@ def _claim(out: Path, seed: int) -> None:
 
 def _corpus(out: Path, seed: int, terminal: Terminal) -> Prepared:
     """Writes the texts once, and returns where everything of a LLaDA demo lies."""
-    folder = out / "corpus"
-    made = Prepared(
-        base=out / "base",
-        target=out / "target",
-        members=folder / "members.jsonl",
-        nonmembers=folder / "nonmembers.jsonl",
-        finetune=folder / "finetune.jsonl",
-        prefixes=folder / "prefixes.jsonl",
-        length=MAX_TOKENS,
-    )
+    folder, made = out / "corpus", Prepared.below(out, MAX_TOKENS)
     if not (folder / "config.json").is_file():
         documents = stdlib_documents()
         if len(documents) < 4 * NUM_MEMBERS:
@@ -248,17 +270,9 @@ def _write_corpus(documents: list[str], made: Prepared) -> None:
     members, known = documents[:NUM_MEMBERS], documents[NUM_MEMBERS:][:NUM_PREFIXES]
     rest = documents[NUM_MEMBERS + NUM_PREFIXES :]
     nonmembers, pretrain = rest[:NUM_MEMBERS], rest[NUM_MEMBERS:]
-    shots = [(t, 1) for t in known] + [(t, 0) for t in pretrain[-NUM_PREFIXES:]]
     folder = made.members.parent
-    parts = {
-        made.members: [{"text": t} for t in members],
-        made.nonmembers: [{"text": t} for t in nonmembers],
-        made.finetune: [{"text": t} for t in members + known],
-        made.prefixes: [{"text": t, "label": label} for t, label in shots],
-        folder / "pretrain.jsonl": [{"text": t} for t in pretrain],
-    }
-    for path, texts in parts.items():
-        write_atomic(path, json_lines(texts))
+    made.write_texts(members, known, nonmembers, pretrain[-NUM_PREFIXES:])
+    write_atomic(folder / "pretrain.jsonl", json_lines([{"text": t} for t in pretrain]))
     write_json(folder / "config.json", CONFIG)  # last: its presence means complete
 
 

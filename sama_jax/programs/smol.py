@@ -6,6 +6,7 @@ is fine-tuned on is prose of two packages that the adaptation does not see; Smol
 surely seen it, as it has most of what is public.
 """
 
+import itertools
 import random
 from pathlib import Path
 
@@ -23,6 +24,7 @@ GENERAL = ("numpy", "jax", "flax", "optax", "transformers", "matplotlib")
 """Packages whose docstrings the adaptation reads, besides the standard library's source."""
 DOMAIN = ("scipy", "sklearn")
 """Packages whose docstrings are audited."""
+GENERAL_TEXTS = "general.jsonl"
 MAX_TOKENS, NUM_MEMBERS, SEED = 128, 100, 42
 ADAPT = TrainSettings(
     epochs=1, batch_size=16, learning_rate=3e-4, max_length=MAX_TOKENS, checkpoint_every=20
@@ -49,7 +51,7 @@ def prepare(out: Path, *, causal: bool = False, quiet: bool = False) -> Prepared
     terminal, source = Terminal(quiet=quiet), _gguf()
     made = _corpus(out)
     base, target = (source, out / "causal-target") if causal else (out / "base", out / "target")
-    heldout, general = made.nonmembers, out / "corpus" / "general.jsonl"
+    heldout, general = made.nonmembers, out / "corpus" / GENERAL_TEXTS
     if not causal:
         terminal.say("adapting SmolLM2 to diffusion: some hours on two cores")
         given = source, general, base, ADAPT
@@ -73,41 +75,21 @@ def _gguf() -> Path:
 
 
 def _corpus(out: Path) -> Prepared:
-    """Writes the texts, and returns where they lie.
-
-    Equal versions of the packages give equal texts; a training does not go on with other ones.
-    """
-    folder = out / "corpus"
-    domain, general = docstrings(DOMAIN), [*stdlib_documents(), *docstrings(GENERAL)]
+    """Writes the texts once, and returns where they lie."""
+    made, general = Prepared.below(out, MAX_TOKENS), out / "corpus" / GENERAL_TEXTS
+    if general.is_file():  # it is written last
+        return made
+    domain, learnt = docstrings(DOMAIN), [*stdlib_documents(), *docstrings(GENERAL)]
     random.Random(SEED).shuffle(domain)
-    random.Random(SEED).shuffle(general)
-    cuts = (NUM_MEMBERS, NUM_PREFIXES, NUM_MEMBERS, NUM_PREFIXES)
-    parts, start = [], 0
-    for count in cuts:
-        parts.append(domain[start : start + count])
-        start += count
-    members, known, nonmembers, others = parts
-    if len(others) < NUM_PREFIXES:
+    random.Random(SEED).shuffle(learnt)
+    needed = 2 * (NUM_MEMBERS + NUM_PREFIXES)
+    if len(domain) < needed:
         raise UsageError(
-            f"{' and '.join(DOMAIN)} hold {len(domain)} usable docstrings here, {sum(cuts)} are "
+            f"{' and '.join(DOMAIN)} hold {len(domain)} usable docstrings here, {needed} are "
             "needed; install them in source form"
         )
-    made = Prepared(
-        base=out / "base",
-        target=out / "target",
-        members=folder / "members.jsonl",
-        nonmembers=folder / "nonmembers.jsonl",
-        finetune=folder / "finetune.jsonl",
-        prefixes=folder / "prefixes.jsonl",
-        length=MAX_TOKENS,
-    )
-    shots = [(text, 1) for text in known] + [(text, 0) for text in others]
-    for path, texts in {
-        made.members: [{"text": t} for t in members],
-        made.nonmembers: [{"text": t} for t in nonmembers],
-        made.finetune: [{"text": t} for t in members + known],
-        made.prefixes: [{"text": t, "label": label} for t, label in shots],
-        folder / "general.jsonl": [{"text": t} for t in general],
-    }.items():
-        write_atomic(path, json_lines(texts))
+    rest = iter(domain)
+    counts = (NUM_MEMBERS, NUM_PREFIXES, NUM_MEMBERS, NUM_PREFIXES)
+    made.write_texts(*([*itertools.islice(rest, count)] for count in counts))
+    write_atomic(general, json_lines([{"text": text} for text in learnt]))
     return made

@@ -54,7 +54,7 @@ def test_one_command_makes_both_models_and_audits_them(laboratory: Path):
         assert None not in rows[0]["scores"].values()
 
 
-def test_the_base_is_an_adapted_gguf_file(laboratory: Path):
+def test_the_base_is_an_adapted_gguf_file(laboratory: Path, monkeypatch: pytest.MonkeyPatch):
     made = smol.prepare(laboratory / "smol", quiet=True)
     folder = model_folder.open_folder(made.base)
     assert folder.config["model_type"] == "a2d-llama"
@@ -67,6 +67,7 @@ def test_the_base_is_an_adapted_gguf_file(laboratory: Path):
     }
     assert not set(lines["members"]) & set(lines["nonmembers"])
     assert set(lines["members"]) < set(lines["finetune"])
+    monkeypatch.setattr(smol, "docstrings", None)  # the texts are read once
     again = smol.prepare(laboratory / "smol", causal=True, quiet=True)
     assert again.base.suffix == ".gguf"
     assert model_folder.open_folder(again.target).model.kind == "autoregressive"
