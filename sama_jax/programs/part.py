@@ -3,8 +3,9 @@
 So the checks of a run that cost passes are made by what makes its own passes, and stay with it.
 """
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from sama_jax.programs.audit_records import text_rows
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.run_identity import run_identity
 from sama_jax.storage.run_folder import Row, RunFolder, read_manifest, read_unchanged_rows
+from sama_jax.texts.read import Text, content_id
 
 
 class Part(NamedTuple):
@@ -52,6 +54,13 @@ def make_part(
     plan = tokenised.replayed and tokenised.replayed.identity
     run |= {"attack": attack.name, "code": codes().get(attack.name), "plan": plan, **more}
     return Part(path, job, inputs, tokenised, prefixes, attack, run)
+
+
+def shuffled(texts: Iterable[Text], seed: int) -> list[Text]:
+    """Puts texts into an order that depends on the seed and their content alone."""
+    return sorted(
+        texts, key=lambda t: hashlib.sha256(f"{seed} {content_id(t.text)}".encode()).digest()
+    )
 
 
 def known_part(part: Part) -> tuple[list[Row], dict[str, Any]] | None:

@@ -6,7 +6,6 @@ find even these says nothing by finding nothing.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,14 @@ from sama_jax.engine.roles import ModelRole, load
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit_inputs import Chosen, Inputs, Tokenised
 from sama_jax.programs.jobs import AuditJob
-from sama_jax.programs.part import Part, known_part, make_part, require_one_process, score_part
+from sama_jax.programs.part import (
+    Part,
+    known_part,
+    make_part,
+    require_one_process,
+    score_part,
+    shuffled,
+)
 from sama_jax.storage.run_folder import Row
 from sama_jax.storage.shapes import fits
 from sama_jax.terminal import ProgressBar, binary_size, duration
@@ -68,8 +74,7 @@ def choose_halves(texts: Sequence[Text], readable: Sequence[bool], seed: int) ->
     for text, usable in zip(texts, readable):
         if text.label == 0 and usable:
             pool.setdefault(text.group or content_id(text.text), text)
-    order = list(pool.values())
-    order.sort(key=lambda t: hashlib.sha256(f"{seed} {content_id(t.text)}".encode()).digest())
+    order = shuffled(pool.values(), seed)
     count = min(TEXTS, len(order) // 2)
     if count < bounds.CONTROL_TEXTS:
         raise DataError(

@@ -1,6 +1,5 @@
 """Scores some texts of a run once more under other masks: how much of a score is luck of them?"""
 
-import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -11,9 +10,9 @@ from sama_jax.engine.loop import Setup
 from sama_jax.errors import UsageError
 from sama_jax.programs.audit_inputs import Chosen, Inputs
 from sama_jax.programs.jobs import AuditJob
-from sama_jax.programs.part import known_part, make_part, require_one_process, score_part
+from sama_jax.programs.part import known_part, make_part, require_one_process, score_part, shuffled
 from sama_jax.storage.run_folder import Row
-from sama_jax.texts.read import Text, content_id
+from sama_jax.texts.read import Text
 from sama_jax.validity import bounds
 
 FOLDER = "second_seed"
@@ -25,8 +24,7 @@ def choose_texts(texts: Sequence[Text], taken: Collection[str], seed: int) -> li
 
     Where a class has fewer, or there are none, others take their places.
     """
-    free = [text for text in texts if text.id not in taken and not text.control]
-    free.sort(key=lambda t: hashlib.sha256(f"{seed} {content_id(t.text)}".encode()).digest())
+    free = shuffled((t for t in texts if t.id not in taken and not t.control), seed)
     half = bounds.SECOND_TEXTS // 2
     first = [t for label in (1, 0) for t in [t for t in free if t.label == label][:half]]
     chosen = {text.id for text in first}
