@@ -48,12 +48,16 @@ def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
     return content
 
 
+class RepeatedKey(ValueError):
+    """A key stands twice in one JSON object: readers take the first or the last."""
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of which no key stands twice: readers take the first or the last."""
+    """Returns an object of which no key stands twice. Raises `RepeatedKey`."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
-        raise ValueError(f"JSON with the key {shown(twice)} twice in one object")
+        raise RepeatedKey(f"JSON with the key {shown(twice)} twice in one object")
     return found
 
 

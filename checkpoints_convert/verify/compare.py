@@ -22,8 +22,8 @@ LOSS_NOISES = {"float32": 16.0, "bfloat16": 2.0}
 """How many times PyTorch's own error a loss of ours may be off. Losses gather what all blocks
 round, and in bfloat16 two runs each do so in their own way."""
 SIZE = 1e-4
-"""Bound without float64, in units of `sizes`. Rounding of
-a block gave at most 2.2e-5 in SmolLM2."""
+"""Bound without float64, in units of `sizes`. In SmolLM2 the rounding of a block gave at most
+2.2e-5."""
 States = dict[str, np.ndarray]
 """By stage: [b, l, d], and `logits` [b, l, v]; zeros at padding."""
 

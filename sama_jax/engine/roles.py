@@ -95,9 +95,9 @@ class Probe(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over the texts that models are judged by."""
+        """Returns 16 hex digits over the texts that models are judged by."""
         read = self.texts[: other_readings.MOST_TEXTS]
-        return settings_hash([np.asarray(ids).tolist() for ids in read])[:16]
+        return settings_hash([np.asarray(ids).tolist() for ids in read])
 
 
 def make_probe(
@@ -161,8 +161,8 @@ def load(
         say.print(
             f"{role.name}: {folder.path}, {folder.num_params:,} parameters in {folder.model.dtype}"
         )
-        warnings, told = _check(role, params, probe)
-        judged |= {role.store_key} if told else set()
+        warnings, could_tell = _check(role, params, probe)
+        judged |= {role.store_key} if could_tell else set()
         for warning in warnings:
             notes.append(f"{role.name}: {warning}")
             say.print(f"note: {notes[-1]}")

@@ -62,6 +62,7 @@ _LINE = {
     "status?": str,
     "baseline?": float,
     "control?": bool,
+    "again?": float,
     "views": {str: (_VIEW, None)},
 }
 

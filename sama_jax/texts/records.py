@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sama_jax.errors import DataError, UsageError
 from sama_jax.texts import streams
-from sama_jax.untrusted import parse_json, printable
+from sama_jax.untrusted import RepeatedKey, parse_json, printable
 
 FIELDS = ("text", "id", "label", "group", "member", "nonmember")
 LABEL_SYNONYMS = ("labels", "is_member", "ismember", "membership", "member")
@@ -182,7 +182,8 @@ def _json_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[
     try:
         content = _parsed(text)
     except ValueError as error:
-        if len(re.findall(r'^[^\S\n]*\{|^".*"\s*$', text, re.M)) > 1:
+        repeated = isinstance(error, RepeatedKey)  # a fault, wherever records end
+        if not repeated and len(re.findall(r'^[^\S\n]*\{|^".*"\s*$', text, re.M)) > 1:
             yield from _jsonl_rows(path, io.BytesIO(data), names)  # JSONL under another name
             return
         line = getattr(error, "lineno", 1)
@@ -285,6 +286,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterat
             f"{path}: reading parquet needs pyarrow; pip install 'sama-jax[parquet]'"
         ) from None
     number = total = 0
+    most = streams.most_bytes(os.path.getsize(path))
     try:
         source = stream if stream.seekable() else pyarrow.BufferReader(stream.read())
         file = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
@@ -296,7 +298,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterat
             for record in zip(*(_values(batch.column(name)) for name in wanted)):
                 number += 1
                 total += sum(len(value) for value in record if isinstance(value, str))
-                if total > streams.most_bytes(os.path.getsize(path)):
+                if total > most:
                     raise DataError(
                         f"{path}: holds texts of more than {streams.UNPACKED_RATIO} times its "
                         "size, most of them repeated; keep each once"

@@ -137,10 +137,6 @@ class TextTokenizer:
             made = Tokenizer.from_buffer(read_bytes(path))
         return cls(made, str(path), rows)
 
-    def to_json(self) -> str:
-        """Returns the content of a `tokenizer.json` that is read as this tokenizer."""
-        return self._tokenizer.to_str(pretty=True)
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """Returns the SHA-256 of all that can change an id: settings, and the ids of `_PROBES`.

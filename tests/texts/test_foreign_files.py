@@ -174,6 +174,12 @@ def test_blank_lines_do_not_go_on_for_ever(tmp_path, monkeypatch):
     assert "t.jsonl:101: more than 100 blank lines" in error_of(tmp_path / "t.jsonl", "\n" * 1000)
 
 
+def test_a_key_that_stands_twice_is_named_in_a_list_over_several_lines(tmp_path):
+    content = '[\n  {"text": "a", "label": 1, "label": 0},\n  {"text": "b"}\n]\n'
+    message = error_of(tmp_path / "texts.json", content)
+    assert "the key 'label' twice in one object" in message
+
+
 def test_problems_do_not_go_on_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "MAX_COUNTED", 20)
     message = error_of(tmp_path / "t.jsonl", "{}\n" * 1000)
