@@ -32,6 +32,7 @@ install_import_hook(["sama_jax", "checkpoints_convert"], CHECKER)
 runtime_checkable(PromoteDtypeFn)
 
 from sama_jax.reporting import figures as pictures  # noqa: E402
+from sama_jax.reporting import html  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -40,7 +41,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 assert jax.device_count() == 8
 
 
-_WRITE_FIGURES = pictures.write_figures
+_WRITE_FIGURES, _SHOWN_FIGURES = pictures.write_figures, html.shown_figures
 
 
 LONGEST = ("processes", "resume", "invariance", "outputs", "suite", "parallel", "bench",
@@ -58,6 +59,7 @@ def _no_figures():
     """Leaves the figures of audits out, which take a second each, unless a test uses `figures`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "write_figures", lambda *_, **__: [])
+        patch.setattr(html, "shown_figures", lambda *_, **__: [])
         yield
 
 
@@ -66,6 +68,7 @@ def figures():
     """Lets audits draw."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "write_figures", _WRITE_FIGURES)
+        patch.setattr(html, "shown_figures", _SHOWN_FIGURES)
         yield
 
 

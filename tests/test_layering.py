@@ -44,7 +44,8 @@ ONLY_IN = {
     "orbax": ("sama_jax.weights",),
     # The PyTorch side reads weights by itself, not through what it checks.
     "safetensors": ("sama_jax.weights", "sama_jax.programs.bench"),
-    "matplotlib": ("sama_jax.reporting.figures",),
+    "matplotlib": tuple(f"sama_jax.reporting.{name}" for name in ("figures", "plots", "svg")),
+    "jinja2": ("sama_jax.reporting.html",),
     "tokenizers": ("sama_jax.texts", "sama_jax.training"),
     "yaml": ("sama_jax.programs.experiment",),
     "sklearn": ("sama_jax.core.metrics", "sama_jax.attacks.corpus", "sama_jax.validity.blind"),

@@ -1,4 +1,4 @@
-"""`sama-jax report`: the report and figures of a finished run, written again."""
+"""`sama-jax report`: the reports and figures of a finished run, written again."""
 
 import argparse
 from pathlib import Path
@@ -9,9 +9,7 @@ from sama_jax.cli.running import command_of
 
 def add(commands: Any) -> None:
     """Adds the command and its flags."""
-    p = command_of(
-        commands, "report", "Write report.md and the figures of a run folder again.", run
-    )
+    p = command_of(commands, "report", "Write the reports and figures of a run folder again.", run)
     p.add_argument("run_folder", type=Path, metavar="DIR", help="an audit's --out")
 
 

@@ -16,4 +16,4 @@ def print_result(result: "AuditResult") -> None:
 
     results_console().print(metrics_table(result.metrics, result.rows, result.cost))
     print(headline(result.metrics))
-    print(f"results: {result.out} (report.md, scores.jsonl, metrics.json)", file=sys.stderr)
+    print(f"results: {result.out} (report.html, scores.jsonl, metrics.json)", file=sys.stderr)

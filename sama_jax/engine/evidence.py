@@ -22,6 +22,10 @@ class Evidence(NamedTuple):
     reference: Float[np.ndarray, " n"]
     same: Float[np.ndarray, " n"]
     """Share of positions at which both models give the same loss."""
+    differences: Float[np.ndarray, "n t"]
+    """Mean loss of the reference minus that of the target in each pass, NaN where none was read."""
+    densities: Float[np.ndarray, " t"]
+    """Share of a text's tokens that each pass masks, on average; NaN where there is no plan."""
 
 
 def gather_evidence(readings: Readings) -> Evidence:
@@ -31,6 +35,8 @@ def gather_evidence(readings: Readings) -> Evidence:
     """
     found = np.full((3, readings.num_texts), np.nan)
     task = _widest(readings)
+    passes = task.rows if task else 0
+    differences, masked = np.full((2, readings.num_texts, passes), np.nan)
     for start in range(0, readings.num_texts if task else 0, PLAN_ROWS):
         assert task is not None
         rows = range(start, min(start + PLAN_ROWS, readings.num_texts))
@@ -41,7 +47,12 @@ def gather_evidence(readings: Readings) -> Evidence:
             found[number, rows] = _means(values)
         both = np.where(np.isnan(target - reference), np.nan, abs(target - reference) < SAME_NATS)
         found[2, rows] = _means(both)
-    return Evidence(*found)
+        differences[rows] = _means(reference - target, axes=2)
+        if task.source is not None:
+            counts = np.asarray(readings.plan(task, rows).masks)[: len(rows)].sum(axis=2)
+            tokens = readings.tables[task.view].num_tokens[rows.start : rows.stop, None]
+            masked[rows] = np.where(tokens > 0, counts / np.maximum(tokens, 1), np.nan)
+    return Evidence(found[0], found[1], found[2], differences, _means(masked.T, axes=1))
 
 
 def _widest(readings: Readings) -> Task | None:
@@ -55,10 +66,12 @@ def _widest(readings: Readings) -> Task | None:
     return next((task for count, task in tasks if count == most > 0), None)
 
 
-def _means(values: Float[np.ndarray, "b t l"]) -> Float[np.ndarray, " b"]:
+def _means(
+    values: Float[np.ndarray, "..."], axes: int | tuple[int, int] = (1, 2)
+) -> Float[np.ndarray, "..."]:
     """Averages what is a number; NaN where nothing is."""
     known = ~np.isnan(values)
-    count = known.sum(axis=(1, 2))
+    count = known.sum(axis=axes)
     return np.where(
-        count > 0, np.where(known, values, 0).sum(axis=(1, 2)) / np.maximum(count, 1), np.nan
+        count > 0, np.where(known, values, 0).sum(axis=axes) / np.maximum(count, 1), np.nan
     )

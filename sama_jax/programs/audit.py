@@ -18,6 +18,7 @@ from sama_jax.devices.sharding import parameter_shardings
 from sama_jax.engine.batching import BatchShapes, distinct_rows
 from sama_jax.engine.costs import cost_of, sum_costs
 from sama_jax.engine.estimate import estimate
+from sama_jax.engine.evidence import gather_evidence
 from sama_jax.engine.loop import Filled, Setup, fill_store
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, make_probe, resident_bytes
@@ -44,6 +45,7 @@ from sama_jax.programs.audit_records import (
     save_replay,
     text_rows,
     update_index,
+    write_densities,
 )
 from sama_jax.programs.data_gates import data_gates
 from sama_jax.programs.jobs import AuditJob
@@ -238,7 +240,8 @@ def publish(
         if not run.shared:
             update_index(folder, rows, readings.tables)
             notes = noted(folder.path)
-            gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, readings)])
+            found = gather_evidence(readings)
+            gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, found)])
             folder.write_manifest(notes=notes, cost=cost, gates=gates)
             say.print(_HINT)
             require_valid(job.out, [], notes, strict=job.strict)
@@ -256,10 +259,12 @@ def publish(
     from sama_jax.reporting import report, results
 
     notes = noted(folder.path)
-    gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, readings)])
+    found = gather_evidence(readings)
+    gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, found)])
     folder.write_manifest(notes=notes, cost=cost, gates=gates)
     metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)
+    write_densities(job.out, found, inputs.labels)
     if voids(metrics["validity"]):
         withdraw_decisions(job.out)
     save_replay(job, readings, inputs, tokenised)

@@ -9,16 +9,20 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from sama_jax.arrays import ProbePlan
 from sama_jax.attacks.code import codes
 from sama_jax.config import settings_hash
+from sama_jax.core.spread import spread
 from sama_jax.devices.processes import Peers
+from sama_jax.engine.evidence import Evidence
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import attention_of
@@ -29,9 +33,9 @@ from sama_jax.programs.audit_inputs import Chosen, Inputs, Prefixes, Tokenised
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.run_identity import digest, run_identity
 from sama_jax.storage import replay
-from sama_jax.storage.files import require_free
+from sama_jax.storage.files import require_free, write_json
 from sama_jax.storage.protocol import Protocol, known_protocol, require_same, write_protocol
-from sama_jax.storage.run_folder import RunFolder, read_manifest
+from sama_jax.storage.run_folder import DENSITIES, RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.texts.read import group_numbers
 from sama_jax.validity.blind import Blind
@@ -259,6 +263,12 @@ def save_replay(job: AuditJob, readings: Readings, inputs: Inputs, tokenised: To
     if job.save_losses:
         target, reference = (np.concatenate(found) for found in zip(*losses))
         replay.save_losses(job.save_losses, inputs.ids, target, reference)
+
+
+def write_densities(out: Path, found: Evidence, labels: Int[np.ndarray, " n"]) -> None:
+    """Writes densities.json: how loss differences depend on what is masked."""
+    if (content := spread(found.differences, found.densities, labels)) is not None:
+        write_json(out / DENSITIES, content)
 
 
 def require_outputs(job: AuditJob) -> None:

@@ -317,4 +317,4 @@ def _print(result: audit.AuditResult, aucs: dict[int, tuple[float, float]], seco
         f"{MASK_SEEDS[-1]}: mean {sum(gaps) / len(gaps):+.3f} ({values})"
     )
     print(results.headline(result.metrics))
-    print(f"{seconds:.0f} s. Results: {result.out} (report.md, figures/, scores.jsonl)")
+    print(f"{seconds:.0f} s. Results: {result.out} (report.html, scores.jsonl)")

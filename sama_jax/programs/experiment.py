@@ -230,7 +230,7 @@ def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, A
     terminal.say(f"results: {out}")
     void = [name for name, found in result["runs"].items() if "void" in found]
     if void:
-        raise ValidityError(f"{out}: void: {', '.join(void)}; see report.md of each for the reason")
+        raise ValidityError(f"{out}: void: {', '.join(void)}; see the report of each")
     return result
 
 

@@ -23,6 +23,7 @@ from sama_jax.engine.text_table import TextTable, table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.audit_gates import loss_gates, require_valid
+from sama_jax.programs.audit_records import write_densities
 from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
 from sama_jax.storage.calibration_file import withdraw_decisions
@@ -83,11 +84,14 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         score_corpus(readings, folder, ids, None, None)
         _require_finished(path, folder, rows)
         joined = folder.join(kept, [a.name for a in chosen])
-        asked = loss_gates(gather_evidence(readings), [row.get("label") for row in rows])
+        found, labels = gather_evidence(readings), [row.get("label") for row in rows]
+        asked = loss_gates(found, labels)
         gates = worst_of([manifest.get("gates") or [], asked])
         folder.write_manifest(gates=gates)
         metrics = results.metrics_of(joined, folder.manifest)
         write_json(path / METRICS, metrics)
+        known = np.array([-1 if label is None else label for label in labels])
+        write_densities(path, found, known)
         if voids(metrics["validity"]):
             withdraw_decisions(path)
         folder.write_manifest(finished=True)

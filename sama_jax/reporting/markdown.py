@@ -1,28 +1,16 @@
 """The text of report.md. No text of the audited collection and no id is printed."""
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sama_jax.core import metrics as measure
-from sama_jax.core.metrics import AttackMetrics
-from sama_jax.reporting.results import Metrics, Paired, headline, num_texts, paired_text
-from sama_jax.reporting.tables import MISSING, header, is_number, table_rows
+from sama_jax.reporting import content
+from sama_jax.reporting.content import Fact, Note
+from sama_jax.reporting.results import Metrics, Paired, headline, paired_text
+from sama_jax.reporting.tables import header, is_number, table_rows
 from sama_jax.reporting.verdict import Declared
 from sama_jax.storage.run_folder import Row
 from sama_jax.untrusted import printable
 from sama_jax.validity.gate import Gate
-
-_CITATION = """\
-The attack SAMA is from arXiv 2601.20125 (ICLR 2026). Cite that paper for the method; this report
-was made with `sama_jax`, an independent implementation that its authors have not reviewed."""
-
-_LIMITS = """\
-- AUC and TPR speak about membership only if members and non-members come from the same source;
-  where they differ in topic, time or length, a score can tell them apart without the model.
-- Only the declared attacks are corrected for their number; whatever else stands out in the table
-  was picked after seeing the numbers, and may do so by chance.
-- The score of one text is evidence, not a verdict, and its threshold holds for this split only."""
 
 
 def markdown(
@@ -31,16 +19,9 @@ def markdown(
     """Writes the text of report.md; with `figures`, it links the pictures in `figures/`."""
     attacks = metrics["attacks"]
     parts = ["# Membership-inference audit", _escape(headline(metrics)), "## What was audited"]
-    parts.append(_bullets(_audited(rows, manifest)))
+    parts.append(_bullets(map(_fact, content.audited(rows, manifest))))
     parts += ["## Results", _markdown_table(table_rows(metrics, rows, manifest.get("cost")))]
-    parts.append(
-        "TPR is the share of members found by a threshold that flags new non-members at most at "
-        "the stated rate (FPR). Intervals are 95 %, each for one attack alone: AUC by "
-        f"{measure.AUC_CI_METHOD}; TPR by binomials, mixed over the thresholds that these "
-        "non-members leave possible. Attacks that read the same forward passes share their "
-        "seconds. "
-        f"{MISSING} means that there is no number; the notes say why."
-    )
+    parts.append(content.COLUMNS)
     if declared := metrics["verdict"].get("declared"):
         parts += ["## What was declared before the first pass", _declared_table(metrics, declared)]
     if metrics["validity"]:
@@ -52,59 +33,24 @@ def markdown(
         parts.append("![Scores of each attack](figures/scores.png)")
     if compared := metrics.get("paired"):
         parts += ["## Differences on the same texts", _paired_table(compared)]
-    notes = _attack_notes(attacks) + [_escape(note) for note in manifest.get("notes") or []]
+    notes = [_note(note) for note in content.attack_notes(attacks)]
+    notes += [_escape(note) for note in manifest.get("notes") or []]
     if notes:
         parts += ["## Notes", _bullets(notes)]
-    parts += ["## What this does not show", _LIMITS, "## Settings"]
-    parts += [_bullets(_settings(manifest)), "## How to cite", _CITATION]
+    parts += ["## What this does not show", _bullets(content.LIMITS), "## Settings"]
+    parts += [_bullets(map(_fact, content.settings(manifest)))]
+    parts += ["## How to cite", content.CITATION]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _audited(rows: Sequence[Row], manifest: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"{role}: {_code(_plain(manifest[role]))}"
-        for role in ("target", "reference")
-        if manifest.get(role)
-    ]
-    labels = [row.get("label") for row in rows]
-    counts = {"members": 1, "non-members": 0, "without a label": None}
-    shares = [f"{labels.count(v)} {word}" for word, v in counts.items() if labels.count(v)]
-    lines.append(f"texts: {len(rows)}" + (f" ({', '.join(shares)})" if shares else ""))
-    truncated = sum(bool(row.get("truncated")) for row in rows)
-    if truncated:
-        lines.append(f"{num_texts(truncated)} cut at the maximum length: only the start was scored")
-    unscored = sum(
-        not any(is_number(s) for s in (row.get("scores") or {}).values()) for row in rows
-    )
-    if unscored:
-        lines.append(f"{num_texts(unscored)} without any score (see `status` in `scores.jsonl`)")
-    return lines
+def _fact(fact: Fact) -> str:
+    value = _code(fact.value) if fact.verbatim else fact.value
+    return f"{fact.name}: {value}" if fact.name else value
 
 
-def _attack_notes(attacks: Mapping[str, AttackMetrics]) -> list[str]:
-    """Writes each note once, with the attacks that it holds for."""
-    holders: dict[str, list[str]] = {}
-    for name, found in attacks.items():
-        for note in found.get("notes") or []:
-            holders.setdefault(note, []).append(name)
-    return [
-        f"{', '.join(map(_code, names)) if len(names) < len(attacks) else 'All attacks'}: {note}"
-        for note, names in holders.items()
-    ]
-
-
-def _settings(manifest: Mapping[str, Any]) -> list[str]:
-    names = ("preset", "preset_hash", "seed", "dtype", "device", "versions")
-    lines = [
-        f"{name.replace('_', ' ')}: {_code(_plain(manifest[name]))}"
-        for name in names
-        if manifest.get(name) not in (None, "", {}, [])
-    ]
-    command = manifest.get("command")
-    if command:
-        words = command if isinstance(command, str) else shlex.join(map(str, command))
-        lines.append(f"command: {_code(words)}")
-    return lines or ["not recorded"]
+def _note(note: Note) -> str:
+    """Writes a note behind the attacks that it holds for."""
+    return f"{', '.join(map(_code, note.attacks)) or 'All attacks'}: {note.text}"
 
 
 def _markdown_table(cells: list[list[str]]) -> str:
@@ -167,15 +113,6 @@ def _paired_table(compared: Mapping[str, Paired]) -> str:
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _plain(value: Any) -> str:
-    """Writes a manifest value on one line: `key value, key value` for mappings."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(v)}" for key, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
-    return str(value)
 
 
 def _code(text: str) -> str:

@@ -1,16 +1,21 @@
-"""Writes the report of a finished run, `report.md` and `figures/`, from its folder alone.
+"""Writes the report of a finished run from its folder alone: report.html, report.md, figures/.
 
-Reads `scores.jsonl` and `manifest.json`; computes the metrics from the scores.
+Reads scores.jsonl, manifest.json and densities.json; computes the metrics from the scores.
 """
 
+import contextlib
+import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from sama_jax.core.spread import QUANTILES, Spread
 from sama_jax.errors import DataError, UsageError
+from sama_jax.reporting import html as page
 from sama_jax.reporting.markdown import markdown
 from sama_jax.reporting.results import Metrics, metrics_of
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import (
+    DENSITIES,
     MANIFEST,
     SCORES,
     Row,
@@ -19,6 +24,10 @@ from sama_jax.storage.run_folder import (
     read_unchanged_rows,
     record_also,
 )
+from sama_jax.storage.shapes import Shape, fits
+from sama_jax.untrusted import read_json
+
+PAGE, TEXT = "report.html", "report.md"
 
 
 def read_finished(folder: Path, *, checked: bool = True) -> tuple[list[Row], dict[str, Any]]:
@@ -57,7 +66,7 @@ def read_finished(folder: Path, *, checked: bool = True) -> tuple[list[Row], dic
 
 
 def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None = None) -> Path:
-    """Writes `report.md` of a run folder and, if wanted, its figures; returns the report's path.
+    """Writes report.html and report.md of a run folder, and figures; returns the page's path.
 
     A run without labels gets a report of its scores alone. The metrics are computed from the
     scores, unless they are given because they just have been.
@@ -74,7 +83,27 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
         from sama_jax.reporting import figures as pictures  # Matplotlib: a second to import
 
         drawn = pictures.write_figures(folder, rows)
-    path = folder / "report.md"
-    write_atomic(path, markdown(rows, metrics, manifest, figures))
-    record_also(folder, ["report.md", *(f"figures/{file.name}" for file in drawn)])
-    return path
+    write_atomic(folder / TEXT, markdown(rows, metrics, manifest, figures))
+    shown = page.shown_figures(rows, metrics, read_spread(folder / DENSITIES)) if figures else []
+    today = datetime.date.today().isoformat()
+    write_atomic(folder / PAGE, page.html(rows, metrics, manifest, shown, today))
+    record_also(folder, [TEXT, PAGE, *(f"figures/{file.name}" for file in drawn)])
+    return folder / PAGE
+
+
+_SPREAD: Shape = {
+    "densities": [float],
+    "classes": {str: {"texts": int, "by_pass": [[float]], "within": float, "mean": float}},
+}
+
+
+def read_spread(path: Path) -> Spread | None:
+    """Reads densities.json; None if it is not there, or is no such file any more."""
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(path)
+        if fits(found, _SPREAD):
+            lines = [one["by_pass"] for one in found["classes"].values()]
+            wanted = [len(QUANTILES)] * len(found["densities"])
+            if all([len(line) for line in by_pass] == wanted for by_pass in lines):
+                return cast(Spread, found)
+    return None

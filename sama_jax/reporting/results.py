@@ -196,6 +196,17 @@ def column(rows: Sequence[Row], name: str) -> tuple[Float[np.ndarray, " n"], Int
     return np.array(scores, dtype=np.float64), np.array(labels, dtype=np.int64)
 
 
+def columns_of(
+    rows: Sequence[Row],
+) -> dict[str, tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+    """Returns of each attack the finite scores and the labels of those texts, -1 where missing.
+
+    Attacks without a score are left out.
+    """
+    found = {name: measure.usable(*column(rows, name))[:2] for name in attack_names(rows)}
+    return {name: columns for name, columns in found.items() if columns[0].size}
+
+
 def paired_text(difference: float, ci: Sequence[float] | None) -> str:
     """Writes a difference of AUCs with its interval: "+0.031 (−0.010 to +0.070)"."""
     if ci is None:

@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 SCORES = "scores.jsonl"
 METRICS = "metrics.json"
 LOG = "log.jsonl"
+DENSITIES = "densities.json"
+"""Loss differences by density of the masks: `core.spread`."""
 
 _NUMBERS = {str: (float, None)}
 _SCORES: Shape = {

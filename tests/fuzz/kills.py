@@ -111,7 +111,8 @@ def finished_audit(inputs: Path, out: Path) -> None:
         assert run(audit(inputs, made))[0] in ENDS
     shutil.copytree(made, out)
     shutil.rmtree(out / "figures", ignore_errors=True)
-    (out / "report.md").unlink()
+    for name in ("report.md", "report.html"):
+        (out / name).unlink()
 
 
 # --- what has to be equal -------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def _manifest(folder: Path, timed: Sequence[str]) -> dict[str, Any]:
 
 def same_audit(whole: Path, out: Path) -> None:
     """Bytes, but for times in the manifest, the log, and the order of what was appended."""
-    timed = ("manifest.json", "log.jsonl", "parts", "losses", "report.md")
+    timed = ("manifest.json", "log.jsonl", "parts", "losses", "report.md", "report.html")
     same_bytes(whole, out, *timed)
     left, right = (_manifest(folder, timed) for folder in (whole, out))
     assert left == right, "manifest.json differs"

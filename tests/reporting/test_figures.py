@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from score_rows import make_rows
 
-from sama_jax.reporting import figures
+from sama_jax.reporting import figures, plots
 
 pytestmark = pytest.mark.usefixtures("figures")
 
@@ -30,10 +30,10 @@ def test_a_matplotlibrc_changes_nothing(tmp_path):
 
 def test_histogram_range_keeps_a_few_outliers_from_squeezing_the_rest():
     scores = np.r_[np.linspace(-1, 1, 99), 1e6]
-    low, high, clipped = figures.score_range(scores)
+    low, high, clipped = plots.score_range(scores)
     assert clipped
     assert (low, high) == (-1, pytest.approx(3.5, abs=0.1))  # 0.5 + 3 quartile ranges of 1
-    assert figures.score_range(scores[:-1]) == (-1, 1, False)
+    assert plots.score_range(scores[:-1]) == (-1, 1, False)
 
 
 def test_many_attacks_fit_in_the_figures(tmp_path):

@@ -45,7 +45,8 @@ def test_a_metric_that_the_recipe_adds_is_in_every_result(added, tmp_path):
     written = json.loads((tmp_path / METRICS).read_text())
     console = Console(width=120, file=io.StringIO())
     console.print(tables.metrics_table(results.compute_metrics(rows), rows))
-    page = report.write_report(tmp_path, figures=False).read_text()
+    report.write_report(tmp_path, figures=False)
+    page = (tmp_path / "report.md").read_text()
     assert f"| {added.column} |" in page
     assert added.column in console.file.getvalue()
     for name in ("sama", "loss"):

@@ -24,20 +24,24 @@ def make_folder(folder, rows, with_metrics=True, **manifest):
     return folder
 
 
+def text_of(folder, **flags):
+    """Writes the report and returns report.md; report.html has a test file of its own."""
+    assert report.write_report(folder, **flags) == folder / "report.html"
+    return (folder / "report.md").read_text()
+
+
 def test_a_report_without_figures_links_none(tmp_path):
     folder = make_folder(tmp_path, make_rows())
-    text = report.write_report(folder, figures=False).read_text()
+    text = text_of(folder, figures=False)
     assert not (folder / "figures").exists()
     assert "figures/" not in text
-    assert "figures/roc.png" in report.write_report(folder).read_text()
+    assert "figures/roc.png" in text_of(folder)
     assert (folder / "figures" / "roc.png").is_file()
 
 
 def test_report_holds_numbers_and_figures_but_no_text_and_no_id(tmp_path):
     rows = make_rows()
-    path = report.write_report(make_folder(tmp_path, rows, notes=["a_b *c* <script>"]))
-    text = path.read_text()
-    assert path == tmp_path / "report.md"
+    text = text_of(make_folder(tmp_path, rows, notes=["a_b *c* <script>"]))
     assert SECRET not in text
     assert "secret-id" not in text
     assert "120 (60 members, 60 non-members)" in text
@@ -54,8 +58,7 @@ def test_report_holds_numbers_and_figures_but_no_text_and_no_id(tmp_path):
 
 
 def test_report_without_labels_has_scores_but_no_roc(tmp_path):
-    path = report.write_report(make_folder(tmp_path, make_rows(labelled=False)))
-    text = path.read_text()
+    text = text_of(make_folder(tmp_path, make_rows(labelled=False)))
     assert "roc.png" not in text
     assert not (tmp_path / "figures/roc.png").exists()
     assert (tmp_path / "figures/scores.png").exists()
@@ -74,11 +77,11 @@ def test_report_computes_metrics_that_the_run_did_not_write(tmp_path):
 
 def test_report_computes_its_numbers_from_the_scores(tmp_path):
     folder = make_folder(tmp_path, make_rows())
-    before = report.write_report(folder).read_text()
+    before = text_of(folder)
     content = json.loads((folder / "metrics.json").read_text())
     content["attacks"]["sama"]["auc"] = 0.123456
     (folder / "metrics.json").write_text(json.dumps(content))
-    assert report.write_report(folder).read_text() == before
+    assert text_of(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_odd_scores_still_make_a_report(tmp_path, values):
     rows = make_rows(n=10, attacks=("sama",))
     for row, value in zip(rows, values):
         row["scores"]["sama"] = value
-    text = report.write_report(make_folder(tmp_path, rows)).read_text()
+    text = text_of(make_folder(tmp_path, rows))
     assert ("figures/scores.png" in text) == (values[0] is not None)
 
 
@@ -145,7 +148,7 @@ def test_line_separators_inside_an_id_do_not_split_a_line(tmp_path):
     rows[0]["id"] = "a\u2028b"
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "scores.jsonl").write_text("".join(lines), encoding="utf-8")
-    assert "texts: 4 " in report.write_report(tmp_path).read_text()
+    assert "texts: 4 " in text_of(tmp_path)
 
 
 def test_a_report_that_cannot_be_written_is_an_output_error(tmp_path):
@@ -157,7 +160,7 @@ def test_a_report_that_cannot_be_written_is_an_output_error(tmp_path):
 
 def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     folder = make_folder(tmp_path, make_rows(n=2))
-    old = report.write_report(folder).read_text()
+    old = text_of(folder)
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -195,6 +198,6 @@ def test_control_characters_in_a_manifest_reach_no_terminal(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     changes = {"notes": ["\x1b[31mred \x07"], "command": "sama-jax \x1b]0;title\x07", "seed": 1}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | changes))
-    text = report.write_report(tmp_path).read_text()
+    text = text_of(tmp_path)
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "\\x1b" in text
