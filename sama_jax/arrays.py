@@ -4,6 +4,7 @@ Axes: `b` texts, `t` forward passes (steps) of a plan, `l` positions of a padded
 for scored positions, `n` subsets, `m` tokens of a subset, `d` width, `v` vocabulary rows.
 """
 
+import itertools
 import re
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +18,43 @@ Params = Any
 """A nested dict of arrays, as `Model.init` returns it."""
 
 
+class Piece(NamedTuple):
+    """A part of a conversation as a template has written it."""
+
+    text: str
+    scored: bool
+    """Whether it may be masked and scored: an answer and the token that ends it."""
+    words: bool
+    """Whether it was written by who speaks, and not by the template."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as one text, in the order of its pieces (host)."""
+
+    pieces: tuple[Piece, ...]
+    adds: bool
+    """Whether the tokenizer adds its begin and end tokens, as the template spells none."""
+
+    def __str__(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Returns where the scored pieces stand, as [start, end) of characters."""
+        ends = list(itertools.accumulate(len(piece.text) for piece in self.pieces))
+        places = zip(self.pieces, [0, *ends], ends)
+        return [(start, end) for piece, start, end in places if piece.scored]
+
+    def lower(self) -> "Rendered":
+        """Returns the same with its answers in lower case; prompts and marks stay."""
+        return self._replace(
+            pieces=tuple(
+                piece._replace(text=piece.text.lower()) if piece.scored and piece.words else piece
+                for piece in self.pieces
+            )
+        )
+
+
 class Encoded(NamedTuple):
     """Tokens of one text, cut at the maximum length (host)."""
 
@@ -28,6 +66,18 @@ class Encoded(NamedTuple):
     """Bytes of the zlib-compressed UTF-8 of the part of the text that the kept tokens cover."""
     characters: int
     """Characters of that part."""
+    prompt: Bool[np.ndarray, " n"] | None = None
+    """Tokens that always stay visible, since an answer is all that is scored; None: a plain text.
+
+    Of a conversation, sizes and `truncated` speak of its answers alone.
+    """
+    prompt_cut: int = 0
+    """Tokens of prompts that are cut off a conversation."""
+
+    @property
+    def own_tokens(self) -> int:
+        """Counts the tokens that are no prompt's."""
+        return len(self.ids) if self.prompt is None else int((~self.prompt).sum())
 
 
 class ProbePlan(NamedTuple):

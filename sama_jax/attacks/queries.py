@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax.arrays import Encoded, Model, Params, ProbePlan
+from sama_jax.arrays import Encoded, Model, Params, ProbePlan, Rendered
 from sama_jax.config import settings_hash
 
 Role = Literal["target", "reference"]
@@ -86,7 +86,7 @@ class Procedure(Passes):
 class ViewTools(NamedTuple):
     """What a view may use. NumPy, one text."""
 
-    encode: Callable[[str], Encoded]
+    encode: Callable[[str | Rendered], Encoded]
     """Text -> its tokens, cut at the run's maximum length."""
     contexts: dict[str, Int[np.ndarray, " p"]]
     """Token ids of the prefixes of this run, by class: `nonmember`, `member`."""
@@ -111,6 +111,8 @@ class ViewText(NamedTuple):
     """Visible tokens before it, never masked."""
     same_masks: bool = False
     """Draw masks from the text's own key: views of equal length see the same masks."""
+    prompt: Bool[np.ndarray, " n"] | None = None
+    """Tokens of a conversation that always stay visible; None: none."""
 
 
 @runtime_checkable
@@ -127,7 +129,9 @@ class View(Protocol):
         """Says which prefixes it needs: `nonmember`, `member` or none."""
         ...
 
-    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
         """Makes the view of one text; None where there is none (say, no room for a prefix)."""
         ...
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from sama_jax.arrays import Rendered
 from sama_jax.attacks.queries import ViewText, ViewTools
 
 
@@ -15,24 +16,27 @@ from sama_jax.attacks.queries import ViewText, ViewTools
 class Lowercase:
     """The text in lower case, with the text's own masks where the token count stays.
 
-    None where the tokens are the same: then there is nothing to compare.
+    Of a conversation its answers are. None where the tokens are the same: then there is nothing to
+    compare.
     """
 
     name = "lowercase"
     context = None
 
-    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
         lower = tools.encode(text.lower())
         if np.array_equal(lower.ids, ids):
             return None
-        return ViewText(lower.ids, lower.special, same_masks=True)
+        return ViewText(lower.ids, lower.special, same_masks=True, prompt=lower.prompt)
 
 
 @dataclass(frozen=True)
 class Deleted:
     """The text without a random `fraction` of its tokens: at least one goes, at least one stays.
 
-    Tokens that the tokenizer added stay. A text of one token is its own copy.
+    Tokens that the tokenizer added stay, and so do prompts. A text of one token is its own copy.
     """
 
     fraction: float
@@ -43,14 +47,17 @@ class Deleted:
 
     context = None
 
-    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
-        special = tools.encode(text).special
-        own = np.flatnonzero(~special)
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
+        given = tools.encode(text)
+        special, prompt = given.special, given.prompt
+        own = np.flatnonzero(~special if prompt is None else ~special & ~prompt)
         count = min(max(round(self.fraction * len(own)), 1), len(own) - 1)
         kept = np.ones(len(ids), bool)
         if count > 0:
             kept[tools.generator.choice(own, count, replace=False)] = False
-        return ViewText(ids[kept], special[kept])
+        return ViewText(ids[kept], special[kept], prompt=None if prompt is None else prompt[kept])
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,15 @@ class Context:
     def name(self) -> str:
         return f"after-{self.context}s-{self.tokens}"
 
-    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
         room = min(self.tokens, tools.room - len(ids))
         before = tools.contexts[self.context]
         if room < 1 or not len(before):
             return None
-        return ViewText(ids, tools.encode(text).special, before[-room:], same_masks=True)
+        given, before = tools.encode(text), before[-room:]
+        return ViewText(ids, given.special, before, same_masks=True, prompt=given.prompt)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Joined:
     """Prefix and text as one text, cut at its end to the maximum length, masked and scored alike.
 
     The circulated form. What is cut off is the text: of a prefix as long as the maximum, the view
-    is the prefix alone.
+    is the prefix alone. None of a conversation: its prompts would be masked, too.
     """
 
     context: str
@@ -91,8 +101,12 @@ class Joined:
     def name(self) -> str:
         return f"joined-{self.context}s"
 
-    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
         del ids
+        if isinstance(text, Rendered):
+            return None
         whole = tools.encode(f"{tools.joined[self.context]} {text}")
         return ViewText(whole.ids, whole.special)
 
@@ -112,10 +126,13 @@ class Replaced:
 
     context = None
 
-    def make(self, text: str, ids: Int[np.ndarray, " n"], tools: ViewTools) -> ViewText | None:
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
         assert tools.guide is not None
         proposed = tools.guide[self.row, : len(ids)]
         if np.isnan(proposed).all():
             return None
         replaced = np.where(np.isnan(proposed), ids, np.nan_to_num(proposed)).astype(np.int32)
-        return ViewText(replaced, tools.encode(text).special, same_masks=True)
+        given = tools.encode(text)
+        return ViewText(replaced, given.special, same_masks=True, prompt=given.prompt)

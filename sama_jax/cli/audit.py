@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
         "--control", type=Path, metavar="F", help="known members besides, which must be found"
     )
     flags.add_text_fields(inputs)
+    flags.add_conversations(inputs)
     flags.flags_of(inputs, AuditJob, "pipeline_control", "split", "limit", "mask_id")
 
     attacks = p.add_argument_group("attacks")
@@ -130,23 +131,26 @@ def _run_here(
     from sama_jax.devices import mesh
     from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.audit import run_audit
+    from sama_jax.programs.forms import form_of
     from sama_jax.texts.read import read_split, read_texts
 
     use_compile_cache(args.compile_cache)
     if peers is not None and peers.jax is not None:
         mesh.connect(*peers.jax, peers.count, peers.rank)
     attacks.select(args.attacks)  # names that are wrong, before long files are read
+    target = args.target or args.reference
+    form = form_of(args.template, args.loss_on, args.end_tokens, target)
     named = (args.text_field, args.label_field)
     if args.data:
-        read = read_texts(args.data, *named)
+        read = read_texts(args.data, *named, form=form)
     else:
-        read = read_split(args.members, args.nonmembers, *named)
+        read = read_split(args.members, args.nonmembers, *named, form=form)
     others = {
-        name: path and read_texts(path, *named, labels_needed=False)
+        name: path and read_texts(path, *named, labels_needed=False, form=form)
         for name, path in (("prefixes", args.prefixes), ("control", args.control))
     }
     given = {
-        "target": args.target or args.reference,
+        "target": target,
         "texts": read,
         **others,
         "settings": settings,

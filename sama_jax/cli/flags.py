@@ -149,6 +149,28 @@ def add_text_fields(parser: Flags) -> None:
     )
 
 
+def add_conversations(parser: Flags) -> None:
+    """Adds how conversations become texts; `programs.forms.form_of` takes what is given."""
+    parser.add_argument(
+        "--template",
+        metavar="NAME",
+        help="the files hold prompts and responses, written as llada, chatml, llama or plain; "
+        "folder: by the model folder's own template",
+    )
+    parser.add_argument(
+        "--loss-on",
+        choices=["response", "text"],
+        help="with --template: what is masked and scored (default: response)",
+    )
+    parser.add_argument(
+        "--end-tokens",
+        type=int,
+        default=0,
+        metavar="K",
+        help="with --template: end-of-text tokens behind a response that count as a part of it",
+    )
+
+
 def add_quiet(parser: Flags) -> None:
     """Adds `--quiet`."""
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")

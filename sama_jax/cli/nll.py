@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder")
     p.add_argument("--data", type=Path, required=True, metavar="F", help="texts")
     flags.add_text_fields(p)
+    flags.add_conversations(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="results")
     # Not the budget of an audit, whose name is `passes` among the settings.
     p.add_argument(
@@ -41,11 +42,13 @@ def run(args: argparse.Namespace) -> None:
     args.set = [f"likelihood.passes={args.estimates}", *args.set]
     settings = flags.settings_of(args, AuditSettings)
     from sama_jax.devices.compile_cache import use_compile_cache
+    from sama_jax.programs.forms import form_of
     from sama_jax.programs.nll import RESULT, run_nll
     from sama_jax.texts.read import read_texts
 
     use_compile_cache(args.compile_cache)
-    texts = read_texts(args.data, args.text_field, args.label_field)
+    form = form_of(args.template, args.loss_on, args.end_tokens, args.model)
+    texts = read_texts(args.data, args.text_field, args.label_field, form=form)
     rows = run_nll(args.model, texts, args.out, settings, mask_id=args.mask_id, quiet=args.quiet)
     known = [row for row in rows if row["nll"] is not None]
     if known and not args.quiet:

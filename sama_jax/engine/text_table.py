@@ -41,7 +41,7 @@ class TextView(NamedTuple):
 
 def original_view(encoded: Encoded, settings: AuditSettings, *, shift: bool) -> TextView:
     """Makes the view that is the text itself."""
-    maskable = _maskable(encoded.ids, encoded.special, settings, shift=shift)
+    maskable = _maskable(encoded.special, encoded.prompt, settings, shift=shift)
     key = rng.text_key_data(encoded.ids)
     name = rng.key_name(key) + _mask_suffix(maskable)
     sizes = encoded.zlib_bytes, encoded.characters
@@ -82,9 +82,11 @@ def derived_view(
       room: tokens that fit into the context of both models.
     """
     special = np.zeros(len(made.ids), bool) if made.special is None else made.special
-    maskable = _maskable(made.ids, special, settings, shift=shift)
+    maskable = _maskable(special, made.prompt, settings, shift=shift)
     if made.same_masks and len(maskable) == len(original.maskable):
         maskable = original.maskable
+        if made.prompt is not None:
+            maskable = maskable & ~made.prompt
     own = rng.text_key_data(made.ids)
     key = original.key if made.same_masks else own
     name = rng.key_name(own) + _mask_suffix(maskable)
@@ -108,13 +110,13 @@ def _mask_suffix(maskable: Bool[np.ndarray, " n"]) -> str:
 
 
 def _maskable(
-    ids: Int[np.ndarray, " n"],
     special: Bool[np.ndarray, " n"],
+    prompt: Bool[np.ndarray, " n"] | None,
     settings: AuditSettings,
     *,
     shift: bool,
 ) -> Bool[np.ndarray, " n"]:
-    maskable = np.ones(len(ids), bool)
+    maskable = np.ones(len(special), bool) if prompt is None else ~prompt
     if settings.sama.exclude_special:
         maskable &= ~special
     if settings.sama.exclude_position0_when_shifted and shift:

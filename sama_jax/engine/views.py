@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from sama_jax.arrays import Encoded, TextKeyData
+from sama_jax.arrays import Encoded, Rendered, TextKeyData
 from sama_jax.attacks.queries import View, ViewTools
 from sama_jax.config import AuditSettings
 from sama_jax.engine.tasks import Tasks
@@ -17,7 +17,7 @@ from sama_jax.texts.tokenizer import TextTokenizer
 class ViewSources(NamedTuple):
     """What the views of a run are made from."""
 
-    texts: Sequence[str]
+    texts: Sequence[str | Rendered]
     """In the order of the tables' rows."""
     tokenizer: TextTokenizer
     prefixes: dict[str, list[str]]
@@ -28,7 +28,7 @@ class ViewSources(NamedTuple):
     room: int
     """Tokens that fit into the context of both models."""
 
-    def encode(self, text: str) -> Encoded:
+    def encode(self, text: str | Rendered) -> Encoded:
         """Tokenises one text, cut at the maximum length."""
         return self.tokenizer.encode([text], self.settings.max_length)[0]
 

@@ -135,6 +135,12 @@ def announce(
     truncated = sum(e.truncated for e in tokenised.encoded)
     if truncated:
         say.print(f"{truncated} of {len(inputs.texts)} texts are cut at {max_length} tokens")
+    cut = [e.prompt_cut for e in tokenised.encoded if e.prompt_cut]
+    if cut:
+        say.print(
+            f"{len(cut)} of {len(inputs.texts)} prompts are cut at their beginning, by "
+            f"{sum(cut):,} tokens in all, so that they fit into {max_length} with their responses"
+        )
     if chosen.prefixes.taken:
         say.print(f"{len(chosen.prefixes.taken)} texts serve as prefixes and are not evaluated")
     for name, reason in chosen.left_out.items():
@@ -252,7 +258,7 @@ def publish(
         everything = range(len(rows))
         score_rows(readings, folder, inputs.ids, everything, include_votes=job.include_votes)
         cost = sum_costs(costs)
-    score_corpus(readings, folder, inputs.ids, [t.text for t in inputs.texts], inputs.labels)
+    score_corpus(readings, folder, inputs.ids, [t.scored for t in inputs.texts], inputs.labels)
     update_index(folder, rows, readings.tables)
     joined = folder.join(rows, [attack.name for attack in chosen.attacks])
     # SciPy's statistics and scikit-learn: two seconds to import.

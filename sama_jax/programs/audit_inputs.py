@@ -267,14 +267,15 @@ def tokenise(job: AuditJob, inputs: Inputs, prefixes: Prefixes, *, quiet: bool) 
     settings, texts = job.settings, inputs.texts
     quiet = quiet or len(texts) < MANY_TEXTS
     with ProgressBar("tokenise", len(texts), "texts", quiet=quiet) as bar:
-        strings = [text.text for text in texts]
-        encoded = inputs.tokenizer.encode(strings, settings.max_length, bar.advance)
+        contents = [text.content for text in texts]
+        encoded = inputs.tokenizer.encode(contents, settings.max_length, bar.advance)
     shift = inputs.roles["target"].folder.model.shift
     views = [original_view(e, settings, shift=shift) for e in encoded]
     replayed = None
     if job.plan:
         loaded = replay.load_plan(job.plan, settings.max_length)
         row_of = replay.match(loaded, inputs.ids, [view.ids for view in views], job.plan)
+        replay.require_visible(loaded, row_of, [one.prompt for one in encoded], job.plan)
         replayed = ReplayedPlans(loaded.identity, loaded.plan, row_of)
         suffixes = replay.store_suffixes(loaded)
         views = [
@@ -289,7 +290,7 @@ def view_sources(job: AuditJob, inputs: Inputs, prefixes: Prefixes) -> ViewSourc
     """Returns what the views of this audit are made from."""
     folders = [role.folder for role in inputs.roles.values()]
     return ViewSources(
-        [text.text for text in inputs.texts],
+        [text.content for text in inputs.texts],
         inputs.tokenizer,
         prefixes.texts,
         job.settings,

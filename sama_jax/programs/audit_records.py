@@ -217,8 +217,10 @@ def text_rows(
             row["label"] = text.label
         if group is not None:  # a number: names of documents and authors are private
             row["group"] = group
-        row["n_tokens"] = len(tokens.ids)
+        row["n_tokens"] = tokens.own_tokens
         row["truncated"] = tokens.truncated
+        if tokens.prompt_cut:
+            row["prompt_cut"] = tokens.prompt_cut
         status = "ok" if view.maskable.any() else "empty"
         row["status"] = "prefix" if text.id in prefixes.taken else status
         if text.control:

@@ -35,10 +35,10 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
     # By their content, so that no draw depends on the order of the file.
     labelled.sort(key=lambda i: (content_id(inputs.texts[i].text), inputs.texts[i].id))
     texts = [inputs.texts[i] for i in labelled]
-    strings = [text.text for text in texts]
+    strings = [text.words for text in texts]
     labels = np.array([text.label for text in texts], np.int64)
     if len(set(labels.tolist())) < 2:
-        everything = [inputs.texts[i].text for i in scored]
+        everything = [inputs.texts[i].words for i in scored]
         gates.append(data.duplicates(everything, np.full(len(scored), -1)))
         return DataGates(gates, None)
     encoded = [tokenised.encoded[i] for i in labelled]
@@ -58,7 +58,7 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
     ]
     quiet = job.quiet or job.peers.rank > 0 or len(texts) < MANY_TEXTS // 10
     with ProgressBar("baselines without a model", STEPS, "steps", quiet=quiet) as bar:
-        lengths = list(map(len, ids))
+        lengths = [one.own_tokens for one in encoded]
         found = blind(strings, lengths, labels, related.units, seed=0, advance=bar.advance)
     scores = np.full(len(inputs.texts), np.nan)
     scores[labelled] = found.scores
@@ -67,7 +67,7 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
 
 def _overlap_shares(texts: Sequence[Text]) -> np.ndarray:
     """Returns the share of each non-member's runs of 13 words that stand in a member."""
-    words = overlap.words_of(text.text for text in texts)
+    words = overlap.words_of(map(overlap.compared, texts))
     sets = overlap.thinned([overlap.shingles(one, bounds.OVERLAP_WORDS) for one in words])
     members, others = (
         [one for one, text in zip(sets, texts) if text.label == label] for label in (1, 0)

@@ -89,7 +89,7 @@ def run_nll(
             "it has no mask token"
         )
     tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
-    encoded = tokenizer.encode([t.text for t in texts.texts], settings.max_length)
+    encoded = tokenizer.encode([t.content for t in texts.texts], settings.max_length)
     views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]
     role = ModelRole("target", folder, model_key(folder, settings, pad_id(folder, settings)))
     roles, keys, layout = {"target": role}, {"target": role.store_key}, local_layout()

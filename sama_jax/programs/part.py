@@ -101,7 +101,7 @@ def score_part(
     try:
         readings = Readings(tasks, settings, tables, keys, folder.store)
         filled = fill_store(setup, readings, folder, inputs.ids, say, held=held)
-        strings = [text.text for text in inputs.texts]
+        strings = [text.scored for text in inputs.texts]
         score_corpus(filled.readings, folder, inputs.ids, strings, inputs.labels)
         rows = folder.join(texts, [part.attack.name])
         folder.write_manifest(finished=True)

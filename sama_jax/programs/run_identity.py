@@ -61,18 +61,22 @@ def flat_settings(settings: AuditSettings) -> dict[str, Any]:
 
 
 def digest(texts: Sequence[Text]) -> str:
-    """Hashes ids, labels, groups and texts: 16 hex digits."""
+    """Hashes ids, labels, groups and texts, of conversations their parts: 16 hex digits."""
     found = hashlib.sha256()
     for text in texts:
         known = (text.id, text.label, text.group, text.text, *(["control"] * text.control))
+        if text.rendered is not None:
+            known += (list(map(tuple, text.rendered.pieces)), text.rendered.adds)
         found.update(repr(known).encode("utf-8", "surrogatepass"))
     return found.hexdigest()[:16]
 
 
 def token_digest(encoded: Sequence[Encoded]) -> str:
-    """Hashes the tokens of all texts, and which of them are special: 16 hex digits."""
+    """Hashes the tokens of all texts, which are special and which a prompt's: 16 hex digits."""
     found = hashlib.sha256()
     for one in encoded:
         found.update(len(one.ids).to_bytes(8, "little"))
         found.update(one.ids.astype("<i4").tobytes() + one.special.tobytes())
+        if one.prompt is not None:
+            found.update(b"prompt" + one.prompt.tobytes())
     return found.hexdigest()[:16]

@@ -316,3 +316,23 @@ def match(replay: Replay, ids: list[str], token_ids: list[np.ndarray], where: Pa
             )
         found.append(rows[name])
     return found
+
+
+def require_visible(
+    replay: Replay, rows: list[int], prompts: list[np.ndarray | None], where: Path
+) -> None:
+    """Raises `DataError` if the plan masks a token of a prompt.
+
+    Args:
+      replay: the plan.
+      rows: its row of each text.
+      prompts: True at each text's tokens that must stay visible; None: none of them must.
+      where: the plan's file.
+    """
+    masks = np.asarray(replay.plan.masks)
+    for row, prompt in zip(rows, prompts):
+        if prompt is not None and masks[row][:, : len(prompt)][:, prompt].any():
+            raise DataError(
+                f"{where}: the plan masks the prompt of text '{printable(replay.ids[row])}', which "
+                "must stay visible; replay it with --loss-on text, or a plan of its answers"
+            )

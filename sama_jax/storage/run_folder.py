@@ -100,6 +100,8 @@ class Row(TypedDict, total=False):
     n_tokens: int
     truncated: bool
     """Whether the text was cut at the maximum length."""
+    prompt_cut: int
+    """Tokens cut off the beginning of a conversation; absent: none."""
     status: str
     """`ok`, `empty` (no token can be masked) or `prefix` (stands before others; not scored)."""
     baseline: float
@@ -125,6 +127,7 @@ _ROW: Shape = {
     "group?": int,
     "n_tokens?": int,
     "truncated?": bool,
+    "prompt_cut?": int,
     "status?": str,
     "baseline?": float,
     "again?": float,

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sama_jax.arrays import Rendered
 from sama_jax.errors import DataError, UsageError
+from sama_jax.texts.conversations import Form
 from sama_jax.texts.records import Names, Row, kind_of, lacks, meant, rows_of
 from sama_jax.untrusted import printable
 
@@ -43,6 +45,27 @@ class Text(NamedTuple):
     """What it shares with other texts: the document, author or source it comes from."""
     control: bool = False
     """Whether it is a known member that an audit must find, and none of the texts it is about."""
+    rendered: Rendered | None = None
+    """The conversation that `text` spells; None: a plain text."""
+
+    @property
+    def content(self) -> "str | Rendered":
+        """What a tokenizer takes."""
+        return self.text if self.rendered is None else self.rendered
+
+    @property
+    def scored(self) -> str:
+        """The words that are scored: all of a plain text, the answers of a conversation."""
+        if self.rendered is None:
+            return self.text
+        return "\n\n".join(p.text for p in self.rendered.pieces if p.scored and p.words)
+
+    @property
+    def words(self) -> str:
+        """All words but the template's: the same in every conversation, they mean nothing."""
+        if self.rendered is None:
+            return self.text
+        return "\n\n".join(piece.text for piece in self.rendered.pieces if piece.words)
 
 
 class Texts(NamedTuple):
@@ -61,6 +84,7 @@ def read_texts(
     label_field: str | None = None,
     *,
     labels_needed: bool = True,
+    form: Form | None = None,
 ) -> Texts:
     """Reads the texts of one file.
 
@@ -69,19 +93,21 @@ def read_texts(
     (1, 0, true, false, member, non-member or null) and `group` (a name or number; texts of one
     document, author or source share it); or MIMIR's `member` and `nonmember` columns, which give a
     text of label 1 and one of label 0. In JSON, a bare string in the place of a record is a text.
+    With a `form`, records are conversations (`conversations.turns_of`).
 
     Args:
       path: the file.
       text_field: the field that holds the texts, `text` unless given.
       label_field: the field that holds the labels, `label` unless given.
       labels_needed: whether a file none of whose records has the given `label_field` is refused.
+      form: how conversations become texts; None: the file holds texts.
 
     Raises:
       DataError: the file cannot be read, holds no text, or lines of it cannot be used.
       UsageError: parquet without pyarrow, zstd without zstandard, or one field is named twice.
     """
-    names = _names(text_field, label_field)
-    return _finish(list(_checked(path, None, names, labels_needed)), str(path))
+    names = _names(text_field, label_field, form)
+    return _finish(list(_checked(path, None, names, form, labels_needed)), str(path))
 
 
 def read_split(
@@ -89,6 +115,8 @@ def read_split(
     nonmembers: Path,
     text_field: str | None = None,
     label_field: str | None = None,
+    *,
+    form: Form | None = None,
 ) -> Texts:
     """Reads members (label 1) and non-members (label 0) from a file each, in turn.
 
@@ -96,22 +124,33 @@ def read_split(
 
     Raises what `read_texts` raises; a label inside that disagrees with its file is a `DataError`.
     """
-    names = _names(text_field, label_field)
-    pairs = itertools.zip_longest(_checked(members, 1, names), _checked(nonmembers, 0, names))
+    names = _names(text_field, label_field, form)
+    of_class = _checked(members, 1, names, form), _checked(nonmembers, 0, names, form)
+    pairs = itertools.zip_longest(*of_class)
     found = [text for pair in pairs for text in pair if text is not None]
     return _finish(found, f"{members} and {nonmembers}")
 
 
-def _names(text_field: str | None, label_field: str | None) -> Names:
+def _names(text_field: str | None, label_field: str | None, form: Form | None) -> Names:
+    if form is not None and text_field is not None:
+        raise UsageError(
+            "--text-field names plain texts and --template is for conversations: leave one of them "
+            "out"
+        )
     given = {"text": text_field, "label": label_field}
-    names = Names(**{field: name for field, name in given.items() if name is not None})
+    given = {field: name for field, name in given.items() if name is not None}
+    names = Names(**given, turns=form is not None)
     if names.text == names.label:
         raise UsageError(f"one field ('{printable(names.text)}') cannot hold both texts and labels")
     return names
 
 
 def _checked(
-    path: Path, label: int | None, names: Names, labels_needed: bool = True
+    path: Path,
+    label: int | None,
+    names: Names,
+    form: Form | None = None,
+    labels_needed: bool = True,
 ) -> Iterator[tuple[str | None, Text]]:
     """Yields (given id, text) of every record; raises once for all unusable records."""
     problems: list[str] = []
@@ -126,7 +165,7 @@ def _checked(
             first, labelled = first or row, labelled or "label" in row.fields
             if not known.issuperset(row.fields):
                 _check_names(row, known, names)
-            texts += _parse_row(row, label, names)
+            texts += _parse_row(row, label, names, form)
         except DataError as error:
             problems.append(str(error))
             if len(problems) > MAX_COUNTED:
@@ -145,17 +184,19 @@ def _checked(
 
 def _check_names(row: Row, known: set[str], names: Names) -> None:
     """Raises `DataError` for a field that stands for another name; puts the others into `known`."""
-    own = {field for field, name in names._asdict().items() if name != field}
+    own = {field for field in ("text", "label") if getattr(names, field) != field}
     for name, value in row.fields.items():
         field = meant(name)
         if name == "member" and "nonmember" not in row.fields:
             field = "label"
+        if names.turns and field == "text":  # many files of conversations have one of that name
+            continue
         near = field is not None and name != field and row.fields.get(field) is None
         near = near and not (field in own and field in row.fields)
         # Labels may be spelled in any way (1.0, "no"): read as texts without one, members and
         # non-members would be taken for the same.
         if near and value is not None and (field == "label" or name.strip().lower() == field):
-            flag = f", or name it: --{field}-field NAME" if field in names._fields else ""
+            flag = f", or name it: --{field}-field NAME" if field in ("text", "label") else ""
             raise DataError(
                 f"{row.where}: has a field '{printable(name)}'; write it '{field}' if it is "
                 f"meant, else leave it out{flag}"
@@ -164,9 +205,17 @@ def _check_names(row: Row, known: set[str], names: Names) -> None:
             known.add(name)
 
 
-def _parse_row(row: Row, forced: int | None, names: Names) -> Iterator[tuple[str | None, Text]]:
+def _parse_row(
+    row: Row, forced: int | None, names: Names, form: Form | None
+) -> Iterator[tuple[str | None, Text]]:
     fields, where, found = row
     group = _name(fields.get("group"), "group", where)
+    if form is not None:
+        rendered = without_surrogates_in(form.render(fields, found, where))
+        label = _agree(_label(fields.get("label"), where), forced, where)
+        given = _name(fields.get("id"), "id", where)
+        yield given, Text("", str(rendered), label, where, group, rendered=rendered)
+        return
     pair = "member" in fields and "nonmember" in fields and names.text == "text"
     if "text" not in fields and pair:
         for column, label in (("member", 1), ("nonmember", 0)):
@@ -232,6 +281,12 @@ def without_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
 
 
+def without_surrogates_in(rendered: Rendered) -> Rendered:
+    """Does the same to every piece of a conversation."""
+    pieces = [piece._replace(text=without_surrogates(piece.text)) for piece in rendered.pieces]
+    return rendered._replace(pieces=tuple(pieces))
+
+
 def _agree(label: int | None, forced: int | None, where: str) -> int | None:
     if forced is None or label is None or label == forced:
         return label if forced is None else forced
@@ -249,7 +304,7 @@ def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
         if given is None:
             continue
         first = givens.setdefault(given, text)
-        if first.text != text.text:
+        if first.content != text.content:
             raise DataError(
                 f"{where}: id '{printable(given)}' stands for two different texts, at "
                 f"{first.where} and at {text.where}; give each its own id"

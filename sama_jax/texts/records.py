@@ -18,6 +18,8 @@ from sama_jax.texts import streams
 from sama_jax.untrusted import RepeatedKey, parse_json, printable
 
 FIELDS = ("text", "id", "label", "group", "member", "nonmember")
+TURNS = ("messages", "prompt", "response", "completion", "instruction", "input", "output")
+"""Fields of conversations, which are read where a template is given and no text is."""
 LABEL_SYNONYMS = ("labels", "is_member", "ismember", "membership", "member")
 """Names of fields that hold labels; `member` does not beside `nonmember`, which are texts."""
 
@@ -49,22 +51,31 @@ class Names(NamedTuple):
 
     text: str = "text"
     label: str = "label"
+    turns: bool = False
+    """Whether its records are conversations, in the fields `TURNS` and not in `text`."""
+
+    @property
+    def both(self) -> tuple[str, str]:
+        """The two names."""
+        return self.text, self.label
 
     def among(self, names: Iterable[str]) -> list[str]:
         """Returns those of a file's names that are read: these two, and what may be meant."""
-        replaced = {"text", "label"} - {*self}
+        replaced = {"text", "label"} - {*self.both}
         return [
             name
             for name in names
-            if name in self or (meant(name) is not None and name not in replaced)
+            if name in self.both
+            or (meant(name) is not None and name not in replaced)
+            or (self.turns and name in TURNS)
         ]
 
     def standard(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields of a record with these two as `text` and `label`."""
-        if self == STANDARD:
+        if self.both == STANDARD.both:
             return fields
         renamed = {"text": self.text, "label": self.label}
-        rest = {n: v for n, v in fields.items() if n not in self and n not in renamed}
+        rest = {n: v for n, v in fields.items() if n not in self.both and n not in renamed}
         return rest | {ours: fields[name] for ours, name in renamed.items() if name in fields}
 
 
@@ -165,7 +176,7 @@ def _row(record: Any, where: str, names: Names) -> Row | str:
     """Returns the row of a JSON value. A bare string is a text, unless a field should hold them."""
     if isinstance(record, dict):
         return Row(record, where)
-    if isinstance(record, str) and names.text == "text":
+    if isinstance(record, str) and names.text == "text" and not names.turns:
         return Row({"text": record}, where)
     return f"{where}: expected a JSON object, found {kind_of(record)}"
 
@@ -245,16 +256,20 @@ def _csv_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[R
 def _require_text(where: str, found: list[str], names: Names) -> None:
     """Raises `DataError` unless columns of these names can be used."""
     pairs = names.text == "text" and {"member", "nonmember"} <= set(found)
-    if names.text not in found and not pairs:
+    if names.text not in found and not pairs and not names.turns:
         raise DataError(f"{where}: {lacks(names.text, 'column', found)}")
-    twice = sorted({name for name in (*FIELDS, *names) if found.count(name) > 1})
+    read = (*FIELDS, *names.both, *(TURNS if names.turns else ()))
+    twice = sorted({name for name in read if found.count(name) > 1})
     if twice:
         raise DataError(f"{where}: has several columns '{printable(twice[0])}'; keep one of them")
 
 
 def lacks(name: str, what: str, found: Iterable[Any]) -> str:
     """Says that a file has no such field or column, which ones it has, and how to name another."""
+    found = list(found)
     hint = "; rename the one that holds texts, or name it: --text-field NAME"
+    if {"messages", "prompt", "instruction"} & set(found):
+        hint += "; of conversations, say how they are written: --template NAME"
     fields = f"(its {what}s: {shown_names(found)})"
     return f"has no {what} '{printable(name)}' {fields}{hint if name == 'text' else ''}"
 
@@ -297,7 +312,7 @@ def _parquet_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterat
         for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
             for record in zip(*(_values(batch.column(name)) for name in wanted)):
                 number += 1
-                total += sum(len(value) for value in record if isinstance(value, str))
+                total += sum(map(_characters, record))
                 if total > most:
                     raise DataError(
                         f"{path}: holds texts of more than {streams.UNPACKED_RATIO} times its "
@@ -324,7 +339,7 @@ def _parquet_columns(path: Path, file: Any, names: Names) -> list[str]:
     for name in wanted:
         kind = schema.field(name).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        if name in (*FIELDS, *names) and not any(allowed(kind) for allowed in plain):
+        if name in (*FIELDS, *names.both) and not any(allowed(kind) for allowed in plain):
             raise DataError(
                 f"{path}: its column '{printable(name)}' holds {kind}, expected strings or whole "
                 "numbers"
@@ -338,6 +353,15 @@ def _parquet_columns(path: Path, file: Any, names: Names) -> list[str]:
             "texts does"
         )
     return wanted
+
+
+def _characters(value: Any) -> int:
+    """Counts the characters of a value, and of what is inside it."""
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return len(value) if isinstance(value, str) else 0
 
 
 def _values(column: Any) -> list[Any]:

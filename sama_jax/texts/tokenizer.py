@@ -10,16 +10,16 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 from tokenizers import Tokenizer
 
 from sama_jax import gguf_header
-from sama_jax.arrays import Encoded
+from sama_jax.arrays import Encoded, Rendered
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import gguf_tokenizer
+from sama_jax.texts import gguf_tokenizer, spans
 from sama_jax.texts.read import Text, without_surrogates
 from sama_jax.texts.tokenizer_config import require_agreement, splits_special_tokens
 from sama_jax.untrusted import printable, read_bytes
@@ -51,6 +51,25 @@ _PROBES = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ================ ________",
 )
 """Texts whose ids are part of a tokenizer's fingerprint."""
+
+
+class _Given(NamedTuple):
+    """A text to be tokenised."""
+
+    text: str
+    """As much of it as can be tokenised at once."""
+    whole: bool
+    given: str | Rendered
+
+
+def _kind(given: str | Rendered) -> bool | None:
+    """Tells what is tokenised in another way: plain texts, conversations with and without ends."""
+    return given.adds if isinstance(given, Rendered) else None
+
+
+def _adds(given: str | Rendered) -> bool:
+    """Tells whether the tokenizer adds its own tokens, as it does to all plain texts."""
+    return given.adds if isinstance(given, Rendered) else True
 
 
 class TextTokenizer:
@@ -176,14 +195,15 @@ class TextTokenizer:
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | Rendered],
         max_length: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[Encoded]:
         """Tokenizes each text, special tokens included, to at most `max_length` tokens.
 
-        Lone surrogates, which no UTF-8 text holds but JSON can spell, become U+FFFD. `progress` is
-        told the number of texts done, now and then.
+        A conversation is tokenised as the one text that it is; how it is cut and which tokens are
+        its answers' says `sama_jax.texts.spans`. Lone surrogates, which no UTF-8 text holds but
+        JSON can spell, become U+FFFD. `progress` is told the number of texts done, now and then.
 
         Raises:
           DataError: a text is too long to be tokenised.
@@ -191,9 +211,13 @@ class TextTokenizer:
         """
         encoded: list[Encoded] = []
         for batch in self._batches(texts):
-            raws = self._encode_batch([text for text, _ in batch])
-            for (text, whole), raw in zip(batch, raws):
-                found = _cut(text, raw, max_length, whole)
+            raws = self._encode_batch([one.text for one in batch], adds=_adds(batch[0].given))
+            bare = self._bare_batch(batch)
+            for (text, whole, given), raw, marks in zip(batch, raws, bare):
+                if isinstance(given, Rendered):
+                    found = spans.marked(given, raw, marks, max_length) if whole else None
+                else:
+                    found = _cut(text, raw, max_length, whole)
                 if found is None:
                     raise DataError(
                         f"text {len(encoded) + 1} of {len(texts)} is too long to be tokenised to "
@@ -204,18 +228,39 @@ class TextTokenizer:
                 progress(len(batch))
         return encoded
 
-    def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
-        """Yields texts to be tokenised together, each with whether it is whole."""
-        batch, characters = list[tuple[str, bool]](), 0
-        for text in map(without_surrogates, texts):
+    def _batches(self, texts: Sequence[str | Rendered]) -> Iterator[list[_Given]]:
+        """Yields texts of one kind to be tokenised together."""
+        batch, characters = list[_Given](), 0
+        for given in texts:
+            text = without_surrogates(str(given))
             fitting, size = self._fitting(text)
-            if batch and (characters + size > BATCH_CHARACTERS or len(batch) == BATCH_TEXTS):
+            full = characters + size > BATCH_CHARACTERS or len(batch) == BATCH_TEXTS
+            if batch and (full or _kind(batch[0].given) != _kind(given)):
                 yield batch
                 batch, characters = [], 0
-            batch.append((fitting, len(fitting) == len(text)))
+            batch.append(_Given(fitting, len(fitting) == len(text), given))
             characters += size
         if batch:
             yield batch
+
+    def _bare_batch(self, batch: list[_Given]) -> list[Any]:
+        """Tokenises conversations without the post-processor, which moves the places of tokens.
+
+        That of byte-level models takes the space before a word out of its token's place, though it
+        is one of the token's characters. For plain texts there is nothing to do.
+        """
+        if not isinstance(batch[0].given, Rendered):
+            return [None] * len(batch)
+        with _library(f"{self.where}: the tokenizer fails"):
+            return self._bare.encode_batch([one.text for one in batch], add_special_tokens=False)
+
+    @functools.cached_property
+    def _bare(self) -> Tokenizer:
+        with _library(f"{self.where}: the tokenizer fails"):
+            settings = json.loads(self._tokenizer.to_str()) | {"post_processor": None}
+            made = Tokenizer.from_str(json.dumps(settings))
+        made.encode_special_tokens = self._tokenizer.encode_special_tokens
+        return made
 
     def _fitting(self, text: str) -> tuple[str, int]:
         """Returns as much of a text as can be tokenised, and about the length it is given."""
@@ -232,10 +277,10 @@ class TextTokenizer:
                 return text[:start], size
         return text, size
 
-    def _encode_batch(self, texts: list[str]) -> list[Any]:
+    def _encode_batch(self, texts: list[str], *, adds: bool = True) -> list[Any]:
         """Calls the library; every id that leaves it is checked here."""
         with _library(f"{self.where}: the tokenizer fails"):
-            raws = self._tokenizer.encode_batch(texts, add_special_tokens=True)
+            raws = self._tokenizer.encode_batch(texts, add_special_tokens=adds)
         end, what = self._rows, "the embedding has {} rows"
         if end is None:
             end, what = min(self.max_id + 1, 2**31), "its vocabulary has {} ids"
@@ -356,7 +401,7 @@ def require_same_ids(
     if target.fingerprint == reference.fingerprint:
         return
     texts = list(texts)
-    ours, theirs = (t.encode([x.text for x in texts], LONGEST) for t in (target, reference))
+    ours, theirs = (t.encode([x.content for x in texts], LONGEST) for t in (target, reference))
     for text, a, b in zip(texts, ours, theirs):
         if np.array_equal(a.ids, b.ids):
             continue

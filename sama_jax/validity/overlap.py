@@ -158,6 +158,16 @@ class Related(NamedTuple):
     """Distinct texts that nearly equal a prefix."""
 
 
+def compared(text: Text) -> str:
+    """Returns the words by which a text is compared with others.
+
+    Of a conversation its answers, since many begin with the same instructions; where they are too
+    short to mean anything ("yes"), all that is said.
+    """
+    scored = text.scored
+    return scored if len(_WORDS.findall(scored)) >= bounds.OVERLAP_WORDS else text.words
+
+
 def relate(texts: Sequence[Text], prefixes: Sequence[Text] = ()) -> Related:
     """Finds which texts belong together, and which nearly equal one of `prefixes`."""
     numbers: dict[str, int] = {}
@@ -165,7 +175,8 @@ def relate(texts: Sequence[Text], prefixes: Sequence[Text] = ()) -> Related:
     classes: list[set[int]] = [set() for _ in numbers]
     for n, text in zip(number, texts):
         classes[n] |= set() if text.label is None else {text.label}
-    words = words_of([*numbers, *(prefix.text for prefix in prefixes)])
+    found = {text.text: compared(text) for text in texts}
+    words = words_of([*map(found.__getitem__, numbers), *map(compared, prefixes)])
     sets = thinned([shingles(one, bounds.SHINGLE_WORDS) for one in words])
     pairs = near_duplicates(sets, bounds.NEAR_DUPLICATE)
     inside = (pairs < len(numbers)).sum(axis=1)
