@@ -34,6 +34,7 @@ def _add_training(p: flags.Flags) -> None:
     p.add_argument("--data", type=Path, required=True, metavar="FILE", help="texts")
     p.add_argument("--held-out", type=Path, metavar="FILE", help="texts for the NLL at the end")
     flags.add_text_fields(p)
+    flags.add_conversations(p)
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new model folder")
     training = p.add_argument_group("training")
     flags.flags_of(
@@ -56,7 +57,10 @@ def finetune(args: argparse.Namespace) -> None:
     """Trains a model folder further."""
     settings = flags.settings_of(args, TrainSettings)
     from sama_jax.programs.finetune import finetune
+    from sama_jax.programs.forms import form_of
+    from sama_jax.texts.read import Fields
 
+    form = form_of(args.template, args.loss_on, args.end_tokens, args.base)
     finetune(
         args.base,
         args.data,
@@ -65,8 +69,7 @@ def finetune(args: argparse.Namespace) -> None:
         heldout=args.held_out,
         quiet=args.quiet,
         as_diffusion=args.as_kind == "diffusion",
-        text_field=args.text_field,
-        label_field=args.label_field,
+        fields=Fields(args.text_field, args.label_field, form),
     )
 
 
@@ -74,7 +77,10 @@ def pretrain(args: argparse.Namespace) -> None:
     """Trains a new model."""
     settings = flags.settings_of(args, TrainSettings, windows=True)
     from sama_jax.programs.finetune import pretrain
+    from sama_jax.programs.forms import form_of
+    from sama_jax.texts.read import Fields
 
+    form = form_of(args.template, args.loss_on, args.end_tokens, None)
     pretrain(
         args.config,
         args.data,
@@ -83,6 +89,5 @@ def pretrain(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         heldout=args.held_out,
         quiet=args.quiet,
-        text_field=args.text_field,
-        label_field=args.label_field,
+        fields=Fields(args.text_field, args.label_field, form),
     )

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sama_jax.core.frequencies import frequency_losses
-from sama_jax.engine.evidence import Evidence, gather_evidence
-from sama_jax.engine.readings import Readings
+from sama_jax.engine.evidence import Evidence
 from sama_jax.engine.roles import attention_of
 from sama_jax.errors import ValidityError
 from sama_jax.programs.audit_inputs import Inputs, Tokenised
@@ -15,9 +14,8 @@ from sama_jax.validity import losses
 from sama_jax.validity.gate import Gate, told, voids, warnings
 
 
-def gates_after(inputs: Inputs, tokenised: Tokenised, readings: Readings) -> list[Gate]:
+def gates_after(inputs: Inputs, tokenised: Tokenised, found: Evidence) -> list[Gate]:
     """Returns the gates about models and losses, once all passes are made."""
-    found = gather_evidence(readings)
     own = [one.ids if one.prompt is None else one.ids[~one.prompt] for one in tokenised.encoded]
     frequencies = frequency_losses(own)
     folders = [inputs.roles[name].folder for name in ("target", "reference")]

@@ -15,6 +15,7 @@ from sama_jax import rng
 from sama_jax.config import TrainSettings
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
+from sama_jax.texts.read import PLAIN, Fields
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import adaptation, loop, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
@@ -31,13 +32,12 @@ def finetune(
     quiet: bool = False,
     *,
     as_diffusion: bool = False,
-    text_field: str | None = None,
-    label_field: str | None = None,
+    fields: Fields = PLAIN,
 ) -> dict[str, Any]:
     """Trains all parameters of the model folder `base` on the texts of `data`, into folder `out`.
 
-    A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`). The
-    fields are those of `read_texts`.
+    A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`). Of
+    conversations (`fields.form`) the responses are learned, and prompts only seen.
 
     The objective is that of the model's kind (`step.loss_of_kind`). The same call continues an
     interrupted run and returns at once from a finished one. Weights are kept and written in
@@ -79,7 +79,7 @@ def finetune(
         }
         if as_diffusion:
             identity |= {"as": "diffusion", "mask_token_id": start.config["mask_token_id"]}
-        given = out, identity, settings, data, heldout, quiet, text_field, label_field
+        given = out, identity, settings, data, heldout, quiet, fields
         with runs.open_run(*given) as run:
             if run.finished:
                 return run.manifest["result"]
@@ -115,8 +115,7 @@ def pretrain(
     heldout: Path | None = None,
     quiet: bool = False,
     *,
-    text_field: str | None = None,
-    label_field: str | None = None,
+    fields: Fields = PLAIN,
 ) -> dict[str, Any]:
     """Trains a model from random weights, into folder `out`.
 
@@ -124,6 +123,7 @@ def pretrain(
       config: the `config.json` of a supported family; with no tokenizer given, its two last ids
         below `vocab_size` are the end of text and the mask token, and may be left out.
       tokenizer: `tokenizer.json`, or None to train a byte-level BPE on the texts.
+      fields: how the records of the files are read.
 
     Returns and raises what `finetune` does.
     """
@@ -137,7 +137,7 @@ def pretrain(
             "base": _digest(full),
             "tokenizer": tokenizer_name,
         }
-        given = out, identity, settings, data, heldout, quiet, text_field, label_field
+        given = out, identity, settings, data, heldout, quiet, fields
         with runs.open_run(*given) as run:
             if run.finished:
                 return run.manifest["result"]

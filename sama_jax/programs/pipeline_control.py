@@ -37,6 +37,7 @@ from sama_jax.terminal import ProgressBar, binary_size, duration
 from sama_jax.texts.read import Text, content_id
 from sama_jax.training import few
 from sama_jax.training.loop import device
+from sama_jax.training.sequences import tokens_of
 from sama_jax.validity import bounds
 from sama_jax.validity.gate import Gate
 from sama_jax.validity.scores import pipeline_control
@@ -175,7 +176,7 @@ def _learn(part: Part, quiet: bool) -> few.Learnt:
     folder = model_folder.open_folder(reference.path, mask_id=model.mask_id, dtype="float32")
     plain = dataclasses.replace(folder.model, dtype=model.dtype)  # pyright: ignore  a protocol
     encoded = zip(part.inputs.texts, part.tokenised.encoded)
-    sequences = [one.ids for text, one in encoded if text.label == 1]
+    sequences = [tokens_of(one) for text, one in encoded if text.label == 1]
     params = loading.load(folder, device())
     with ProgressBar("pipeline control", few.STEPS, "steps", quiet=quiet) as bar:
         bar.note("compiling the training step (once)")

@@ -82,6 +82,10 @@ def audited(rows: Sequence[Row], manifest: Mapping[str, Any]) -> list[Fact]:
     if truncated:
         said = f"{num_texts(truncated)} cut at the maximum length: only the start was scored"
         facts.append(Fact("", said))
+    cut = [count for row in rows if (count := row.get("prompt_cut", 0))]
+    if cut:
+        said = f"{len(cut)}, by {sum(cut):,} tokens in all"
+        facts.append(Fact("prompts cut at their beginning", said))
     unscored = sum(
         not any(is_number(s) for s in (row.get("scores") or {}).values()) for row in rows
     )

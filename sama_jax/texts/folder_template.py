@@ -67,12 +67,8 @@ class FolderTemplate(NamedTuple):
 
         messages = [turn._asdict() for turn in turns]
         try:
-            found: Any = render_jinja_template(
-                [messages],
-                chat_template=self.source,
-                add_generation_prompt=prompting,
-                **self.tokens,
-            )
+            options: dict[str, Any] = {"add_generation_prompt": prompting, **self.tokens}
+            found: Any = render_jinja_template([messages], chat_template=self.source, **options)
         except ImportError:
             raise UsageError(
                 f"--template {FOLDER} needs jinja2; pip install 'sama-jax[chat]'"
@@ -106,7 +102,9 @@ def folder_template(path: Path) -> FolderTemplate:
         if (path / JINJA).is_file():
             source = read_bytes(path / JINJA).decode()
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: its chat template cannot be read ({printable(error)})") from None
+        raise ModelError(
+            f"{path}: its chat template cannot be read ({printable(str(error))})"
+        ) from None
     if not isinstance(source, str):
         raise ModelError(
             f"{path}: has no chat template ({JINJA}, or chat_template in {CONFIG}); choose one of "

@@ -78,6 +78,17 @@ class Texts(NamedTuple):
     """First id of each text that occurs with label 1 and with label 0."""
 
 
+class Fields(NamedTuple):
+    """How the records of several files are read alike; see `read_texts`."""
+
+    text: str | None = None
+    label: str | None = None
+    form: Form | None = None
+
+
+PLAIN = Fields()
+
+
 def read_texts(
     path: Path,
     text_field: str | None = None,

@@ -14,7 +14,7 @@ from sama_jax.arrays import Model, Params
 from sama_jax.terminal import Terminal
 from sama_jax.training.held_out import held_out, mean_nll
 from sama_jax.training.loop import REMAT_PARAMS
-from sama_jax.training.sequences import Ids, pad, padded_length
+from sama_jax.training.sequences import Tokens, pad, padded_length
 from sama_jax.training.step import HELD_OUT, Recipe, batch_rows, init_state, train_step
 
 FALL = 1.0
@@ -45,7 +45,7 @@ class Learnt(NamedTuple):
 def learn(
     model: Model,
     params: Params,
-    sequences: Sequence[Ids],
+    sequences: Sequence[Tokens],
     seed: int,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Learnt:
@@ -54,7 +54,7 @@ def learn(
     Args:
       model: computes activations in its own dtype.
       params: float32, on one device; given up here.
-      sequences: token ids of each text.
+      sequences: tokens of each text.
       seed: of order and masks.
       advance: called with `EVERY` after so many steps.
 
@@ -64,8 +64,7 @@ def learn(
     large = sum(leaf.size for leaf in jax.tree.leaves(params)) > REMAT_PARAMS
     model = dataclasses.replace(model, remat=large)  # pyright: ignore  a protocol
     pieces = PIECES if large else 1
-    tokens, lengths = pad(sequences, padded_length(sequences), 0)
-    columns = np.arange(tokens.shape[1])[None]
+    padded = pad(sequences, padded_length(sequences), 0)
     held, quiet = held_out("the texts", model.kind, sequences), Terminal(quiet=True)
     evaluate = partial(HELD_OUT[model.kind], model, np.uint32(seed))
     key = rng.run_key(seed, rng.Purpose.TRAINING_MASKS)
@@ -74,9 +73,9 @@ def learn(
     state = init_state(params, _recipe(rate))
     while done < STEPS and math.isfinite(after) and before - after < min(FALL, before / 2):
         for step in range(done, done + EVERY):
-            rows = batch_rows(seed, step, BATCH, len(tokens))
-            valid = columns < lengths[rows][:, None]
-            state, _ = train_step(model, pieces, _recipe(rate), state, tokens[rows], valid, key)
+            rows = batch_rows(seed, step, BATCH, len(sequences))
+            batch = padded.tokens[rows], padded.valid(rows), key, padded.learned[rows]
+            state, _ = train_step(model, pieces, _recipe(rate), state, *batch)
         done, last = done + EVERY, after
         after = mean_nll(evaluate, state.params, held, "after", quiet)
         rate = min(2 * rate, LAST_RATE) if after < last else rate / 2

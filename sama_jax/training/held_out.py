@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 
 from sama_jax import rng
 from sama_jax.arrays import Params, TextKeyData
 from sama_jax.terminal import Terminal
-from sama_jax.training.sequences import Ids, pad, padded_length
+from sama_jax.training.sequences import Padded, Tokens, pad, padded_length
 from sama_jax.training.step import num_predicted
 
 MAX_TEXTS = 256
@@ -25,34 +25,33 @@ class HeldOut(NamedTuple):
     """What they are called in messages and results."""
     num_predicted: int
     """Tokens that their losses stand for."""
-    tokens: Int[np.ndarray, "n l"]
-    valid: Bool[np.ndarray, "n l"]
+    padded: Padded
     keys: TextKeyData
 
 
-def held_out(name: str, kind: str, sequences: Sequence[Ids]) -> HeldOut:
+def held_out(name: str, kind: str, sequences: Sequence[Tokens]) -> HeldOut:
     """Prepares the first `MAX_TEXTS` sequences for a model of this kind."""
     chosen = sequences[:MAX_TEXTS]
-    tokens, lengths = pad(chosen, padded_length(chosen), 0)
-    found = [rng.text_key_data(s) for s in chosen]
+    padded = pad(chosen, padded_length(chosen), 0)
+    found = [rng.text_key_data(s.ids) for s in chosen]
     keys = TextKeyData(*(np.array(column, np.uint32) for column in zip(*found)))
-    valid = np.arange(tokens.shape[1])[None] < lengths[:, None]
-    return HeldOut(name, num_predicted(kind, lengths), tokens, valid, keys)
+    return HeldOut(name, num_predicted(kind, padded.learned), padded, keys)
 
 
 def mean_nll(
     run: Callable[..., Array], params: Params, held: HeldOut, when: str, terminal: Terminal
 ) -> float:
     """Returns the mean loss in nats a token; `run` is `step.HELD_OUT` of a model and a seed."""
-    total = 0.0
-    with terminal.bar(f"loss {when} training", len(held.tokens), "texts") as bar:
+    total, (tokens, _, learned) = 0.0, held.padded
+    with terminal.bar(f"loss {when} training", len(tokens), "texts") as bar:
         bar.note("compiling" if when == "before" else "")
-        for start in range(0, len(held.tokens), ROWS):
+        for start in range(0, len(tokens), ROWS):
             index = np.arange(start, start + ROWS)
-            real = index < len(held.tokens)
+            real = index < len(tokens)
             index = np.where(real, index, 0)
             keys = TextKeyData(*(np.asarray(x)[index] for x in held.keys))
-            nll = run(params, held.tokens[index], held.valid[index], keys)
+            valid = held.padded.valid(index)
+            nll = run(params, tokens[index], valid, keys, learned[index])
             total += float(np.asarray(nll, np.float64)[real].sum())
             bar.note("")
             bar.advance(int(real.sum()))

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sama_jax import rng
-from sama_jax.arrays import Model, Params
+from sama_jax.arrays import Model, Params, Rendered
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.models.families.weight_table import Table
@@ -31,7 +31,13 @@ from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training.held_out import MAX_TEXTS, HeldOut, held_out, mean_nll
 from sama_jax.training.interruption import Stop
 from sama_jax.training.runs import CHECKPOINTS, LOG, Run, digests
-from sama_jax.training.sequences import Ids, predictable, token_sequences, training_arrays
+from sama_jax.training.sequences import (
+    Padded,
+    Tokens,
+    predictable,
+    token_sequences,
+    training_arrays,
+)
 from sama_jax.training.step import (
     HELD_OUT,
     Recipe,
@@ -78,12 +84,12 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
     Returns the result that the manifest keeps.
     """
     sequences = _learnable(start, run, run.texts, settings, "training")
-    tokens, lengths = training_arrays(sequences, settings, start.config, start.model.vocab_size)
+    padded = training_arrays(sequences, settings, start.config, start.model.vocab_size)
     held = _held_texts(start, run, settings, sequences)
     steps = math.ceil(settings.epochs * len(sequences) / settings.batch_size)
     abstract = jax.eval_shape(start.model.init, jax.random.key(0))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-    run.terminal.say(_estimate(sequences, tokens.shape[1], steps, settings, num_params))
+    run.terminal.say(_estimate(sequences, padded.tokens.shape[1], steps, settings, num_params))
 
     options = {"dtype": jnp.dtype(settings.dtype), "remat": num_params > REMAT_PARAMS}
     # Models are dataclasses, which their protocol cannot say.
@@ -104,7 +110,7 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
         elif int(state.step) < steps:
             run.terminal.say(f"continuing after step {int(state.step):,} of {steps:,}")
         loop = Loop(run, settings, recipe, steps, checkpoints, stop)
-        state = loop.train(model, state, tokens, lengths)
+        state = loop.train(model, state, padded)
     after = mean_nll(evaluate, state.params, held, "after", run.terminal)
     if (names := not_finite(state.params)) or not math.isfinite(after):
         what = f"after the last step the loss is {after}"
@@ -158,9 +164,9 @@ def _result(loop: "Loop", run: Run, held: HeldOut, after: float) -> dict[str, An
 
 
 def _estimate(
-    sequences: Sequence[Ids], length: int, steps: int, settings: TrainSettings, num_params: int
+    sequences: Sequence[Tokens], length: int, steps: int, settings: TrainSettings, num_params: int
 ) -> str:
-    tokens = sum(map(len, sequences))
+    tokens = sum(len(s.ids) for s in sequences)
     total = tokens * steps * settings.batch_size // len(sequences)
     return (
         f"{len(sequences):,} sequences, {tokens:,} tokens, padded to {length}; {steps:,} steps of "
@@ -170,8 +176,8 @@ def _estimate(
 
 
 def _learnable(
-    start: Start, run: Run, texts: Sequence[str], settings: TrainSettings, name: str
-) -> list[Ids]:
+    start: Start, run: Run, texts: Sequence[str | Rendered], settings: TrainSettings, name: str
+) -> list[Tokens]:
     """Encodes the texts; raises `DataError` if none has a token to predict."""
     found = token_sequences(start.tokenizer, texts, settings, run.terminal)
     sequences = predictable(found, start.model.kind)
@@ -181,7 +187,7 @@ def _learnable(
 
 
 def _held_texts(
-    start: Start, run: Run, settings: TrainSettings, sequences: Sequence[Ids]
+    start: Start, run: Run, settings: TrainSettings, sequences: Sequence[Tokens]
 ) -> HeldOut:
     """Prepares the held-out texts, or the first training texts if there are none."""
     kind = start.model.kind
@@ -229,13 +235,7 @@ class Loop:
         self._pending: list[Float[Array, ""]] = []
         self._mark = 0.0
 
-    def train(
-        self,
-        model: Model,
-        state: TrainState,
-        tokens: Int[np.ndarray, "n l"],
-        lengths: Int[np.ndarray, " n"],
-    ) -> TrainState:
+    def train(self, model: Model, state: TrainState, padded: Padded) -> TrainState:
         """Runs all remaining steps.
 
         The state is on disk when this returns or raises `Interrupted`.
@@ -243,23 +243,21 @@ class Loop:
         first = done = int(state.step)
         log = self._open_log(first)
         key = rng.run_key(self.settings.seed, rng.Purpose.TRAINING_MASKS)
-        columns = np.arange(tokens.shape[1])[None, :]
         bar = self.run.terminal.bar("train", self.steps, "steps", done=first)
         with contextlib.closing(log), self.stop.deferred(), bar:
             bar.note("compiling the training step (once)" if first < self.steps else "")
             slow = True  # until the first ten steps are timed
             for done in range(first + 1, self.steps + 1):
-                rows = batch_rows(
-                    self.settings.seed, done - 1, self.settings.batch_size, len(lengths)
-                )
-                valid = columns < lengths[rows][:, None]
+                count = len(padded.lengths)
+                rows = batch_rows(self.settings.seed, done - 1, self.settings.batch_size, count)
                 given = model, self.settings.accumulate, self.recipe
-                state, loss = train_step(*given, state, tokens[rows], valid, key)
+                batch = padded.tokens[rows], padded.valid(rows), key, padded.learned[rows]
+                state, loss = train_step(*given, state, *batch)
                 if done == first + 1:
                     self._mark = time.monotonic()  # compiled; its time is not training's
                     bar.note("")
                 self._pending.append(loss)
-                self.tokens += int(lengths[rows].sum())
+                self.tokens += int(padded.lengths[rows].sum())
                 save = done % self.settings.checkpoint_every == 0 or done == self.steps
                 if save or done % LOG_EVERY == 0:
                     slow = self._flush(done, log) > SLOW_STEP

@@ -100,7 +100,8 @@ def place_tokenizer(given: Path | None, run: Run, vocab_size: int, rows: int) ->
             run.terminal.say(
                 f"training a tokenizer of {vocab_size:,} ids on {len(run.texts):,} texts"
             )
-            content = train_tokenizer(run.texts, vocab_size).to_str(pretty=True).encode()
+            trained = train_tokenizer(list(map(str, run.texts)), vocab_size)
+            content = trained.to_str(pretty=True).encode()
         else:
             content = given.read_bytes()
         files.write_atomic(path, content)

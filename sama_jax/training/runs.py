@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax import __version__, untrusted
+from sama_jax.arrays import Rendered
 from sama_jax.config import TrainSettings
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.storage import files
 from sama_jax.terminal import Terminal
-from sama_jax.texts.read import read_texts
+from sama_jax.texts.read import PLAIN, Fields, read_texts
 from sama_jax.training.sequences import digest, training_texts
 from sama_jax.weights import folder_files, safetensors, stored_bytes
 
@@ -26,8 +27,8 @@ class Run(NamedTuple):
 
     out: Path
     manifest: dict[str, Any]
-    texts: list[str]
-    heldout: list[str] | None
+    texts: list[str | Rendered]
+    heldout: list[str | Rendered] | None
     terminal: Terminal
 
     @property
@@ -49,23 +50,23 @@ def open_run(
     data: Path,
     heldout: Path | None,
     quiet: bool,
-    text_field: str | None = None,
-    label_field: str | None = None,
+    fields: Fields = PLAIN,
 ) -> Iterator[Run]:
     """Reads the texts and opens `out`, new or left by the same run.
 
-    The fields are those of `read_texts`; the held-out texts may lack the one of labels.
+    The held-out texts may lack the field of labels.
 
     Raises:
       UsageError: `out` holds something else.
       DataError: the texts.
     """
     terminal = Terminal(quiet=quiet)
-    fields = text_field, label_field
-    texts = training_texts(data, terminal, *fields)
+    texts = training_texts(data, terminal, fields)
     held = None
     if heldout is not None:
-        held = [t.text for t in read_texts(heldout, *fields, labels_needed=False).texts]
+        options = {"labels_needed": False, "form": fields.form}
+        read = read_texts(heldout, fields.text, fields.label, **options)
+        held = [text.content for text in read.texts]
     given = dataclasses.asdict(settings)
     del given["checkpoint_every"]  # when states are saved changes no number
     identity = {

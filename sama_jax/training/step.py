@@ -71,28 +71,35 @@ def diffusion_masks(
 def diffusion_objective(
     mask_id: int,
     tokens: Int[Array, "b l"],
-    valid: Bool[Array, "b l"],
+    learned: Bool[Array, "b l"],
     key: Key[Array, ""],
     eps: float | Float[Array, ""],
 ) -> Objective:
-    """Draws LLaDA's objective: the sum over masked tokens of CE / p, over all tokens.
+    """Draws LLaDA's objective: the sum over masked tokens of CE / p, over all that are learned.
 
-    Positions that are not valid are hidden from attention, never masked, and not counted.
-    Source: `GUIDELINES.md` in `ML-GSAI/LLaDA`, where every position of a batch is valid.
+    Padding and prompts are not learned: they are never masked, and not counted. Source:
+    `GUIDELINES.md` in `ML-GSAI/LLaDA`, where every position of a batch is learned. (Of prompts and
+    responses it divides each loss by the tokens of its own response, so that short ones weigh more;
+    here all tokens weigh alike, as by default in `ZHZisZZ/dllm`.)
     """
-    masks, p = diffusion_masks(key, valid, eps)
-    return Objective(jnp.where(masks, mask_id, tokens), masks, p, _at_least_one(valid))
+    masks, p = diffusion_masks(key, learned, eps)
+    return Objective(jnp.where(masks, mask_id, tokens), masks, p, _at_least_one(learned))
 
 
-def next_token_objective(tokens: Int[Array, "b l"], valid: Bool[Array, "b l"]) -> Objective:
-    """Returns the mean over all tokens but each text's first."""
-    counted = _predicted(valid)
+def next_token_objective(tokens: Int[Array, "b l"], learned: Bool[Array, "b l"]) -> Objective:
+    """Returns the mean over all learned tokens but each text's first."""
+    counted = _predicted(learned)
     return Objective(tokens, counted, jnp.ones(len(tokens)), _at_least_one(counted))
 
 
 def _predicted(valid: Bool[Array, "b l"]) -> Bool[Array, "b l"]:
     """Marks the tokens that a next-token model predicts: nothing stands before a first one."""
     return valid & (jnp.arange(valid.shape[1]) > 0)[None, :]
+
+
+def _or_all(learned: Bool[Array, "b l"] | None, valid: Bool[Array, "b l"]) -> Bool[Array, "b l"]:
+    """Returns the tokens that are learned and counted; without any choice, all that are valid."""
+    return valid if learned is None else valid & learned
 
 
 def _at_least_one(counted: Bool[Array, "b l"]) -> Float[Array, ""]:
@@ -110,14 +117,14 @@ def fixed_share_masks(key: Key[Array, ""], valid: Bool[Array, " l"]) -> Bool[Arr
 
 
 def masked_objective(
-    mask_id: int, tokens: Int[Array, "b l"], valid: Bool[Array, "b l"], key: Key[Array, ""]
+    mask_id: int, tokens: Int[Array, "b l"], learned: Bool[Array, "b l"], key: Key[Array, ""]
 ) -> Objective:
-    """Draws the mean over 15 % of the tokens, all replaced by the mask token.
+    """Draws the mean over 15 % of the learned tokens, all replaced by the mask token.
 
     This is BERT's objective except that BERT leaves a tenth of them as they are and replaces
     another tenth by random tokens, for the sake of inputs without masks, which nothing here reads.
     """
-    masks = jax.vmap(fixed_share_masks)(jax.random.split(key, len(tokens)), valid)
+    masks = jax.vmap(fixed_share_masks)(jax.random.split(key, len(tokens)), learned)
     seen = jnp.where(masks, mask_id, tokens)
     return Objective(seen, masks, jnp.ones(len(tokens)), _at_least_one(masks))
 
@@ -125,16 +132,16 @@ def masked_objective(
 def objective_of_kind(
     model: Model,
     tokens: Int[Array, "b l"],
-    valid: Bool[Array, "b l"],
+    learned: Bool[Array, "b l"],
     key: Key[Array, ""],
     eps: float | Float[Array, ""],
 ) -> Objective:
     """Draws the objective of the model's kind; only diffusion reads `eps`."""
     if model.kind == "autoregressive":
-        return next_token_objective(tokens, valid)
+        return next_token_objective(tokens, learned)
     if model.kind == "masked":
-        return masked_objective(model.mask_id, tokens, valid, key)
-    return diffusion_objective(model.mask_id, tokens, valid, key, eps)
+        return masked_objective(model.mask_id, tokens, learned, key)
+    return diffusion_objective(model.mask_id, tokens, learned, key, eps)
 
 
 def loss_of_kind(
@@ -144,9 +151,10 @@ def loss_of_kind(
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
     eps: float | Float[Array, ""],
+    learned: Bool[Array, "b l"] | None = None,
 ) -> Float[Array, ""]:
     """Draws the objective of the model's kind for a batch, and computes it."""
-    objective = objective_of_kind(model, tokens, valid, key, eps)
+    objective = objective_of_kind(model, tokens, _or_all(learned, valid), key, eps)
     return loss_of(model, params, tokens, valid, objective)
 
 
@@ -254,16 +262,18 @@ def train_step(
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
+    learned: Bool[Array, "b l"] | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """Updates once, on one batch, whose losses are computed in as many `pieces` one by one.
 
-    `key` is the run's, and the step is folded in here.
+    `key` is the run's, and the step is folded in here. Valid tokens that are not `learned` are only
+    seen; without it all are learned.
 
     Donates `state`. Returns the next state and the loss before the update. Everything that differs
     between two runs is an argument, so pre-training and fine-tuning share one program.
     """
     mask_key = jax.random.fold_in(key, state.step)
-    objective = objective_of_kind(model, tokens, valid, mask_key, recipe.eps)
+    objective = objective_of_kind(model, tokens, _or_all(learned, valid), mask_key, recipe.eps)
     loss, grads = _gradients(model, state.params, tokens, valid, objective, pieces)
     updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -295,9 +305,10 @@ def text_nll(
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
     keys: TextKeyData,
+    learned: Bool[Array, "b l"] | None = None,
 ) -> Float[Array, " b"]:
     """Estimates an upper bound on each text's negative log-likelihood in nats, by exact counts."""
-    length = tokens.shape[1]
+    length, counted = tokens.shape[1], _or_all(learned, valid)
 
     def plan(data: TextKeyData, row: Bool[Array, " l"]):
         key = rng.for_purpose(rng.text_key(seed, data), rng.Purpose.LIKELIHOOD_MASKS)
@@ -305,8 +316,8 @@ def text_nll(
         counts = masking.exact_counts(count_key, row.sum(), EVAL_PASSES)
         return counts, masking.fresh_masks(mask_key, row, counts, length)
 
-    counts, masks = jax.vmap(plan)(keys, valid)
-    num = valid.sum(axis=1)
+    counts, masks = jax.vmap(plan)(keys, counted)
+    num = counted.sum(axis=1)
 
     def one_pass(args: tuple[Array, Array]) -> Float[Array, " b"]:
         mask, count = args
@@ -324,10 +335,11 @@ def next_token_nll(
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
     keys: TextKeyData,
+    learned: Bool[Array, "b l"] | None = None,
 ) -> Float[Array, " b"]:
     """Computes each text's exact negative log-likelihood in nats, given its first token."""
     nll = _nll_everywhere(model, params, tokens, tokens, valid)
-    return jnp.where(_predicted(valid), nll, 0.0).sum(axis=1)
+    return jnp.where(_predicted(_or_all(learned, valid)), nll, 0.0).sum(axis=1)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -338,26 +350,31 @@ def masked_nll(
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
     keys: TextKeyData,
+    learned: Bool[Array, "b l"] | None = None,
 ) -> Float[Array, " b"]:
     """Computes each text's length times the mean loss of its masked tokens in nats, 15 % a pass."""
+    counted = _or_all(learned, valid)
 
     def plan(data: TextKeyData, row: Bool[Array, " l"]) -> Bool[Array, "t l"]:
         key = rng.for_purpose(rng.text_key(seed, data), rng.Purpose.LIKELIHOOD_MASKS)
         return jax.vmap(lambda k: fixed_share_masks(k, row))(rng.step_keys(key, EVAL_PASSES))
 
-    masks = jax.vmap(plan)(keys, valid)
+    masks = jax.vmap(plan)(keys, counted)
 
     def one_pass(mask: Bool[Array, "b l"]) -> Float[Array, " b"]:
         nll = _nll_everywhere(model, params, tokens, jnp.where(mask, model.mask_id, tokens), valid)
         return jnp.where(mask, nll, 0.0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
 
-    return jax.lax.map(one_pass, masks.swapaxes(0, 1)).mean(axis=0) * valid.sum(axis=1)
+    return jax.lax.map(one_pass, masks.swapaxes(0, 1)).mean(axis=0) * counted.sum(axis=1)
 
 
 HELD_OUT = {"diffusion": text_nll, "autoregressive": next_token_nll, "masked": masked_nll}
-"""Kind of a model -> the function that computes the held-out loss of each text in nats."""
+"""Kind of a model -> the function that computes the held-out loss of each text in nats.
+
+It counts the tokens that are `learned`; without a choice, all that are valid.
+"""
 
 
-def num_predicted(kind: str, lengths: Int[np.ndarray, " n"]) -> int:
-    """Counts the tokens that the held-out losses of texts of these lengths stand for (host)."""
-    return int(np.maximum(lengths - (kind == "autoregressive"), 0).sum())
+def num_predicted(kind: str, learned: Bool[np.ndarray, "n l"]) -> int:
+    """Counts the tokens that the held-out losses of texts stand for (host)."""
+    return int(learned[:, int(kind == "autoregressive") :].sum())

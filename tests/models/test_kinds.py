@@ -25,7 +25,7 @@ from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
 from sama_jax.programs import demo, experiment, finetune
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, step
-from sama_jax.training.sequences import pad
+from sama_jax.training.sequences import pad, tokens_of
 from sama_jax.weights import loading, model_folder, special_tokens
 
 VOCAB = 300
@@ -98,7 +98,7 @@ def reopened_by_transformers(root, name):
 def batch(root, name):
     """(tokens, valid) of the texts, padded with the end of text."""
     found = TextTokenizer.from_folder(root / name, None).encode(TEXTS, 40)
-    tokens, lengths = pad([e.ids for e in found], 40, VOCAB - 2)
+    tokens, lengths = pad([tokens_of(e) for e in found], 40, VOCAB - 2)[:2]
     return tokens, np.arange(40)[None] < lengths[:, None]
 
 
@@ -198,7 +198,7 @@ def test_held_out_losses_of_uniform_predictions_are_exact():
     for kind, counted in (("masked", lengths), ("autoregressive", lengths - 1)):
         nll = step.HELD_OUT[kind](UniformModel(), 1, jnp.float32(0), tokens, valid, keys)
         np.testing.assert_allclose(nll, counted * np.log(10), rtol=1e-5)
-        assert step.num_predicted(kind, lengths) == counted.sum()
+        assert step.num_predicted(kind, valid) == counted.sum()
 
 
 # --- runs ----------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def test_windows_cover_a_text_and_short_remainders_go(tokenizer):
     texts = [" ".join(TEXTS), "fox", ""]
     settings = dataclasses.replace(SETTINGS, windows=True, max_length=20)
     whole = tokenizer.encode(texts, 10**6)[0].ids
-    found = sequences.token_sequences(tokenizer, texts, settings, Terminal(quiet=True))
+    made = sequences.token_sequences(tokenizer, texts, settings, Terminal(quiet=True))
+    found = [one.ids for one in made]
     rest = len(whole) % 20
     kept = whole if rest == 0 or rest >= sequences.MIN_WINDOW else whole[: len(whole) - rest]
     np.testing.assert_array_equal(np.concatenate(found[:-1]), kept)
@@ -107,7 +108,7 @@ def test_windows_cover_a_text_and_short_remainders_go(tokenizer):
     cut = sequences.token_sequences(
         tokenizer, texts, dataclasses.replace(settings, windows=False), Terminal(quiet=True)
     )
-    assert [len(c) for c in cut] == [20, len(found[-1])]
+    assert [len(c.ids) for c in cut] == [20, len(found[-1])]
 
 
 # --- runs ----------------------------------------------------------------------------------------

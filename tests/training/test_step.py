@@ -214,3 +214,49 @@ def test_bfloat16_changes_activations_only(tiny, batch):
         for m in (tiny[0], model)
     ]
     np.testing.assert_allclose(float(losses[0]), float(losses[1]), rtol=2e-2)
+
+
+# --- prompts and responses -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "masked"])
+def test_only_learned_tokens_are_masked_and_counted(batch, kind: str):
+    tokens, valid = batch
+    learned = valid & (jnp.arange(12) >= 5)[None]
+    model = TableModel()
+    model.kind = kind  # pyright: ignore[reportAttributeAccessIssue]
+    for seed in range(20):
+        made = step.objective_of_kind(model, tokens, learned, jax.random.key(seed), 1e-3)
+        assert not (made.counted & ~learned).any()
+        assert (np.asarray(made.seen) == np.asarray(tokens))[~np.asarray(learned)].all()
+    # What is not learned is still seen: it changes the loss, but gets none of the gradient.
+    logits = jax.random.normal(jax.random.key(0), (4, 12, 10))
+    tokens = jnp.minimum(tokens, 8)
+    given = tokens, valid, jax.random.key(1), 1e-3, learned
+    grads = jax.grad(lambda p: step.loss_of_kind(model, p, *given))(logits)
+    assert (np.abs(np.asarray(grads)).sum(axis=2) > 0)[~np.asarray(learned)].sum() == 0
+    assert np.abs(np.asarray(grads)).sum() > 0
+
+
+def test_everything_learned_is_the_same_as_no_choice(tiny, batch):
+    (model, params), (tokens, valid), key = tiny, batch, jax.random.key(5)
+    found = [
+        float(step.loss_of_kind(model, params, tokens, valid, key, 1e-3, *more))
+        for more in ((), (jnp.ones_like(valid),))
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "autoregressive", "masked"])
+def test_held_out_losses_count_learned_tokens(kind: str):
+    """Uniform predictions lose log v a token, whichever are masked."""
+    tokens = jnp.full((2, 12), 3, jnp.int32)
+    valid = jnp.arange(12)[None] < jnp.array([[12], [9]])
+    learned = (jnp.arange(12) >= 4)[None] & valid
+    keys = TextKeyData(np.array([1, 2], np.uint32), np.array([3, 4], np.uint32))
+    uniform = jnp.zeros((2, 12, 10))
+    found = step.HELD_OUT[kind](TableModel(), 1, uniform, tokens, valid, keys, learned)
+    np.testing.assert_allclose(found, np.log(10) * np.array([8, 5]), rtol=1e-6)
+    assert step.num_predicted(kind, np.asarray(learned)) == 13
+    everything = step.num_predicted(kind, np.asarray(valid))
+    assert everything == 21 - 2 * (kind == "autoregressive")
