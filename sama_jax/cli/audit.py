@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
     flags.add_text_fields(inputs)
     flags.add_conversations(inputs)
     flags.flags_of(inputs, AuditJob, "pipeline_control", "split", "limit", "mask_id")
+    flags.flags_of(inputs, AuditJob, "attention_mask", "reference_attention_mask")
 
     attacks = p.add_argument_group("attacks")
     flags.add_attacks(attacks, flags.STANDARD)

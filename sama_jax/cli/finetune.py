@@ -7,6 +7,7 @@ from typing import Any
 from sama_jax.cli import flags
 from sama_jax.cli.running import command_of
 from sama_jax.config import TrainSettings
+from sama_jax.programs.jobs import AuditJob
 
 
 def add(commands: Any) -> None:
@@ -20,6 +21,9 @@ def add(commands: Any) -> None:
         dest="as_kind",
         choices=["diffusion"],
         help="make a diffusion model of a causal one: attention opened, a mask token added",
+    )
+    flags.flags_of(
+        p, AuditJob, "attention_mask", help="what is seen in training (default: as the base says)"
     )
     _add_training(p)
     p = command_of(
@@ -69,6 +73,7 @@ def finetune(args: argparse.Namespace) -> None:
         heldout=args.held_out,
         quiet=args.quiet,
         as_diffusion=args.as_kind == "diffusion",
+        attention_mask=args.attention_mask,
         fields=Fields(args.text_field, args.label_field, form),
     )
 

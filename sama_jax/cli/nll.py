@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         help="forward passes a text (default: LLaDA's 128)",
     )
     flags.flags_of(p, AuditSettings, "max_length", "dtype", "seed")
-    flags.flags_of(p, AuditJob, "mask_id")
+    flags.flags_of(p, AuditJob, "mask_id", "attention_mask")
     flags.add_compile_cache(p)
     flags.add_set(p)
     flags.add_quiet(p)
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     use_compile_cache(args.compile_cache)
     form = form_of(args.template, args.loss_on, args.end_tokens, args.model)
     texts = read_texts(args.data, args.text_field, args.label_field, form=form)
-    rows = run_nll(args.model, texts, args.out, settings, mask_id=args.mask_id, quiet=args.quiet)
+    options = {"mask_id": args.mask_id, "attention_mask": args.attention_mask}
+    rows = run_nll(args.model, texts, args.out, settings, **options, quiet=args.quiet)
     known = [row for row in rows if row["nll"] is not None]
     if known and not args.quiet:
         mean = sum(row["nll"] for row in known) / len(known)

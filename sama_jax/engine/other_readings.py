@@ -1,11 +1,13 @@
 """Whether a model reads texts as it was trained to: no other way of reading may predict better.
 
 A wrong rotary base, a wrong mask token or halves of queries and keys in another order fail nowhere;
-they only cost a part of what the model has learnt, and an attack then sees less than is there. The
+they only cost a part of what the model has learnt, and an attack then sees less than is there. Nor
+does a folder say whether a diffusion model was trained with full, causal or block attention. The
 texts of the audit tell: read in another way (backwards, masked by another token, with another
-rotary base), they must be predicted worse. A next-token model masks nothing, and is read in the
-other ways. Of many wrong fields, also of some that we have never heard of, another reading is then
-better; not of all: a model whose embedding is scaled when it should not be is worse in every way.
+rotary base or mask of attention), they must be predicted worse. A next-token model masks nothing,
+and is read in the other ways. Of many wrong fields, also of some that we have never heard of,
+another reading is then better; not of all: a model whose embedding is scaled when it should not be
+is worse in every way.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sama_jax.arrays import Model, Params
 from sama_jax.core import losses
 from sama_jax.errors import ModelError
+from sama_jax.models.attention_mask import mask_name
 
 STRIDE = 4
 """Every fourth token is masked in a pass, as in `output_position`."""
@@ -33,6 +36,10 @@ SHORTEST, LONGEST = 8, 512
 """Tokens of a text that is read: a chunk of longer ones needs more memory than a batch may have."""
 BASES = (0.1, 10.0)
 """Factors of the rotary base. A base that is wrong by 25 either way is better by one of them."""
+BLOCKS = (None, 1, 8, 32)
+"""Lengths of blocks that are tried: full attention, causal, and two that public models have."""
+MORE_BLOCKS = (2, 4, 16, 64, 128)
+"""And these, to name the best, once one of the others is better than the config's."""
 SURE, CLEARED = 5.0, 3.0
 """Standard errors from which another reading is better, or no longer a suspect."""
 SHARE = 0.1
@@ -43,7 +50,7 @@ FLOOR = 0.02
 rightly that knew .021 beyond the frequencies gained .012 (+- .002) by another rotary base."""
 
 
-VERSION = 2
+VERSION = 3
 """Of this check, counted up when it changes: what an earlier one has passed is judged again."""
 
 
@@ -54,12 +61,14 @@ class Reading(NamedTuple):
     model: Model
     mask_id: int
     backwards: bool = False
+    mask: str | None = None
+    """The mask of attention that makes it another reading."""
 
 
 class Lead(NamedTuple):
     """How much better another reading predicts than the config's own, in nats a token."""
 
-    name: str
+    read: Reading
     lead: float
     error: float
     """Standard error of `lead`, over texts."""
@@ -88,6 +97,28 @@ def other_readings(model: Model, other_masks: Collection[int]) -> list[Reading]:
         other: Any = dataclasses.replace(arch, **changed)
         read = cast(Model, dataclasses.replace(cast(Any, model), arch=other))
         found.append(Reading(f"with a rotary base {factor:g} times as large", read, own))
+    return found
+
+
+def other_attention(model: Model, blocks: Collection[int | None], length: int) -> list[Reading]:
+    """Lists readings with other masks of attention; none for a model that has no choice of them.
+
+    Args:
+      model: as its config says.
+      blocks: lengths of blocks. Those from `length` on are full attention by another name.
+      length: tokens of the longest text.
+    """
+    arch: Any = model.arch
+    if model.kind != "diffusion" or "block_length" not in arch.__dataclass_fields__:
+        return []
+    own = None if (arch.block_length or length) >= length else arch.block_length
+    found = []
+    for block in blocks:
+        if block != own and (block or 0) < length:
+            name = mask_name(block)
+            other: Any = dataclasses.replace(arch, block_length=block)
+            read = cast(Model, dataclasses.replace(cast(Any, model), arch=other))
+            found.append(Reading(f"with attention mask {name}", read, model.mask_id, mask=name))
     return found
 
 
@@ -189,7 +220,7 @@ def better_readings(
             for read in list(left):
                 other = text_losses(read, params, chunk, offset, length)
                 leads[read.name].append(seen[-1] - other)
-                lead = _lead(read.name, leads[read.name], seen)
+                lead = _lead(read, leads[read.name], seen)
                 least = max(SHARE * (frequencies - lead.own), FLOOR)
                 if lead.lead > max(SURE * lead.error, least):
                     found.append(lead)
@@ -198,18 +229,16 @@ def better_readings(
             if not left:
                 break
     found += [
-        one
-        for one in (_lead(r.name, leads[r.name], seen) for r in left)
-        if one.lead > SURE * one.error
+        one for one in (_lead(r, leads[r.name], seen) for r in left) if one.lead > SURE * one.error
     ]
     return sorted(found, key=lambda one: -one.lead), float(np.concatenate(seen).mean())
 
 
-def _lead(name: str, leads: list[np.ndarray], seen: list[np.ndarray]) -> Lead:
+def _lead(read: Reading, leads: list[np.ndarray], seen: list[np.ndarray]) -> Lead:
     values = np.concatenate(leads)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return Lead(
-        name, float(values.mean()), float(error), float(np.concatenate(seen).mean()), len(values)
+        read, float(values.mean()), float(error), float(np.concatenate(seen).mean()), len(values)
     )
 
 
@@ -219,6 +248,8 @@ def check(
     texts: Sequence[Int[np.ndarray, "..."]],
     frequencies: float,
     other_masks: Collection[int],
+    *,
+    asked_mask: bool = False,
 ) -> Judgement:
     """Warns if another reading surely predicts the texts better than the config's own.
 
@@ -232,25 +263,45 @@ def check(
       texts: token ids; fewer than `LEAST_TEXTS` cannot tell, and pass.
       frequencies: loss of those texts by how frequent their tokens are.
       other_masks: tokens that could stand for a masked one.
+      asked_mask: whether the mask of attention was asked for; another one is then a warning alone.
     """
     if not can_tell(texts):
         return Judgement(None, told=False)
     texts = [ids for ids in texts if len(ids) >= SHORTEST]
-    own = Reading("as its config says", model, model.mask_id)
-    others = other_readings(model, other_masks)
+    own, length = Reading("as its config says", model, model.mask_id), max(map(len, texts))
+    others = other_readings(model, other_masks) + other_attention(model, BLOCKS, length)
     leads, loss = better_readings(own, others, params, texts, frequencies)
+    if leads and leads[0].read.mask:  # which one exactly?
+        more = other_attention(model, MORE_BLOCKS, length)
+        leads += better_readings(own, more, params, texts, frequencies)[0]
+        leads.sort(key=lambda one: -one.lead)
     known = frequencies - loss + (leads[0].lead if leads else 0.0)
     if known <= 0 or not leads:
         return Judgement(None, told=known > 0)
-    best = leads[0]
-    line = (
-        f"read {best.name} it predicts the texts better than as its config says: by "
+    wrong = [one for one in leads if one.lead > max(SHARE * known, FLOOR)]
+    refused = [one for one in wrong if not (asked_mask and one.read.mask)]
+    if refused:
+        own_mask = mask_name(model.arch.block_length)
+        raise ModelError(f"{_told(refused[0], known)}; {_way_out(refused[0].read, own_mask)}")
+    return Judgement(_told(leads[0], known), told=True)
+
+
+def _told(best: Lead, known: float) -> str:
+    return (
+        f"read {best.read.name} it predicts the texts better than as its config says: by "
         f"{best.lead:.3f} +- {best.error:.3f} nats a token over {best.texts} passes, of "
         f"{known:.3f} that it then knows beyond the frequencies of tokens"
     )
-    if best.lead > max(SHARE * known, FLOOR):
-        raise ModelError(
-            f"{line}; an attack would see only a part of what is there. Check the mask token, the "
-            "rotary base and the other fields of config.json, and that the weights are whole"
+
+
+def _way_out(read: Reading, own_mask: str) -> str:
+    lost = "an attack would see only a part of what is there"
+    if read.mask:
+        return (
+            f"{lost}, and its folder does not say how it was trained. Give the mask that it was "
+            f"trained with, as --attention-mask {read.mask}, or {own_mask} to keep this reading"
         )
-    return Judgement(line, told=True)
+    return (
+        f"{lost}. Check the mask token, the rotary base and the other fields of config.json, and "
+        "that the weights are whole"
+    )

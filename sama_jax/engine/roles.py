@@ -186,7 +186,8 @@ def _check(role: ModelRole, params: Params, probe: Probe | None) -> tuple[list[s
     rest = probe.texts, probe.frequencies, probe.other_masks
     try:
         position = output_position.check(model, params, probe.position)
-        reading = other_readings.check(model, params, *rest)
+        asked = role.folder.asked_mask is not None
+        reading = other_readings.check(model, params, *rest, asked_mask=asked)
     except ModelError as error:
         raise ModelError(f"{role.folder.path}: the {role.name}: {error}") from None
     found = [position, reading.warning]

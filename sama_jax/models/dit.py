@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
 from sama_jax.models.attention import attend
+from sama_jax.models.attention_mask import visible
 from sama_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -61,6 +62,7 @@ class DitArchitecture(PlainArchitecture):
     condition_width: int
     timed: bool
     """True if the noise level is an input (SEDD); MDLM feeds 0 whatever it is."""
+    block_length: int | None = None
 
     @property
     def max_length(self) -> None:
@@ -135,9 +137,10 @@ class Block(nn.Module):
         h = h * (1 + scale_a) + shift_a
         attn = Projections(arch.width, arch.num_heads, False, self.dtype, name="attn")
         q, k, v = attn.heads_of(take(h, positions), h)
-        q = rotate(q, all_positions(x) if positions is None else positions, ROPE_THETA, True)
-        k = rotate(k, all_positions(x), ROPE_THETA, True)
-        out, weights = attend(q, k, v, key_valid[:, None])
+        keys = all_positions(x)
+        queries = keys if positions is None else positions
+        q, k = rotate(q, queries, ROPE_THETA, True), rotate(k, keys, ROPE_THETA, True)
+        out, weights = attend(q, k, v, visible(key_valid, queries, keys, arch.block_length))
         x = take(x, positions) + gate_a * attn.merge(out)
         h = LayerNorm(NORM_EPS, False, jnp.float32, name="mlp_norm")(x)
         h = h * (1 + scale_m) + shift_m

@@ -6,6 +6,7 @@ one of another package by an entry point. Fields that a config leaves out take t
 family's own config class, never the value of its best-known checkpoint.
 """
 
+import dataclasses
 import importlib.metadata
 import pkgutil
 from importlib import import_module
@@ -13,7 +14,7 @@ from typing import Any
 
 from sama_jax.arrays import Model
 from sama_jax.errors import ModelError, nearest
-from sama_jax.models import families
+from sama_jax.models import attention_mask, families
 from sama_jax.models.families.family import UNLIMITED, Family, FamilyConfig
 from sama_jax.models.families.fields import Fields
 from sama_jax.untrusted import shown
@@ -50,6 +51,23 @@ def build_model(family: FamilyConfig, mask_id: int, dtype: Any) -> Model:
     )
 
 
+def with_attention_mask(family: FamilyConfig, name: str) -> FamilyConfig:
+    """Returns a family whose network attends as `attention_mask` names it.
+
+    Raises `ValueError` for an unknown name, and for a model that leaves no choice: one of another
+    kind than diffusion, or a network of another package without blocks.
+    """
+    length, arch = attention_mask.block_length_of(name), family.arch
+    choice = "block_length" in getattr(arch, "__dataclass_fields__", ())
+    if family.kind != "diffusion" or not choice:
+        raise ValueError(
+            f"attention mask '{name}': a choice of diffusion models alone, this one is a "
+            f"{family.kind} {family.family} model"
+        )
+    changed: Any = dataclasses.replace(arch, block_length=length)  # pyright: ignore  a protocol
+    return family._replace(arch=changed)
+
+
 def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     """Reads a parsed `config.json` by `model_type` and `architectures` together.
 
@@ -76,6 +94,9 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
     fields = Fields(config, where)
     try:
         read = family.read(fields)
+        stated = fields.get(attention_mask.FIELD) if read.kind == "diffusion" else None
+        if stated is not None:
+            read = with_attention_mask(read, str(stated)[:99])
         known_lengths = [n for n in LENGTHS if fields.get(n) is not None]
         lengths = fields.sizes(*known_lengths, limit=2**31 - 1)
         fields.refuse_rest()

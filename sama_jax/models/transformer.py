@@ -36,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
 from sama_jax.models.attention import attend
+from sama_jax.models.attention_mask import visible
 from sama_jax.models.layers import (
     Embed,
     Linear,
@@ -147,15 +148,11 @@ class Attention(nn.Module):
         if arch.qk_norm == "head":
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         key_positions = all_positions(x)
-        allowed = key_valid
-        if arch.block_length is not None:
-            blocks = [p // arch.block_length for p in (query_positions, key_positions)]
-            allowed = key_valid[:, None] & (blocks[1][:, None, :] <= blocks[0][:, :, None])
         out, weights = attend(
             _rotate_part(q, query_positions, arch),
             _rotate_part(k, key_positions, arch),
             v,
-            allowed,
+            visible(key_valid, query_positions, key_positions, arch.block_length),
             arch.attention,
             arch.heads_apart,
         )

@@ -107,10 +107,12 @@ def read_inputs(job: AuditJob) -> Inputs:
         "dtype": settings.dtype,
         "longest": settings.pad_to or settings.max_length,
         "attention": settings.attention,
+        "attention_mask": job.attention_mask,
     }
     target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
     if settings.dtype == "auto":  # each folder's own would look like a difference of the models
         options["dtype"] = str(target.model.dtype)
+    options["attention_mask"] = job.reference_attention_mask or job.attention_mask
     reference = model_folder.open_folder(job.reference, **options)
     require_one_kind(target, reference)
     tokenizer = common_tokenizer(target, reference, texts.texts)

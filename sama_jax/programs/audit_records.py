@@ -29,6 +29,7 @@ from sama_jax.engine.roles import attention_of
 from sama_jax.engine.tasks import ROLES, Tasks
 from sama_jax.engine.text_table import TextTable, described
 from sama_jax.errors import DataError, Interrupted, UsageError
+from sama_jax.models.attention_mask import mask_name
 from sama_jax.programs.audit_inputs import Chosen, Inputs, Prefixes, Tokenised
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.run_identity import digest, run_identity
@@ -178,6 +179,7 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "dtype": str(target.model.dtype),
         "attention": attention_of(target),
+        "attention_mask": _masks(inputs),
         "matmul_precision": matmul_precision() or "default",
         "preset": job.settings.preset_label,
         "preset_hash": settings_hash(job.settings.sama, job.settings.likelihood),
@@ -187,6 +189,15 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
         "reference": str(job.reference),
         **({"adapter": str(job.adapter)} if job.adapter else {}),
     }
+
+
+def _masks(inputs: Inputs) -> str:
+    """Says which mask of attention the models are read with."""
+    target, reference = (
+        mask_name(inputs.roles[role].folder.model.arch.block_length)
+        for role in ("target", "reference")
+    )
+    return target if target == reference else f"{target} (target), {reference} (reference)"
 
 
 def text_rows(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sama_jax import rng
 from sama_jax.config import TrainSettings
 from sama_jax.errors import ModelError, UsageError
+from sama_jax.models.attention_mask import FIELD
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.texts.read import PLAIN, Fields
 from sama_jax.texts.tokenizer import TextTokenizer
@@ -32,11 +33,13 @@ def finetune(
     quiet: bool = False,
     *,
     as_diffusion: bool = False,
+    attention_mask: str | None = None,
     fields: Fields = PLAIN,
 ) -> dict[str, Any]:
     """Trains all parameters of the model folder `base` on the texts of `data`, into folder `out`.
 
-    A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`). Of
+    A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`). A
+    diffusion model attends as `attention_mask` names it, and the new `config.json` says so. Of
     conversations (`fields.form`) the responses are learned, and prompts only seen.
 
     The objective is that of the model's kind (`step.loss_of_kind`). The same call continues an
@@ -54,29 +57,25 @@ def finetune(
     """
     with interruptible(out) as stop:
         base = hub.resolve(base)
-        folder = model_folder.open_folder(base, dtype="float32", longest=settings.max_length)
+        options: dict[str, Any] = {"dtype": "float32", "longest": settings.max_length}
+        if not as_diffusion:  # else it is the mask of what the base becomes
+            options["attention_mask"] = attention_mask
+        folder = model_folder.open_folder(base, **options)
+        stated = {} if attention_mask is None else {FIELD: attention_mask}
         if not as_diffusion:
             _require_trainable(folder.family, settings, str(base))
         tokenizer = TextTokenizer.from_folder(base, folder.model.vocab_size)
         start = loop.Start(
             folder.model,
             folder.family.weights,
-            folder.config,
+            folder.config | stated,
             tokenizer,
             lambda: loading.load(folder, loop.device()),
             str(base),
         )
         if as_diffusion:
             start = _as_diffusion(start, folder, settings)
-        identity = {
-            "command": "finetune",
-            **model_identity(folder),
-            "tokenizer": tokenizer.fingerprint,
-            # The ids above are those of the texts; here is what else stands in the new folder.
-            "tokenizer_files": runs.tokenizer_files(base),
-            "config": _digest(start.config),
-            "pad_id": folder.pad_id if settings.train_on_padding else None,
-        }
+        identity = _identity(start, folder, settings)
         if as_diffusion:
             identity |= {"as": "diffusion", "mask_token_id": start.config["mask_token_id"]}
         given = out, identity, settings, data, heldout, quiet, fields
@@ -88,6 +87,21 @@ def finetune(
                 ids = start.config["mask_token_id"], start.config["vocab_size"]
                 start = start._replace(tokenizer=adaptation.add_mask_token(out, *ids))
             return loop.train(start, run, settings, stop)
+
+
+def _identity(
+    start: loop.Start, folder: model_folder.ModelFolder, settings: TrainSettings
+) -> dict[str, Any]:
+    """Returns all that the new folder depends on besides settings and texts."""
+    return {
+        "command": "finetune",
+        **model_identity(folder),
+        "tokenizer": start.tokenizer.fingerprint,
+        # The ids above are those of the texts; here is what else stands in the new folder.
+        "tokenizer_files": runs.tokenizer_files(folder.path),
+        "config": _digest(start.config),
+        "pad_id": folder.pad_id if settings.train_on_padding else None,
+    }
 
 
 def _as_diffusion(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Parallel = Literal["auto", "pmap", "sharded"]
 Residency = Literal["auto", "together", "in-turn"]
+MASKS = "full|block:N|causal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,13 @@ class AuditJob:
     ] = None
     """LoRA adapter on top of `target`, which is then usually the reference's folder."""
     mask_id: Annotated[int | None, Flag("replaces the mask token id of config.json")] = None
+    attention_mask: Annotated[
+        str | None,
+        Flag("what both models were trained to see (default: as their folders say)", MASKS),
+    ] = None
+    reference_attention_mask: Annotated[
+        str | None, Flag("where the reference was trained with another one", MASKS)
+    ] = None
     prefixes: "sama_jax.texts.read.Texts | None" = None
     """Texts for the prefixes of ReCaLL and its kin; label 1: members. None: from `texts`."""
     control: "sama_jax.texts.read.Texts | None" = None

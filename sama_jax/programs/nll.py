@@ -68,6 +68,7 @@ def run_nll(
     settings: AuditSettings,
     *,
     mask_id: int | None = None,
+    attention_mask: str | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Writes `nll.jsonl` into `out`, one line a text; the same command continues.
@@ -82,7 +83,8 @@ def run_nll(
     say = console(quiet)
     longest = settings.pad_to or settings.max_length
     options: dict[str, Any] = {"dtype": settings.dtype, "attention": settings.attention}
-    folder = model_folder.open_folder(model, mask_id=mask_id, longest=longest, **options)
+    options |= {"mask_id": mask_id, "attention_mask": attention_mask, "longest": longest}
+    folder = model_folder.open_folder(model, **options)
     if (kind := folder.model.kind) not in _NLL.kinds:
         raise UsageError(
             f"{model}: nll is defined for {' and '.join(_NLL.kinds)} models, this one is {kind}; "

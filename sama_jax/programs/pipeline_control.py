@@ -173,7 +173,8 @@ def _learn(part: Part, quiet: bool) -> few.Learnt:
     """Trains a float32 copy of the reference on one device."""
     reference = part.inputs.roles["reference"].folder
     model = reference.model
-    folder = model_folder.open_folder(reference.path, mask_id=model.mask_id, dtype="float32")
+    options = {"mask_id": model.mask_id, "attention_mask": reference.asked_mask}
+    folder = model_folder.open_folder(reference.path, dtype="float32", **options)
     plain = dataclasses.replace(folder.model, dtype=model.dtype)  # pyright: ignore  a protocol
     encoded = zip(part.inputs.texts, part.tokenised.encoded)
     sequences = [tokens_of(one) for text, one in encoded if text.label == 1]

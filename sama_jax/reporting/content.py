@@ -108,7 +108,7 @@ def attack_notes(attacks: Mapping[str, AttackMetrics]) -> list[Note]:
 
 def settings(manifest: Mapping[str, Any]) -> list[Fact]:
     """Says how the run was made."""
-    names = ("preset", "preset_hash", "seed", "dtype", "device", "versions")
+    names = ("preset", "preset_hash", "seed", "dtype", "attention_mask", "device", "versions")
     facts = [
         Fact(name.replace("_", " "), plain(manifest[name]), True)
         for name in names

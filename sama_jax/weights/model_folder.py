@@ -17,7 +17,12 @@ import jax.numpy as jnp
 from sama_jax import gguf_header
 from sama_jax.arrays import Model, Params
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.models.registry import FamilyConfig, build_model, read_config
+from sama_jax.models.registry import (
+    FamilyConfig,
+    build_model,
+    read_config,
+    with_attention_mask,
+)
 from sama_jax.untrusted import printable, shown
 from sama_jax.weights import checks, peft, safetensors
 from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
@@ -51,6 +56,8 @@ class ModelFolder:
     """A LoRA adapter that stands beside the weights, as `peft.leaves` makes it (host)."""
     adapter_identity: str = ""
     """Of an adapter, beside or merged: over all of its bytes and scales."""
+    asked_mask: str | None = None
+    """The mask of attention that it was opened with; None: the config's, or else the family's."""
 
     @property
     def identity(self) -> str:
@@ -108,6 +115,7 @@ def open_folder(
     merge: bool = False,
     longest: int = 0,
     attention: str = "xla",
+    attention_mask: str | None = None,
 ) -> ModelFolder:
     """Opens and checks a folder without loading it.
 
@@ -121,15 +129,17 @@ def open_folder(
         ordinary parameter tree, instead of keeping it beside them.
       longest: tokens of the longest text that the model has to read.
       attention: `xla`, `cudnn`, or `auto` for what `with_attention` chooses.
+      attention_mask: replaces the mask of attention, by its name in `models.attention_mask`.
 
     Raises:
-      UsageError: `cudnn` cannot compute this model here; `usable_settings`.
+      UsageError: `cudnn` cannot compute this model here; the model has no such mask of attention;
+        `usable_settings`.
       ModelError: one message that lists every tensor that does not fit.
     """
     usable_settings()
     path = resolve(path)
     config = read_json_config(path)
-    family = read_config(config, str(path / CONFIG))
+    family = _family_of(path, config, attention_mask)
     limit = family.arch.max_length
     if limit is not None and longest > limit:
         raise ModelError(
@@ -149,8 +159,19 @@ def open_folder(
     model = with_attention(attention, build_model(family, mask, jnp.dtype(dtype)))
     checks.check(source, family.weights, model.num_layers, abstract, str(path))
     require_one_set(path)
-    folder = ModelFolder(path, config, family, model, source, abstract)
+    folder = ModelFolder(path, config, family, model, source, abstract, asked_mask=attention_mask)
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
+
+
+def _family_of(path: Path, config: dict[str, Any], attention_mask: str | None) -> FamilyConfig:
+    """Reads a config, with another mask of attention where one is asked for."""
+    family = read_config(config, str(path / CONFIG))
+    if attention_mask is None:
+        return family
+    try:
+        return with_attention_mask(family, attention_mask)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; correct --attention-mask or leave it out") from None
 
 
 def with_attention(asked: str, model: Model) -> Model:

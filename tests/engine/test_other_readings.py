@@ -55,7 +55,7 @@ def test_texts_that_run_the_other_way_are_read_better_backwards(texts):
     others = other_readings.other_readings(trained.model(), MASKS)
     turned = [ids[::-1] for ids in texts]
     rest = trained.params(), turned, frequencies(turned)
-    assert other_readings.better_readings(own, others, *rest)[0][0].name == "backwards"
+    assert other_readings.better_readings(own, others, *rest)[0][0].read.name == "backwards"
 
 
 @pytest.mark.parametrize(("lead", "refused"), [(0.012, False), (0.03, True)])
@@ -64,7 +64,8 @@ def test_a_model_that_knows_next_to_nothing_is_refused_only_for_more(
 ):
     """Both leads are half of what the model then knows beyond the frequencies."""
     own = frequencies(texts) - lead
-    found = [other_readings.Lead("backwards", lead, 0.001, own, 96)]
+    turned = other_readings.Reading("backwards", trained.model(), 0, backwards=True)
+    found = [other_readings.Lead(turned, lead, 0.001, own, 96)]
     monkeypatch.setattr(other_readings, "better_readings", lambda *_: (found, own))
     if refused:
         with pytest.raises(ModelError, match="read backwards"):

@@ -158,6 +158,17 @@ def test_llada2_sees_its_own_block_and_those_before(pair):
     assert (difference[96:] > 1e-6).all()
 
 
+def test_llada2_that_was_trained_without_blocks_equals_pytorch_without_them(pair, monkeypatch):
+    both = pair("two")
+    folder = model_folder.open_folder(both.path, attention_mask="full")
+    monkeypatch.setattr(both.module, "block", None)
+    with torch.no_grad():
+        expected, _ = both.module(torch.from_numpy(TOKENS).long(), torch.from_numpy(VALID))
+    found = forward(both._replace(model=folder.model), TOKENS, VALID).logits
+    assert np.abs(found - expected.numpy())[VALID].max() < LOGITS
+    assert np.abs(found - forward(both, TOKENS, VALID).logits)[VALID].max() > 0.1
+
+
 # Files
 
 

@@ -1,0 +1,120 @@
+"""Masks of attention: what a token sees by their names, and where a name may stand."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from networks import NETWORKS
+
+from sama_jax.errors import ModelError, UsageError
+from sama_jax.models.attention_mask import block_length_of, mask_name
+from sama_jax.models.registry import read_config, with_attention_mask
+from sama_jax.weights import loading, model_folder
+
+LENGTH = 12
+PLACES = np.arange(LENGTH)
+SEEN = {
+    "full": np.ones((LENGTH, LENGTH), bool),
+    "causal": PLACES[None] <= PLACES[:, None],
+    "block:5": PLACES[None] // 5 <= PLACES[:, None] // 5,
+}
+"""Mask -> [query, key] whether the query sees the key."""
+
+
+@functools.lru_cache
+def weights(network: str) -> Any:
+    made = jax.jit(NETWORKS[network].init)(jax.random.key(0))
+    return jax.tree.map(lambda x: 5 * x, made)
+
+
+def influence(network: str, mask: str) -> np.ndarray:
+    """[query, key] whether the output at the query depends on the token at the key."""
+    model: Any = NETWORKS[network]
+    arch = dataclasses.replace(model.arch, block_length=block_length_of(mask))
+    model = dataclasses.replace(model, arch=arch)
+    tokens = np.tile(np.arange(10, 10 + LENGTH, dtype=np.int32), (LENGTH + 1, 1))
+    tokens[1 + PLACES, PLACES] = 50
+    everywhere = np.tile(PLACES.astype(np.int32), (LENGTH + 1, 1))
+
+    @jax.jit
+    def hidden(params: Any, tokens: Any, valid: Any, positions: Any) -> Any:
+        stream = model.trunk(params, tokens, valid)
+        return model.last_hidden(params, stream, valid, positions)
+
+    found = np.asarray(hidden(weights(network), tokens, np.ones(tokens.shape, bool), everywhere))
+    return (np.abs(found[1:] - found[0]).max(axis=-1) > 0).T
+
+
+@pytest.mark.parametrize("mask", SEEN)
+@pytest.mark.parametrize("network", ["llama, all biases", "dit"])
+def test_a_token_depends_on_what_its_mask_shows_and_on_nothing_else(network, mask):
+    np.testing.assert_array_equal(influence(network, mask), SEEN[mask])
+
+
+@pytest.mark.parametrize("mask", [*SEEN, "block:32", "block:65536"])
+def test_a_name_is_that_of_its_blocks(mask):
+    assert mask_name(block_length_of(mask)) == mask
+
+
+@pytest.mark.parametrize("mask", ["", "Full", "block", "block:0", "block:-1", "block:65537", "32"])
+def test_other_names_are_refused(tmp_path, mask):
+    tiny.folder(tmp_path)
+    with pytest.raises(UsageError, match=r"expected full, causal, or block:N"):
+        model_folder.open_folder(tmp_path, attention_mask=mask)
+    with pytest.raises(ModelError, match=r"expected full, causal, or block:N"):
+        read_config(tiny.config(attention_mask=mask), "config.json")
+
+
+def test_a_config_may_state_the_mask_and_whoever_asks_goes_before(tmp_path):
+    tiny.folder(tmp_path, attention_mask="block:4")
+    assert model_folder.open_folder(tmp_path).model.arch.block_length == 4
+    asked = model_folder.open_folder(tmp_path, attention_mask="full")
+    assert asked.model.arch.block_length is None
+    assert model_folder.open_folder(tmp_path).identity != asked.identity
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_models_of_another_kind_leave_no_choice(kind):
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = {**sizes, "num_attention_heads": 4, "model_type": kind}
+    family = read_config(config, "config.json")
+    with pytest.raises(ValueError, match="a choice of diffusion models alone"):
+        with_attention_mask(family, "full")
+    with pytest.raises(ModelError, match="attention_mask is 'full'"):
+        read_config({**config, "attention_mask": "full"}, "config.json")
+
+
+def test_a2d_that_was_trained_in_blocks_equals_transformers_under_that_mask(tmp_path):
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen3Config(**sizes, head_dim=8, mask_token_id=59)
+    torch.manual_seed(0)
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.3)
+    theirs.save_pretrained(tmp_path)
+    made = theirs.config.to_dict() | {"model_type": "a2d-qwen3"}
+    made |= {"architectures": ["A2DQwen3LMHeadModel"], "is_causal": False}
+    kept = {k: v for k, v in made.items() if k != "layer_types"}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    tokens = np.random.default_rng(0).integers(0, 59, (2, LENGTH)).astype(np.int32)
+    bias = torch.where(torch.from_numpy(SEEN["block:5"]), 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = theirs(
+            torch.from_numpy(tokens).long(), attention_mask=bias[None, None].expand(2, 1, -1, -1)
+        ).logits.numpy()
+    folder = model_folder.open_folder(tmp_path, attention_mask="block:5")
+    params = loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    valid = jnp.ones(tokens.shape, bool)
+    hidden = folder.model.hidden(params, jnp.asarray(tokens), valid)
+    found = np.asarray(folder.model.logits(params, hidden))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
