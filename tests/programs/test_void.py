@@ -293,6 +293,16 @@ MODELS: dict[str, tuple[Callable[[Path], dict[str, Any]], type[SamaError], str]]
         ModelError,
         "the target: read with a rotary base 10 times as large",
     ),
+    "attention stated to be causal": (
+        config_of(*BOTH, attention_mask="causal"),
+        ModelError,
+        "with attention mask full it predicts.*--attention-mask full, or causal to keep",
+    ),
+    "attention stated to be in blocks": (
+        config_of("target", attention_mask="block:4"),
+        ModelError,
+        "the target: read with attention mask full",
+    ),
     "another mask token": (config_of(*BOTH, mask_token_id=50), (ModelError, ValidityError), "mask"),
     "another tokenizer of the same size": (other_tokenizer, ValidityError, "target_learnt"),
     "a head that was lost": (lost_head, ValidityError, "target_learnt"),
@@ -407,6 +417,20 @@ def test_models_that_were_judged_are_not_loaded_again(
     audit(place, tmp_path / "one", store=tmp_path / "store")
     monkeypatch.setattr(loop, "load", None)
     audit(place, tmp_path / "two", store=tmp_path / "store")
+
+
+def test_a_mask_of_attention_that_is_asked_for_is_kept_and_stated_and_a_better_one_noted(
+    place: Path, tmp_path: Path
+):
+    found = audit(place, tmp_path / "run", attention_mask="causal", reference_attention_mask="full")
+    manifest = json.loads((found.out / "manifest.json").read_text())
+    assert manifest["attention_mask"] == "causal (target), full (reference)"
+    assert manifest["run"]["target.attention_mask"] == "causal"
+    report = (found.out / "report.md").read_text()
+    assert "attention mask: `causal (target), full (reference)`" in report
+    noted = [note for note in manifest["notes"] if "read with attention mask full" in note]
+    assert len(noted) == 1
+    assert noted[0].startswith("target: ")
 
 
 def test_nll_looks_whether_another_reading_of_the_model_is_better(own: Path, tmp_path: Path):
