@@ -422,11 +422,13 @@ def test_models_that_were_judged_are_not_loaded_again(
 def test_a_mask_of_attention_that_is_asked_for_is_kept_and_stated_and_a_better_one_noted(
     place: Path, tmp_path: Path
 ):
-    found = audit(place, tmp_path / "run", attention_mask="causal", reference_attention_mask="full")
-    manifest = json.loads((found.out / "manifest.json").read_text())
+    out, masks = tmp_path / "run", {"attention_mask": "causal", "reference_attention_mask": "full"}
+    with pytest.raises(ValidityError, match="target_worse"):  # it was trained with full attention
+        audit(place, out, **masks)
+    manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["attention_mask"] == "causal (target), full (reference)"
     assert manifest["run"]["target.attention_mask"] == "causal"
-    report = (found.out / "report.md").read_text()
+    report = (out / "report.md").read_text()
     assert "attention mask: `causal (target), full (reference)`" in report
     noted = [note for note in manifest["notes"] if "read with attention mask full" in note]
     assert len(noted) == 1
