@@ -26,7 +26,8 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
     Returns:
       `path`, `loadable`, `refused` (messages), and as far as they are known `family`, `kind`,
       `architecture`, `mask_id`, `shift`, `max_length` (None: its config sets no limit),
-      `parameters`, `stored_dtypes` {dtype: tensors}, `storage`, `bfloat16_bytes`, `float32_bytes`,
+      `parameters`, `stored_dtypes` {dtype: tensors; dequantised}, `quantised` (method or None),
+      `storage`, `bfloat16_bytes`, `float32_bytes`,
       `licence`, `converted_from`.
     """
     found: dict[str, Any] = {"path": str(src), "loadable": False, "refused": []}
@@ -56,6 +57,7 @@ def describe(src: str | Path, mask_id: int | None = None) -> dict[str, Any]:
         "max_length": None if folder.max_length == UNLIMITED else folder.max_length,
         "parameters": folder.num_params,
         "stored_dtypes": {name: names.count(name) for name in sorted(set(names))},
+        "quantised": folder.quantised[0] if folder.quantised else None,
         "storage": "orbax" if orbax else "safetensors" if gguf is None else "gguf",
         "bfloat16_bytes": 2 * folder.num_params,
         "float32_bytes": 4 * folder.num_params,
@@ -116,10 +118,11 @@ def print_description(found: dict[str, Any]) -> None:
         }
     if "parameters" in found:
         dtypes = ", ".join(f"{count} x {name}" for name, count in found["stored_dtypes"].items())
+        made = f", dequantised from {found['quantised']}" if found["quantised"] else ""
         memory = [_binary(found[name]) for name in ("bfloat16_bytes", "float32_bytes")]
         lines |= {
             "maximum length": found["max_length"] or "not limited by its config",
-            "stored": f"{dtypes} ({found['storage']})",
+            "stored": f"{dtypes} ({found['storage']}{made})",
             "parameters": f"{found['parameters']:,}",
             "memory": f"{memory[0]} in bfloat16, {memory[1]} in float32",
         }

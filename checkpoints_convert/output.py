@@ -13,7 +13,7 @@ from sama_jax import __version__
 from sama_jax.config import settings_hash
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.storage.files import write_json, writing
-from sama_jax.weights import folder_files, stored_bytes
+from sama_jax.weights import folder_files, quantised, stored_bytes
 from sama_jax.weights.folder_files import CONFIG, PARAMS, RECORD
 from sama_jax.weights.model_folder import ModelFolder
 from sama_jax.weights.orbax_source import files_below
@@ -109,6 +109,8 @@ def _is_finished(out: Path, record: dict[str, Any]) -> bool:
 def finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -> None:
     """Copies tokenizer and other files, then writes `config.json`, atomically.
 
+    What is written is not quantised, whatever the source was.
+
     Raises `ModelError` if the source has changed meanwhile.
     """
     folder.source.require_unchanged()
@@ -117,6 +119,7 @@ def finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -
         if dtype != "keep":
             names = [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]
             config = {**config, **dict.fromkeys(names, dtype)}
+        config = {name: x for name, x in config.items() if name != quantised.FIELD}
         record = folder_files.read_object(out / RECORD)
         record["outputs"] = sorted(name for name, _ in files_below(out) if name != RECORD)
         write_json(out / RECORD, {**record, "written": _written(out, record, config)})

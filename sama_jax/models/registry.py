@@ -99,6 +99,7 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
             read = with_attention_mask(read, str(stated)[:99])
         known_lengths = [n for n in LENGTHS if fields.get(n) is not None]
         lengths = fields.sizes(*known_lengths, limit=2**31 - 1)
+        fields.get("quantization_config")  # of the weights, whose reader refuses what it must
         fields.refuse_rest()
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{where}: a field has an unusable value ({error})") from None

@@ -80,7 +80,10 @@ def _hint(source: Source) -> str:
             "(merge_and_unload) and save the result."
         )
     if any(re.search(r"\.(absmax|quant_map|qweight|weight_scale(_inv)?)$", n) for n in names):
-        return " Its weights are quantised: save them in bfloat16 or float32."
+        return (
+            " Its weights are quantised, but config.json has no quantization_config (or another "
+            "method's) that says how."
+        )
     unlisted = source.unlisted()
     return f" {INDEX} does not list {printable(', '.join(unlisted), 300)}." if unlisted else ""
 

@@ -24,7 +24,7 @@ from sama_jax.models.registry import (
     with_attention_mask,
 )
 from sama_jax.untrusted import printable, shown
-from sama_jax.weights import checks, peft, safetensors
+from sama_jax.weights import checks, peft, quantised, safetensors
 from sama_jax.weights.folder_files import CONFIG, PARAMS, read_json_config
 from sama_jax.weights.gguf_source import open_gguf
 from sama_jax.weights.hub import resolve
@@ -58,6 +58,8 @@ class ModelFolder:
     """Of an adapter, beside or merged: over all of its bytes and scales."""
     asked_mask: str | None = None
     """The mask of attention that it was opened with; None: the config's, or else the family's."""
+    quantised: tuple[str, ...] = ()
+    """How the weights are stored if they are quantised: the method, and what decides values."""
 
     @property
     def identity(self) -> str:
@@ -66,7 +68,7 @@ class ModelFolder:
         Every byte of the files is read when it is first asked for. Raises `ModelError`.
         """
         read_as = self.family._replace(weights=None, network=None, mask_id=None)  # pyright: ignore
-        return _name(self.source.digest, repr(read_as), self.adapter_identity)
+        return _name(self.source.digest, repr(read_as), self.adapter_identity, *self.quantised)
 
     @property
     def base_identity(self) -> str:
@@ -75,7 +77,7 @@ class ModelFolder:
         Reads no weights.
         """
         merged = "" if self.adapter else self.adapter_identity
-        return _name(self.source.stamp, repr(self.family.arch), merged)
+        return _name(self.source.stamp, repr(self.family.arch), merged, *self.quantised)
 
     @property
     def pad_id(self) -> int | None:
@@ -146,7 +148,8 @@ def open_folder(
             f"{path}: has position embeddings for {limit} tokens, but texts may have {longest}; "
             f"give --max-length {limit} or less"
         )
-    source, abstract = _open_source(path, family)
+    method = quantised.read_method(config, str(path / CONFIG))
+    source, abstract = _open_source(path, family, method)
     mask = known_mask(path, family) if mask_id is None else mask_id
     if type(mask) is not int or not 0 <= mask < family.arch.vocab_size:
         raise ModelError(
@@ -160,6 +163,8 @@ def open_folder(
     checks.check(source, family.weights, model.num_layers, abstract, str(path))
     require_one_set(path)
     folder = ModelFolder(path, config, family, model, source, abstract, asked_mask=attention_mask)
+    if method is not None:
+        folder = replace(folder, quantised=(method.name, method.settings))
     return folder if adapter is None else _with_adapter(folder, adapter, merge)
 
 
@@ -201,20 +206,28 @@ def _cuda() -> bool:
     return found is not None and int(found[1]) >= 8
 
 
-def _open_source(path: Path, family: FamilyConfig) -> tuple[Source, Params]:
+def _open_source(
+    path: Path, family: FamilyConfig, method: quantised.Method | None
+) -> tuple[Source, Params]:
     """Opens the tensors of a folder, and returns the shapes of its parameters.
 
     Nothing is built that the files have no room for, whatever the config claims.
     """
     stored, layout = None, (family.weights, family.arch.num_layers)
+    file = gguf_header.find(path)
+    if method is not None and (file is not None or (path / PARAMS).is_dir()):
+        raise ModelError(
+            f"{path / CONFIG}: has a {quantised.FIELD} ({method.name}), but the weights beside it "
+            "are not safetensors; remove it if it is another model's"
+        )
     if (path / PARAMS).is_dir():
         stored = read_stored(path)
         held, apart = len(jax.tree.leaves(stored.params)), 1 + family.arch.stacked_layers
-    elif (file := gguf_header.find(path)) is not None:
+    elif file is not None:
         source = open_gguf(file, family)
         held, apart = len(source.tensors), 1
     else:
-        source = open_source(path, family.weights, family.block_group_size)
+        source = open_source(path, family.weights, family.block_group_size, method)
         held, apart = len(source.tensors), 1
     if family.arch.num_layers > held * apart:
         raise ModelError(

@@ -27,7 +27,7 @@ from sama_jax.untrusted import printable, shown
 from sama_jax.weights import adapter_patterns, stored_bytes
 from sama_jax.weights.checks import listing
 from sama_jax.weights.folder_files import read_object
-from sama_jax.weights.safetensors import require_unique_names
+from sama_jax.weights.safetensors import tensor_starts
 from sama_jax.weights.source import Source
 from sama_jax.weights.tensor_map import leaf_paths, rule_of, sources
 
@@ -245,7 +245,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256")
         with safe_open(file, framework="numpy") as handle:
-            require_unique_names(file)
+            tensor_starts(file)
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         if stored_bytes.same_files([(WEIGHTS, file)]) != stamp:
             raise ValueError("it has changed while it was read")

@@ -48,20 +48,24 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
 
 
-def require_unique_names(file: Path) -> None:
-    """Raises `ModelError` if a header names a tensor twice: readers take the last in silence.
+def tensor_starts(file: Path) -> dict[str, int]:
+    """Returns where each tensor begins in a file.
 
-    The library has read the header before, so it is sound otherwise, and at most 100 MB.
+    The library has read the header before, so it is sound otherwise, and at most 100 MB. Raises
+    `ModelError` if it names a tensor twice: readers take the last in silence.
     """
 
-    def plain(pairs: list[tuple[str, Any]]) -> None:
-        if len(dict(pairs)) < len(pairs):
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
             raise ValueError("two tensors or fields of one name")
+        return found
 
     with file.open("rb") as handle:
         header = handle.read(int.from_bytes(handle.read(8), "little"))
     try:
-        json.loads(header, object_pairs_hook=plain)
+        found = json.loads(header, object_pairs_hook=plain)
+        found.pop("__metadata__", None)
+        return {name: 8 + len(header) + x["data_offsets"][0] for name, x in found.items()}
     except ValueError as error:
         raise ModelError(f"{file}: its header is not sound ({error}); save it again") from None
 

@@ -6,6 +6,7 @@ Nothing is unpickled and no code of a folder is run.
 import functools
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from sama_jax.errors import ModelError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.untrusted import printable
 from sama_jax.weights import stored_bytes
-from sama_jax.weights.safetensors import DTYPES, require_unique_names, weight_files
+from sama_jax.weights.parts import Part, Tensor
+from sama_jax.weights.quantised import Method
+from sama_jax.weights.safetensors import DTYPES, tensor_starts, weight_files
 
 
 class SourceTensor(NamedTuple):
@@ -90,39 +93,69 @@ class Source:
         return max(set(names), key=names.count)
 
 
-def open_source(folder: Path, table: Table, block_group_size: int = 1) -> Source:
-    """Reads all headers of a folder. A tensor that appears twice is a `ModelError`."""
-    ignored, refused = table.ignored, table.refused
-    tensors: dict[str, SourceTensor] = {}
+def open_source(
+    folder: Path, table: Table, block_group_size: int = 1, method: Method | None = None
+) -> Source:
+    """Reads all headers of a folder; `method` says how its weights are quantised.
+
+    A tensor that appears twice is a `ModelError`.
+    """
     handles: dict[Path, Any] = {}
-    twice = []
     files = weight_files(folder)
     stamp = stored_bytes.same_files([(file.name, file) for file in files])
+    parts: list[Part] = []
     for file in files:
-        try:
-            handle = handles[file] = safe_open(file, framework="numpy")
-            require_unique_names(file)
-            for name in handle.keys():  # noqa: SIM118  safe_open is not iterable
-                piece = handle.get_slice(name)
-                key = table.name_of(name, block_group_size)
-                if ignored and ignored.search(key):
-                    continue
-                for pattern, advice in refused:
-                    if re.search(pattern, key):
-                        raise ModelError(f"{file}: tensor {printable(name)}: {advice}")
-                if key in tensors:
-                    first = tensors[key]
-                    pair = (first.name, first.file.name), (name, file.name)
-                    twice.append(" and ".join(f"{printable(n, 120)} ({f})" for n, f in pair))
-                dtype = DTYPES.get(piece.get_dtype(), piece.get_dtype())
-                tensors[key] = SourceTensor(file, name, tuple(piece.get_shape()), str(dtype))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file}: not a complete safetensors file ({printable(str(error), 200)}); download "
-                "or save it again"
-            ) from None
+        handles[file], stored = _parts(file)
+        parts += stored
+    tensors: Sequence[Tensor] = parts
+    if method is not None:
+        tensors = method.assembled(parts)
+        handles = {file: _Whole({t.name: t for t in tensors if t.file == file}) for file in files}
+    return Source(_named(folder, tensors, table, block_group_size), handles, stamp)
+
+
+class _Whole(dict[str, Tensor]):
+    """Holds the tensors of a file, some made of several; used as `safetensors.safe_open` is."""
+
+    get_slice = dict.__getitem__
+
+
+def _parts(file: Path) -> tuple[Any, list[Part]]:
+    """Opens a file. Returns it, and its tensors as they are stored."""
+    try:
+        handle = safe_open(file, framework="numpy")
+        starts, found = tensor_starts(file), []
+        for name in handle.keys():  # noqa: SIM118  safe_open is not iterable
+            piece = handle.get_slice(name)
+            dtype = DTYPES.get(piece.get_dtype(), str(piece.get_dtype()))
+            found.append(Part(file, name, tuple(piece.get_shape()), dtype, handle, starts[name]))
+        return handle, found
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file}: not a complete safetensors file ({printable(str(error), 200)}); download "
+            "or save it again"
+        ) from None
+
+
+def _named(
+    folder: Path, stored: Sequence[Tensor], table: Table, block_group_size: int
+) -> dict[str, SourceTensor]:
+    """Returns tensors by their canonical names. Raises `ModelError` for one that stands twice."""
+    tensors: dict[str, SourceTensor] = {}
+    twice = []
+    for tensor in stored:
+        key = table.name_of(tensor.name, block_group_size)
+        if table.ignored and table.ignored.search(key):
+            continue
+        for pattern, advice in table.refused:
+            if re.search(pattern, key):
+                raise ModelError(f"{tensor.file}: tensor {printable(tensor.name)}: {advice}")
+        if key in tensors:
+            pair = tensors[key], tensor
+            twice.append(" and ".join(f"{printable(t.name, 120)} ({t.file.name})" for t in pair))
+        tensors[key] = SourceTensor(tensor.file, tensor.name, tensor.shape, tensor.dtype)
     if twice:
         raise ModelError(
             f"{folder}: the same tensor twice ({len(twice)} tensors): " + "; ".join(twice[:20])
         )
-    return Source(tensors, handles, stamp)
+    return tensors

@@ -143,6 +143,12 @@ def test_family_without_a_pytorch_side_is_refused_by_name(tmp_path):
         run(tmp_path)
 
 
+def test_quantised_weights_are_not_for_pytorch(tmp_path):
+    wanted = torch_reference.Wanted(tmp_path, {"quantization_config": {"bits": 4}}, 1, None, "")
+    with pytest.raises(ModelError, match=r"quantised.*; verify the folder that `to-hf`"):
+        torch_reference.open_reference(wanted)
+
+
 def test_parameters_that_orbax_keeps_are_not_for_pytorch(tmp_path):
     (tmp_path / "orbax").mkdir()
     wanted = torch_reference.Wanted(tmp_path, oracle.config(), 3, None, "float32")

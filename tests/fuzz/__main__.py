@@ -34,6 +34,7 @@ QUICK = (
         "canaries",
         "config",
         "safetensors",
+        "quantised",
         "gguf",
         "adapter",
     ),

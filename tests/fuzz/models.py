@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf_files
 import numpy as np
+import quantised_files
 import tiny
 
 from checkpoints_convert import convert
@@ -69,6 +70,12 @@ def _shards(root: Path) -> None:
     convert.to_hf(str(root / "whole"), root / "parts", max_shard_bytes=8000, quiet=True)
     for name in ("one", "two"):
         (root / "parts" / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def _quantised(root: Path) -> None:
+    for method in quantised_files.METHODS:
+        folder = tiny.folder(root / method)
+        quantised_files.quantise(folder, method)
 
 
 def _gguf(root: Path) -> None:
@@ -191,6 +198,7 @@ def _inspect_tokenizer(root: Path, good: Path) -> list[str]:
 READERS = {
     "config": Reader(_families, ("config.json",), _open, _inspect),
     "safetensors": Reader(_shards, ("*.safetensors", "*.index.json"), _open, _audit_model),
+    "quantised": Reader(_quantised, ("*.safetensors", "config.json"), _open, _audit_model),
     "gguf": Reader(_gguf, ("*",), _open, _convert, extra=_spoil_gguf),
     "adapter": Reader(_adapters, ("adapter/*",), _open_adapter, _audit_adapter),
     "orbax": Reader(_orbax, ("conversion.json", "orbax/**/*", "config.json"), _open, _audit_model),

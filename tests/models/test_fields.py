@@ -47,7 +47,7 @@ REFUSED: dict[str, Any] = {
     "attention_multiplier": 1.0,
     "logit_scale": 0.1,
     "attn_logit_softcapping": 30.0,
-    "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "quantization": {"group_size": 64, "bits": 4},
     "rotary_interleaved": True,
     "rope_local_base_freq": 10000.0,
     "use_mrope": True,

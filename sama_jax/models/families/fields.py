@@ -149,7 +149,7 @@ class Fields:
         known = sorted(n for n in self._asked if all_matter or _TELLING.search(n))
         hint = ""
         if any("quant" in name for name in rest):
-            hint = ". Quantised weights are not read: save them in bfloat16 or float32"
+            hint = ". Quantised weights are read where quantization_config says how they are stored"
         self.refuse(
             "not understood: "
             + "; ".join(f"{printable(name)} is {shown(value)}" for name, value in rest.items())

@@ -42,8 +42,10 @@ def run_bench(job: BenchJob) -> dict[str, Any]:
     """
     terminal, start = Terminal(quiet=job.quiet), time.monotonic()
     folder = open_folder(job.model, dtype="float32", longest=job.settings.max_length)
-    if job.torch and folder.config.get("model_type") != "llada":
-        raise UsageError(f"{job.model}: the PyTorch form is written for dense LLaDA only")
+    if job.torch and (folder.config.get("model_type") != "llada" or folder.quantised):
+        raise UsageError(
+            f"{job.model}: the PyTorch form is written for dense LLaDA only, not quantised"
+        )
     ids = encode(job, folder)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -87,6 +87,11 @@ def open_reference(wanted: Wanted, *, trust_remote_code: bool = False) -> Refere
             f"{wanted.path}: its parameters are kept by Orbax, which PyTorch does not read; verify "
             "the folder that it was made from, or one that `to-hf` writes from it"
         )
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{wanted.path}: its weights are quantised, which the PyTorch side does not read; "
+            "verify the folder that `to-hf` writes from it"
+        )
     kind = config.get("model_type")
     if "ILLaDAForCausalLM" in (config.get("architectures") or ()):
         kind = "illada"
