@@ -202,7 +202,7 @@ def _check_names(row: Row, known: set[str], names: Names) -> None:
             field = "label"
         if names.turns and field == "text":  # many files of conversations have one of that name
             continue
-        near = field is not None and name != field and row.fields.get(field) is None
+        near = field is not None and name != field and _is_absent(row.fields.get(field))
         near = near and not (field in own and field in row.fields)
         # Labels may be spelled in any way (1.0, "no"): read as texts without one, members and
         # non-members would be taken for the same.
@@ -212,8 +212,30 @@ def _check_names(row: Row, known: set[str], names: Names) -> None:
                 f"{row.where}: has a field '{printable(name)}'; write it '{field}' if it is "
                 f"meant, else leave it out{flag}"
             )
-        if (field is None or name == field) and len(known) < MAX_COUNTED:
+        # What `member` is, a text or a label, depends on the record's other fields.
+        if (field is None or name == field) and name != "member" and len(known) < MAX_COUNTED:
             known.add(name)
+
+
+def _is_absent(value: Any) -> bool:
+    """Tells whether a field holds nothing; CSV has no other way to say so than an empty one."""
+    return value is None or value == ""
+
+
+def _require_no_other_label(fields: dict[str, Any], names: Names, where: str) -> None:
+    """Raises `DataError` if a record without a label has a field `nonmember`.
+
+    Beside a text it says who is a member, in numbers of its own; or it is another text.
+    """
+    other = fields.get("nonmember")
+    if _is_absent(other) or not _is_absent(fields.get("label")):
+        return
+    number = not isinstance(other, str) or other.strip().lower() in _LABELS
+    if number or (names.text == "text" and not names.turns):
+        raise DataError(
+            f"{where}: has a field 'nonmember' besides the text and no 'label'; give a field "
+            "'label' (1 member, 0 non-member), or leave 'nonmember' out"
+        )
 
 
 def _parse_row(
@@ -222,6 +244,7 @@ def _parse_row(
     fields, where, found = row
     group = _name(fields.get("group"), "group", where)
     if form is not None:
+        _require_no_other_label(fields, names, where)
         rendered = without_surrogates_in(form.render(fields, found, where))
         label = _agree(_label(fields.get("label"), where), forced, where)
         given = _name(fields.get("id"), "id", where)
@@ -229,6 +252,11 @@ def _parse_row(
         return
     pair = "member" in fields and "nonmember" in fields and names.text == "text"
     if "text" not in fields and pair:
+        if not _is_absent(fields.get("label")):
+            raise DataError(
+                f"{where}: has 'member' and 'nonmember', which say each text's label, and a field "
+                "'label'; leave it out"
+            )
         for column, label in (("member", 1), ("nonmember", 0)):
             if fields[column] is not None:
                 text = _text(fields[column], column, where)
@@ -236,6 +264,7 @@ def _parse_row(
         return
     if "text" not in fields:
         raise DataError(f"{where}: {lacks(names.text, 'field', found)}")
+    _require_no_other_label(fields, names, where)
     text = _text(fields["text"], names.text, where)
     label = _label(fields.get("label"), where)
     given = _name(fields.get("id"), "id", where)

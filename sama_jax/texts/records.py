@@ -9,7 +9,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +200,7 @@ def _json_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path.name}:{line}: not valid JSON ({error})") from None
     if isinstance(content, dict) and isinstance(content.get("data"), (dict, list)):
-        content = content["data"]
+        content = _data_of(path, content, names)
     if isinstance(content, dict):
         content = _transpose(path, content, names)
     if not isinstance(content, list):
@@ -210,6 +210,40 @@ def _json_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[
         )
     for index, record in enumerate(content):
         yield _row(record, f"{path.name}[{index}]", names)
+
+
+def _data_of(path: Path, content: dict[str, Any], names: Names) -> Any:
+    """Returns what a top level holds under `data`; itself if its own fields are the texts.
+
+    Raises `DataError` if both hold texts, or if labels, ids or groups stand beside `data`: read
+    without them, members and non-members would be taken for the same.
+    """
+    data, beside = content["data"], [n for n in names.among(content) if n != "data"]
+    if _has_texts(content, names):
+        records = data if isinstance(data, list) else [data]
+        inside = any(isinstance(one, dict) and _has_texts(one, names) for one in records)
+        if names.text == "data" or not inside:
+            return content
+        raise DataError(
+            f"{path}: holds texts at its top level ({shown_names(beside)}) and under 'data'; keep "
+            "one of them"
+        )
+    lost = [
+        n for n in beside if isinstance(content[n], (dict, list)) or meant(n) in (None, "label")
+    ]
+    if lost:
+        raise DataError(
+            f"{path}: has {shown_names(lost)} beside 'data', where the texts are; move it to them"
+        )
+    return data
+
+
+def _has_texts(fields: Container[str], names: Names) -> bool:
+    """Tells whether fields or columns of these names hold texts."""
+    if names.turns:
+        return any(name in fields for name in TURNS)
+    pair = names.text == "text" and "member" in fields and "nonmember" in fields
+    return names.text in fields or pair
 
 
 def _transpose(path: Path, columns: dict[str, Any], names: Names) -> Iterable[dict[str, Any]]:
@@ -255,8 +289,7 @@ def _csv_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[R
 
 def _require_text(where: str, found: list[str], names: Names) -> None:
     """Raises `DataError` unless columns of these names can be used."""
-    pairs = names.text == "text" and {"member", "nonmember"} <= set(found)
-    if names.text not in found and not pairs and not names.turns:
+    if not names.turns and not _has_texts(found, names):
         raise DataError(f"{where}: {lacks(names.text, 'column', found)}")
     read = (*FIELDS, *names.both, *(TURNS if names.turns else ()))
     twice = sorted({name for name in read if found.count(name) > 1})

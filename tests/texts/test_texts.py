@@ -173,6 +173,65 @@ def test_mimir_columns_in_csv(tmp_path):
     assert [(t.text, t.label) for t in read_texts(path).texts] == [("m", 1), ("n", 0)]
 
 
+LABELLED = {"text": ["x", "y"], "label": [1, 0]}
+
+
+@pytest.mark.parametrize("data", [["news", "blog"], [{"from": "a"}, {"from": "b"}], {"by": "z"}])
+def test_a_column_called_data_takes_no_texts_away(data, tmp_path):
+    path = write(tmp_path / "t.json", json.dumps(LABELLED | {"data": data}))
+    assert [(t.text, t.label) for t in read_texts(path).texts] == [("x", 1), ("y", 0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LABELLED | {"data": {"text": ["v"]}}, r"top level \(text, label\) and under 'data'"),
+        (LABELLED | {"data": [{"text": "v"}]}, r"top level \(text, label\) and under 'data'"),
+        ({"data": ["x", "y"], "label": [1, 0]}, "has label beside 'data', where the texts are"),
+        ({"data": ["x", "y"], "is_member": [1, 0]}, "has is_member beside 'data'"),
+        ({"data": {"text": ["x"]}, "group": ["a"]}, "has group beside 'data'"),
+    ],
+)
+def test_texts_or_labels_on_both_sides_of_data_are_refused(content, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        read_texts(write(tmp_path / "t.json", json.dumps(content)))
+
+
+@pytest.mark.parametrize("one", [(1, 0), ("True", "False"), (True, False), ("a text", "another")])
+def test_member_and_nonmember_beside_a_text_are_no_labels_that_get_lost(one, tmp_path):
+    record = {"text": "x", "member": one[0], "nonmember": one[1]}
+    path = write(tmp_path / "t.jsonl", lines({"text": "w", "label": 1}, record))
+    with pytest.raises(DataError, match=r"t\.jsonl:2: has a field 'nonmember' besides the text"):
+        read_texts(path)
+    found = read_texts(write(path, lines(record | {"label": 0}))).texts
+    assert [(t.text, t.label) for t in found] == [("x", 0)]
+
+
+def test_labels_in_two_numbers_beside_a_named_text_are_refused(tmp_path):
+    path = write(tmp_path / "t.csv", "body,member,nonmember,label\nx,1,0,\n")
+    with pytest.raises(DataError, match="has a field 'nonmember' besides the text"):
+        read_texts(path, "body")
+    pair = write(tmp_path / "p.jsonl", lines({"body": "x", "member": "m", "nonmember": "n"}))
+    assert [t.text for t in read_texts(pair, "body").texts] == ["x"]
+
+
+def test_mimirs_pair_with_a_label_is_refused(tmp_path):
+    path = write(tmp_path / "t.jsonl", lines({"member": "m", "nonmember": "n", "label": 0}))
+    with pytest.raises(DataError, match=r"t\.jsonl:1: has 'member' and 'nonmember', which say"):
+        read_texts(path)
+
+
+def test_what_member_means_is_asked_of_every_record(tmp_path):
+    rows = {"member": "m", "nonmember": "n"}, {"text": "x", "label": 1}, {"text": "y", "member": 0}
+    with pytest.raises(DataError, match=r"t\.jsonl:3: has a field 'member'"):
+        read_texts(write(tmp_path / "t.jsonl", lines(*rows)))
+
+
+def test_an_empty_label_of_csv_hides_no_other_one(tmp_path):
+    with pytest.raises(DataError, match="has a field 'is_member'"):
+        read_texts(write(tmp_path / "t.csv", "text,label,is_member\nx,,1\n"))
+
+
 def test_other_line_separators_stay_inside_a_text(tmp_path):
     texts = ["a\u2028b", "c\x85d"]
     content = "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
