@@ -117,8 +117,7 @@ def finish(folder: ModelFolder, out: Path, config: dict[str, Any], dtype: str) -
     if jax.process_index() == 0:
         folder_files.copy_companions(folder.path, out)
         if dtype != "keep":
-            names = [n for n in ("dtype", "torch_dtype") if n in config] or ["torch_dtype"]
-            config = {**config, **dict.fromkeys(names, dtype)}
+            config = folder_files.with_dtype(config, dtype)
         config = {name: x for name, x in config.items() if name != quantised.FIELD}
         record = folder_files.read_object(out / RECORD)
         record["outputs"] = sorted(name for name, _ in files_below(out) if name != RECORD)

@@ -64,6 +64,16 @@ def read_json_config(path: Path) -> dict[str, Any]:
     return read_object(path / CONFIG)
 
 
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns a config that says what type its weights have, under the name that it uses.
+
+    `transformers` 5 writes `dtype`, earlier versions `torch_dtype`; it reads the first where both
+    stand there, so neither may be left behind.
+    """
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    return {**config, **dict.fromkeys(names, dtype)}
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """Reads a `config.json`, wherever it lies. Raises `ModelError`."""
     if not os.path.lexists(path):

@@ -9,7 +9,7 @@ from sama_jax.errors import OutputError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.storage.files import write_atomic
 from sama_jax.weights import quantised, safetensors
-from sama_jax.weights.folder_files import CONFIG, copy_companions
+from sama_jax.weights.folder_files import CONFIG, copy_companions, with_dtype
 from sama_jax.weights.tensor_map import export_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -37,7 +37,7 @@ def save_folder(
         safetensors.save_weights(out, tensors, MAX_SHARD_BYTES)
         dtypes = [str(a.dtype) for a in tensors.values()]
         commonest = max(sorted(set(dtypes)), key=dtypes.count)
-        config = {**config, "torch_dtype": commonest, **weights.saved_config}
+        config = {**with_dtype(config, commonest), **weights.saved_config}
         config.pop(quantised.FIELD, None)  # of the weights that training began with
         write_atomic(out / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     except OSError as error:

@@ -484,6 +484,20 @@ def test_saved_folder_has_the_bytes_of_its_source(tmp_path, variant, dtype):
     assert sorted(f.name for f in out.iterdir()) == names
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype", "both"])
+def test_a_saved_config_says_one_type_under_every_name(tmp_path, name):
+    names = ("dtype", "torch_dtype") if name == "both" else (name,)
+    config = {n: v for n, v in small().items() if "dtype" not in n}
+    config |= dict.fromkeys(names, "bfloat16")
+    source, out = tmp_path / "source", tmp_path / "out"
+    oracle.random_folder(source, config, seed=1)
+    opened = model_folder.open_folder(source, dtype="float32")
+    params = loading.load(opened, ONE_DEVICE)
+    saving.save_folder(out, params, opened.model, opened.config, source, opened.family.weights)
+    saved = json.loads((out / "config.json").read_text())
+    assert {n: v for n, v in saved.items() if "dtype" in n} == dict.fromkeys(names, "float32")
+
+
 def test_saved_shards_have_the_bytes_of_their_source(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(saving, "MAX_SHARD_BYTES", 4000)
     opened = model_folder.open_folder(folder)
