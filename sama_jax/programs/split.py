@@ -1,5 +1,6 @@
 """Divides texts at random into members and non-members, before training, and records how."""
 
+import itertools
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def _manifest(
 def require_split(path: Path, texts: list[Text], limit: int | None = None) -> None:
     """Raises `DataError` unless these are the texts of a split file, on the side of their labels.
 
-    All of them, unless a `limit` took the first: texts that were picked afterwards are not random.
+    All of them, or the first `limit` of members and non-members in turn: texts that were picked
+    afterwards in another way are not random.
     """
     with readable(path):
         found = read_json(path)
@@ -138,9 +140,13 @@ def require_split(path: Path, texts: list[Text], limit: int | None = None) -> No
             f"{path}: was drawn for other texts: of {len(texts)} texts {strange} are not in it, "
             f"and {other} have another label or none; audit its members.jsonl and nonmembers.jsonl"
         )
-    lacking = len(known - set(digests))
-    if lacking and limit is None:
+    by_side = ([o["sha256"] for o in found["texts"] if o["label"] == label] for label in (1, 0))
+    in_turn = [one for pair in itertools.zip_longest(*by_side) for one in pair if one is not None]
+    wanted = set(in_turn[:limit])
+    lacking = len(wanted - set(digests))
+    if lacking:
+        which = "" if limit is None else f"the first {min(limit, len(in_turn))} of "
         raise DataError(
-            f"{path}: {lacking} of its {len(known)} texts are not audited, and what was picked "
-            "afterwards is not random; audit its members.jsonl and nonmembers.jsonl"
+            f"{path}: of {which}its {len(known)} texts {lacking} are not audited, and what was "
+            "picked afterwards is not random; audit its members.jsonl and nonmembers.jsonl"
         )

@@ -76,8 +76,13 @@ def test_the_audit_knows_its_split_and_says_how_many_texts_differ(box: Box, caps
     texts = read_split(box.out / "members.jsonl", box.out / "nonmembers.jsonl").texts
     require_split(path, texts)
     require_split(path, texts[:5], limit=5)
-    with pytest.raises(DataError, match="28 of its 33 texts are not audited"):
+    with pytest.raises(DataError, match="of its 33 texts 28 are not audited"):
         require_split(path, texts[:5])
+    picked = sorted(texts, key=lambda text: text.text)[:20]
+    for limit in (20, 1000):
+        with pytest.raises(DataError, match=rf"of the first {min(limit, 33)} of its 33 texts"):
+            require_split(path, picked, limit=limit)
+    require_split(path, texts, limit=1000)
     wrong = [texts[0]._replace(label=1 - (texts[0].label or 0)), texts[1]._replace(label=None)]
     wrong += [texts[2]._replace(text="another")]
     with pytest.raises(DataError, match=r"of 33 texts 1 are not in it, and 2 have another label"):
