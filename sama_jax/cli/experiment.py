@@ -24,10 +24,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the experiment, or prints the list."""
-    from sama_jax.programs import experiment
+    from sama_jax.programs import experiment, experiment_file
 
     if args.name is None:
-        for name, summary in experiment.available().items():
+        for name, summary in experiment_file.available().items():
             print(f"{name}: {summary}")
     else:
         experiment.run_experiment(args.name, args.out, quiet=args.quiet)

@@ -129,7 +129,12 @@ class Prepared(NamedTuple):
         )
 
     def write_texts(
-        self, members: list[str], known: list[str], nonmembers: list[str], others: list[str]
+        self,
+        members: list[str],
+        known: list[str],
+        nonmembers: list[str],
+        others: list[str],
+        learnt: Sequence[str] = (),
     ) -> None:
         """Writes the texts that are audited, those to learn, and the prefixes.
 
@@ -138,10 +143,12 @@ class Prepared(NamedTuple):
           known: to be learnt, too; prefixes of label 1.
           nonmembers: to be audited.
           others: prefixes of label 0.
+          learnt: to be learnt only.
         """
         shots = [(t, 1) for t in known] + [(t, 0) for t in others]
         write_atomic(self.prefixes, json_lines([{"text": t, "label": y} for t, y in shots]))
-        parts = {self.members: members, self.nonmembers: nonmembers, self.finetune: members + known}
+        parts = {self.members: members, self.nonmembers: nonmembers}
+        parts |= {self.finetune: [*members, *learnt, *known]}
         for path, texts in parts.items():
             write_atomic(path, json_lines([{"text": t} for t in texts]))
 

@@ -1,237 +1,127 @@
-"""Runs experiments: YAML files that name models, texts, settings and attacks, run as audits.
+"""Runs experiments: every run of a file is an audit, in every regime that its models name.
 
-A file is a mapping with
-
-    summary   one line
-    models    `demo` (made here, see `sama-jax demo`), `demo:llama` or `demo:bert` (the same of a
-              next-token or a masked language model), `smol` (SmolLM2 as a diffusion model, see
-              `programs.smol`) or `smol:causal` (as it is), or {target: DIR, reference: DIR}; with
-              {adapter: DIR} a LoRA adapter on the target (left out: on the reference)
-    data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}, and
-              {prefixes: FILE} where attacks want them
-    runs      list of {name, attacks: [..], models, data, set: [key=value, ..]} with any setting
-              that is no group (preset, passes, max_length, seed, ..); `models` and `data` of a
-              run go before those of the file. The name is that of a folder
-    compare   list of [attack, attack]: AUC of the second minus the first, paired, in every run
-              that has both
+`experiment_file` says what a file holds. Runs in a laboratory are repeated in each of its regimes;
+seeds of one regime are joined in a summary.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from rich.table import Table
 
 from sama_jax import config
-from sama_jax.errors import DataError, UsageError, ValidityError, nearest
-from sama_jax.programs import audit, demo, smol
+from sama_jax.core.pooling import pool
+from sama_jax.errors import ValidityError
+from sama_jax.programs import audit, demo, laboratory, smol
+from sama_jax.programs.experiment_file import (
+    DEMOS,
+    FIELD_NAMES,
+    SMOL,
+    base_settings,
+    find,
+    read,
+    regimes_of,
+    run_settings,
+)
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import Row
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import Texts, read_split, read_texts
-from sama_jax.untrusted import printable, read_bytes
-
-MAX_BYTES = 2**18
-"""Most bytes of a file: 1,000 runs."""
-MAX_FIELDS = 100
-"""Most fields of a mapping. Merges (`<<`) of merges would double them each time."""
-
-_SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
-_MODELS: dict[str, Any] = dict.fromkeys(("target", "reference", "adapter"), (str, "a folder"))
-_FIELD_NAMES = ("text_field", "label_field")
-_DATA: dict[str, Any] = {
-    **dict.fromkeys(("data", "members", "nonmembers", "prefixes"), (str, "a file")),
-    **dict.fromkeys(_FIELD_NAMES, (str, "the name of a field")),
-}
-_INPUTS = {
-    "models": ((str, dict), "a name, or a mapping of folders"),
-    "data": (dict, "a mapping of files"),
-}
-_FIELDS = {
-    **_INPUTS,
-    "summary": (str, "a line"),
-    "runs": ([dict], "a list `runs` of mappings"),
-    "compare": ([[str]], "a list of pairs of attacks"),
-}
-_RUN_FIELDS = {
-    **_INPUTS,
-    "name": (str, "a word"),
-    "attacks": ([str], "a list of names"),
-    "set": ([str], "a list of key=value"),
-    # `run_settings` checks these.
-    **dict.fromkeys(_SETTINGS, (object, "a value")),
-}
-"""Field -> what it must be, as a type, and in words."""
-_DEMOS = {"demo": "llada", **{f"demo:{name}": name for name in demo.NETWORKS if name != "llada"}}
-"""What `models` may be called -> the network of the demo."""
-_SMOL = {"smol": False, "smol:causal": True}
-"""What `models` may be called -> whether SmolLM2 stays a causal model."""
-
-
-def _folders() -> list[Path]:
-    """Returns where experiments are shipped: in the package, or next to it in a clone."""
-    here = Path(__file__).parents[1]
-    return [here / "experiments", here.parent / "experiments"]
-
-
-def available() -> dict[str, str]:
-    """Returns the summaries of the experiments that are shipped, by name."""
-    files = [f for folder in _folders() for f in sorted(folder.glob("*.yaml"))]
-    return {file.stem: read(file)["summary"] for file in files}
-
-
-def find(name: str) -> Path:
-    """Returns the file of an experiment's name, or the path itself. Raises `UsageError`."""
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise UsageError(f"{name}: no such file; expected the YAML of an experiment")
-        return Path(name)
-    for folder in _folders():
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    raise UsageError(f"unknown experiment '{name}'{nearest(name, available())}")
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for mappings of bounded size."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MAX_FIELDS:
-            raise ValueError(f"a mapping has more than {MAX_FIELDS} fields")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Reads and checks an experiment.
-
-    Raises:
-      DataError: it is none, or something in it is of a wrong kind.
-      UsageError: a setting of a run cannot be.
-    """
-    try:
-        found = yaml.load(read_bytes(path, MAX_BYTES).decode(), _Loader)
-    except MemoryError:
-        raise
-    except Exception as error:  # PyYAML raises what Python does for a value that is not as tagged
-        reason = " ".join(str(error).split()) or type(error).__name__  # its own has several lines
-        raise DataError(f"{path}: not readable as YAML ({printable(reason, 300)})") from None
-    _check(found, _FIELDS, ("runs",), str(path))
-    full = {"summary": "", "models": "demo", "data": {}, "compare": [], **found}
-    names = ["losses", "experiment.json"]  # stand beside the runs' folders
-    for number, run in enumerate(full["runs"]):
-        _check(run, _RUN_FIELDS, ("name", "attacks"), f"{path}: run {number}")
-        where = f"{path}: run {number} ('{printable(run['name'])}')"
-        if not re.fullmatch(r"[\w+-][\w.+-]{,99}", run["name"]) or run["name"] in names:
-            raise DataError(
-                f"{where}: its name must be a folder's of its own: letters, digits, . _ + -"
-            )
-        names.append(run["name"])
-        models, data = (run.get(k, full[k]) for k in ("models", "data"))
-        _check_models(models, where)
-        _check(data, _DATA, (), f"{where}, data")
-        try:
-            run_settings(run, _base_settings(models))
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
-    for pair in full["compare"]:
-        known = [{*pair} <= {*run["attacks"]} or "all" in run["attacks"] for run in full["runs"]]
-        if len(pair) != 2 or not any(known):
-            shown = printable(", ".join(pair))
-            raise DataError(f"{path}: compare [{shown}]: no run has both attacks")
-    return full
-
-
-def _check(found: Any, fields: dict[str, Any], needed: Sequence[str], where: str) -> None:
-    """Raises `DataError` unless a mapping has the fields that it needs, each of its kind."""
-    if not isinstance(found, dict):
-        raise DataError(f"{where}: expected a mapping with {', '.join(needed or fields)}")
-    for name, value in found.items():
-        if name not in fields:
-            shown = str(name)[:60]
-            raise DataError(
-                f"{where}: unknown field '{printable(shown)}'{nearest(shown, sorted(fields))}"
-            )
-        kind, words = fields[name]
-        if not _is(value, kind):
-            raise DataError(f"{where}: expected {name} to be {words}")
-    missing = [name for name in needed if not found.get(name)]
-    if missing:
-        raise DataError(f"{where} needs {' and '.join(needed)}")
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Tells whether a value is of a type, or a list of such values."""
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_is(entry, kind[0]) for entry in value)
-    return isinstance(value, kind)
-
-
-def _check_models(models: Any, where: str) -> None:
-    """Raises `DataError` unless these are a demo, or folders."""
-    if isinstance(models, dict):
-        _check(models, _MODELS, ("reference",), f"{where}, models")
-        if not {"target", "adapter"} & set(models):
-            raise DataError(f"{where}: models need a target, or an adapter on the reference")
-    elif models not in (known := [*_DEMOS, *_SMOL]):
-        raise DataError(
-            f"{where}: models are '{printable(models)}'; expected {', '.join(known)}, or target "
-            "and reference folders"
-        )
 
 
 def run_experiment(name: str, runs: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Runs every run of an experiment, prints its tables, writes `experiment.json`.
 
     Results go to the folder of its name in `runs`; the demo's models are made, or found, in
-    `runs/demo`, those of `smol` in `runs/smol-models`, so that experiments share them. Runs are
-    audits: what is finished is kept, losses that two of them read are computed once, and the same
-    command continues. Raises `ValidityError` if results are void, once all runs are made.
+    `runs/demo`, those of `smol` in `runs/smol-models`, those of a laboratory in `runs/laboratory`,
+    so that experiments share them. Runs are audits: what is finished is kept, losses that two of
+    them read are computed once, and the same command continues. Raises `ValidityError` if results
+    are void, once all runs are made; in a laboratory only if all of them are.
     """
     path = find(name)
     plan, terminal = read(path), Terminal(quiet=quiet)
     out = runs / path.stem
     terminal.say(f"{path.stem}: {plan['summary']}")
     result: dict[str, Any] = {"experiment": path.stem, "runs": {}}
-    for run in plan["runs"]:
-        terminal.say(f"run {run['name']}")
-        models, files = (run.get(k, plan[k]) for k in ("models", "data"))
-        given = _inputs(models, files, runs, quiet)
+    cases = list(_cases(plan))
+    for number, case in enumerate(cases, 1):
+        terminal.say(f"run {case.name}" + (f" ({number} of {len(cases)})" if case.regime else ""))
+        given = _inputs(case.models, case.files, runs, quiet)
         job = AuditJob(
             target=given.target,
             reference=given.reference,
             adapter=given.adapter,
             texts=given.texts,
             prefixes=given.prefixes,
-            out=out / run["name"],
+            out=out / case.name,
             store=out / "losses",
-            attacks=run["attacks"],
-            settings=run_settings(run, given.settings),
+            attacks=case.run["attacks"],
+            settings=run_settings(case.run, given.settings),
+            figures=case.regime is None,
             quiet=quiet,
             command=f"sama-jax experiment {name}",
         )
-        try:
-            done = audit.run_audit(job)
-        except ValidityError as error:  # the other runs may be sound
-            terminal.say(f"void: {error}")
-            result["runs"][run["name"]] = {"void": str(error)}
-            continue
-        assert done is not None
-        pairs = [pair for pair in plan["compare"] if set(pair) <= set(done.metrics["attacks"])]
-        compared = [_compare(done.rows, a, b) for a, b in pairs]
-        result["runs"][run["name"]] = {"metrics": done.metrics["attacks"], "compare": compared}
-        terminal.show(tables.metrics_table(done.metrics, done.rows, done.cost))
-        if compared:
-            terminal.show(_comparison_table(compared))
-    write_json(out / "experiment.json", result)
+        found = result["runs"][case.name] = _run(job, plan["compare"], terminal)
+        if case.regime is not None:
+            found["regime"] = {"setting": case.regime.setting, "seed": case.regime.seed}
+            found["run"], found["utility"] = case.run["name"], given.utility
+        write_json(out / "experiment.json", result)
+    if any(case.regime for case in cases):
+        result["summary"] = summarise(result["runs"])
+        write_json(out / "experiment.json", result)
+        terminal.show(_summary_table(result["summary"]))
     terminal.say(f"results: {out}")
     void = [name for name, found in result["runs"].items() if "void" in found]
-    if void:
+    if void and (len(void) == len(cases) or not any(case.regime for case in cases)):
         raise ValidityError(f"{out}: void: {', '.join(void)}; see the report of each")
     return result
+
+
+class _Case(NamedTuple):
+    """One audit of an experiment."""
+
+    name: str
+    """Of its folder, below that of the experiment."""
+    run: dict[str, Any]
+    models: Any
+    files: dict[str, str]
+    regime: laboratory.Regime | None
+
+
+def _cases(plan: dict[str, Any]) -> Iterator[_Case]:
+    """Yields the audits of an experiment, all of a regime one after the other."""
+    for run in plan["runs"]:
+        models, files = (run.get(k, plan[k]) for k in ("models", "data"))
+        if not regimes_of(models):
+            yield _Case(run["name"], run, models, files, None)
+    regimes = {
+        regime: None
+        for run in plan["runs"]
+        for regime in regimes_of(run.get("models", plan["models"]))
+    }
+    for regime in regimes:
+        for run in plan["runs"]:
+            if regime in regimes_of(run.get("models", plan["models"])):
+                yield _Case(f"{regime.name}/{run['name']}", run, regime, {}, regime)
+
+
+def _run(job: AuditJob, compare: Sequence[Sequence[str]], terminal: Terminal) -> dict[str, Any]:
+    """Audits, prints the tables, and returns what experiment.json says of it."""
+    try:
+        done = audit.run_audit(job)
+    except ValidityError as error:  # the other runs may be sound
+        terminal.say(f"void: {error}")
+        return {"void": str(error)}
+    assert done is not None
+    pairs = [pair for pair in compare if set(pair) <= set(done.metrics["attacks"])]
+    compared = [_compare(done.rows, a, b) for a, b in pairs]
+    terminal.show(tables.metrics_table(done.metrics, done.rows, done.cost))
+    if compared:
+        terminal.show(_comparison_table(compared))
+    return {"metrics": done.metrics["attacks"], "compare": compared}
 
 
 class _Inputs(NamedTuple):
@@ -243,47 +133,92 @@ class _Inputs(NamedTuple):
     texts: Texts
     prefixes: Texts | None
     settings: config.AuditSettings
+    utility: dict[str, float] | None = None
+    """Held-out losses of the models; known only of those that are made here."""
 
 
 def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inputs:
-    """Makes or finds the models, and reads the texts. Raises `DataError`."""
-    if isinstance(models, str):
-        if models in _SMOL:
-            made = smol.prepare(runs / "smol-models", causal=_SMOL[models], quiet=quiet)
+    """Makes or finds the models, and reads the texts."""
+    if isinstance(models, str | laboratory.Regime):
+        utility = None
+        if isinstance(models, laboratory.Regime):
+            made = laboratory.prepare(models, runs / "laboratory", quiet=quiet)
+            utility = laboratory.utility(made)
+        elif models in SMOL:
+            made = smol.prepare(runs / "smol-models", causal=SMOL[models], quiet=quiet)
         else:
-            made = demo.prepare(runs / "demo", network=_DEMOS[models], quiet=quiet)
-        texts = read_split(made.members, made.nonmembers)
-        prefixes = read_texts(made.prefixes)
-        return _Inputs(made.target, made.base, None, texts, prefixes, _base_settings(models))
-    named = [files.get(name) for name in _FIELD_NAMES]
+            made = demo.prepare(runs / "demo", network=DEMOS[models], quiet=quiet)
+        texts, prefixes = read_split(made.members, made.nonmembers), read_texts(made.prefixes)
+        settings = base_settings(models)
+        return _Inputs(made.target, made.base, None, texts, prefixes, settings, utility)
+    named = [files.get(name) for name in FIELD_NAMES]
     if "data" in files:
         texts = read_texts(Path(files["data"]), *named)
-    elif {"members", "nonmembers"} <= set(files):
-        texts = read_split(Path(files["members"]), Path(files["nonmembers"]), *named)
     else:
-        raise DataError("data: expected a file `data`, or files `members` and `nonmembers`")
+        texts = read_split(Path(files["members"]), Path(files["nonmembers"]), *named)
     prefixes = None
     if "prefixes" in files:
         prefixes = read_texts(Path(files["prefixes"]), *named, labels_needed=False)
     reference = Path(models["reference"])
     adapter = Path(models["adapter"]) if "adapter" in models else None
     target = Path(models.get("target", reference))
-    return _Inputs(target, reference, adapter, texts, prefixes, _base_settings(models))
+    return _Inputs(target, reference, adapter, texts, prefixes, base_settings(models))
 
 
-def _base_settings(models: Any) -> config.AuditSettings:
-    """Returns the settings that go with these models."""
-    if not isinstance(models, str):
-        return config.AuditSettings()
-    return smol.audit_settings() if models in _SMOL else demo.audit_settings()
+# --- tables --------------------------------------------------------------------------------------
 
 
-def run_settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSettings:
-    """Returns the settings of a run: those of its models, its own, and its preset's."""
-    own = {name: run[name] for name in _SETTINGS & set(run)}
-    fields = {**vars(base), "passes": None, **own}
-    del fields["sama"]  # the preset's
-    return config.AuditSettings.of(overrides=run.get("set", []), **fields)
+def summarise(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Joins the runs of a laboratory over seeds.
+
+    Returns:
+      for each regime and run `setting`, `run`, `seeds` (those that are not void), `void` (those
+      that are), `utility` (means of the held-out losses), `auc` and `compare`: attack, or
+      `"B - A"`, -> `mean`, `low`, `high` (`core.pooling`).
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for found in runs.values():
+        if "regime" in found:
+            groups.setdefault((found["regime"]["setting"], found["run"]), []).append(found)
+    lines = []
+    for (setting, run), all_found in groups.items():
+        sound = [found for found in all_found if "void" not in found]
+        line: dict[str, Any] = {"setting": setting, "run": run, "auc": {}, "compare": {}}
+        line["seeds"] = [found["regime"]["seed"] for found in sound]
+        line["void"] = [found["regime"]["seed"] for found in all_found if "void" in found]
+        given = [found["utility"] for found in all_found]
+        line["utility"] = {k: sum(u[k] for u in given) / len(given) for k in given[0]}
+        for attack in sound[0]["metrics"] if sound else ():
+            known = [found["metrics"].get(attack) or {} for found in sound]
+            if all(one.get("auc_ci") for one in known):
+                joined = pool([m["auc"] for m in known], [m["auc_ci"] for m in known])
+                line["auc"][attack] = joined._asdict()
+        for pairs in zip(*(found["compare"] for found in sound)):
+            differences = [pair["difference"] for pair in pairs]
+            ends = [pair["ci"] or [pair["difference"]] * 2 for pair in pairs]
+            name = f"{pairs[0]['to']} - {pairs[0]['from']}"
+            line["compare"][name] = pool(differences, ends)._asdict()
+        lines.append(line)
+    return lines
+
+
+def _summary_table(summary: Sequence[Mapping[str, Any]]) -> Table:
+    """Returns a table with a line a regime, run and attack or difference."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("regime", "run", "seeds", "attack", "AUC, or gain (95 % interval)"):
+        table.add_column(column)
+    for line in summary:
+        seeds = f"{len(line['seeds'])}" + (f", {len(line['void'])} void" if line["void"] else "")
+        named = line["setting"], line["run"], seeds
+        for name, one in line["auc"].items():
+            shown = f"{one['mean']:.3f} ({one['low']:.3f}–{one['high']:.3f})"
+            table.add_row(*named, name, shown)
+        for name, one in line["compare"].items():
+            shown = results.paired_text(one["mean"], (one["low"], one["high"]))
+            table.add_row(*named, name, shown)
+        if not line["auc"]:
+            table.add_row(*named, tables.MISSING, tables.MISSING)
+    return table
 
 
 def _compare(rows: Sequence[Row], first: str, second: str) -> dict[str, Any]:

@@ -33,27 +33,29 @@ _SKIPPED = {
 }
 
 
-def stdlib_documents(folder: Path | None = None) -> list[str]:
+def stdlib_documents(folder: Path | None = None, max_chars: int = MAX_CHARS) -> list[str]:
     """Lists top-level functions and classes of the standard library, none inside another.
 
-    Each has at least `MIN_CHARS` characters. They come in a fixed order, without documents of
-    which half the lines or more stand in earlier ones.
+    Each has at least `MIN_CHARS` characters, and is cut at `max_chars`. They come in a fixed
+    order, without documents of which half the lines or more stand in earlier ones.
     """
     root = folder or Path(sysconfig.get_paths()["stdlib"])
-    return _distinct(document for path in _sources(root) for document in _top_level(path))
+    documents = (document for path in _sources(root) for document in _top_level(path))
+    return _distinct(documents, max_chars)
 
 
-def docstrings(packages: Sequence[str]) -> list[str]:
+def docstrings(packages: Sequence[str], max_chars: int = MAX_CHARS) -> list[str]:
     """Lists the docstrings of installed packages, chosen and ordered as `stdlib_documents` are.
 
     Raises `UsageError` for a package that is not installed in source form.
     """
-    return _distinct(
+    documents = (
         document
         for name in packages
         for path in _sources(package_folder(name))
         for document in _docstrings(path)
     )
+    return _distinct(documents, max_chars)
 
 
 def package_folder(name: str) -> Path:
@@ -64,14 +66,14 @@ def package_folder(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _distinct(documents: Iterable[str]) -> list[str]:
-    """Keeps what is long enough and says something new, cut at `MAX_CHARS`."""
+def _distinct(documents: Iterable[str], max_chars: int) -> list[str]:
+    """Keeps what is long enough and says something new, cut."""
     seen: set[bytes] = set()
     kept = []
     for document in documents:
         lines = {_line_key(s) for s in document.splitlines() if len(s.strip()) >= 12}
         if len(document) >= MIN_CHARS and lines and 2 * len(lines & seen) < len(lines):
-            kept.append(document[:MAX_CHARS])
+            kept.append(document[:max_chars])
             seen |= lines
     return kept
 

@@ -340,14 +340,14 @@ def test_the_standard_error_is_that_of_the_mean_of_the_passes():
 
 
 def test_experiments_are_well_formed_and_run(box: Path, tmp_path: Path, capsys):
-    from sama_jax.programs import experiment
+    from sama_jax.programs import experiment_file
 
-    listed = experiment.available()
+    listed = experiment_file.available()
     assert {"baseline_check", "ablation_ladder"} <= set(listed)
     for name in listed:
-        for run in experiment.read(experiment.find(name))["runs"]:
+        for run in experiment_file.read(experiment_file.find(name))["runs"]:
             attacks.select(run["attacks"])
-    ladder = experiment.read(experiment.find("ablation_ladder"))
+    ladder = experiment_file.read(experiment_file.find("ablation_ladder"))
     assert [a for a, _ in ladder["compare"]] == ladder["runs"][0]["attacks"][:-1]
     file = tmp_path / "mine.yaml"
     file.write_text(

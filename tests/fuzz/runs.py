@@ -15,7 +15,7 @@ from fuzz.reader import TEXTS, Reader, audit, good, write
 from sama_jax.arrays import ProbePlan
 from sama_jax.cli import entry
 from sama_jax.config import AuditSettings
-from sama_jax.programs import experiment
+from sama_jax.programs import experiment_file
 from sama_jax.storage import replay
 from sama_jax.storage.calibration_file import (
     Calibration,
@@ -203,12 +203,12 @@ def _experiment(root: Path) -> None:
 
 
 def _read_experiment(root: Path) -> None:
-    plan = experiment.read(root / "own.yaml")
+    plan = experiment_file.read(root / "own.yaml")
     for run in plan["runs"]:
         assert isinstance(run["name"], str)
         assert run["name"] not in ("", ".", ".."), "leaves the folder"
         assert "/" not in run["name"], "leaves the folder"
-        experiment.run_settings(run, AuditSettings())
+        experiment_file.run_settings(run, AuditSettings())
 
 
 READERS = {

@@ -22,7 +22,7 @@ from sama_jax import attacks
 from sama_jax.arrays import TextKeyData
 from sama_jax.config import TrainSettings
 from sama_jax.errors import DataError, Interrupted, ModelError, UsageError
-from sama_jax.programs import demo, experiment, finetune
+from sama_jax.programs import demo, experiment, experiment_file, finetune
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import loop, step
 from sama_jax.training.sequences import pad, tokens_of
@@ -333,11 +333,11 @@ def test_each_run_of_an_experiment_has_its_models(box, tmp_path, monkeypatch):
     ):
         file.write_text(wrong)
         with pytest.raises(DataError, match=message):
-            experiment.read(file)
+            experiment_file.read(file)
 
 
 def test_the_shipped_experiment_asks_each_model_what_it_can_answer():
-    plan = experiment.read(experiment.find("sama_beyond_dlms"))
+    plan = experiment_file.read(experiment_file.find("sama_beyond_dlms"))
     kinds = {"demo": "diffusion", "demo:llama": "autoregressive", "demo:bert": "masked"}
     runs = {run.get("models", plan["models"]): run["attacks"] for run in plan["runs"]}
     assert runs.keys() == kinds.keys()

@@ -9,19 +9,19 @@ import tiny
 from sama_jax.cli import entry
 from sama_jax.config import PRESETS, AuditSettings, PrefixSettings
 from sama_jax.errors import DataError, UsageError
-from sama_jax.programs import experiment
+from sama_jax.programs import experiment, experiment_file
 
 BASE = AuditSettings(max_length=96, seed=0, prefix=PrefixSettings(tokens=96))
 
 
 def test_a_run_has_the_settings_of_its_models_then_its_own():
-    assert experiment.run_settings({}, BASE) == BASE
+    assert experiment_file.run_settings({}, BASE) == BASE
     run = {"preset": "paper", "passes": 8, "seed": 3, "dtype": "float32", "set": ["tail.parts=2"]}
-    made = experiment.run_settings(run, BASE)
+    made = experiment_file.run_settings(run, BASE)
     assert (made.preset, made.passes, made.seed, made.dtype) == ("paper", 8, 3, "float32")
     assert (made.sama.repeats, made.sama.steps, made.tail.parts) == (4, 2, 2)
     assert (made.max_length, made.prefix) == (96, BASE.prefix)
-    assert experiment.run_settings({"preset": "official"}, BASE).sama == PRESETS["official"]
+    assert experiment_file.run_settings({"preset": "official"}, BASE).sama == PRESETS["official"]
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ def test_a_run_has_the_settings_of_its_models_then_its_own():
 )
 def test_wrong_settings_of_a_run(run, words):
     with pytest.raises(UsageError, match=words):
-        experiment.run_settings(run, BASE)
+        experiment_file.run_settings(run, BASE)
 
 
 def test_every_experiment_that_is_shipped_can_be_run():
-    found = experiment.available()
+    found = experiment_file.available()
     assert found
     for name in found:
-        for run in experiment.read(experiment.find(name))["runs"]:
-            experiment.run_settings(run, BASE)
+        for run in experiment_file.read(experiment_file.find(name))["runs"]:
+            experiment_file.run_settings(run, BASE)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_wrong_files_are_one_line(text: str, words: str, tmp_path: Path):
     path = tmp_path / "e.yaml"
     path.write_text(text)
     with pytest.raises(DataError, match=words) as caught:
-        experiment.read(path)
+        experiment_file.read(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -105,7 +105,7 @@ def test_values_of_a_wrong_kind_are_one_line(text: str, tmp_path: Path):
     path = tmp_path / "e.yaml"
     path.write_text(text)
     with pytest.raises(DataError) as caught:
-        experiment.read(path)
+        experiment_file.read(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -117,7 +117,33 @@ def test_settings_of_a_wrong_kind_are_found_before_anything_runs(name, value, tm
         return
     (tmp_path / "e.yaml").write_text(json.dumps({"runs": [{**GOOD, name: value}]}))
     with pytest.raises(UsageError, match=r"run 0 \('a'\): "):
-        experiment.read(tmp_path / "e.yaml")
+        experiment_file.read(tmp_path / "e.yaml")
+
+
+OWN = {"target": "t", "reference": "r"}
+
+
+@pytest.mark.parametrize(
+    ("models", "data", "words"),
+    [
+        ("demo", {"data": "x"}, r"has data \(data\), but its models bring their own texts"),
+        ("smol", {"prefixes": "x"}, "bring their own"),
+        ({"laboratory": {}}, {"members": "a", "nonmembers": "b"}, "bring their own"),
+        (OWN, {}, "data name no file; expected a file `data`"),
+        (OWN, {"prefixes": "x"}, "data name no file"),
+        (OWN, {"members": "x"}, "data name members; expected"),
+        (OWN, {"data": "x", "members": "a", "nonmembers": "b"}, "data name data and members and"),
+    ],
+)
+def test_files_that_would_not_be_read_are_refused(models, data, words: str, tmp_path: Path):
+    path = tmp_path / "e.yaml"
+    for whole in (
+        {"models": models, "data": data, "runs": [GOOD]},
+        {"runs": [{**GOOD, "models": models, "data": data}]},
+    ):
+        path.write_text(json.dumps(whole))
+        with pytest.raises(DataError, match=words):
+            experiment_file.read(path)
 
 
 def test_an_adapter_of_an_experiment_is_used(tmp_path: Path, monkeypatch):
@@ -159,7 +185,7 @@ def test_fields_of_an_experiment_are_named_beside_its_files(tmp_path: Path, monk
     data["text_field"] = 3
     (tmp_path / "e.yaml").write_text(json.dumps(whole))
     with pytest.raises(DataError, match="expected text_field to be the name of a field"):
-        experiment.read(tmp_path / "e.yaml")
+        experiment_file.read(tmp_path / "e.yaml")
 
 
 def test_an_experiment_runs_compares_and_continues(tmp_path: Path, monkeypatch, capsys):
