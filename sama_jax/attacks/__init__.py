@@ -32,6 +32,7 @@ FAMILIES = (
     "infill",
     "perturbed",
     "prefixed",
+    "prompted",
     "its",
     "corpus",
     "ladder",

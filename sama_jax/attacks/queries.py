@@ -98,6 +98,8 @@ class ViewTools(NamedTuple):
     """The values of the view's guide."""
     generator: np.random.Generator
     """Seeded by the run's seed and the text's token ids."""
+    mask_id: int = -1
+    """The models' mask token."""
 
 
 class ViewText(NamedTuple):

@@ -46,6 +46,8 @@ class Attack:
     """Whether `all` includes it."""
     needs_texts: bool = False
     """The corpus step reads texts and labels."""
+    needs_prompts: bool = False
+    """It is defined for conversations alone."""
 
 
 _ATTACKS: dict[str, Attack] = {}

@@ -112,6 +112,27 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class HiddenPrompt:
+    """A conversation with the mask token in place of all its prompts' tokens, under its own masks.
+
+    Tokens that the tokenizer added stay. None of a text without a prompt.
+    """
+
+    name = "hidden-prompt"
+    context = None
+
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
+        given = tools.encode(text)
+        hidden = np.zeros(len(ids), bool) if given.prompt is None else given.prompt & ~given.special
+        if not hidden.any():
+            return None
+        masked = np.where(hidden, tools.mask_id, ids).astype(np.int32)
+        return ViewText(masked, given.special, same_masks=True, prompt=given.prompt)
+
+
+@dataclass(frozen=True)
 class Replaced:
     """The text with the tokens of one row of its guide put in their places, under its own masks.
 

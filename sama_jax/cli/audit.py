@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
     flags.add_conversations(inputs)
     flags.flags_of(inputs, AuditJob, "pipeline_control", "split", "limit", "mask_id")
     flags.flags_of(inputs, AuditJob, "attention_mask", "reference_attention_mask")
+    flags.flags_of(inputs, AuditJob, "windows", "stride", "top_windows")
 
     attacks = p.add_argument_group("attacks")
     flags.add_attacks(attacks, flags.STANDARD)
@@ -102,7 +103,7 @@ def _add_processes(p: flags.Flags) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     """Runs the audit, or supervises a child process that does."""
-    flags.at_least_one(args, "limit", "batch_size")
+    flags.at_least_one(args, "limit", "batch_size", "stride", "top_windows")
     if args.target is None and args.adapter is None:
         raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
     settings = flags.settings_of(args, AuditSettings)

@@ -27,6 +27,7 @@ class ViewSources(NamedTuple):
     """Whether the models read the output before a token (`Model.shift`)."""
     room: int
     """Tokens that fit into the context of both models."""
+    mask_id: int
 
     def encode(self, text: str | Rendered) -> Encoded:
         """Tokenises one text, cut at the maximum length."""
@@ -71,7 +72,8 @@ def make_view(
             return None
         guide = None if guides is None else guides[row][:, : len(original.ids)]
         generator = generator_of(sources.settings.seed, original.key)
-        tools = ViewTools(sources.encode, contexts, joined, sources.room, guide, generator)
+        given = contexts, joined, sources.room, guide, generator, sources.mask_id
+        tools = ViewTools(sources.encode, *given)
         made = view.make(sources.texts[row], original.ids, tools)
         options = {"shift": sources.shift, "room": sources.room}
         return made and derived_view(made, original, sources.settings, **options)

@@ -22,6 +22,7 @@ from sama_jax.storage.run_folder import read_manifest
 from sama_jax.terminal import ProgressBar
 from sama_jax.texts.read import Text, collect, with_control
 from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
+from sama_jax.texts.windows import windows_of
 from sama_jax.weights import model_folder
 
 MANY_TEXTS = 2000
@@ -122,7 +123,19 @@ def read_inputs(job: AuditJob) -> Inputs:
         for name, folder in (("target", target), ("reference", reference))
     }
     require_two_models(roles)
-    return Inputs(texts.texts, roles, tokenizer)
+    return Inputs(_windows(job, texts.texts, tokenizer), roles, tokenizer)
+
+
+def _windows(job: AuditJob, texts: list[Text], tokenizer: TextTokenizer) -> list[Text]:
+    """Returns the texts, or with --windows their windows. Raises `UsageError`."""
+    if not job.windows:
+        if job.stride is not None:
+            raise UsageError("--stride is about windows: give --windows, too")
+        return texts
+    if job.second_seed:
+        raise UsageError("--second-seed is of whole texts; leave it or --windows out")
+    length = job.settings.max_length
+    return windows_of(texts, tokenizer, length, length if job.stride is None else job.stride)
 
 
 def require_one_kind(target: model_folder.ModelFolder, reference: model_folder.ModelFolder) -> None:
@@ -234,7 +247,10 @@ def choose_prefixes(
         if name in classes and len(pool) >= 2 * shots:
             found[name] = [t.text for t in pool[:shots]]
     used = {text for given in found.values() for text in given}
-    return Prefixes(found, {t.id for t in texts if t.text in used})
+    taken = [text for text in texts if text.text in used]
+    documents = {text.document for text in taken} - {None}
+    ids = {text.id for text in taken} | {t.id for t in texts if t.document in documents}
+    return Prefixes(found, ids)
 
 
 def _obstacle(
@@ -250,6 +266,8 @@ def _obstacle(
                 f"it needs {context} prefixes: give --prefixes FILE, or at least "
                 f"{2 * settings.prefix.shots} labelled {context}s"
             )
+    if attack.needs_prompts and not any(text.has_prompt for text in texts):
+        return "it is defined for prompts and responses (--template)"
     if attack.needs_texts:
         left = [t.label for t in texts if t.id not in prefixes.taken]
         if min(left.count(0), left.count(1)) < MIN_CLASS or None in left:
@@ -298,4 +316,5 @@ def view_sources(job: AuditJob, inputs: Inputs, prefixes: Prefixes) -> ViewSourc
         job.settings,
         folders[0].model.shift,
         min(folder.max_length for folder in folders),
+        folders[0].model.mask_id,
     )

@@ -72,6 +72,9 @@ def open_run(
         inputs.texts, tokenised.encoded, inputs.tokenizer, inputs.roles, job.settings
     )
     run["plan"] = tokenised.replayed and tokenised.replayed.identity
+    if job.windows:
+        documents = len({text.document for text in inputs.texts})
+        run["windows"] = {"stride": job.stride, "top": job.top_windows, "texts": documents}
     run["prefixes"] = digest(job.prefixes.texts) if job.prefixes else None
     names = [a.name for a in chosen.attacks]
     protocol = Protocol.of(names, job.primary, job.family, job.margin)
@@ -230,6 +233,8 @@ def text_rows(
             row["group"] = group
         row["n_tokens"] = tokens.own_tokens
         row["truncated"] = tokens.truncated
+        if text.document is not None:
+            row |= {"document": text.document, "top": job.top_windows}
         if tokens.prompt_cut:
             row["prompt_cut"] = tokens.prompt_cut
         status = "ok" if view.maskable.any() else "empty"

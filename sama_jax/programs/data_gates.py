@@ -1,5 +1,6 @@
 """Asks what texts, tokens and labels say about an audit before a model runs."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
     if model.kind != "autoregressive":  # that masks nothing: its `mask_id` is an ordinary word's
         masks = data.mask_tokens([tokenised.encoded[i].ids for i in scored], model.mask_id)
         gates.insert(0, masks)
+    marks = template_marks([inputs.texts[i] for i in scored])
+    if marks is not None:
+        unknown = [name for name in marks if inputs.tokenizer.token_id(name) is None]
+        gates.append(data.template_marks(unknown))
     labelled = [i for i in scored if inputs.texts[i].label is not None]
     # By their content, so that no draw depends on the order of the file.
     labelled.sort(key=lambda i: (content_id(inputs.texts[i].text), inputs.texts[i].id))
@@ -45,7 +50,7 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
     ids = [one.ids for one in encoded]
     related = overlap.relate(texts, job.prefixes.texts if job.prefixes else ())
     gates += [
-        data.too_few(labels),
+        data.too_few(labels[_first_windows(texts)]),
         data.duplicates(strings, labels),
         data.contradictions(strings, labels),
         data.equal_after_cutting(strings, ids, labels),
@@ -63,6 +68,23 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
     scores = np.full(len(inputs.texts), np.nan)
     scores[labelled] = found.scores
     return DataGates([*gates, found.gate], found._replace(scores=scores))
+
+
+def template_marks(texts: Sequence[Text]) -> list[str] | None:
+    """Lists the marks around turns, such as `<|im_end|>`; None where there are no conversations."""
+    rendered = [text.rendered for text in texts if text.has_prompt and text.rendered is not None]
+    if not rendered:
+        return None
+    frames = {piece.text for one in rendered for piece in one.pieces if not piece.words}
+    return sorted({mark for frame in frames for mark in re.findall(r"<\|[\w./-]{1,40}\|>", frame)})
+
+
+def _first_windows(texts: Sequence[Text]) -> list[int]:
+    """Returns the rows of the texts that are no windows, and of one window a document."""
+    first: dict[str, int] = {}
+    for row, text in enumerate(texts):
+        first.setdefault(text.id if text.document is None else text.document, row)
+    return list(first.values())
 
 
 def _overlap_shares(texts: Sequence[Text]) -> np.ndarray:

@@ -63,6 +63,13 @@ class AuditJob:
     """What `sama-jax split` wrote: shows that the classes were drawn at random."""
     limit: Annotated[int | None, Flag("only the first N texts", "N")] = None
 
+    windows: Annotated[bool, Flag("cut documents into windows of --max-length tokens")] = False
+    """Each window is scored as a text; a document has the mean, and that of the largest."""
+    stride: Annotated[
+        int | None, Flag("tokens from one window to the next (default: their length)", "N")
+    ] = None
+    top_windows: Annotated[int, Flag("windows that count for the scores NAME@topK", "K")] = 3
+
     batch_size: Annotated[
         int | None,
         Flag("texts a device works on at once (default: by their length, as many as fit)", "ROWS"),

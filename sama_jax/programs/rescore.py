@@ -27,6 +27,7 @@ from sama_jax.programs.audit_records import write_densities
 from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
 from sama_jax.storage.calibration_file import withdraw_decisions
+from sama_jax.storage.documents import WINDOWS
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import (
     MANIFEST,
@@ -148,13 +149,14 @@ def _kept_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Raises `DataError` if scores.jsonl is damaged: texts that stand in it would be lost.
     """
-    if not (path / SCORES).is_file():
+    name = WINDOWS if rows and "document" in rows[0] else SCORES
+    if not (path / name).is_file():
         return rows
-    before = cast(list[dict[str, Any]], read_rows(path))
+    before = cast(list[dict[str, Any]], read_rows(path, name))
     known = [{k: line[k] for k in row.keys() & line.keys()} for line, row in zip(before, rows)]
     if known != rows or len(before) != len(rows):
         raise DataError(
-            f"{path / SCORES}: does not hold the texts of {INDEX}; run the audit's own command "
+            f"{path / name}: does not hold the texts of {INDEX}; run the audit's own command "
             "again, which makes both anew"
         )
     return [{k: v for k, v in line.items() if k not in _MADE} for line in before]

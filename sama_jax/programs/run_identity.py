@@ -65,6 +65,8 @@ def digest(texts: Sequence[Text]) -> str:
     found = hashlib.sha256()
     for text in texts:
         known = (text.id, text.label, text.group, text.text, *(["control"] * text.control))
+        if text.document is not None:
+            known += ("of", text.document)
         if text.rendered is not None:
             known += (list(map(tuple, text.rendered.pieces)), text.rendered.adds)
         found.update(repr(known).encode("utf-8", "surrogatepass"))

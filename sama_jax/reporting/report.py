@@ -56,7 +56,8 @@ def read_finished(folder: Path, *, checked: bool = True) -> tuple[list[Row], dic
             f"{folder} is not a finished run: it was interrupted; run the same `sama-jax audit` "
             "command again first"
         )
-    texts = (manifest.get("run") or {}).get("texts", len(rows))
+    run = manifest.get("run") or {}
+    texts = (run.get("windows") or run).get("texts", len(rows))
     if texts != len(rows) or len({row["id"] for row in rows}) < len(rows):
         raise UsageError(
             f"{folder / SCORES} has {len(rows)} lines, not one for each of {texts} texts; repeat "

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from sama_jax.config import settings_hash
 from sama_jax.errors import DataError, UsageError
 from sama_jax.storage import checksums
+from sama_jax.storage.documents import WINDOWS, document_rows
 from sama_jax.storage.files import (
     SEAL,
     AppendOnly,
@@ -100,6 +101,12 @@ class Row(TypedDict, total=False):
     n_tokens: int
     truncated: bool
     """Whether the text was cut at the maximum length."""
+    document: str
+    """Of a line of windows.jsonl: id of its document."""
+    top: int
+    """How many windows the scores `NAME@topK` of its document are the mean of."""
+    windows: int
+    """Windows of a document; absent: it was read as one text."""
     prompt_cut: int
     """Tokens cut off the beginning of a conversation; absent: none."""
     status: str
@@ -127,6 +134,9 @@ _ROW: Shape = {
     "group?": int,
     "n_tokens?": int,
     "truncated?": bool,
+    "document?": str,
+    "top?": int,
+    "windows?": int,
     "prompt_cut?": int,
     "status?": str,
     "baseline?": float,
@@ -295,6 +305,9 @@ class RunFolder:
             if "votes" in part:
                 row["votes"] = part["votes"]
             rows.append(row)
+        if rows and "document" in rows[0]:
+            write_atomic(self.path / WINDOWS, json_lines(rows))
+            rows = document_rows(rows)
         write_atomic(self.path / SCORES, json_lines(rows))
         return cast(list[Row], rows)
 
@@ -379,14 +392,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return {name: value for name, value in manifest.items() if name != SEAL}
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Reads a folder's scores.jsonl. Raises `DataError` unless each line is whole."""
-    rows = read_whole_json_lines(path / SCORES, "a line of scores")
+def read_rows(path: Path, name: str = SCORES) -> list[Row]:
+    """Reads scores.jsonl, or windows.jsonl. Raises `DataError` unless each line is whole."""
+    rows = read_whole_json_lines(path / name, "a line of scores")
     for number, row in enumerate(rows, 1):
         wrong = misfit(row, _ROW)
         if wrong is not None:
             raise DataError(
-                f"{path / SCORES}: line {number} has no usable field '{wrong}'; run the audit's "
+                f"{path / name}: line {number} has no usable field '{wrong}'; run the audit's "
                 "own command again, which makes it anew"
             )
     return cast(list[Row], rows)

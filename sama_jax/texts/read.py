@@ -47,11 +47,18 @@ class Text(NamedTuple):
     """Whether it is a known member that an audit must find, and none of the texts it is about."""
     rendered: Rendered | None = None
     """The conversation that `text` spells; None: a plain text."""
+    document: str | None = None
+    """Id of the document that it is a window of; None: it is no window."""
 
     @property
     def content(self) -> "str | Rendered":
         """What a tokenizer takes."""
         return self.text if self.rendered is None else self.rendered
+
+    @property
+    def has_prompt(self) -> bool:
+        """Tells whether part of it is only seen."""
+        return self.rendered is not None and not all(p.scored for p in self.rendered.pieces)
 
     @property
     def scored(self) -> str:

@@ -100,10 +100,9 @@ class TextTokenizer:
                 f"{rows} rows; is it another model's tokenizer?"
             )
         self._growth = _growth(tokenizer, where)
-        added = len(self._encode_batch([""])[0].ids)
-        if added > MAX_ADDED:
+        if self.added > MAX_ADDED:
             raise ModelError(
-                f"{where}: adds {added} tokens to a text, expected at most {MAX_ADDED}"
+                f"{where}: adds {self.added} tokens to a text, expected at most {MAX_ADDED}"
             )
 
     @classmethod
@@ -188,6 +187,23 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - set(added))
 
+    @functools.cached_property
+    def added(self) -> int:
+        """Returns the number of tokens that are added to any text."""
+        return len(self._encode_batch([""])[0].ids)
+
+    def starts(self, text: str) -> list[int]:
+        """Returns the character at which each of a text's own tokens begins, ascending.
+
+        Raises `DataError` if the text is too long to be tokenised at once.
+        """
+        text = without_surrogates(text)
+        if len(self._fitting(text)[0]) < len(text):
+            raise DataError(f"a text has more than {WHOLE_BYTES:,} bytes; split it")
+        with _library(f"{self.where}: the tokenizer fails"):
+            offsets = self._bare.encode(text, add_special_tokens=False).offsets
+        return np.maximum.accumulate([0, *(start for start, _ in offsets)])[1:].tolist()
+
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Spells the tokens of each row; special tokens are left out. Raises `ModelError`."""
         with _library(f"{self.where}: the tokenizer fails"):
@@ -210,10 +226,9 @@ class TextTokenizer:
           ModelError: the tokenizer fails, or gives an id that has no row.
         """
         encoded: list[Encoded] = []
-        for batch in self._batches(texts):
+        for batch in _batches(texts, self._fitting):
             raws = self._encode_batch([one.text for one in batch], adds=_adds(batch[0].given))
-            bare = self._bare_batch(batch)
-            for (text, whole, given), raw, marks in zip(batch, raws, bare):
+            for (text, whole, given), raw, marks in zip(batch, raws, self._bare_batch(batch)):
                 if isinstance(given, Rendered):
                     found = spans.marked(given, raw, marks, max_length) if whole else None
                 else:
@@ -228,26 +243,11 @@ class TextTokenizer:
                 progress(len(batch))
         return encoded
 
-    def _batches(self, texts: Sequence[str | Rendered]) -> Iterator[list[_Given]]:
-        """Yields texts of one kind to be tokenised together."""
-        batch, characters = list[_Given](), 0
-        for given in texts:
-            text = without_surrogates(str(given))
-            fitting, size = self._fitting(text)
-            full = characters + size > BATCH_CHARACTERS or len(batch) == BATCH_TEXTS
-            if batch and (full or _kind(batch[0].given) != _kind(given)):
-                yield batch
-                batch, characters = [], 0
-            batch.append(_Given(fitting, len(fitting) == len(text), given))
-            characters += size
-        if batch:
-            yield batch
-
     def _bare_batch(self, batch: list[_Given]) -> list[Any]:
-        """Tokenises conversations without the post-processor, which moves the places of tokens.
+        """Tokenises conversations without the post-processor; of plain texts there is nothing.
 
         That of byte-level models takes the space before a word out of its token's place, though it
-        is one of the token's characters. For plain texts there is nothing to do.
+        is one of the token's characters.
         """
         if not isinstance(batch[0].given, Rendered):
             return [None] * len(batch)
@@ -257,10 +257,7 @@ class TextTokenizer:
     @functools.cached_property
     def _bare(self) -> Tokenizer:
         with _library(f"{self.where}: the tokenizer fails"):
-            settings = json.loads(self._tokenizer.to_str()) | {"post_processor": None}
-            made = Tokenizer.from_str(json.dumps(settings))
-        made.encode_special_tokens = self._tokenizer.encode_special_tokens
-        return made
+            return _without_post_processor(self._tokenizer)
 
     def _fitting(self, text: str) -> tuple[str, int]:
         """Returns as much of a text as can be tokenised, and about the length it is given."""
@@ -291,6 +288,32 @@ class TextTokenizer:
                 "the ids of its post-processor and of its added tokens"
             )
         return raws
+
+
+def _batches(
+    texts: Sequence[str | Rendered], fitting: Callable[[str], tuple[str, int]]
+) -> Iterator[list[_Given]]:
+    """Yields texts of one kind to be tokenised together; `fitting` says how much of each can be."""
+    batch, characters = list[_Given](), 0
+    for given in texts:
+        text = without_surrogates(str(given))
+        part, size = fitting(text)
+        full = characters + size > BATCH_CHARACTERS or len(batch) == BATCH_TEXTS
+        if batch and (full or _kind(batch[0].given) != _kind(given)):
+            yield batch
+            batch, characters = [], 0
+        batch.append(_Given(part, len(part) == len(text), given))
+        characters += size
+    if batch:
+        yield batch
+
+
+def _without_post_processor(tokenizer: Tokenizer) -> Tokenizer:
+    """Copies a tokenizer, but for what it does to tokens once they are made."""
+    settings = json.loads(tokenizer.to_str()) | {"post_processor": None}
+    made = Tokenizer.from_str(json.dumps(settings))
+    made.encode_special_tokens = tokenizer.encode_special_tokens
+    return made
 
 
 @contextlib.contextmanager

@@ -209,6 +209,21 @@ def mask_tokens(tokens: Sequence[Int[np.ndarray, "..."]], mask_id: int) -> Gate:
     )
 
 
+def template_marks(unknown: Sequence[str]) -> Gate:
+    """Asks whether the marks of a template are tokens; `unknown` are those that are not."""
+    if not unknown:
+        return gate("template", "pass", "All marks of the template are tokens.", statistic=0)
+    return gate(
+        "template",
+        "warn",
+        f"Marks of the template that are no tokens of this model: {', '.join(unknown)}; it was "
+        "hardly trained with them.",
+        "Give the --template that the target was fine-tuned with.",
+        statistic=len(unknown),
+        bound=0,
+    )
+
+
 def empty_texts(tokens: Sequence[int]) -> Gate:
     """Counts texts of which no token can be masked, by the number of those that can."""
     return _none_of(

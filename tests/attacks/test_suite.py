@@ -85,10 +85,11 @@ def column(rows: list[dict], name: str) -> list[float]:
 def test_every_attack_that_can_be_computed_is_and_none_is_constant(everything: AuditResult):
     manifest = json.loads((everything.out / "manifest.json").read_text())
     left_out = manifest["not_computed"]
+    assert left_out.pop("prompt") == "it is defined for prompts and responses (--template)"
     assert all("models, this one is diffusion" in reason for reason in left_out.values())
     names = [n for n in attacks.names() if attacks.select([n])[0].in_all]
-    assert set(everything.rows[0]["scores"]) == set(names) - set(left_out)
-    for name in set(names) - set(left_out):
+    assert set(everything.rows[0]["scores"]) == set(names) - set(left_out) - {"prompt"}
+    for name in everything.rows[0]["scores"]:
         values = column(everything.rows, name)
         assert np.isfinite(values).all()
         assert len(set(values)) > 2, f"{name} is constant: {values}"

@@ -392,7 +392,7 @@ def test_experiment(name: str, box: Box, capsys):
 # --- nothing is left out -------------------------------------------------------------------------
 
 COVERED = {"target", "reference", "texts", "settings", "adapter", "mask_id", "prefixes", "limit"}
-COVERED |= {"plan", "control"}
+COVERED |= {"plan", "control", "windows", "stride", "top_windows"}
 """Fields of a job that change numbers: they are in the identity by what they hold."""
 NEUTRAL = {"out", "attacks", "store", "include_text", "include_votes", "figures", "strict"}
 NEUTRAL |= {"split", "dry_run", "quiet", "command", "save_plan", "save_losses"}
