@@ -19,13 +19,11 @@ def gates_after(inputs: Inputs, tokenised: Tokenised, found: Evidence) -> list[G
     own = [one.ids if one.prompt is None else one.ids[~one.prompt] for one in tokenised.encoded]
     frequencies = frequency_losses(own)
     folders = [inputs.roles[name].folder for name in ("target", "reference")]
-    longest = max((len(view.ids) for view in tokenised.views), default=0)
     return [
         *loss_gates(found, [text.label for text in inputs.texts]),
         losses.learnt("target", found.target, frequencies),
         losses.learnt("reference", found.reference, frequencies),
         losses.same_arithmetic(*(f"{f.model.dtype}, {attention_of(f)} attention" for f in folders)),
-        losses.within_context(longest, *(folder.max_length for folder in folders)),
     ]
 
 

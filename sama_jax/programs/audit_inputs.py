@@ -289,6 +289,7 @@ def tokenise(job: AuditJob, inputs: Inputs, prefixes: Prefixes, *, quiet: bool) 
     with ProgressBar("tokenise", len(texts), "texts", quiet=quiet) as bar:
         contents = [text.content for text in texts]
         encoded = inputs.tokenizer.encode(contents, settings.max_length, bar.advance)
+    require_context(encoded, [role.folder for role in inputs.roles.values()], settings)
     shift = inputs.roles["target"].folder.model.shift
     views = [original_view(e, settings, shift=shift) for e in encoded]
     replayed = None
@@ -304,6 +305,26 @@ def tokenise(job: AuditJob, inputs: Inputs, prefixes: Prefixes, *, quiet: bool) 
         ]
     scored = [None if t.id in prefixes.taken else view for t, view in zip(texts, views)]
     return Tokenised(encoded, views, table_of(scored), replayed)
+
+
+def require_context(
+    encoded: Sequence[Encoded], folders: Sequence[model_folder.ModelFolder], settings: AuditSettings
+) -> None:
+    """Raises `UsageError` if texts, visible padding included, are longer than a model was made for.
+
+    Losses beyond that are those of a model that was never trained there.
+    """
+    longest = max((len(one.ids) for one in encoded), default=0)
+    if settings.padding == "visible":
+        longest = max(longest, settings.pad_to or settings.max_length)
+    least = min(folder.max_length for folder in folders)
+    if longest > least:
+        where = next(folder.path for folder in folders if folder.max_length == least)
+        raise UsageError(
+            f"{where}: was made for {least:,} tokens, but a text has {longest:,} at --max-length "
+            f"{settings.max_length}; give --max-length {least} (or less), or read documents in "
+            "windows of it by --windows"
+        )
 
 
 def view_sources(job: AuditJob, inputs: Inputs, prefixes: Prefixes) -> ViewSources:

@@ -22,6 +22,7 @@ from sama_jax.engine.roles import ModelRole, make_probe, model_key, pad_id, resi
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import original_view, table_of
 from sama_jax.errors import UsageError
+from sama_jax.programs.audit_inputs import require_context
 from sama_jax.programs.run_identity import run_identity
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import RunFolder, json_lines, noted
@@ -92,6 +93,7 @@ def run_nll(
         )
     tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
     encoded = tokenizer.encode([t.content for t in texts.texts], settings.max_length)
+    require_context(encoded, [folder], settings)
     views = [original_view(e, settings, shift=folder.model.shift) for e in encoded]
     role = ModelRole("target", folder, model_key(folder, settings, pad_id(folder, settings)))
     roles, keys, layout = {"target": role}, {"target": role.store_key}, local_layout()

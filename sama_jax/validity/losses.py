@@ -111,26 +111,6 @@ def same_arithmetic(target: str, reference: str) -> Gate:
     )
 
 
-def within_context(longest: int, target: int, reference: int) -> Gate:
-    """Warns where texts are longer than a model was made for.
-
-    Args:
-      longest: tokens of the longest text, as it is scored.
-      target: tokens that the target's config names.
-      reference: tokens that the reference's config names.
-    """
-    least = min(target, reference)
-    return gate(
-        "within_context",
-        "warn" if longest > least else "pass",
-        f"The longest text has {longest:,} tokens, the models were made for {least:,}.",
-        f"Losses beyond that are those of a model that was never trained there: give --max-length "
-        f"{least} or less.",
-        statistic=longest,
-        bound=least,
-    )
-
-
 def _mean(values: Float[np.ndarray, " n"]) -> float | None:
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else None

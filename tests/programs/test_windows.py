@@ -78,6 +78,19 @@ def test_windows_are_scored_again_from_the_store(finished: Path, capsys):
     assert before == (scores(finished), (finished / "windows.jsonl").read_text())
 
 
+@pytest.mark.parametrize("command", ["audit", "nll"])
+def test_texts_beyond_a_models_context_are_refused(box: Box, tmp_path: Path, capsys, command: str):
+    tiny.folder(tmp_path / "short", max_sequence_length=256)
+    flags = {"data": box.data, "out": tmp_path / "out", "max_length": LENGTH, "quiet": True}
+    if command == "audit":
+        flags |= {"target": box.target, "reference": tmp_path / "short"}
+    else:
+        flags |= {"model": tmp_path / "short"}
+    said = run(capsys, [command, *as_flags(flags)])
+    assert_one_line(said, 2, "was made for 256 tokens, but a text has 512", "--max-length 256")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
