@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from sama_jax import gguf_header
 from sama_jax.arrays import Encoded, Rendered
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import gguf_tokenizer, spans
+from sama_jax.texts import folder_tokenizer, gguf_tokenizer, spans
 from sama_jax.texts.read import Text, without_surrogates
 from sama_jax.texts.tokenizer_config import require_agreement, splits_special_tokens
 from sama_jax.untrusted import printable, read_bytes
@@ -133,19 +133,7 @@ class TextTokenizer:
             for entry in path.iterdir():
                 if entry.exists() and not entry.is_file() and not entry.is_dir():
                     raise ValueError(f"{entry.name} is no regular file")
-            from transformers import AutoTokenizer
-            from transformers.utils import logging as hf_logging
-
-            level = hf_logging.get_verbosity()
-            hf_logging.set_verbosity(50)  # it comments on model types it does not know
-            try:
-                slow = AutoTokenizer.from_pretrained(
-                    str(path), trust_remote_code=False, local_files_only=True
-                )
-            finally:
-                hf_logging.set_verbosity(level)
-            made = Tokenizer.from_str(slow.backend_tokenizer.to_str())
-            made.encode_special_tokens = slow.backend_tokenizer.encode_special_tokens
+            made = folder_tokenizer.build(path)
         return cls(made, str(path), rows)
 
     @classmethod

@@ -44,7 +44,7 @@ def splits_special_tokens(folder: Path) -> bool:
 
     `tokenizer.json` has no field for it. Raises `ModelError` if it is neither true nor false.
     """
-    told = _object(folder / CONFIG).get("split_special_tokens") or False
+    told = read_object(folder / CONFIG).get("split_special_tokens") or False
     if not isinstance(told, bool):
         raise ModelError(
             f"{folder / CONFIG}: split_special_tokens is {shown(told)}; expected true or false"
@@ -52,23 +52,25 @@ def splits_special_tokens(folder: Path) -> bool:
     return told
 
 
-def require_agreement(tokenizer: Tokenizer, folder: Path) -> None:
+def require_agreement(tokenizer: Tokenizer, folder: Path, by: str = "tokenizer.json") -> None:
     """Raises `ModelError` if files beside `tokenizer.json` say what it, as read, does not do.
+
+    `by` names what the tokenizer was made by, if not by that file.
 
     What they leave out is for `tokenizer.json` to say, but for the defaults that all classes of
     BERT's kind have, and those of `_ENDS`. Any other error is the library's, or of a value of
     another type.
     """
-    config = _object(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     kind = _class(config, folder)
     unstated = f" (not stated: the default of {kind})"
     problems = [
         f"{field} is {shown(told)}{unstated if config.get(field) is None else ''}, but by "
-        f"tokenizer.json it is {shown(does)}"
+        f"{by} it is {shown(does)}"
         for field, told, does in _settings(tokenizer, config, kind)
         if told != does
     ]
-    problems += _tokens(tokenizer, config, folder)
+    problems += _tokens(tokenizer, config, folder, by)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ModelError(
@@ -82,7 +84,7 @@ def require_agreement(tokenizer: Tokenizer, folder: Path) -> None:
 def _class(config: dict[str, Any], folder: Path) -> str | None:
     """Returns the class without `Fast`, found as `AutoTokenizer` does; None if none is known."""
     if (found := config.get("tokenizer_class")) is None:
-        model = _object(folder / "config.json")
+        model = read_object(folder / "config.json")
         found = model.get("tokenizer_class") or _BY_MODEL.get(str(model.get("model_type")))
     return None if found is None else str(found).removesuffix("Fast")
 
@@ -140,7 +142,7 @@ def _adds_space(tokenizer: Tokenizer) -> bool:
     )
 
 
-def _tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) -> Iterator[str]:
+def _tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: Path, by: str) -> Iterator[str]:
     """Yields what is wrong with the tokens that other files add or name."""
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     decoder = config.get("added_tokens_decoder")
@@ -148,8 +150,8 @@ def _tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) -> Itera
     told = [("added_tokens_decoder", token) for token in (decoder or {}).values()]
     places = [config]
     if decoder is None:  # only then are these files read
-        places.append(_object(folder / "special_tokens_map.json"))
-        told = [("added_tokens.json", token) for token in _object(folder / "added_tokens.json")]
+        places.append(read_object(folder / "special_tokens_map.json"))
+        told = [("added_tokens.json", token) for token in read_object(folder / "added_tokens.json")]
     for place in places:
         for field, value in place.items():
             if field in ("additional_special_tokens", "extra_special_tokens"):
@@ -162,13 +164,13 @@ def _tokens(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) -> Itera
         if name is None:
             raise ValueError(f"{field} holds {shown(token)}")
         if name not in added:
-            yield f"{field} has {shown(name)}, but tokenizer.json adds no such token"
+            yield f"{field} has {shown(name)}, but {by} adds no such token"
         elif field == "added_tokens_decoder":
             flags = _FLAGS if tokenizer.normalizer is None else (*_FLAGS, "normalized")
             does = {flag: getattr(added[name], flag) for flag in flags}
             yield from (
                 f"{field} has {shown(name)} with {flag} {shown(token[flag])}, but by "
-                f"tokenizer.json it is {value}"
+                f"{by} it is {value}"
                 for flag, value in does.items()
                 if token.get(flag, value) != value
             )
@@ -180,7 +182,7 @@ def _name(token: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """Reads a file's JSON object; empty if there is no such file. Raises `ModelError`."""
     if not os.path.lexists(file):
         return {}

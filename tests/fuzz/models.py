@@ -203,5 +203,5 @@ READERS = {
     "adapter": Reader(_adapters, ("adapter/*",), _open_adapter, _audit_adapter),
     "orbax": Reader(_orbax, ("conversion.json", "orbax/**/*", "config.json"), _open, _audit_model),
     "pickle": Reader(_pickles, ("pytorch*",), _convert_pickles, extra=_spoil_pickle),
-    "tokenizer": Reader(seeds.tokenizers, ("*.json",), _tokenize, _inspect_tokenizer),
+    "tokenizer": Reader(seeds.tokenizers, ("*.json", "*.txt"), _tokenize, _inspect_tokenizer),
 }

@@ -161,8 +161,25 @@ def adapter(path: Path, rank: int = 2) -> Path:
     return path
 
 
+def _tokenizer_files(root: Path) -> None:
+    """Folders without `tokenizer.json`."""
+    model = json.loads(tiny.tokenizer().to_str())["model"]
+    for name in ("Qwen2Tokenizer", "BertTokenizer"):
+        folder = root / name
+        folder.mkdir(parents=True)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        if name == "BertTokenizer":
+            words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tiny.SYLLABLES, *"abcde", "##a"]
+            (folder / "vocab.txt").write_text("\n".join(words))
+        else:
+            (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+            lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+            (folder / "merges.txt").write_text("\n".join(lines))
+
+
 def tokenizers(root: Path) -> None:
     """A folder for each model of a tokenizer, with the files that stand beside it."""
+    _tokenizer_files(root)
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = ["[UNK]", "[MASK]", "[CLS]", *tiny.SYLLABLES, *"abcdefghij", "##a", "##ka"]
