@@ -151,11 +151,11 @@ def require_one_kind(target: model_folder.ModelFolder, reference: model_folder.M
 def require_two_models(roles: Mapping[str, ModelRole]) -> None:
     """Raises `ValidityError` if target and reference are one model: nothing could differ."""
     target, reference = roles["target"], roles["reference"]
-    matrices = target.folder.adapter.values()
-    if matrices and not any(a.any() and b.any() for a, b in matrices):
+    if target.folder.adapter_is_nothing:
         raise ValidityError(
-            f"{target.folder.path}: its adapter is zero, so target and reference are the same "
-            "model: its B matrices were never trained, or not saved; give the trained adapter"
+            f"{target.folder.path}: its adapter is zero, or changes nothing else, so target and "
+            "reference are the same model: it was never trained, or not saved; give the trained "
+            "adapter"
         )
     if target.store_key == reference.store_key:
         raise ValidityError(

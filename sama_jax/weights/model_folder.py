@@ -56,6 +56,8 @@ class ModelFolder:
     """A LoRA adapter that stands beside the weights, as `peft.leaves` makes it (host)."""
     adapter_identity: str = ""
     """Of an adapter, beside or merged: over all of its bytes and scales."""
+    adapter_is_nothing: bool = False
+    """Whether there are adapters, and none of them changes anything."""
     asked_mask: str | None = None
     """The mask of attention that it was opened with; None: the config's, or else the family's."""
     quantised: tuple[str, ...] = ()
@@ -113,7 +115,7 @@ def open_folder(
     *,
     mask_id: int | None = None,
     dtype: str = "auto",
-    adapter: Path | None = None,
+    adapter: Path | Sequence[Path] | None = None,
     merge: bool = False,
     longest: int = 0,
     attention: str = "xla",
@@ -126,9 +128,10 @@ def open_folder(
         `checkpoints_convert to-orbax` wrote; a GGUF file, or a folder with one; or a Hub id.
       mask_id: replaces the config's mask id, or the tokenizer's where the config names none.
       dtype: of activations and loaded weights; `auto` is float32 on CPU, else the stored dtype.
-      adapter: folder or Hub id of a LoRA adapter for this model.
-      merge: add the adapter to the weights as they are read (in float32, then cast), for an
-        ordinary parameter tree, instead of keeping it beside them.
+      adapter: folder or Hub id of an adapter for this model; or several, each for the model with
+        those before it.
+      merge: change the weights as they are read (in float32, then cast), for an ordinary parameter
+        tree, also where adapters could be kept beside them.
       longest: tokens of the longest text that the model has to read.
       attention: `xla`, `cudnn`, or `auto` for what `with_attention` chooses.
       attention_mask: replaces the mask of attention, by its name in `models.attention_mask`.
@@ -165,7 +168,8 @@ def open_folder(
     folder = ModelFolder(path, config, family, model, source, abstract, asked_mask=attention_mask)
     if method is not None:
         folder = replace(folder, quantised=(method.name, method.settings))
-    return folder if adapter is None else _with_adapter(folder, adapter, merge)
+    paths = [adapter] if isinstance(adapter, Path | str) else [*(adapter or ())]
+    return _with_adapters(folder, paths, merge) if paths else folder
 
 
 def _family_of(path: Path, config: dict[str, Any], attention_mask: str | None) -> FamilyConfig:
@@ -277,18 +281,58 @@ def _name(*parts: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _with_adapter(folder: ModelFolder, path: Path, merge: bool) -> ModelFolder:
-    """Returns the folder with a LoRA adapter, merged or beside its weights."""
-    family, abstract = folder.family, folder.abstract_params
-    layout = (family.weights, folder.model.num_layers, abstract)
-    adapter = peft.open_adapter(resolve(path), folder.source, *layout, family.block_group_size)
-    identity = f"{adapter.identity} {'merged' if merge else 'beside'}"
-    if merge:
-        source = peft.merge(folder.source, adapter, *layout)
-        return replace(folder, source=source, adapter_identity=identity)
-    leaves = peft.leaves(adapter, *layout, folder.model.lora_paths)
+def _with_adapters(folder: ModelFolder, paths: Sequence[Path], merge: bool) -> ModelFolder:
+    """Returns the folder with adapters, beside its weights if all of them can be, else merged."""
+    kept: list[peft.Leaves] = []
+    names, opened, at = [], [], folder
+    for number, path in enumerate(paths, 1):
+        base = peft.Base(
+            at.source, at.family.weights, at.model.num_layers, at.abstract_params,
+            at.family.block_group_size,
+        )  # fmt: skip
+        adapter = peft.open_adapter(resolve(path), base)
+        names.append(adapter.identity)
+        opened.append(adapter)
+        beside = None if merge else peft.leaves(adapter, base, folder.model.lora_paths)
+        kept += [] if beside is None else [beside]
+        if number < len(paths) or len(kept) < number:  # else nobody reads it merged
+            at = _merged(at, base, adapter)
+    nothing = all(adapter.is_nothing for adapter in opened)
+    identity = f"{' '.join(names)} {'beside' if len(kept) == len(paths) else 'merged'}"
+    told: dict[str, Any] = {"adapter_identity": identity, "adapter_is_nothing": nothing}
+    if len(kept) < len(paths):
+        checks.check(
+            at.source, at.family.weights, at.model.num_layers, at.abstract_params, str(paths[-1])
+        )
+        return replace(at, **told)
+    leaves = peft.stacked(kept)
     lora = tuple((name, a.shape[-1]) for name, (a, _) in leaves.items())
-    return replace(with_options(folder, lora=lora), adapter=leaves, adapter_identity=identity)
+    return replace(with_options(folder, lora=lora), adapter=leaves, **told)
+
+
+def _merged(folder: ModelFolder, base: peft.Base, adapter: peft.Adapter) -> ModelFolder:
+    """Returns the folder of the merged model; its config and shapes may be others."""
+    source, fields = peft.merge(base, adapter)
+    if not fields:
+        return replace(folder, source=source)
+    config = folder.config | fields
+    family, old = _family_of(folder.path, config, folder.asked_mask), folder.model
+    if old.mask_id >= family.arch.vocab_size:
+        raise ModelError(
+            f"{adapter.path}: leaves {family.arch.vocab_size} rows, but the mask token id is "
+            f"{old.mask_id}; is it an adapter for another model?"
+        )
+    model = build_model(family, old.mask_id, old.dtype)
+    fused = model.with_cudnn() if old.arch.attention == "cudnn" else None
+    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    return replace(
+        folder,
+        config=config,
+        family=family,
+        model=fused or model,
+        source=source,
+        abstract_params=abstract,
+    )
 
 
 def with_options(folder: ModelFolder, **changes: Any) -> ModelFolder:

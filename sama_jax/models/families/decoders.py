@@ -157,6 +157,8 @@ DECODER_WEIGHTS = Table(
     tied_head=("lm_head.weight", "model.embed_tokens.weight"),
     canonical=_with_model,
     ignored=re.compile(r"\.rotary_emb\.inv_freq$"),
+    rows_fields=("vocab_size",),
+    tied_field="tie_word_embeddings",
 )
 
 

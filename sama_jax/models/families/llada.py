@@ -153,6 +153,7 @@ LLADA_WEIGHTS = Table(
     tied_head=("transformer.ff_out.weight", "transformer.wte.weight"),
     canonical=_plain_blocks,
     saved_config={"block_group_size": 1},
+    rows_fields=("vocab_size", "embedding_size"),
 )
 
 

@@ -336,6 +336,8 @@ LLADA_MOE_WEIGHTS = Table(
     tied_head=("lm_head.weight", "model.embed_tokens.weight"),
     canonical=_with_model,
     ignored=_IGNORED,
+    rows_fields=("vocab_size",),
+    tied_field="tie_word_embeddings",
     refused=((r"\.mlp\.w[12]$", f"fused experts of dInfer are not read; {_ADVICE}"),),
 )
 LLADA2_WEIGHTS = Table(
@@ -344,6 +346,8 @@ LLADA2_WEIGHTS = Table(
     tied_head=("lm_head.weight", "model.word_embeddings.weight"),
     canonical=_with_model,
     ignored=_IGNORED,
+    rows_fields=("vocab_size",),
+    tied_field="tie_word_embeddings",
     refused=(
         (
             r"\.mlp\.experts\.\w+_proj$",

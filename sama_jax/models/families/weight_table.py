@@ -54,6 +54,10 @@ class Table(NamedTuple):
     """(regular expression of a canonical name, advice): other layouts, known but not read."""
     saved_config: Mapping[str, Any] = MappingProxyType({})
     """Fields of `config.json` that describe how we write the tensors."""
+    rows_fields: tuple[str, ...] = ()
+    """Fields that say how many tokens embedding and head have, where another number is possible."""
+    tied_field: str | None = None
+    """The field that ties a head of its own to the embedding; None: a tied model has no head."""
 
     def name_of(self, stored: str, block_group_size: int = 1) -> str:
         """Returns a stored name without wrappers and prefixes: what the rules name."""
