@@ -1,5 +1,7 @@
 """What PEFT can do to a model besides plain LoRA: the same logits as PEFT's own, and the gates."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle_llama
+import oracle_moe
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from checkpoints_convert import convert
+from sama_jax.errors import ModelError
 from sama_jax.weights import loading, model_folder
 
 ONE_DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -157,3 +163,198 @@ def test_an_adapter_with_options_gives_the_logits_of_peft(tmp_path, name):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     if not resize:
         np.testing.assert_allclose(ours(base, adapter, merge=True), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changed_its_base_is_read_where_peft_saved_what_makes_it_whole(
+    tmp_path, start
+):
+    base, whole, part, first = (tmp_path / n for n in ("base", "whole", "part", "first"))
+    base_model(base, tied=False)
+    wrapped = peft.get_peft_model(
+        Qwen2ForCausalLM.from_pretrained(base), lora(init_lora_weights=start)
+    )
+    config = wrapped.peft_config["default"]
+    config.init_lora_weights = True
+    wrapped.save_pretrained(first)
+    config.init_lora_weights = start
+    train(wrapped.eval())
+    expected = theirs(wrapped)
+    wrapped.save_pretrained(part)
+    wrapped.save_pretrained(whole, path_initial_model_for_weight_conversion=str(first))
+    np.testing.assert_allclose(ours(base, whole), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ModelError, match="path_initial_model_for_weight_conversion"):
+        model_folder.open_folder(base, adapter=part)
+
+
+def test_several_adapters_are_stacked_in_their_order(tmp_path):
+    base, first, second, dora = (tmp_path / n for n in ("base", "first", "second", "dora"))
+    base_model(base, tied=False)
+    adapt(base, first, lora(target_modules=["q_proj", "up_proj"]), seed=1)
+    adapt(base, second, lora(r=5, target_modules=["q_proj", "lm_head"]), seed=2)
+    adapt(base, dora, lora(use_dora=True), seed=3)
+    both = peft.PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(base), first)
+    both.load_adapter(str(second), "second")
+    both.base_model.set_adapter(["default", "second"])
+    kept = model_folder.open_folder(base, adapter=[first, second])
+    assert dict(kept.model.lora)["blocks/attn/q_proj/kernel"] == 3 + 5  # pyright: ignore
+    np.testing.assert_allclose(ours(base, first, second), theirs(both), rtol=0, atol=1e-5)
+    found = {}
+    for order in ((first, dora), (dora, first)):
+        model = Qwen2ForCausalLM.from_pretrained(base)
+        for path in order:
+            model = peft.PeftModel.from_pretrained(model, path).merge_and_unload()
+        found[order] = ours(base, *order)
+        np.testing.assert_allclose(found[order], theirs(model), rtol=0, atol=1e-5)
+    assert np.abs(found[first, dora] - found[dora, first]).max() > 0.01
+    names = {model_folder.open_folder(base, adapter=list(order)).identity for order in found}
+    assert len(names | {kept.identity, model_folder.open_folder(base).identity}) == 4
+
+
+@pytest.mark.parametrize("name", ["a larger vocabulary, tied", "a tied head saved whole"])
+def test_a_merged_folder_says_what_the_adapter_changed_in_its_config(tmp_path, name):
+    tied, options, resize = OPTIONS[name]
+    base, adapter, out = (tmp_path / n for n in ("base", "adapter", "out"))
+    base_model(base, tied)
+    expected = theirs(adapt(base, adapter, lora(**options), resize=resize))
+    convert.to_hf(base, out, adapter=adapter, quiet=True)
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] == (resize or ROWS)
+    assert config["tie_word_embeddings"] == bool(resize)
+    np.testing.assert_allclose(ours(out), expected, rtol=0, atol=1e-5)
+
+
+# Stacked experts
+
+
+class Stacked(torch.nn.Module):
+    """All experts of a layer, their parameters in the order of dFactory's class."""
+
+    def __init__(self, experts: torch.nn.ModuleList):
+        super().__init__()
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            weights = torch.stack([getattr(one, part).weight for one in experts])
+            setattr(self, part, torch.nn.Parameter(weights.detach().clone()))
+
+    def forward(self, h: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        found = 0
+        for e, (gate, up, down) in enumerate(zip(self.gate_proj, self.up_proj, self.down_proj)):
+            inner = torch.nn.functional.silu(h @ gate.T) * (h @ up.T)
+            found = found + (inner @ down.T).float() * weights[..., e, None]
+        return found
+
+
+class StackedLayer(torch.nn.Module):
+    """What `oracle_moe.Llada2Experts` computes, from stacked experts."""
+
+    def __init__(self, of: oracle_moe.Llada2Experts):
+        super().__init__()
+        self.gate, self.experts = of.gate, Stacked(of.experts)
+        self.shared_experts = of.shared_experts
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        out = self.experts(h, self.gate(h)).to(h.dtype)
+        return out + self.shared_experts(h)
+
+
+@pytest.mark.parametrize("parts", [["gate_proj", "up_proj", "down_proj"], ["up_proj"]])
+def test_parameters_of_stacked_experts(tmp_path, parts):
+    config = oracle_moe.llada2_config(model_type="llada2_moe_veomni", num_hidden_layers=2)
+    module = oracle_moe.random_folder(tmp_path / "base", config, seed=0)
+    for layer in module.model["layers"]:
+        if isinstance(layer.mlp, oracle_moe.Llada2Experts):
+            layer.mlp = StackedLayer(layer.mlp)
+    wanted = [f"mlp.experts.{part}" for part in parts]
+    wrapped = peft.get_peft_model(
+        module, lora(target_modules=["dense"], target_parameters=wanted)
+    ).eval()
+    train(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokens = torch.from_numpy(TOKENS).long()
+    with torch.no_grad():
+        expected = wrapped(tokens)[0].numpy()
+    found, plain = ours(tmp_path / "base", tmp_path / "adapter"), ours(tmp_path / "base")
+    assert np.abs(plain - expected).max() > 0.05
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+# Gates
+
+
+def spoil(path: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    found = load_file(path / WEIGHTS)
+    save_file({n: change(n, t) for n, t in found.items()}, path / WEIGHTS, {"format": "pt"})
+
+
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "magnitudes": ({"use_dora": True}, "lora_magnitude_vector"),
+    "whole tensors": ({"modules_to_save": ["model.norm"]}, "model.norm.weight"),
+    "trained tokens": ({"trainable_token_indices": TOKEN_IDS}, "trainable_tokens_delta"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_named(tmp_path, kind, value):
+    options, name = KINDS[kind]
+    base_model(tmp_path / "base", tied=False)
+    adapt(tmp_path / "base", tmp_path / "adapter", lora(**options))
+    spoil(tmp_path / "adapter", lambda n, t: t.fill_(value) if name in n else t)
+    with pytest.raises(ModelError, match=rf"values .*{name}: it is not finite"):
+        model_folder.open_folder(tmp_path / "base", adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_changes_nothing_is_known_as_that(tmp_path, kind):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base_model(base, tied=False)
+    module = Qwen2ForCausalLM.from_pretrained(base)
+    peft.get_peft_model(module, lora(**KINDS[kind][0])).save_pretrained(adapter)
+    assert model_folder.open_folder(base, adapter=adapter).adapter_is_nothing
+    spoil(adapter, lambda n, t: t * 1.01 if KINDS[kind][1] in n else t)
+    found = model_folder.open_folder(base, adapter=adapter)
+    assert not found.adapter_is_nothing
+    assert found.adapter_identity != model_folder.open_folder(base).adapter_identity
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a token behind the table": (
+        {"trainable_token_indices": [5, ROWS]},
+        "token 300 of 300 rows",
+    ),
+    "a token that stands twice": (
+        {"trainable_token_indices": [5, 5]},
+        "expected distinct token ids",
+    ),
+    "rows of another number of tokens": (
+        {"trainable_token_indices": [5]},
+        r"trainable_tokens_delta: expected \[1, 32\], found \[2, 32\]",
+    ),
+    "a module that was to be saved": (
+        {"modules_to_save": ["model.norm"]},
+        "missing    the tensors of model.norm",
+    ),
+    "no magnitudes": ({"use_dora": True}, "missing    lora_magnitude"),
+    "a switch that is none": ({"use_dora": "no"}, "use_dora is 'no'"),
+    "names that are none": ({"modules_to_save": 5}, "modules_to_save is 5"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_together_is_refused_by_name(tmp_path, name):
+    fields, told = REFUSED[name]
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base_model(base, tied=False)
+    adapt(base, adapter, lora(trainable_token_indices=[5, 6]) if "token" in name else lora())
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | fields))
+    with pytest.raises(ModelError, match=told):
+        model_folder.open_folder(base, adapter=adapter)
+
+
+def test_a_resized_embedding_whose_head_was_not_saved_is_refused(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base_model(base, tied=False)
+    adapt(base, adapter, lora(target_modules=["q_proj", "embed_tokens"]), resize=RESIZED)
+    with pytest.raises(ModelError, match=r"lm_head.weight has 300 rows: all of them must be saved"):
+        model_folder.open_folder(base, adapter=adapter)
