@@ -43,7 +43,13 @@ def build_parser(command: str | None = None) -> Parser:
     p = add("to-hf", "Write safetensors in the Hugging Face layout.", _to_hf)
     _add_conversion(p)
     p.add_argument("--max-shard", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
-    p.add_argument("--adapter", type=Path, metavar="DIR", help="merge a LoRA adapter of SRC")
+    p.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        help="merge an adapter of SRC; repeatable, in their order",
+    )
 
     summary = "Say what a folder holds and whether it would be refused (exit code 4)."
     p = add("inspect", summary, _inspect)

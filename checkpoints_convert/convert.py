@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def to_hf(
     *,
     dtype: str = "keep",
     max_shard_bytes: int = saving.MAX_SHARD_BYTES,
-    adapter: Path | None = None,
+    adapter: Path | Sequence[Path] | None = None,
     allow_pickle: bool = False,
     mask_id: int | None = None,
     quiet: bool = False,
@@ -136,7 +136,7 @@ def to_hf(
       out, allow_pickle, mask_id: as in `to_orbax`.
       dtype: `keep` copies every tensor bit for bit; another one leaves buffers alone.
       max_shard_bytes: a file holds at most this many, or one larger tensor.
-      adapter: LoRA adapter that is merged into the tensors, in float32.
+      adapter: one or several of PEFT's that are merged into the tensors, in float32.
 
     Raises:
       as `to_orbax`.
@@ -149,7 +149,8 @@ def to_hf(
         )
         record = make_record(folder, "hf", src, "keep" if kept else dtype)
         if adapter is not None:
-            record["adapter"] = str(adapter)
+            paths = [adapter] if isinstance(adapter, str | Path) else adapter
+            record["adapter"] = ", ".join(map(str, paths))
         if claim(out, record, quiet):
             return Converted(out, folder.num_params, 0, 0, 0.0)
         total = sum(t.nbytes for t in tensors.values())
@@ -179,7 +180,7 @@ def _opened(
     out: Path,
     allow_pickle: bool,
     mask_id: int | None,
-    adapter: Path | None = None,
+    adapter: Path | Sequence[Path] | None = None,
 ) -> Iterator[ModelFolder]:
     """Opens and checks the source, an adapter merged.
 

@@ -190,8 +190,15 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
         "command": job.command,
         "target": str(job.target),
         "reference": str(job.reference),
-        **({"adapter": str(job.adapter)} if job.adapter else {}),
+        **({"adapter": _adapters(job)} if job.adapter else {}),
     }
+
+
+def _adapters(job: AuditJob) -> str | list[str]:
+    """Names the adapters in their order, or the only one."""
+    given = job.adapter or ()
+    names = [str(given)] if isinstance(given, str | Path) else [str(path) for path in given]
+    return names if len(names) > 1 else names[0]
 
 
 def _masks(inputs: Inputs) -> str:

@@ -37,9 +37,10 @@ class AuditJob:
     """Attacks that are declared besides, corrected for their number; empty: the usual ones."""
     margin: Annotated[float | None, Flag('AUC of "nothing above" (default: 0.55)', "AUC")] = None
     adapter: Annotated[
-        Path | None, Flag("LoRA adapter for --target (default: reference)", "DIR")
+        Path | Sequence[Path] | None,
+        Flag("PEFT's adapter for --target (default: reference); repeatable, in their order", "DIR"),
     ] = None
-    """LoRA adapter on top of `target`, which is then usually the reference's folder."""
+    """Adapters on top of `target`, which is then usually the reference's folder."""
     mask_id: Annotated[int | None, Flag("replaces the mask token id of config.json")] = None
     attention_mask: Annotated[
         str | None,
