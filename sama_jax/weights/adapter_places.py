@@ -97,7 +97,8 @@ class Placed:
     def place_all(self) -> "Placed":
         """Places every tensor: whole ones first, since others have their rows."""
         self._place_wholes()
-        shapes = self._resized()
+        shapes, self.fields, wrong = _resized(self.base, self.changes)
+        self.problems += wrong
         self._place_low_ranks(shapes)
         self._place_tokens(shapes)
         return self
@@ -145,26 +146,6 @@ class Placed:
             )
             return
         self.changes[weight] = [change]
-
-    def _resized(self) -> Shapes:
-        """Returns the shapes of the base with resized tables, and notes their rows as fields."""
-        shapes, rows = dict(self.base.shapes), {}
-        for name in filter(None, self.base.tables):
-            made = self.changes.get(name) or [None]
-            if isinstance(made[0], Whole):
-                shapes[name] = (made[0].values.shape, shapes[name][1])
-            rows[name] = shapes[name][0][0]
-        before = {self.base.shapes[name][0][0] for name in rows}
-        if set(rows.values()) == before:
-            return shapes
-        names = self.base.table.rows_fields
-        if names and len(set(rows.values())) == 1:
-            self.fields = dict.fromkeys(names, *set(rows.values()))
-            return shapes
-        found = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
-        why = "all of them must be saved" if names else "of this family that is not read"
-        self.problems.append(f"  resized    {found}: {why}")
-        return shapes
 
     # --- low rank --------------------------------------------------------------------------------
 
@@ -296,6 +277,27 @@ class Placed:
             if not wrong:
                 made = Rows(np.array(ids, np.int64), tensor.astype(np.float32))
                 self.changes.setdefault(weight, []).append(made)
+
+
+def _resized(
+    base: Base, changes: Mapping[str, list[Change]]
+) -> tuple[Shapes, dict[str, Any], list[str]]:
+    """Returns the shapes of a base whose tables may be resized, the fields of its config that say
+    so, and what is wrong with that."""
+    shapes, rows = dict(base.shapes), {}
+    for name in filter(None, base.tables):
+        first = (changes.get(name) or [None])[0]
+        if isinstance(first, Whole):
+            shapes[name] = (first.values.shape, shapes[name][1])
+        rows[name] = shapes[name][0][0]
+    counts, names = set(rows.values()), base.table.rows_fields
+    if counts == {base.shapes[name][0][0] for name in rows}:
+        return shapes, {}, []
+    if names and len(counts) == 1:
+        return shapes, dict.fromkeys(names, *counts), []
+    found = ", ".join(f"{name} has {count} rows" for name, count in rows.items())
+    why = "all of them must be saved" if names else "of this family that is not read"
+    return shapes, {}, [f"  resized    {found}: {why}"]
 
 
 def _low_rank(

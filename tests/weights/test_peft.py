@@ -673,6 +673,9 @@ def test_an_audit_with_an_adapter_reads_the_losses_of_the_merged_model(tmp_path,
     # The same folder as --target says the same; another scale is another target.
     again = [*common, "--adapter", str(adapter), "--out", str(tmp_path / "kept")]
     assert entry.main([*again, "--target", str(base)]) == 0
+    second = shutil.copytree(adapter, tmp_path / "second")
+    two = [*common, "--adapter", str(adapter), "--adapter", str(second), "--dry-run"]
+    assert entry.main([*two, "--out", str(tmp_path / "two")]) == 0
     edit(adapter, lora_alpha=1)
     capsys.readouterr()
     assert entry.main(again) == 2
