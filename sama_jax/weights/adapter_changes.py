@@ -85,7 +85,8 @@ class Dora:
                     squares += (part**2).sum(axis=0)
                 else:
                     squares[rows] = (part**2).sum(axis=1)
-            self._factors = (self.magnitude / np.sqrt(squares)).astype(np.float32)
+            with np.errstate(divide="ignore", invalid="ignore"):  # found when weights are loaded
+                self._factors = (self.magnitude / np.sqrt(squares)).astype(np.float32)
         return self._factors
 
     def window(self, read: Read, index: Index) -> Float[np.ndarray, "_ _"]:

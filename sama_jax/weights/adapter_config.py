@@ -36,6 +36,7 @@ _VALUES = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 _FLAGS = ("use_rslora", "use_dora", "ensure_weight_tying")
+_OR_NULL = _FLAGS[1:]
 _NAMES = ("modules_to_save", "target_parameters")
 _CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 """Beginnings of initialisations that PEFT can save as plain LoRA on the base as it was."""
@@ -64,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
             "(merge_and_unload) and use the merged folder"
         )
     wrong = [
-        *(f"{n} is {shown(config[n])}" for n in _FLAGS if not _is_flag(config.get(n, False))),
+        *(f"{n} is {shown(config[n])}" for n in _FLAGS if not _is_flag(n, config.get(n, False))),
         *(f"{n} is {shown(config[n])}" for n in _NAMES if not _are_names(config.get(n) or [])),
     ]
     if wrong:
@@ -78,8 +79,8 @@ def _is_off(name: str, value: Any) -> bool:
     return value is None or value is False or value in ([], {}, "")
 
 
-def _is_flag(value: Any) -> bool:
-    return value is None or type(value) is bool
+def _is_flag(name: str, value: Any) -> bool:
+    return type(value) is bool or (value is None and name in _OR_NULL)
 
 
 def _are_names(value: Any) -> bool:

@@ -139,11 +139,14 @@ class Placed:
         if tensor.shape == shape and change.is_nothing(self.base.read(weight)):
             return
         module = (adapter_tensors.whole_of(name) or "").rpartition(".")[0]
-        if not table and not adapter_config.is_saved(self.config, module):
-            self.problems.append(
-                f"  unexpected {name} {list(tensor.shape)}: modules_to_save does not name it, and "
-                f"it is not the base's {weight}"
-            )
+        if ".base_layer." in name:  # PEFT loads it into a layer that it has wrapped
+            sides = filter(None, map(adapter_tensors.lora_side, self.tensors))
+            loaded = table and any(side.module == module for side in sides)
+        else:
+            loaded = table or adapter_config.is_saved(self.config, module)
+        if not loaded:
+            told = f"not the base's {weight}, and modules_to_save does not name it"
+            self.problems.append(f"  differs    {name}: {told}")
             return
         self.changes[weight] = [change]
 

@@ -328,7 +328,7 @@ EVIL = r"([a-z._0-9]+)+!"
         ({"alpha_pattern": {"q_proj": 1e39}}, "which is no float32"),
         ({"rank_pattern": [1]}, "expected an object"),
         ({"rank_pattern": {"[": 2}}, "expected a module's name"),
-        ({"use_dora": True, "x" * 999: "\x1b" * 999}, "use_dora is True"),
+        ({"lora_bias": True, "x" * 999: "\x1b" * 999}, "lora_bias is True"),
     ],
 )
 def test_an_adapter_whose_config_cannot_be_is_refused(folder, adapter, changes, complaint):
