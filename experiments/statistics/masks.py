@@ -4,12 +4,12 @@
 
 Of each mask (full, causal, blocks of 8) and seed, a model of two layers learns 32 texts of 32
 tokens by heart, and is then read as its config says: with full attention. What `audit` says of the
-mask then is printed, once for the trained weights and once for those that it started from. All
-seeds of a mask are trained at once, in some minutes of two cores for five of them. Prints one line
-a model.
+mask then is printed, once for the trained weights and once for those that it started from: a line a
+model, some seconds of two cores each.
 """
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -99,14 +99,14 @@ def named(weights: Any, texts: np.ndarray) -> str:
     return "full" if found.told else CANNOT_TELL
 
 
-def answers(mask: str, seeds: range, steps: int) -> list[tuple[str, str]]:
-    """Returns, of each seed, what texts name for the trained model and for the untrained one."""
-    model, texts = model_of(mask), np.stack([texts_of(seed) for seed in seeds])
-    numbers = jnp.asarray(list(seeds))
-    trained = jax.jit(jax.vmap(lambda t, s: learn(model, t, s, steps)))(jnp.asarray(texts), numbers)
-    drawn = jax.jit(jax.vmap(lambda s: start(model, s)))(numbers)
-    of = [jax.tree.map(lambda x, i=i: x[i], (trained, drawn)) for i in range(len(seeds))]
-    return [(named(pair[0], t), named(pair[1], t)) for pair, t in zip(of, texts)]
+def answers(mask: str, seeds: range, steps: int) -> Iterator[tuple[str, str]]:
+    """Yields, for each seed, what texts name for the trained model and for the untrained one."""
+    model = model_of(mask)
+    trained = jax.jit(lambda texts, seed: learn(model, texts, seed, steps))
+    drawn = jax.jit(lambda seed: start(model, seed))
+    for seed in seeds:
+        texts = texts_of(seed)
+        yield named(trained(texts, seed), texts), named(drawn(seed), texts)
 
 
 def main() -> None:
@@ -118,9 +118,10 @@ def main() -> None:
     args = parser.parse_args()
     seeds = range(*map(int, args.seeds.split(":")))
     for mask in args.mask or MASKS:
-        found = answers(mask, seeds, args.steps)
-        for seed, (trained, untrained) in zip(seeds, found):
+        found = []
+        for seed, (trained, untrained) in zip(seeds, answers(mask, seeds, args.steps)):
             print(f"{mask} seed {seed}: {trained}; untrained: {untrained}", flush=True)
+            found.append((trained, untrained))
         right = sum(trained == mask for trained, _ in found)
         silent = sum(untrained == CANNOT_TELL for _, untrained in found)
         print(f"{mask}: {right} of {len(found)} named; untrained {silent} of {len(found)} silent")

@@ -20,4 +20,4 @@ def masks():
 
 @pytest.mark.parametrize("mask", ["causal", "block:8"])
 def test_texts_that_a_model_knows_by_heart_name_the_mask_that_it_was_trained_with(masks, mask):
-    assert masks.answers(mask, range(1), 900) == [(mask, masks.CANNOT_TELL)]
+    assert list(masks.answers(mask, range(1), 900)) == [(mask, masks.CANNOT_TELL)]
