@@ -30,6 +30,7 @@ QUICK = (
         "zstd",
         "utf-16",
         "parquet",
+        "conversations",
         "split",
         "canaries",
         "config",

@@ -19,7 +19,10 @@ from sama_jax.programs.split import SPLIT, require_split, run_split
 from sama_jax.storage import canary_file
 from sama_jax.storage.canary_file import Canary, CanaryKey
 from sama_jax.storage.run_folder import json_lines
+from sama_jax.texts.conversations import Form, named_template
+from sama_jax.texts.folder_template import folder_template
 from sama_jax.texts.read import read_texts
+from sama_jax.texts.tokenizer import TextTokenizer
 
 _CANARIES = ("karo", "mite", "sun")
 
@@ -189,6 +192,36 @@ def _insert_canaries(root: Path) -> None:
     assert sorted(json.loads(line)["text"] for line in rest) == ["karo", "mite", "mite"]
 
 
+_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _conversations(root: Path) -> None:
+    """Conversations in their three forms, beside a folder's template."""
+    turns = [{"role": role, "content": "karo"} for role in ("system", "user", "assistant")]
+    rows = [
+        {"messages": turns * 2, "label": 1},
+        {"prompt": "ka", "response": "ro", "label": 0},
+        {"instruction": "mi", "input": "te", "output": "sun", "id": "a"},
+    ]
+    write(root / "one" / "texts.jsonl", json_lines(rows).encode())
+    config = {"chat_template": _TEMPLATE, "eos_token": {"content": "</s>"}}
+    write(root / "one" / "tokenizer_config.json", json.dumps(config).encode())
+
+
+def _read_conversations(root: Path) -> None:
+    """Whatever is read is tokens of a conversation, by either template."""
+    made = tiny.tokenizer()
+    for template in (named_template("llada"), folder_template(root)):
+        for text in read_texts(root / "texts.jsonl", form=Form(template)).texts:
+            assert text.rendered is not None
+            assert str(text.rendered) == text.text
+            (found,) = TextTokenizer(made, "here").encode([text.rendered], 12)
+            assert len(found.ids) <= 12
+
+
 READERS = {
     "canaries": Reader(_canaries, ("*",), _insert_canaries, pipes=False),
     "split": Reader(_split, (SPLIT,), _read_split),
@@ -198,6 +231,7 @@ READERS = {
     "gzip": Reader(_gzip, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_gzip),
     "zstd": Reader(_zstd, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_zstd),
     "utf-16": Reader(_utf_16, ("*",), _read_texts, _audit_texts, pipes=False),
+    "conversations": Reader(_conversations, ("*",), _read_conversations, pipes=False),
     "parquet": Reader(
         _parquet, ("*",), _read_texts, _audit_texts, pipes=False, extra=_spoil_parquet
     ),
