@@ -302,7 +302,7 @@ def lacks(name: str, what: str, found: Iterable[Any]) -> str:
     found = list(found)
     hint = "; rename the one that holds texts, or name it: --text-field NAME"
     if {"messages", "prompt", "instruction"} & set(found):
-        hint += "; of conversations, say how they are written: --template NAME"
+        hint += "; conversations are read by audits, nll and trainings with --template NAME"
     fields = f"(its {what}s: {shown_names(found)})"
     return f"has no {what} '{printable(name)}' {fields}{hint if name == 'text' else ''}"
 

@@ -1,5 +1,6 @@
 """A small version of `experiments/statistics/responses.py`: what is learned is what is found."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from sama_jax.config import AuditSettings
 from sama_jax.terminal import Terminal
-from sama_jax.texts.conversations import Form
+from sama_jax.texts.conversations import Form, named_template
 from sama_jax.texts.read import Fields, read_texts
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training import sequences
@@ -71,3 +72,24 @@ def test_trainings_learn_the_tokens_of_responses_alone(made: Path):
     )
     filling = np.arange(responses.LENGTH)[None] >= padded.lengths[:, None]
     assert (filled.learned == (padded.learned | filling)).all()
+
+
+def test_the_identity_of_a_training_holds_template_and_spans(made: Path):
+    forms = [
+        Form(responses.TEMPLATE),
+        Form(responses.TEMPLATE, "text"),
+        Form(responses.TEMPLATE, end_tokens=1),
+        Form(named_template("llama")),
+        Form(named_template("plain")),
+        Form(named_template("plain"), "text"),
+    ]
+    found = [
+        sequences.digest([t.content for t in read_texts(made / "pairs.jsonl", form=form).texts])
+        for form in forms
+    ]
+    assert len(set(found)) == len(forms)
+    assert found[0] == sequences.digest(
+        [t.content for t in read_texts(made / "pairs.jsonl", form=forms[0]).texts]
+    )
+    known = hashlib.sha256((2).to_bytes(8, "little") + b"ka").hexdigest()
+    assert sequences.digest(["ka"]) == known  # that of plain texts is what it was
