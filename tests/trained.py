@@ -53,10 +53,11 @@ def tokens(count: int, seed: int = 0, length: int = LENGTH) -> np.ndarray:
 def params(seed: int = 0) -> Params:
     """The weights of `model()` that has learnt the language."""
     network = model()
-    return train(network, _init(network, seed), tokens(STEPS * BATCH, seed + 1), STEPS, 1e-2, seed)
+    return train(network, first(network, seed), tokens(STEPS * BATCH, seed + 1), STEPS, 1e-2, seed)
 
 
-def _init(network: TransformerModel, seed: int) -> Params:
+def first(network: TransformerModel, seed: int) -> Params:
+    """Random weights that a network learns from."""
     drawn = jax.jit(network.init)(jax.random.key(seed))
     # With the usual weights of .02 the network takes three times as many steps.
     return jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, drawn)

@@ -1,5 +1,6 @@
 """A model that is read otherwise than it was trained is refused; one read rightly never is."""
 
+import dataclasses
 import re
 
 import jax
@@ -56,6 +57,22 @@ def test_texts_that_run_the_other_way_are_read_better_backwards(texts):
     turned = [ids[::-1] for ids in texts]
     rest = trained.params(), turned, frequencies(turned)
     assert other_readings.better_readings(own, others, *rest)[0][0].read.name == "backwards"
+
+
+def test_texts_name_the_mask_of_attention_that_a_model_was_trained_with():
+    """`experiments/statistics/masks.py` does so for more masks and seeds."""
+    full, known = trained.model(), trained.tokens(64, seed=100)
+    network = dataclasses.replace(full, arch=dataclasses.replace(full.arch, block_length=8))
+    untrained = trained.first(network, 0)
+    weights = trained.train(network, untrained, known, 400, 1e-2)
+    rest = list(known), frequencies(known), MASKS
+    assert other_readings.check(network, weights, *rest) == (None, True)
+    with pytest.raises(ModelError, match=r"mask block:8 it.*--attention-mask block:8, or full to"):
+        other_readings.check(full, weights, *rest)
+    asked = other_readings.check(full, weights, *rest, asked_mask=True)
+    assert asked.warning is not None
+    assert "read with attention mask block:8" in asked.warning
+    assert other_readings.check(full, untrained, *rest) == (None, False)
 
 
 @pytest.mark.parametrize(("lead", "refused"), [(0.012, False), (0.03, True)])
