@@ -267,6 +267,7 @@ class AuditSettings:
         """
         if any(text.partition("=")[0].strip() == "preset" for text in overrides):
             raise UsageError("setting preset is a name only; choose one with --preset")
+        _require_once(overrides)
         settings = cls(preset=preset, **fields)
         return override(settings, [*_budget(settings.sama, passes), *overrides])
 
@@ -335,6 +336,7 @@ class TrainSettings:
     @classmethod
     def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> "TrainSettings":
         """Returns the settings of these fields, then of `key=value` overrides."""
+        _require_once(overrides)
         return override(cls(**fields), overrides)
 
 
@@ -357,6 +359,14 @@ def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
             f"multiple of {sama.repeats}"
         )
     return [f"passes={passes}", f"sama.steps={passes // sama.repeats}"]
+
+
+def _require_once(assignments: Sequence[str]) -> None:
+    """Raises `UsageError` for a setting that is given twice: one of the values would be lost."""
+    names = [text.partition("=")[0].strip() for text in assignments]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"setting {shown(name)} is given twice; give it once")
 
 
 def override(settings: Settings, assignments: Sequence[str]) -> Settings:

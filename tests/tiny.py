@@ -23,7 +23,8 @@ from sama_jax.weights import saving
 
 VOCAB = 300
 MASK_ID = VOCAB - 1
-SETTINGS = ("--set", "sama.steps=2", "--set", "sama.subsets=8", "--max-length", "32")
+STEPS = ("sama.steps=2", "sama.subsets=8")
+SETTINGS = ("--set", STEPS[0], "--set", STEPS[1], "--max-length", "32")
 """Flags of audits inside the test process: equal ones share their compiled programs."""
 SYLLABLES = ["ka", "ro", "mi", "te", "sun", "dal", "fer", "no", "vi", "lo", "gra", "pe"]
 

@@ -35,9 +35,12 @@ class Box(NamedTuple):
             "reference": self.reference,
             "data": self.data,
             "out": self.out,
+            "max_length": 32,
             **changes,
         }
-        return ["audit", "--quiet", *tiny.SETTINGS, *as_flags(flags)]
+        changed = str(changes.get("set")).partition("=")[0]
+        steps = [one for one in tiny.STEPS if one.partition("=")[0] != changed]
+        return ["audit", "--quiet", *(w for s in steps for w in ("--set", s)), *as_flags(flags)]
 
     def lines(self, *lines: str | bytes, name: str = "bad.jsonl") -> Path:
         """A file of these lines."""

@@ -39,6 +39,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(epilog=EPILOG, formatter_class=raw, **options)
+        for name in (None, "store"):
+            self.register("action", name, _StoreOnce)
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with 2, like every other usage error."""
@@ -52,6 +54,17 @@ class Parser(argparse.ArgumentParser):
         except OutputError as error:
             _say(f"{self.prog}: {error}")
             sys.exit(error.exit_code)
+
+
+class _StoreOnce(argparse.Action):
+    """Keeps the value of a flag; given a second time, it does not silently replace the first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
+        given = namespace.__dict__.setdefault("given", set())
+        if flag is not None and self.dest in given:
+            parser.error(f"argument {flag}: is given twice, but takes one value")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 def command_of(

@@ -10,6 +10,7 @@ import pytest
 from sama_jax import config
 from sama_jax.cli import entry, flags
 from sama_jax.config import AuditSettings, Flag, TrainSettings
+from sama_jax.errors import UsageError
 from sama_jax.programs.jobs import AuditJob, BenchJob, PlanJob
 
 GOOD: dict[str, list[str]] = {
@@ -39,6 +40,31 @@ def parse(command: str, *more: str) -> argparse.Namespace:
 )
 def test_without_flags_a_command_has_the_defaults_of_the_fields(command, kind, expected):
     assert flags.settings_of(parse(command), kind) == expected
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [["--data", "e"], ["--data", "d"], ["--seed", "1", "--seed", "2"], ["--models=auto"] * 2],
+)
+def test_a_flag_that_takes_one_value_is_refused_twice(twice, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("audit", *twice)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "is given twice" in said
+    assert said.count("\n") == 1
+
+
+def test_a_flag_that_repeats_and_a_second_command_line_are_taken():
+    for _ in range(2):
+        parsed = parse("audit", "--set", "sama.steps=2", "--set", "padding=visible", "--seed", "1")
+        assert parsed.set == ["sama.steps=2", "padding=visible"]
+
+
+@pytest.mark.parametrize("kind", [AuditSettings, TrainSettings])
+def test_a_setting_is_refused_twice(kind):
+    with pytest.raises(UsageError, match="setting 'seed' is given twice"):
+        kind.of(overrides=["seed=1", "seed = 2"])
 
 
 def test_a_job_without_flags_has_the_defaults_of_its_fields():
