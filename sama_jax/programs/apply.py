@@ -1,5 +1,6 @@
 """Judges the texts of a finished run by a calibration: p-values, discoveries, one collection."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from sama_jax.storage.calibration_file import (
 from sama_jax.storage.files import write_atomic, write_json
 from sama_jax.storage.run_folder import differences, json_lines, record_also
 from sama_jax.untrusted import printable
-from sama_jax.validity.drift import same_lengths
+from sama_jax.validity.drift import same_lengths, within_lengths
 from sama_jax.validity.gate import told
 
 ASSUMPTION = (
@@ -47,6 +48,9 @@ def run_apply(
 ) -> Applied:
     """Writes `decisions.jsonl` and `decisions.json` into a run's folder.
 
+    The known members of `--control` are none of the texts that are judged, and a text with fewer or
+    more tokens than any that calibrated gets no verdict.
+
     Args:
       folder: the audit of the texts to be judged, made as the calibrating one was.
       calibration: the file of `calibrate`.
@@ -62,15 +66,20 @@ def run_apply(
     run, content = _comparable(folder, calibration)
     name = require_alone(content["attack"], run).name
     values, _ = results.column(run.rows, name)
-    scored = np.flatnonzero(np.isfinite(values))
+    known_members = np.array([bool(row.get("control")) for row in run.rows])
+    scored = np.flatnonzero(np.isfinite(values) & ~known_members)
     if not scored.size:
         raise DataError(f"{folder}: no text has a score of {name}")
     _require_others(folder, run, content, scored)
-    gate = same_lengths([run.rows[i].get("n_tokens", 0) for i in scored], content["lengths"])
+    tokens = np.array([row.get("n_tokens", 0) for row in run.rows], np.int64)
+    gate = same_lengths(tokens[scored].tolist(), content["lengths"])
     if gate["status"] == "void":
         raise ValidityError(f"{folder}: {told(gate)}")
-    scores, known = values[scored], np.array(content["scores"])
-    keys = [run.keys[i] for i in scored]
+    judged = scored[within_lengths(tokens[scored], content["lengths"])]
+    if not judged.size:
+        raise ValidityError(f"{folder}: {_outside(len(scored), content['lengths'])}")
+    scores, known = values[judged], np.array(content["scores"])
+    keys = [run.keys[i] for i in judged]
     broken = conformal.uniform_of(keys, "smoothed") if smoothed else None
     p = conformal.p_values(scores, known, broken)
     flagged = p <= content["rank"] / (len(known) + 1)
@@ -78,7 +87,9 @@ def run_apply(
         flagged = conformal.adjusted(p) <= fdr
     summary: dict[str, Any] = {
         "attack": name,
-        "texts": len(scored),
+        "texts": len(judged),
+        "of_other_lengths": len(scored) - len(judged),
+        "lengths": [content["lengths"][0], content["lengths"][-1]],
         "flagged": int(flagged.sum()),
         "fdr": fdr,
         "fpr": None if fdr is not None else content["fpr"],
@@ -89,10 +100,10 @@ def run_apply(
         "assumption": ASSUMPTION,
     }
     if collection:
-        alone = conformal.one_of_each(run.groups[scored], keys)
+        alone = conformal.one_of_each(run.groups[judged], keys)
         tested = conformal.collection_test(scores[alone], known)
         summary["collection"] = tested._asdict() | {"texts": len(alone)}
-    lines = _decisions(run, scored, scores, p, flagged)
+    lines = _decisions(run, values, judged, p, flagged)
     write_atomic(folder / DECISIONS, json_lines(lines))
     write_json(folder / SUMMARY, summary)
     record_also(folder, [DECISIONS, SUMMARY])
@@ -109,18 +120,32 @@ def _comparable(folder: Path, calibration: Path) -> tuple[FinishedRun, Calibrati
 
 def _decisions(
     run: FinishedRun,
-    scored: Int[np.ndarray, " k"],
-    scores: Float[np.ndarray, " k"],
+    values: Float[np.ndarray, " n"],
+    judged: Int[np.ndarray, " k"],
     p: Float[np.ndarray, " k"],
     flagged: Bool[np.ndarray, " k"],
 ) -> list[dict[str, Any]]:
-    """Returns a line for each text of a run; without a score it has no verdict."""
-    lines: list[dict[str, Any]] = [
-        {"id": row["id"], "score": None, "p": None, "flagged": None} for row in run.rows
-    ]
-    for place, score, value, is_flagged in zip(scored, scores, p, flagged):
-        lines[place] |= {"score": float(score), "p": float(value), "flagged": bool(is_flagged)}
+    """Returns a line for each text of a run but known members; without a verdict it says why."""
+    found = dict(zip(judged.tolist(), zip(p.tolist(), flagged.tolist())))
+    lines: list[dict[str, Any]] = []
+    for place, row in enumerate(run.rows):
+        if row.get("control"):
+            continue
+        score = float(values[place]) if np.isfinite(values[place]) else None
+        verdict = found.get(place, (None, None))
+        lines.append({"id": row["id"], "score": score, "p": verdict[0], "flagged": verdict[1]})
+        if place not in found:
+            lines[-1]["reason"] = "no score" if score is None else "length"
     return lines
+
+
+def _outside(count: int, lengths: Sequence[int]) -> str:
+    """Says that texts have no verdict for their length."""
+    return (
+        f"{results.num_texts(count)} {'has' if count == 1 else 'have'} no verdict: of fewer or "
+        f"more tokens than any text that calibrated ({lengths[0]} to {lengths[-1]}); calibrate on "
+        "held-out texts of their lengths."
+    )
 
 
 def _require_same(folder: Path, run: dict[str, Any], calibrated: dict[str, Any]) -> None:
@@ -158,6 +183,8 @@ def _sentences(summary: dict[str, Any]) -> list[str]:
         f"{summary['attack']}, {rule}.",
         summary["assumption"],
     ]
+    if summary["of_other_lengths"]:
+        lines.insert(1, _outside(summary["of_other_lengths"], summary["lengths"]))
     if found := summary.get("collection"):
         power = "no AUC"
         if found["detectable"] is not None:

@@ -50,7 +50,7 @@ from sama_jax.programs.audit_records import (
 from sama_jax.programs.data_gates import data_gates
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.second_seed import score_again
-from sama_jax.storage.calibration_file import withdraw_decisions
+from sama_jax.storage.calibration_file import withdraw_decisions, withdraw_stale
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import METRICS, Row, noted
 from sama_jax.terminal import console
@@ -261,6 +261,7 @@ def publish(
     score_corpus(readings, folder, inputs.ids, [t.scored for t in inputs.texts], inputs.labels)
     update_index(folder, rows, readings.tables)
     joined = folder.join(rows, [attack.name for attack in chosen.attacks])
+    withdraw_stale(job.out, joined)
     # SciPy's statistics and scikit-learn: two seconds to import.
     from sama_jax.reporting import report, results
 

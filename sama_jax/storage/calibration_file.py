@@ -3,11 +3,20 @@
 Names the decisions that are made by it, too.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from sama_jax.errors import UsageError
-from sama_jax.storage.files import MADE_BY, readable, require_free, sha256_of, write_json
+from sama_jax.errors import DataError, UsageError
+from sama_jax.storage.files import (
+    MADE_BY,
+    read_whole_json_lines,
+    readable,
+    require_free,
+    sha256_of,
+    write_json,
+)
+from sama_jax.storage.run_folder import Row
 from sama_jax.storage.shapes import misfit
 from sama_jax.untrusted import read_json
 
@@ -81,6 +90,25 @@ def read_calibration(path: Path) -> Calibration:
             f"{path}: was changed after it was written; make it again with `sama-jax calibrate`"
         )
     return cast(Calibration, found)
+
+
+def withdraw_stale(folder: Path, rows: Sequence[Row]) -> None:
+    """Removes decisions of a run whose texts no longer have the scores that were judged.
+
+    A later part of a run may take texts as prefixes, or score them by other code.
+    """
+    if not (folder / DECISIONS).exists():
+        return
+    try:
+        attack = read_json(folder / SUMMARY)["attack"]
+        lines = read_whole_json_lines(folder / DECISIONS, "a decision")
+        judged = {line["id"]: line["score"] for line in lines}
+        now = {row["id"]: (row.get("scores") or {}).get(attack) for row in rows}
+        same = all(text_id in now and now[text_id] == judged[text_id] for text_id in judged)
+    except (OSError, ValueError, LookupError, TypeError, DataError):
+        same = False
+    if not same:
+        withdraw_decisions(folder)
 
 
 def withdraw_decisions(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Int
 from scipy.stats import ks_2samp
 
 from sama_jax.validity.bounds import DRIFT_P
@@ -26,3 +28,15 @@ def same_lengths(suspects: Sequence[int], calibration: Sequence[int]) -> Gate:
         statistic=p,
         bound=DRIFT_P,
     )
+
+
+def within_lengths(
+    tokens: Int[np.ndarray, " n"], calibration: Sequence[int]
+) -> Bool[np.ndarray, " n"]:
+    """Tells which texts are no shorter and no longer than all that calibrated.
+
+    The test of `same_lengths` is of all texts together: a few of a length that none has calibrated
+    do not show in it, and a sum of losses alone would flag them. Of n + 1 texts of one source the
+    last lies outside with a probability of at most 2 in n + 1.
+    """
+    return (tokens >= min(calibration)) & (tokens <= max(calibration))

@@ -119,8 +119,7 @@ def test_a_void_run_calibrates_and_judges_nothing(void: str, runs):
 def test_decisions_about_a_run_that_becomes_void_are_withdrawn(place: Path, tmp_path: Path):
     box = Box(place, place / "target", place / "reference", place / "texts.jsonl", tmp_path / "run")
     shutil.copytree(place / "whole", box.out)
-    for name in (DECISIONS, SUMMARY):
-        (box.out / name).write_text("{}")
+    decide(box.out)
     again = box.command(**FLAGS, attacks="sama,ratio")
     assert entry.main(again) == 0
     assert (box.out / DECISIONS).is_file()
@@ -130,6 +129,87 @@ def test_decisions_about_a_run_that_becomes_void_are_withdrawn(place: Path, tmp_
     assert entry.main(again) == ValidityError.exit_code
     assert not (box.out / DECISIONS).exists()
     assert not (box.out / SUMMARY).exists()
+
+
+def decide(run: Path) -> list[dict[str, Any]]:
+    """Writes what `apply` would write, by scores that were not calibrated."""
+    lines = [{"id": row["id"], "score": row["scores"]["sama"]} for row in read_rows(run)]
+    (run / DECISIONS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / SUMMARY).write_text('{"attack": "sama"}')
+    return lines
+
+
+@pytest.mark.parametrize("spoilt", ["score", "line", "summary"])
+def test_decisions_about_other_scores_than_the_run_has_are_withdrawn(spoilt, place, tmp_path):
+    run = Path(shutil.copytree(place / "whole", tmp_path / "run"))
+    lines = decide(run)
+    score = ["score", "--store", str(run), "--attacks", "ratio"]
+    assert entry.main(score) == 0
+    assert (run / DECISIONS).is_file()
+    lines[3]["score"] = None
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    if spoilt != "summary":
+        (run / DECISIONS).write_text(content if spoilt == "score" else content[:-3])
+    else:
+        (run / SUMMARY).write_text("[]")
+    assert entry.main(score) == 0
+    assert not (run / DECISIONS).exists()
+    assert not (run / SUMMARY).exists()
+
+
+def test_known_members_are_not_judged(runs):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    whole = run_apply(new, file, fdr=0.5, collection=True).summary
+    lines = (new / DECISIONS).read_text().splitlines()
+
+    def mark(place: int, row: dict[str, Any]) -> None:
+        if place % 4 == 0:
+            row.pop("label")
+            row.update(control=True)
+
+    change_rows(new, mark)
+    found = run_apply(new, file, fdr=0.5, collection=True)
+    assert found.summary["texts"] == found.summary["collection"]["texts"] == 60
+    assert found.summary["collection"]["p"] != whole["collection"]["p"]
+    ids = [json.loads(line)["id"] for line in (new / DECISIONS).read_text().splitlines()]
+    assert ids == [json.loads(line)["id"] for i, line in enumerate(lines) if i % 4]
+    assert "of 60 texts flagged" in found.sentences[0]
+
+
+@pytest.mark.parametrize("tokens", [2, 400])
+def test_a_text_of_a_length_that_no_other_one_calibrated_gets_no_verdict(tokens, runs):
+    known, new, file = runs
+    content, _ = run_calibrate(known, file, fpr=0.1)
+    run_apply(new, file)
+    before = [json.loads(x) for x in (new / DECISIONS).read_text().splitlines()]
+    change_rows(new, lambda i, row: row.update(n_tokens=tokens if i < 3 else row["n_tokens"]))
+    found = run_apply(new, file, collection=True)
+    after = [json.loads(x) for x in (new / DECISIONS).read_text().splitlines()]
+    lacking = {"p": None, "flagged": None, "reason": "length"}
+    assert after == [one | lacking if i < 3 else one for i, one in enumerate(before)]
+    assert found.summary["texts"] == found.summary["collection"]["texts"] == 77
+    assert found.summary["of_other_lengths"] == 3
+    low, high = content["lengths"][0], content["lengths"][-1]
+    assert (
+        f"3 texts have no verdict: of fewer or more tokens than any text that calibrated ({low} "
+        f"to {high})" in found.sentences[1]
+    )
+
+
+def test_a_single_text_of_another_length_is_refused(runs, capsys):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+
+    def alone(place: int, row: dict[str, Any]) -> None:
+        del row["label"]
+        row["n_tokens"] = 2
+        row["scores"] = row["scores"] if place == 3 else {"sama": None, "ratio": None}
+
+    change_rows(new, alone)
+    assert entry.main(["apply", str(new), "--calibration", str(file)]) == 5
+    assert "1 text has no verdict" in capsys.readouterr().err
+    assert not (new / DECISIONS).exists()
 
 
 def test_a_run_that_asked_no_gates_calibrates_nothing(runs):
@@ -159,7 +239,8 @@ def test_a_text_without_a_score_gets_no_verdict(runs):
     )
     assert run_apply(new, file).summary["texts"] == 79
     lines = [json.loads(x) for x in (new / "decisions.jsonl").read_text().splitlines()]
-    assert (lines[3]["score"], lines[3]["p"], lines[3]["flagged"]) == (None, None, None)
+    nothing = {"score": None, "p": None, "flagged": None, "reason": "no score"}
+    assert lines[3] == {"id": lines[3]["id"], **nothing}
 
 
 def change_rows(run: Path, change) -> None:
