@@ -26,7 +26,10 @@ def add(commands: Any) -> None:
     inputs.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
     inputs.add_argument("--nonmembers", type=Path, metavar="F", help="and texts that were not")
     inputs.add_argument(
-        "--control", type=Path, metavar="F", help="known members besides, which must be found"
+        "--control",
+        type=Path,
+        metavar="F",
+        help="known members besides, which must be found: at least 7 different texts",
     )
     flags.add_text_fields(inputs)
     flags.add_conversations(inputs)

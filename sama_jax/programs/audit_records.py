@@ -7,6 +7,7 @@ import json
 import platform
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from sama_jax.arrays import ProbePlan
+from sama_jax.arrays import Encoded, ProbePlan
 from sama_jax.attacks.code import codes
 from sama_jax.config import settings_hash
 from sama_jax.core.spread import spread
@@ -38,8 +39,9 @@ from sama_jax.storage.files import require_free, write_json
 from sama_jax.storage.protocol import Protocol, known_protocol, require_same, write_protocol
 from sama_jax.storage.run_folder import DENSITIES, RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
-from sama_jax.texts.read import group_numbers
+from sama_jax.texts.read import Text, group_numbers
 from sama_jax.validity.blind import Blind
+from sama_jax.validity.overlap import joined, relate
 from sama_jax.weights.identity import matmul_precision
 
 
@@ -230,7 +232,7 @@ def text_rows(
     """
     rows = []
     baseline = np.full(len(inputs.texts), np.nan) if blind is None else blind.scores
-    numbers = group_numbers(inputs.texts)
+    numbers = document_numbers(inputs.texts, tokenised.encoded)
     for i, text in enumerate(inputs.texts):
         group, view, tokens = numbers[i], tokenised.views[i], tokenised.encoded[i]
         row: dict[str, Any] = {"id": text.id}
@@ -256,6 +258,27 @@ def text_rows(
             row["text"] = text.text
         rows.append(row)
     return rows
+
+
+def document_numbers(texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[int | None]:
+    """Numbers the groups of texts, and, of known members, also what counts as one text.
+
+    Those are copies, near duplicates, and texts that are equal after they were cut: given thirty
+    times, one text that was learnt would be thirty known members that are found.
+    """
+    numbers = group_numbers(texts)
+    known = [i for i, text in enumerate(texts) if text.control]
+    if not known:
+        return numbers
+    related = relate([texts[i] for i in known]).units.tolist()
+    units = joined(related, [encoded[i].ids.tobytes() for i in known]).tolist()
+    given = {unit: numbers[i] for i, unit in zip(known, units) if numbers[i] is not None}
+    first = 1 + max((number for number in numbers if number is not None), default=-1)
+    sizes = Counter(units)
+    for i, unit in zip(known, units):
+        if unit in given or sizes[unit] > 1:
+            numbers[i] = given.setdefault(unit, first + unit)
+    return numbers
 
 
 def update_index(

@@ -40,6 +40,7 @@ from sama_jax.training.loop import device
 from sama_jax.training.sequences import tokens_of
 from sama_jax.validity import bounds
 from sama_jax.validity.gate import Gate
+from sama_jax.validity.overlap import relate
 from sama_jax.validity.scores import pipeline_control
 from sama_jax.weights import loading, model_folder
 
@@ -61,7 +62,9 @@ class Halves(NamedTuple):
 
 
 def choose_halves(texts: Sequence[Text], readable: Sequence[bool], seed: int) -> Halves:
-    """Chooses non-members of different groups, by the seed and their content alone.
+    """Chooses non-members of different documents, by the seed and their content alone.
+
+    Texts of one group, copies and near duplicates are one document.
 
     Args:
       texts: of the run.
@@ -71,10 +74,11 @@ def choose_halves(texts: Sequence[Text], readable: Sequence[bool], seed: int) ->
     Raises:
       DataError: too few are there for the control to pass.
     """
-    pool: dict[str, Text] = {}
-    for text, usable in zip(texts, readable):
-        if text.label == 0 and usable:
-            pool.setdefault(text.group or content_id(text.text), text)
+    usable = [text for text, can in zip(texts, readable) if text.label == 0 and can]
+    usable.sort(key=lambda text: (content_id(text.text), text.id))
+    pool: dict[int, Text] = {}
+    for text, unit in zip(usable, relate(usable).units.tolist()):
+        pool.setdefault(unit, text)
     order = shuffled(pool.values(), seed)
     count = min(TEXTS, len(order) // 2)
     if count < bounds.CONTROL_TEXTS:

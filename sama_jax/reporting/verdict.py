@@ -201,23 +201,33 @@ def _declared(columns: Columns) -> dict[str, Declared]:
 
 
 def _positive_control(rows: Sequence[Row], primary: str) -> Gate:
-    """Asks whether known members are found among the non-members."""
+    """Asks whether known members are found among the non-members; texts of one document count once.
+
+    `audit_records.document_numbers` says which of the known members are one.
+    """
     texts = [row for row in rows if row.get("control") or row.get("label") == 0]
     own = [(row.get("scores") or {}).get(primary) for row in texts]
     known = np.array([int(bool(row.get("control"))) for row in texts], np.int64)
-    scores = np.array(own, np.float64).reshape(-1, 1)
-    count = int(np.isfinite(scores[known == 1]).sum())
+    scores, groups = np.array(own, np.float64).reshape(-1, 1), groups_of(texts)
     if not known.any():
         return gate(CONTROL, "not run", "No positive control was given (--control FILE).")
-    p = float(inference.permutation_tests(scores, known, groups_of(texts)).p[0])
-    found = p <= bounds.CONTROL_P
+    units = np.arange(len(texts)) if groups is None else groups
+    of_known = units[(known == 1) & np.isfinite(scores[:, 0])]
+    count, enough = len(np.unique(of_known)), bounds.CONTROL_TEXTS
+    p = float(inference.permutation_tests(scores, known, groups).p[0])
+    found = count >= enough and p <= bounds.CONTROL_P
+    copies = "" if count == len(of_known) else f" ({len(of_known)} texts)"
+    what = f"{count} different known member{'' if count == 1 else 's'}{copies}"
+    said = f"was {'' if found else 'not '}found among the non-members by {primary} (p = {p:.4f})."
+    if count < enough:
+        said = f"is too small: fewer than {enough} texts or documents show nothing (p = {p:.4f})."
     return gate(
         CONTROL,
         "pass" if found else "warn",
-        f"A positive control of {count} known members was {'' if found else 'not '}found among the "
-        f"non-members by {primary} (p = {p:.4f}).",
-        f"Nothing follows from what this audit does not find. Give at least {bounds.CONTROL_TEXTS} "
-        "texts that the target was surely trained on, such as canaries with many copies.",
+        f"A positive control of {what} {said}",
+        f"Nothing follows from what this audit does not find. Give at least {enough} different "
+        "texts that the target was surely trained on, such as canaries that stood in the training "
+        "data many times; a text that stands here many times counts once.",
         statistic=p,
         bound=bounds.CONTROL_P,
     )

@@ -20,7 +20,7 @@ OVERLAPPING = 0.01
 """Share of non-members with such an overlap that weakens a result. Judgement: random halves of real
 documents have at most .2 %."""
 REPEATED = 0.05
-"""Share of texts that nearly repeat another of their class, without a group. Judgement."""
+"""Share of texts, or of groups, that nearly repeat another one of their class. Judgement."""
 CUT_P = 0.01
 """Fisher's p below which one class is cut more often than the other."""
 EXACT_SHINGLES = 20_000_000
@@ -56,7 +56,8 @@ CONTROL_P = 0.001
 """p of the primary attack on the positive control at which it is found. Judgement: 7 texts that
 stand above 7 non-members reach it."""
 CONTROL_TEXTS = 7
-"""Fewer texts of a control cannot reach that p against as many non-members."""
+"""Fewer texts, or documents, of a control cannot reach that p against as many non-members; those of
+few documents could against more, since nothing tells how much such documents differ."""
 MISSING_SHARE = 0.2
 """Judgement: share of the labelled texts without a score from which the rest are no fair sample."""
 MISSING_P = 0.01

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from sama_jax.arrays import Encoded
 from sama_jax.errors import DataError
+from sama_jax.programs.audit_records import document_numbers
 from sama_jax.programs.pipeline_control import TEXTS, choose_halves
 from sama_jax.programs.second_seed import choose_texts
 from sama_jax.texts.read import Text
@@ -29,10 +31,36 @@ def test_a_pipeline_control_takes_one_text_of_each_document_and_non_members_alon
     assert len(choose_halves(texts_of(500), [True] * 500, 42).learnt) == TEXTS
 
 
-def test_a_text_that_stands_there_twice_is_taken_once():
-    twice = [text._replace(id=f"{text.id}#2") for text in texts_of(20)]
-    found = choose_halves(texts_of(20) + twice, [True] * 40, 42)
-    assert len({text.text for text in found.texts}) == len(found.texts) == 20
+@pytest.mark.parametrize("end", ["", " again"])
+def test_a_text_that_stands_there_twice_is_taken_once(end):
+    long = [text._replace(text=" ".join(f"{i}w{j}" for j in range(30))) for i, text in
+            enumerate(texts_of(20))]  # fmt: skip
+    twice = [text._replace(id=f"{text.id}#2", text=text.text + end) for text in long]
+    found = choose_halves(long + twice, [True] * 40, 42)
+    assert len({text.id.split("#")[0] for text in found.texts}) == len(found.texts) == 20
+
+
+def test_copies_near_duplicates_and_equal_tokens_of_a_control_are_one_document():
+    words = [" ".join(f"{i}w{j}" for j in range(30)) for i in range(7)]
+    given = [words[0], words[0], f"{words[0]} again", words[1], words[2], words[3], words[4]]
+    groups = [None, None, None, None, "d", "d", None]
+    known = [
+        Text(f"c{i}", text, None, "", group, control=True)
+        for i, (text, group) in enumerate(zip(given, groups))
+    ]
+    audited = [text._replace(group="e") for text in texts_of(2)]
+    last = Text("c7", words[5], None, "", control=True)  # cut to the tokens of words[1]
+    texts = [*audited, *known, last]
+    ids = [np.array([i]) for i in range(len(texts))]
+    ids[-1] = ids[5]
+    encoded = [Encoded(one, np.zeros(1, bool), False, 0, 0) for one in ids]
+    found = document_numbers(texts, encoded)
+    assert found[:2] == [0, 0]
+    assert found[2] == found[3] == found[4] != found[5] == found[9]
+    assert found[6] == found[7] == 1
+    assert found[8] is None
+    assert len({*found}) == 5
+    assert document_numbers(audited, encoded[:2]) == [0, 0]
 
 
 def test_what_a_control_takes_does_not_depend_on_the_order_of_the_file():

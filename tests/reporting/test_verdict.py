@@ -106,6 +106,30 @@ def test_a_control_that_was_not_passed_outweighs_one_that_was():
         assert judge(rows, BOTH, [passed, failed])[0]["kind"] == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("texts", "documents", "status", "said"),
+    [
+        (8, 8, "pass", "A positive control of 8 different known members was found among"),
+        (64, 8, "pass", "A positive control of 8 different known members (64 texts) was found"),
+        (6, 6, "warn", "of 6 different known members is too small: fewer than 7"),
+        (60, 6, "warn", "of 6 different known members (60 texts) is too small"),
+        (30, 1, "warn", "of 1 different known member (30 texts) is too small"),
+    ],
+)
+def test_a_control_counts_documents_and_needs_seven(texts, documents, status, said):
+    rows = make_rows(n=1200, shift=0.0)
+    known = [
+        {**rows[0], "label": None, "control": True, "scores": {"sama": 9.0 + i, "loss": 0.0}}
+        for i in range(texts)
+    ]
+    if texts > documents:
+        known = [row | {"group": i % documents} for i, row in enumerate(known)]
+    verdict, gates = judge([*rows, *known], BOTH, [])
+    (found,) = (one for one in gates if one["name"] == CONTROL)
+    assert (found["status"], said in found["sentence"]) == (status, True), found["sentence"]
+    assert verdict["kind"] == ("nothing above the margin" if status == "pass" else "undecided")
+
+
 def test_members_below_non_members_void_the_run():
     verdict, _ = judge(make_rows(shift=-2.0), BOTH, [])
     assert verdict["kind"] == "no conclusion"
