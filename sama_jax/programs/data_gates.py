@@ -54,7 +54,7 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
         data.duplicates(strings, labels),
         data.contradictions(strings, labels),
         data.equal_after_cutting(strings, ids, labels),
-        data.near_duplicates(related.classes, related.pairs),
+        data.near_duplicates(related.near_other),
         data.repeated_sources(labels, related.units, [text.group for text in texts]),
         data.overlap(_overlap_shares(texts)),
         *([data.prefixes(related.near_prefix)] if job.prefixes else []),

@@ -82,23 +82,17 @@ def equal_after_cutting(
     )
 
 
-def near_duplicates(classes: Sequence[set[int]], pairs: Int[np.ndarray, "p 2"]) -> Gate:
+def near_duplicates(near_other: Bool[np.ndarray, " d"]) -> Gate:
     """Counts texts that nearly equal another text of the other class.
 
     Args:
-      classes: labels of each distinct text.
-      pairs: distinct texts that are near duplicates.
+      near_other: for each distinct text, whether it does.
     """
-    concerned = {
-        text
-        for a, b in pairs.tolist()
-        if (0 in classes[a] and 1 in classes[b]) or (1 in classes[a] and 0 in classes[b])
-        for text in (a, b)
-    }
+    count = int(near_other.sum())
     return _wrong_labels(
         "near_duplicates",
-        len(concerned),
-        len(concerned) / max(1, len(classes)),
+        count,
+        count / max(1, len(near_other)),
         "texts that share most of their words with one of the other class",
         "Draw the split again with sama-jax split, which keeps near duplicates on one side.",
     )
@@ -124,26 +118,28 @@ def repeated_sources(
 ) -> Gate:
     """Asks whether texts that nearly repeat others of their class are said to belong together.
 
+    A name that each text has for itself says as little as none.
+
     Args:
       labels: of each text.
       units: number of the group or the near duplicates that a text belongs to.
-      groups: names of the groups, as given.
+      groups: names of the groups, as given; a text without one counts for itself.
     """
-    name = "independence"
-    if None not in groups:
-        count = len(set(groups))
-        said = f"{len(groups):,} texts come from {count:,} groups; intervals count groups."
-        return gate(name, "pass", said, statistic=count)
-    of_class = units * 3 + labels
-    share = 1 - len(np.unique(of_class)) / max(1, len(labels))
+    named = [i if group is None else group for i, group in enumerate(groups)]
+    counted = len(set(zip(named, labels.tolist())))
+    share = 1 - len(np.unique(units * 3 + labels)) / max(1, counted)
+    grouped = any(group is not None for group in groups)
     if share <= bounds.REPEATED:
-        said = "Texts count as independent: not all of them name a group."
-        return gate(name, "pass", said, statistic=share, bound=bounds.REPEATED)
+        said = "Texts count as independent: none of them names a group."
+        if grouped:
+            count = len(set(named))
+            said = f"{len(groups):,} texts come from {count:,} groups; intervals count groups."
+        return gate("independence", "pass", said, statistic=share, bound=bounds.REPEATED)
     return gate(
-        name,
+        "independence",
         "warn",
-        f"{share:.0%} of the texts belong with others of their class, but count as independent: "
-        "intervals are too narrow.",
+        f"{share:.0%} of the {'groups' if grouped else 'texts'} belong with others of their class, "
+        "by the words they share, but count as independent: intervals are too narrow.",
         "Give every text a field group, the same for what belongs together.",
         statistic=share,
         bound=bounds.REPEATED,

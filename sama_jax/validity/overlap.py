@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -21,6 +21,11 @@ _NO_SPACES = "\u0e00-\u0e7f\u2e80-\u9fff\uac00-\ud7af"
 _WORDS = re.compile(f"[{_NO_SPACES}]|[^\\W{_NO_SPACES}]+")
 _PAIRS = 1 << 14
 """Pairs whose shingles are compared at once: some 100 MB with shingles of long documents."""
+_ROWS = 256
+"""Texts that are compared with all others at once: with 12,000, some 100 MB of pairs."""
+_MANY, _CELLS = 64, 1 << 26
+"""Texts that must have a shingle to make it a column of the dense matrix, and most values of that:
+256 MiB. 12,000 texts of one template take 15 s of a core and 0.6 GB; pair by pair, 20 minutes."""
 
 Shingles = UInt64[np.ndarray, "_"]
 """Hashes of the runs of words of one text, sorted, each once."""
@@ -57,32 +62,38 @@ def thinned(sets: Sequence[Shingles]) -> list[Shingles]:
     return [one[(one >> np.uint64(20)) % np.uint64(step) == 0] for one in sets]
 
 
-def near_duplicates(sets: Sequence[Shingles], least: float) -> Int[np.ndarray, "p 2"]:
-    """Finds all pairs of texts whose shingles have a Jaccard similarity of at least `least`.
+def near_duplicates(sets: Sequence[Shingles], least: float) -> Iterator[Int[np.ndarray, "p 2"]]:
+    """Yields the pairs of texts whose shingles have a Jaccard similarity of at least `least`.
 
     Two such sets share one of the rarest shingles of each: of k, the first k - ceil(least k) + 1
     (Bayardo et al., WWW 2007). So only pairs that meet there are compared, whatever else, such as
-    a licence at the head of every file, they have in common.
+    a licence at the head of every file, they have in common. Where many texts meet in one shingle,
+    as those of one template do, they are all compared by a product of matrices, some rows at a
+    time. A pair may come twice.
     """
     columns, counts = _columns(sets)
-    shape = len(sets), len(counts)
-    rows = np.repeat(np.arange(len(sets)), [len(one) for one in columns])
-    every = np.concatenate([*columns, np.zeros(0, np.int64)])
-    matrix = _matrix(rows, every, shape)
+    count, sizes = len(sets), np.array([len(one) for one in columns], np.int64)
+    common = min(int((counts > _MANY).sum()), _CELLS // max(count, 1))
+    start = len(counts) - common  # of the columns that many texts have
+    matrix = _matrix(columns, len(counts))
     firsts = [one[: len(one) - int(np.ceil(least * len(one) - 1e-9)) + 1] for one in columns]
-    rows = np.repeat(np.arange(len(sets)), [len(one) for one in firsts])
-    rare = _matrix(rows, np.concatenate([*firsts, np.zeros(0, np.int64)]), shape)
-    meet = (rare @ rare.T).tocoo()
-    sizes = np.array([len(one) for one in columns])
-    left, right = meet.row, meet.col
-    fits = (left < right) & (
-        np.minimum(sizes[left], sizes[right]) >= least * np.maximum(sizes[left], sizes[right])
-    )
-    found = [
-        pairs[_jaccard(matrix, sizes, pairs) >= least - 1e-9]
-        for pairs in _chunks(np.stack([left[fits], right[fits]], axis=1))
-    ]
-    return np.concatenate([np.zeros((0, 2), np.int64), *found])
+    rare = _matrix([one[one < start] for one in firsts], len(counts))
+    for block in range(0, count, _ROWS):
+        meet = (rare[block : block + _ROWS] @ rare.T).tocoo()
+        left, right = meet.row + block, meet.col
+        small, large = np.minimum(sizes[left], sizes[right]), np.maximum(sizes[left], sizes[right])
+        fits = (left < right) & (small >= least * large)
+        for pairs in _chunks(np.stack([left[fits], right[fits]], axis=1)):
+            yield pairs[_jaccard(matrix, sizes, pairs) >= least - 1e-9]
+    dense = np.flatnonzero([len(one) > 0 and one[-1] >= start for one in firsts])
+    few, many = matrix[dense][:, :start], matrix[dense][:, start:].toarray().astype(np.float32)
+    for block in range(0, len(dense), _ROWS):
+        rows = slice(block, block + _ROWS)
+        both = many[rows] @ many.T + (few[rows] @ few.T).toarray()
+        union = sizes[dense[rows], None] + sizes[dense] - both
+        left, right = np.nonzero(both >= (least - 1e-9) * union)
+        later = left + block < right
+        yield dense[np.stack([left[later] + block, right[later]], axis=1)]
 
 
 def _columns(sets: Sequence[Shingles]) -> tuple[list[Int[np.ndarray, "_"]], Int[np.ndarray, " v"]]:
@@ -95,10 +106,11 @@ def _columns(sets: Sequence[Shingles]) -> tuple[list[Int[np.ndarray, "_"]], Int[
     return [np.sort(part) for part in parts], counts
 
 
-def _matrix(
-    rows: Int[np.ndarray, " k"], columns: Int[np.ndarray, " k"], shape: tuple[int, int]
-) -> csr_matrix:
-    return csr_matrix((np.ones(len(rows), np.int32), (rows, columns)), shape=shape)
+def _matrix(columns: Sequence[Int[np.ndarray, "_"]], width: int) -> csr_matrix:
+    """Makes a matrix of a row a text, with ones in these columns."""
+    every = np.concatenate([*columns, np.zeros(0, np.int64)])
+    ends = np.cumsum([0, *map(len, columns)])
+    return csr_matrix((np.ones(len(every), np.int32), every, ends), shape=(len(columns), width))
 
 
 def _chunks(pairs: Int[np.ndarray, "p 2"]) -> Iterator[Int[np.ndarray, "c 2"]]:
@@ -148,10 +160,8 @@ def shared(sets: Sequence[Shingles], others: Sequence[Shingles]) -> Float[np.nda
 class Related(NamedTuple):
     """Which texts belong together by their words."""
 
-    classes: list[set[int]]
-    """Labels of each distinct text."""
-    pairs: Int[np.ndarray, "p 2"]
-    """Distinct texts that are near duplicates."""
+    near_other: Bool[np.ndarray, " d"]
+    """For each distinct text, whether it nearly equals another one of the other class."""
     units: Int[np.ndarray, " n"]
     """For each text, the number of its group or near duplicates."""
     near_prefix: int
@@ -172,15 +182,24 @@ def relate(texts: Sequence[Text], prefixes: Sequence[Text] = ()) -> Related:
     """Finds which texts belong together, and which nearly equal one of `prefixes`."""
     numbers: dict[str, int] = {}
     number = [numbers.setdefault(text.text, len(numbers)) for text in texts]
-    classes: list[set[int]] = [set() for _ in numbers]
-    for n, text in zip(number, texts):
-        classes[n] |= set() if text.label is None else {text.label}
     found = {text.text: compared(text) for text in texts}
     words = words_of([*map(found.__getitem__, numbers), *map(compared, prefixes)])
     sets = thinned([shingles(one, bounds.SHINGLE_WORDS) for one in words])
-    pairs = near_duplicates(sets, bounds.NEAR_DUPLICATE)
-    inside = (pairs < len(numbers)).sum(axis=1)
-    near = clusters(len(numbers), pairs[inside == 2])[number].tolist()
-    units = joined(number, near, [text.group for text in texts])
-    near_prefix = len(np.unique(pairs[inside == 1].min(axis=1))) if len(pairs) else 0
-    return Related(classes, pairs[inside == 2], units, near_prefix)
+    # What each is (non-member, member, prefix), and what its near duplicates are. Nothing else of
+    # the pairs is kept: 12,000 texts of one template have 72 million.
+    kinds = np.zeros((len(sets), 3), bool)
+    kinds[len(numbers) :, 2] = True
+    for n, text in zip(number, texts):
+        if text.label is not None:
+            kinds[n, text.label] = True
+    beside, near = np.zeros_like(kinds), np.arange(len(sets))
+    for pairs in near_duplicates(sets, bounds.NEAR_DUPLICATE):
+        for one, other in (pairs.T, pairs.T[::-1]):
+            for kind in range(3):
+                beside[one[kinds[other, kind]], kind] = True
+        inside = pairs[pairs.max(axis=1, initial=0) < len(numbers)]
+        near = clusters(len(sets), near[inside])[near]
+    units = joined(number, near[number].tolist(), [text.group for text in texts])
+    own, beside = kinds[: len(numbers)], beside[: len(numbers)]
+    near_other = (own[:, 0] & beside[:, 1]) | (own[:, 1] & beside[:, 0])
+    return Related(near_other, units, int(beside[:, 2].sum()))

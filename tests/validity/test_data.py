@@ -2,11 +2,13 @@
 
 import itertools
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from sama_jax.core import metrics
+from sama_jax.texts.read import Text
 from sama_jax.validity import bounds, data, overlap
 from sama_jax.validity.blind import blind, features, out_of_fold
 
@@ -46,7 +48,10 @@ def edited(text: str, changes: int, draw: random.Random) -> str:
     return " ".join(words)
 
 
-def test_near_duplicates_are_those_of_a_loop_over_all_pairs():
+@pytest.mark.parametrize("many", [2, overlap._MANY])
+def test_near_duplicates_are_those_of_a_loop_over_all_pairs(many, monkeypatch):
+    monkeypatch.setattr(overlap, "_MANY", many)
+    monkeypatch.setattr(overlap, "_ROWS", 7)
     draw = random.Random(1)
     texts = corpus(30)
     licence = sentence(draw, 40)
@@ -62,7 +67,7 @@ def test_near_duplicates_are_those_of_a_loop_over_all_pairs():
         }
         words = overlap.words_of(texts)
         found = overlap.near_duplicates([overlap.shingles(x, 5) for x in words], least)
-        assert set(map(tuple, found.tolist())) == naive
+        assert {tuple(pair) for pairs in found for pair in pairs.tolist()} == naive
         assert naive
 
 
@@ -128,10 +133,33 @@ def test_texts_that_cutting_makes_equal_are_named_and_equal_texts_are_not():
 
 
 def test_near_duplicates_count_across_classes_alone():
-    pairs = np.array([[0, 1], [2, 3]])
-    across = data.near_duplicates([{1}, {0}, {1}, {1}], pairs)
-    assert (across["status"], across["statistic"]) == ("void", 0.5)
-    assert data.near_duplicates([{1}, {1}, {0}, {0}], pairs)["status"] == "pass"
+    draw = random.Random(2)
+    words = [sentence(draw, 30) for _ in range(4)]
+    labels = [1, 0, 1, 1, 1, 0, None]
+    texts = [words[0], f"{words[0]} ka", words[1], f"{words[1]} ka", *words[2:], f"{words[3]} ka"]
+    found = overlap.relate([Text(str(i), t, y, "") for i, (t, y) in enumerate(zip(texts, labels))])
+    assert found.near_other.tolist() == [True, True, *[False] * 5]
+    assert found.units.tolist() == [0, 0, 1, 1, 2, 3, 3]
+    across = data.near_duplicates(found.near_other)
+    assert (across["status"], across["statistic"]) == ("void", 2 / 7)
+    assert data.near_duplicates(np.zeros(4, bool))["status"] == "pass"
+
+
+def test_texts_of_one_template_take_no_time_and_memory_for_each_pair():
+    draw = random.Random(3)
+    template = sentence(draw, 60)
+    fills = range(3000)
+    texts = [Text(str(i), f"{template} number {i} ka", i % 2, "") for i in fills]
+    texts += [Text(f"t{i}", f"{i} a{i} b{i} c{i} d{i} e{i} {template[:200]}", 0, "") for i in fills]
+    tracemalloc.start()
+    prefix = [Text("p", f"{template} number 3000 ka", None, "")]
+    found = overlap.relate(texts, prefix)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.near_other[:3000].all()
+    assert len(set(found.units[:3000].tolist())) == 1
+    assert found.near_prefix == 3000
+    assert most < 2**28  # 4.5 million pairs alone take 72 MB as numbers, and 1 GB while compared
 
 
 @pytest.mark.parametrize(("near", "status"), [(1, "pass"), (4, "warn"), (11, "void")])
@@ -165,6 +193,18 @@ def test_texts_that_belong_together_need_a_group():
     assert data.repeated_sources(labels, units, [None] * 4)["statistic"] == 0.25
     assert data.repeated_sources(labels, units, [None] * 4)["status"] == "warn"
     assert data.repeated_sources(labels, units, ["a", "a", "b", "c"])["status"] == "pass"
+    assert data.repeated_sources(labels, units, ["a", "a", None, None])["status"] == "pass"
+
+
+def test_a_group_of_its_own_for_each_text_makes_none_independent():
+    labels, units = np.array([1, 1, 0, 0]), np.array([0, 0, 1, 2])
+    for groups in (["a", "b", "c", "d"], ["a", None, "c", "d"]):
+        found = data.repeated_sources(labels, units, groups)
+        assert (found["status"], found["statistic"]) == ("warn", 0.25)
+        assert "25% of the groups belong with others of their class" in found["sentence"]
+    # A group of both classes is one on each side.
+    both = data.repeated_sources(labels, np.zeros(4, int), ["a"] * 4)
+    assert (both["status"], both["statistic"]) == ("pass", 0)
 
 
 def test_rates_that_so_few_non_members_cannot_show_are_named():
