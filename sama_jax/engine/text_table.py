@@ -121,6 +121,8 @@ def _maskable(
         maskable &= ~special
     if settings.sama.exclude_position0_when_shifted and shift:
         maskable[:1] = False
+    if not (maskable & ~special).any():  # a text of none but the tokenizer's own tokens is empty
+        maskable[:] = False
     return maskable
 
 

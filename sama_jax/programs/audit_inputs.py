@@ -61,6 +61,8 @@ class Prefixes(NamedTuple):
     """`nonmember`, `member` -> the prefix texts of that class."""
     taken: set[str]
     """Ids of texts that were taken from the evaluation and are not scored."""
+    possible: frozenset[str] = frozenset()
+    """Classes that have texts enough to give prefixes."""
 
 
 class Chosen(NamedTuple):
@@ -199,8 +201,8 @@ def choose_attacks(job: AuditJob, wanted: Sequence[Attack], inputs: Inputs) -> C
       UsageError: an attack that was asked for by name cannot be computed, or none can.
     """
     before = (read_manifest(job.out) or {}).get("prefix_classes", [])
-    prefixes = choose_prefixes(job, wanted, inputs.texts, before)
     kind = inputs.roles["target"].folder.model.kind
+    prefixes = choose_prefixes(job, [a for a in wanted if _fits(a, kind)], inputs.texts, before)
     chosen, left_out = [], {}
     for attack in wanted:
         reason = _obstacle(attack, job.settings, kind, inputs.texts, prefixes)
@@ -218,54 +220,61 @@ def choose_attacks(job: AuditJob, wanted: Sequence[Attack], inputs: Inputs) -> C
 def choose_prefixes(
     job: AuditJob, wanted: Sequence[Attack], texts: list[Text], taken_before: Sequence[str]
 ) -> Prefixes:
-    """Takes prefixes from `--prefixes`, else a few texts of each class.
+    """Takes prefixes from `--prefixes`, else a few texts of each class that an attack can read.
 
     Which ones depends on the seed and their ids alone. Classes that an earlier part of this run
     took prefixes from (`taken_before`) stay without them.
     """
-    classes = set(taken_before) | {
-        query.view.context
-        for attack in wanted
-        for query in attack.queries(job.settings).values()
-        if query.view is not None and query.view.context is not None
-    }
-    if not classes:
-        return Prefixes({}, set())
-    shots, names = job.settings.prefix.shots, {"nonmember": 0, "member": 1}
-    found: dict[str, list[str]] = {}
-    for name, label in names.items():
-        if job.prefixes is not None:
-            given = [t.text for t in job.prefixes.texts if (t.label or 0) == label]
-            if given:
-                found[name] = given[:shots]
-            continue
-        pool = sorted(
-            (t for t in texts if t.label == label),
-            key=lambda t: hashlib.sha256(f"{job.settings.seed} {t.id}".encode()).digest(),
-        )
-        # At least as many must be left to evaluate on.
-        if name in classes and len(pool) >= 2 * shots:
-            found[name] = [t.text for t in pool[:shots]]
+    pools = {name: _prefix_pool(job, texts, label) for name, label in _CLASSES.items()}
+    possible = frozenset(name for name, pool in pools.items() if pool)
+    read = [_contexts(attack, job.settings) for attack in wanted]
+    classes = set(taken_before).union(*(one for one in read if one <= possible))
+    found = {name: pools[name] for name in _CLASSES if name in classes & possible}
     used = {text for given in found.values() for text in given}
     taken = [text for text in texts if text.text in used]
     documents = {text.document for text in taken} - {None}
     ids = {text.id for text in taken} | {t.id for t in texts if t.document in documents}
-    return Prefixes(found, ids)
+    return Prefixes(found, ids, possible)
+
+
+_CLASSES = {"nonmember": 0, "member": 1}
+
+
+def _contexts(attack: Attack, settings: AuditSettings) -> set[str]:
+    """Returns the classes whose texts an attack reads as prefixes."""
+    views = (query.view for query in attack.queries(settings).values())
+    return {view.context for view in views if view is not None and view.context is not None}
+
+
+def _prefix_pool(job: AuditJob, texts: list[Text], label: int) -> list[str]:
+    """Returns the prefix texts that a class can give; none if it is too small."""
+    shots = job.settings.prefix.shots
+    if job.prefixes is not None:
+        return [t.text for t in job.prefixes.texts if (t.label or 0) == label][:shots]
+    pool = sorted(
+        (t for t in texts if t.label == label),
+        key=lambda t: hashlib.sha256(f"{job.settings.seed} {t.id}".encode()).digest(),
+    )
+    # At least as many must be left to evaluate on.
+    return [t.text for t in pool[:shots]] if len(pool) >= 2 * shots else []
+
+
+def _fits(attack: Attack, kind: str) -> bool:
+    """Tells whether an attack is defined for models of a kind."""
+    return attack.statistic is None or kind in attack.kinds
 
 
 def _obstacle(
     attack: Attack, settings: AuditSettings, kind: str, texts: list[Text], prefixes: Prefixes
 ) -> str | None:
     """Says why an attack cannot be computed; None if it can."""
-    if attack.statistic is not None and kind not in attack.kinds:
+    if not _fits(attack, kind):
         return f"it is defined for {' and '.join(attack.kinds)} models, this one is {kind}"
-    for query in attack.queries(settings).values():
-        context = query.view.context if query.view else None
-        if context is not None and context not in prefixes.texts:
-            return (
-                f"it needs {context} prefixes: give --prefixes FILE, or at least "
-                f"{2 * settings.prefix.shots} labelled {context}s"
-            )
+    for context in sorted(_contexts(attack, settings) - prefixes.possible):
+        return (
+            f"it needs {context} prefixes: give --prefixes FILE, or at least "
+            f"{2 * settings.prefix.shots} labelled {context}s"
+        )
     if attack.needs_prompts and not any(text.has_prompt for text in texts):
         return "it is defined for prompts and responses (--template)"
     if attack.needs_texts:

@@ -386,9 +386,9 @@ def test_a_text_that_serves_as_a_prefix_needs_no_label(box: Path, tmp_path: Path
     assert sum(scores["bows"] is not None for scores in found[1].values()) > 20
 
 
-def chosen(box: Path, texts: list[Text], **changes) -> Prefixes:
-    made = job(box, box / "none", "conrecall", texts=collect(texts), **changes)
-    return choose_prefixes(made, attacks.select(["conrecall"]), texts, [])
+def chosen(box: Path, texts: list[Text], name: str = "conrecall", **changes) -> Prefixes:
+    made = job(box, box / "none", name, texts=collect(texts), **changes)
+    return choose_prefixes(made, attacks.select([name]), texts, [])
 
 
 def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
@@ -408,13 +408,19 @@ def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
     twin = next(t for t in texts if t.id in first.taken)
     again = [*texts, one("twin", twin.text, None)]
     assert chosen(box, again).taken == first.taken | {"twin"}
-    # Too few texts of a class: none of it.
-    few = [t for t in texts if t.label == 1] + [t for t in texts if t.label == 0][:5]
-    assert set(chosen(box, few).texts) == {"member"}
+    # Too few texts of a class: none of it, and none of the other that nothing reads without it.
+    few = [t for t in texts if t.label == 0] + [t for t in texts if t.label == 1][:5]
+    assert chosen(box, few) == Prefixes({}, set(), frozenset({"nonmember"}))
+    assert set(chosen(box, few, "recall").texts) == {"nonmember"}
     # A file of prefixes takes nothing but texts that stand in it.
     file = collect([one("a", "ka ro", 0), one("b", TEXTS[4], None)])
-    given = chosen(box, texts, prefixes=file)
-    assert given == Prefixes({"nonmember": ["ka ro", TEXTS[4]]}, {"t4"})
+    given = chosen(box, texts, "recall", prefixes=file)
+    classes = frozenset({"nonmember"})
+    assert given == Prefixes({"nonmember": ["ka ro", TEXTS[4]]}, {"t4"}, classes)
+    # ... and that an attack reads.
+    file = collect([*file.texts, one("c", TEXTS[6], 1)])
+    assert chosen(box, texts, "recall", prefixes=file).taken == {"t4"}
+    assert chosen(box, texts, prefixes=file).taken == {"t4", "t6"}
 
 
 # --- all texts together --------------------------------------------------------------------------

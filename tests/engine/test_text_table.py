@@ -26,6 +26,15 @@ def view(*ids: int):
     )
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_text_of_none_but_the_tokenizers_own_tokens_is_empty(alone):
+    special = np.array([True, alone, True])
+    encoded = Encoded(np.array([1, 5, 2], np.int32), special, False, 9, 12)
+    found = original_view(encoded, SETTINGS, shift=False)
+    assert found.maskable.tolist() == [not alone] * 3
+    assert table_of([found]).readable.tolist() == [not alone]
+
+
 def test_rows_come_back_as_they_went_in():
     views = [view(5, 6, 7), None, view(8), view()]
     table = table_of(views)
