@@ -5,14 +5,14 @@ import dataclasses
 import fnmatch
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax import __version__, untrusted
 from sama_jax.arrays import Rendered
 from sama_jax.config import TrainSettings
-from sama_jax.errors import ModelError, UsageError
+from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.storage import files
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import PLAIN, Fields, read_texts
@@ -67,6 +67,7 @@ def open_run(
         options = {"labels_needed": False, "form": fields.form}
         read = read_texts(heldout, fields.text, fields.label, **options)
         held = [text.content for text in read.texts]
+        _say_overlap(data, heldout, texts, held, terminal)
     given = dataclasses.asdict(settings)
     del given["checkpoint_every"]  # when states are saved changes no number
     identity = {
@@ -87,6 +88,25 @@ def open_run(
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # left by a run that was killed
             terminal.say(f"{out}: this training is finished already; nothing to do")
         yield run
+
+
+def _say_overlap(
+    data: Path,
+    heldout: Path,
+    texts: Sequence[str | Rendered],
+    held: Sequence[str | Rendered],
+    terminal: Terminal,
+) -> None:
+    """Says how many held-out texts are learned. Raises `DataError` if nothing is held out."""
+    known = {*texts}
+    both = sum(text in known for text in held)
+    if both == len(held) or heldout.resolve() == data.resolve():
+        raise DataError(
+            f"{heldout}: these texts are learned, too ({both:,} of {len(held):,}), so their NLL "
+            "says nothing of others; give --held-out texts that are not in --data, or leave it out"
+        )
+    if both:
+        terminal.say(f"{both:,} of {len(held):,} held-out texts are among those that are learned")
 
 
 def digests(out: Path) -> dict[str, str]:

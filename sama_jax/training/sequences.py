@@ -67,16 +67,23 @@ def token_sequences(
     """Encodes each text cut at `max_length`, or as all its windows of `max_length` tokens.
 
     A remainder under `MIN_WINDOW` tokens is dropped unless it is the whole text; texts without a
-    token are dropped. Says how much of conversations was cut.
+    token are dropped. Says how much was cut.
     """
     length = settings.max_length
     shown = terminal if len(texts) >= 2000 else Terminal(quiet=True)  # else it takes no time
     with shown.bar("tokenise", len(texts), "texts") as bar:
         limit = 2**31 - 1 if settings.windows else length
         encoded = tokenizer.encode(list(texts), limit, bar.advance)
+    for doubt in tokenizer.doubts([] if settings.windows else encoded):
+        terminal.say(doubt)
     cut = [item.prompt_cut for item in encoded if item.prompt_cut]
+    shorter = sum(item.truncated for item in encoded)
+    if shorter and not cut and not settings.windows:
+        terminal.say(
+            f"{shorter:,} of {len(texts):,} texts are cut at {length:,} tokens, and what stands "
+            "behind is not learned (--max-length)"
+        )
     if cut and not settings.windows:
-        shorter = sum(item.truncated for item in encoded)
         terminal.say(
             f"{len(cut):,} of {len(texts):,} prompts are cut at their beginning, by {sum(cut):,} "
             f"tokens in all; {shorter:,} responses lose tokens, too"

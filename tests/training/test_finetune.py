@@ -47,6 +47,7 @@ CONFIG = {
     "attention_layer_norm_with_affine": True,
 }
 TEXTS = [f"the {w} runs over the {v} hill" for w in ("fox", "dog", "cow") for v in ("red", "wet")]
+OTHERS = ["the hill runs over a red cat", "a wet hill"]
 PRETRAIN = TrainSettings(epochs=2, batch_size=4, learning_rate=1e-3, max_length=24)
 SETTINGS = TrainSettings(epochs=8, batch_size=4, learning_rate=1e-2, max_length=24, seed=3)
 
@@ -207,7 +208,7 @@ def test_texts_under_other_names_are_the_same_training(folder, monkeypatch):
     lines = [{"document": text, "seen": 1} for text in TEXTS] + [{"document": "x y", "seen": 0}]
     named = folder / "named.jsonl"
     named.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    held = write_texts(folder / "held.jsonl", TEXTS[:2])
+    held = write_texts(folder / "held.jsonl", OTHERS)
     (folder / "held-named.jsonl").write_text(held.read_text().replace('"text"', '"document"'))
     found = []
     monkeypatch.setattr(loop, "train", lambda start, run, *_: found.append(run) or {})
@@ -216,7 +217,7 @@ def test_texts_under_other_names_are_the_same_training(folder, monkeypatch):
     command += ["--held-out", folder / "held-named.jsonl", "--text-field", "document"]
     assert entry.main([*map(str, command), "--label-field", "seen", "--quiet"]) == 0
     plain, other = found
-    assert (other.texts, other.heldout) == (plain.texts, plain.heldout) == (TEXTS, TEXTS[:2])
+    assert (other.texts, other.heldout) == (plain.texts, plain.heldout) == (TEXTS, OTHERS)
 
 
 def test_a_signal_that_a_callback_swallows_is_not_lost(folder, finished, monkeypatch):
@@ -401,7 +402,7 @@ def test_another_run_in_the_same_folder_is_refused(folder, finished):
     with pytest.raises(UsageError, match="command was pretrain, is finetune"):
         tune(folder, "base")
     with pytest.raises(UsageError, match="heldout was None"):
-        tune(folder, "whole", heldout=folder / "texts.jsonl")
+        tune(folder, "whole", heldout=write_texts(folder / "others.jsonl", OTHERS))
     tune(folder, "whole", dataclasses.replace(SETTINGS, checkpoint_every=5))  # changes no number
 
 
@@ -502,17 +503,29 @@ def test_a_diverging_loss_stops_without_a_checkpoint(folder, monkeypatch):
 
 
 def test_heldout_texts_are_named_and_progress_is_printed(folder, capsys):
-    write_texts(folder / "held.jsonl", TEXTS[:1])
-    settings = dataclasses.replace(SETTINGS, epochs=1)
+    write_texts(folder / "held.jsonl", [TEXTS[0], *OTHERS])
+    settings = dataclasses.replace(SETTINGS, epochs=1, max_length=5)
     result = finetune.finetune(
         folder / "base", folder / "texts.jsonl", folder / "held", settings, folder / "held.jsonl"
     )
-    assert result["nll_on"] == "1 held-out texts"
+    assert result["nll_on"] == "3 held-out texts"
     text = capsys.readouterr().err
     assert "6 sequences, " in text
     assert "2 steps of 4" in text
     assert "compiling the training step" in text
-    assert "nats a token on 1 held-out texts" in text
+    assert "nats a token on 3 held-out texts" in text
+    assert "1 of 3 held-out texts are among those that are learned" in text
+    assert "6 of 6 texts are cut at 5 tokens" in text
+
+
+@pytest.mark.parametrize("held", [[TEXTS[1], TEXTS[0]], TEXTS, None])
+def test_texts_that_are_learned_are_not_held_out(held, folder, tmp_path):
+    path = folder / "texts.jsonl"
+    if held is not None:
+        path = write_texts(tmp_path / "held.jsonl", held)
+    with pytest.raises(DataError, match="these texts are learned, too"):
+        tune(folder, tmp_path / "new", heldout=path)
+    assert not (tmp_path / "new").exists()
 
 
 # --- pre-training --------------------------------------------------------------------------------
