@@ -108,6 +108,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
         earlier = run.folder.manifest.get("gates") or []
         run.folder.write_manifest(gates=worst_of([earlier, data.gates]))
+        for note in inputs.tokenizer.doubts(tokenised.encoded):
+            run.folder.keep_note(note)
         primary = run.folder.manifest["protocol"]["primary"]
         if halves is not None:
             texts = chosen, halves, primary

@@ -106,6 +106,8 @@ def run_nll(
     run["nll"] = tasks.first("nll").identity
     output = RunFolder(out, run, {"model": str(model)}, None)
     try:
+        for note in tokenizer.doubts(encoded):
+            output.keep_note(note)
         readings = Readings(tasks, settings, tables, keys, output.store)
         readings = fill_store(setup, readings, output, [t.id for t in texts.texts], say).readings
         rows: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from sama_jax.arrays import Encoded, Rendered
 from sama_jax.errors import DataError, ModelError
 from sama_jax.texts import folder_tokenizer, gguf_tokenizer, spans
 from sama_jax.texts.read import Text, without_surrogates
-from sama_jax.texts.tokenizer_config import require_agreement, splits_special_tokens
+from sama_jax.texts.tokenizer_config import doubts, require_agreement, splits_special_tokens
 from sama_jax.untrusted import printable, read_bytes
 
 WHOLE_BYTES = 2**21
@@ -94,6 +94,7 @@ class TextTokenizer:
             if hasattr(tokenizer.model, name):
                 setattr(tokenizer.model, name, None)
         self._tokenizer, self.where, self._rows = tokenizer, where, rows
+        self._folder: Path | None = None
         if rows is not None and self.max_id >= rows:
             raise ModelError(
                 f"{where}: the tokenizer's largest id is {self.max_id}, but the embedding has "
@@ -121,6 +122,7 @@ class TextTokenizer:
                 require_agreement(read._tokenizer, path)
                 if header is not None:
                     gguf_tokenizer.require_agreement(header, read._tokenizer)
+            read._folder = path
             read._tokenizer.encode_special_tokens = splits_special_tokens(path)
             return read
         if header is not None:
@@ -191,6 +193,14 @@ class TextTokenizer:
         with _library(f"{self.where}: the tokenizer fails"):
             offsets = self._bare.encode(text, add_special_tokens=False).offsets
         return np.maximum.accumulate([0, *(start for start, _ in offsets)])[1:].tolist()
+
+    def doubts(self, encoded: Sequence[Encoded]) -> list[str]:
+        """Says why a training may have read other tokens of these texts, for a note in the run."""
+        if self._folder is None:
+            return []
+        cut = any(one.truncated for one in encoded)
+        with _library(f"{self.where}: cannot compare the tokenizer with the files beside it"):
+            return doubts(self._tokenizer, self._folder, cut=cut)
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Spells the tokens of each row; special tokens are left out. Raises `ModelError`."""

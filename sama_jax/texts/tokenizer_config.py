@@ -35,6 +35,24 @@ _ENDS = {
 
 It adds the second only if told. Version 5.23.0 leaves both to `tokenizer.json`.
 """
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PIPELINES: dict[str, list[Any]] = {
+    "GPT2Tokenizer": [["ByteLevel", True]],
+    "RobertaTokenizer": [["ByteLevel", True]],
+    "GPTNeoXTokenizer": [["NFC"], ["ByteLevel", True]],
+    "CohereTokenizer": [["NFC"], ["Digits", True], ["ByteLevel", True]],
+    "Qwen2Tokenizer": [
+        ["NFC"],
+        ["Split", {"Regex": _QWEN2}, "Isolated", False],
+        ["ByteLevel", False],
+    ],
+}
+"""Class -> normaliser and pre-tokenizer that version 5.23.0 gives it, whatever the file says."""
+_WITHIN = ("use_regex", "individual_digits", "pattern", "behavior", "invert")
+"""Of their parts, what changes where a text is split."""
 _FLAGS = ("lstrip", "rstrip", "single_word")
 """Of an added token, what changes where it is found; `normalized` does under a normaliser."""
 
@@ -79,6 +97,54 @@ def require_agreement(tokenizer: Tokenizer, folder: Path, by: str = "tokenizer.j
             "the model and save it again (save_pretrained), or, if tokenizer.json is right, "
             "state the same in the other file"
         )
+
+
+def doubts(tokenizer: Tokenizer, folder: Path, *, cut: bool) -> list[str]:
+    """Says why a training may have read other ids than these, of texts of which some are `cut`.
+
+    Version 5 makes the tokenizer of a class that it knows from vocabulary and merges alone, with
+    the class's own normaliser and pre-tokenizer; version 4 reads those of `tokenizer.json`, which
+    is right for most models that were published with it.
+    """
+    config = _object(folder / CONFIG)
+    kind, where, found = _class(config, folder), folder / CONFIG, []
+    known = kind in _GENERIC or kind is None or "auto_map" in config
+    own = None if known else _PIPELINES.get(kind or "")
+    if own is not None and own != [_within(part) for part in _leaves(tokenizer)]:
+        found.append(
+            f"{where}: names {kind}, for which transformers 5 puts a normaliser and pre-tokenizer "
+            "of its own in the place of those in tokenizer.json, which are others and were used "
+            "here, as by transformers 4; a model that was trained with version 5 has read other "
+            "tokens: save its tokenizer again with it (save_pretrained)"
+        )
+    if cut and config.get("truncation_side") == "left":
+        found.append(
+            f"{where}: truncation_side is left, but texts are cut at their end here; a training "
+            "that followed it has learnt the ends of long texts: raise --max-length"
+        )
+    return found
+
+
+def _leaves(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Returns the parts of normaliser and pre-tokenizer in their order, without sequences."""
+    whole = [p for p in (tokenizer.normalizer, tokenizer.pre_tokenizer) if p is not None]
+    parts = [json.loads(part.__getstate__()) for part in whole]
+    while any(part["type"] == "Sequence" for part in parts):
+        parts = [
+            one
+            for part in parts
+            for one in (
+                part.get("normalizers", part.get("pretokenizers", []))
+                if part["type"] == "Sequence"
+                else [part]
+            )
+        ]
+    return parts
+
+
+def _within(part: dict[str, Any]) -> list[Any]:
+    """Returns a part's type and what changes where it splits."""
+    return [part["type"], *(part[name] for name in _WITHIN if name in part)]
 
 
 def _class(config: dict[str, Any], folder: Path) -> str | None:

@@ -5,10 +5,11 @@ import logging
 
 import pytest
 import tiny
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from sama_jax.errors import ModelError
+from sama_jax.texts import tokenizer_config
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights.special_tokens import tokenizer_mask
 
@@ -298,3 +299,53 @@ def test_the_mask_id_is_known_before_the_tokenizer_is_refused(tmp_path):
     assert tokenizer_mask(tmp_path) == 298
     with pytest.raises(ModelError, match="mask_token has '<X>'"):
         TextTokenizer.from_folder(tmp_path, None)
+
+
+def pipeline(normaliser, *parts):
+    made = tiny.tokenizer()
+    if normaliser is not None:
+        made.normalizer = normaliser
+    made.pre_tokenizer = pre_tokenizers.Sequence([*parts]) if len(parts) > 1 else parts[0]
+    return json.loads(made.to_str())
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+QWEN2 = (
+    pre_tokenizers.Split(Regex(tokenizer_config._QWEN2), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+)
+NFC, LOWER = normalizers.NFC(), normalizers.Lowercase()
+PIPELINES = {
+    "GPT2Tokenizer": (None, BYTES),
+    "GPTNeoXTokenizerFast": (NFC, BYTES),
+    "Qwen2TokenizerFast": (NFC, *QWEN2),
+    "CohereTokenizer": (NFC, DIGITS, BYTES),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_class_whose_version_5_pipeline_is_another_is_told(name, tmp_path):
+    told = {"tokenizer_class": name, "eos_token": END, "add_bos_token": False}
+    for other, parts in {**PIPELINES, "lower": (LOWER, BYTES), "digits": (None, *QWEN2)}.items():
+        path = tmp_path / other
+        path.mkdir()
+        folder(path, pipeline(*parts), told)
+        made = TextTokenizer.from_folder(path, None)
+        doubts = made.doubts([])
+        assert bool(doubts) == (other != name), other
+        assert doubts or ids(made) == by_transformers(path)
+    assert f"names {name.removesuffix('Fast')}, for which transformers 5" in doubts[0]
+    for plain in ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"auto_map": {}} | told):
+        folder(path, pipeline(LOWER, BYTES), plain)
+        assert TextTokenizer.from_folder(path, None).doubts([]) == []
+
+
+def test_texts_that_a_training_may_have_cut_at_their_beginning_are_told(tmp_path):
+    folder(tmp_path, bytes_pairs(), PLAIN | {"truncation_side": "left"})
+    made = TextTokenizer.from_folder(tmp_path, None)
+    assert made.doubts(made.encode(TEXTS, 99)) == []
+    (said,) = made.doubts(made.encode(TEXTS, 3))
+    assert "truncation_side is left" in said
+    folder(tmp_path, bytes_pairs(), PLAIN | {"truncation_side": "right"})
+    assert TextTokenizer.from_folder(tmp_path, None).doubts(made.encode(TEXTS, 3)) == []
