@@ -260,7 +260,7 @@ def text_rows(
     return rows
 
 
-def document_numbers(texts: Sequence[Text], encoded: Sequence[Encoded]) -> list[int | None]:
+def document_numbers(texts: list[Text], encoded: Sequence[Encoded]) -> list[int | None]:
     """Numbers the groups of texts, and, of known members, also what counts as one text.
 
     Those are copies, near duplicates, and texts that are equal after they were cut: given thirty
