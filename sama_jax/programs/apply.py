@@ -22,7 +22,7 @@ from sama_jax.storage.files import write_atomic, write_json
 from sama_jax.storage.run_folder import differences, json_lines, record_also
 from sama_jax.untrusted import printable
 from sama_jax.validity.drift import same_lengths, within_lengths
-from sama_jax.validity.gate import told
+from sama_jax.validity.gate import Gate, told
 
 ASSUMPTION = (
     "p is the share of held-out texts that look at least as much like members; it is not the "
@@ -66,18 +66,8 @@ def run_apply(
     run, content = _comparable(folder, calibration)
     name = require_alone(content["attack"], run).name
     values, _ = results.column(run.rows, name)
-    known_members = np.array([bool(row.get("control")) for row in run.rows])
-    scored = np.flatnonzero(np.isfinite(values) & ~known_members)
-    if not scored.size:
-        raise DataError(f"{folder}: no text has a score of {name}")
-    _require_others(folder, run, content, scored)
-    tokens = np.array([row.get("n_tokens", 0) for row in run.rows], np.int64)
-    gate = same_lengths(tokens[scored].tolist(), content["lengths"])
-    if gate["status"] == "void":
-        raise ValidityError(f"{folder}: {told(gate)}")
-    judged = scored[within_lengths(tokens[scored], content["lengths"])]
-    if not judged.size:
-        raise ValidityError(f"{folder}: {_outside(len(scored), content['lengths'])}")
+    scored = _scored(folder, run, content, values)
+    judged, gate = _of_known_lengths(folder, run, content, scored)
     scores, known = values[judged], np.array(content["scores"])
     keys = [run.keys[i] for i in judged]
     broken = conformal.uniform_of(keys, "smoothed") if smoothed else None
@@ -108,6 +98,35 @@ def run_apply(
     write_json(folder / SUMMARY, summary)
     record_also(folder, [DECISIONS, SUMMARY])
     return Applied(summary, _sentences(summary))
+
+
+def _scored(
+    folder: Path, run: FinishedRun, content: Calibration, values: Float[np.ndarray, " n"]
+) -> Int[np.ndarray, " k"]:
+    """Returns the texts with a score but known members. Raises `DataError` if one calibrated."""
+    known_members = np.array([bool(row.get("control")) for row in run.rows])
+    scored = np.flatnonzero(np.isfinite(values) & ~known_members)
+    if not scored.size:
+        raise DataError(f"{folder}: no text has a score of {content['attack']}")
+    _require_others(folder, run, content, scored)
+    return scored
+
+
+def _of_known_lengths(
+    folder: Path, run: FinishedRun, content: Calibration, scored: Int[np.ndarray, " k"]
+) -> tuple[Int[np.ndarray, " j"], Gate]:
+    """Returns those of the texts whose lengths calibrated, and the gate on all lengths.
+
+    Raises `ValidityError` if the lengths differ, or none of them calibrated.
+    """
+    tokens = np.array([run.rows[i].get("n_tokens", 0) for i in scored], np.int64)
+    gate = same_lengths(tokens.tolist(), content["lengths"])
+    if gate["status"] == "void":
+        raise ValidityError(f"{folder}: {told(gate)}")
+    judged = scored[within_lengths(tokens, content["lengths"])]
+    if not judged.size:
+        raise ValidityError(f"{folder}: {_outside(len(scored), content['lengths'])}")
+    return judged, gate
 
 
 def _comparable(folder: Path, calibration: Path) -> tuple[FinishedRun, Calibration]:

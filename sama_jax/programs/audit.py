@@ -50,7 +50,7 @@ from sama_jax.programs.audit_records import (
 from sama_jax.programs.data_gates import data_gates
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.second_seed import score_again
-from sama_jax.storage.calibration_file import withdraw_decisions, withdraw_stale
+from sama_jax.storage.calibration_file import withdraw_stale
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import METRICS, Row, noted
 from sama_jax.terminal import console
@@ -108,8 +108,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
         earlier = run.folder.manifest.get("gates") or []
         run.folder.write_manifest(gates=worst_of([earlier, data.gates]))
-        for note in inputs.tokenizer.doubts(tokenised.encoded):
-            run.folder.keep_note(note)
+        run.folder.keep_note(*inputs.tokenizer.doubts(tokenised.encoded))
         primary = run.folder.manifest["protocol"]["primary"]
         if halves is not None:
             texts = chosen, halves, primary
@@ -263,7 +262,6 @@ def publish(
     score_corpus(readings, folder, inputs.ids, [t.scored for t in inputs.texts], inputs.labels)
     update_index(folder, rows, readings.tables)
     joined = folder.join(rows, [attack.name for attack in chosen.attacks])
-    withdraw_stale(job.out, joined)
     # SciPy's statistics and scikit-learn: two seconds to import.
     from sama_jax.reporting import report, results
 
@@ -274,8 +272,7 @@ def publish(
     metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)
     write_densities(job.out, found, inputs.labels)
-    if voids(metrics["validity"]):
-        withdraw_decisions(job.out)
+    withdraw_stale(job.out, joined, void=bool(voids(metrics["validity"])))
     save_replay(job, readings, inputs, tokenised)
     folder.write_manifest(finished=True)
     folder.log("finished", texts=len(joined))

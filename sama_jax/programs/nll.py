@@ -20,7 +20,7 @@ from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, make_probe, model_key, pad_id, resident_bytes
 from sama_jax.engine.tasks import tasks_of
-from sama_jax.engine.text_table import original_view, table_of
+from sama_jax.engine.text_table import TextView, original_view, table_of
 from sama_jax.errors import UsageError
 from sama_jax.programs.audit_inputs import require_context
 from sama_jax.programs.run_identity import run_identity
@@ -106,8 +106,7 @@ def run_nll(
     run["nll"] = tasks.first("nll").identity
     output = RunFolder(out, run, {"model": str(model)}, None)
     try:
-        for note in tokenizer.doubts(encoded):
-            output.keep_note(note)
+        output.keep_note(*tokenizer.doubts(encoded))
         readings = Readings(tasks, settings, tables, keys, output.store)
         readings = fill_store(setup, readings, output, [t.id for t in texts.texts], say).readings
         rows: list[dict[str, Any]] = []
@@ -115,8 +114,7 @@ def run_nll(
             chunk = list(range(start, min(start + PLAN_ROWS, len(views))))
             found = readings.statistics([_NLL], chunk)["nll"]
             for i, (mean, error) in zip(chunk, found):
-                tokens = int(views[i].maskable.sum())
-                rows.append(_row(texts.texts[i], encoded[i].truncated, tokens, mean, error))
+                rows.append(_row(texts.texts[i], encoded[i].truncated, views[i], mean, error))
         write_atomic(out / RESULT, json_lines(rows))
         notes = noted(out)  # also of an earlier part of the run
         output.write_manifest(finished=True, notes=notes)
@@ -128,9 +126,10 @@ def run_nll(
 
 
 def _row(
-    text: Text, truncated: bool, tokens: int, mean: np.floating, error: np.floating
+    text: Text, truncated: bool, view: TextView, mean: np.floating, error: np.floating
 ) -> dict[str, Any]:
     """Returns one line of the results."""
+    tokens = int(view.maskable.sum())
 
     def number(value: Any) -> float | None:
         return float(value) if np.isfinite(value) else None

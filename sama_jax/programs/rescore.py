@@ -26,7 +26,7 @@ from sama_jax.programs.audit_gates import loss_gates, require_valid
 from sama_jax.programs.audit_records import write_densities
 from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
-from sama_jax.storage.calibration_file import withdraw_decisions, withdraw_stale
+from sama_jax.storage.calibration_file import withdraw_stale
 from sama_jax.storage.documents import WINDOWS
 from sama_jax.storage.files import write_json
 from sama_jax.storage.run_folder import (
@@ -85,7 +85,6 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         score_corpus(readings, folder, ids, None, None)
         _require_finished(path, folder, rows)
         joined = folder.join(kept, [a.name for a in chosen])
-        withdraw_stale(path, joined)
         found, labels = gather_evidence(readings), [row.get("label") for row in rows]
         asked = loss_gates(found, labels)
         gates = worst_of([manifest.get("gates") or [], asked])
@@ -94,8 +93,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         write_json(path / METRICS, metrics)
         known = np.array([-1 if label is None else label for label in labels])
         write_densities(path, found, known)
-        if voids(metrics["validity"]):
-            withdraw_decisions(path)
+        withdraw_stale(path, joined, void=bool(voids(metrics["validity"])))
         folder.write_manifest(finished=True)
         folder.log("scored", attacks=[a.name for a in chosen], passes_run=0)
         report.write_report(path, metrics=metrics)

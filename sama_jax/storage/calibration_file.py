@@ -92,12 +92,12 @@ def read_calibration(path: Path) -> Calibration:
     return cast(Calibration, found)
 
 
-def withdraw_stale(folder: Path, rows: Sequence[Row]) -> None:
-    """Removes decisions of a run whose texts no longer have the scores that were judged.
+def withdraw_stale(folder: Path, rows: Sequence[Row], *, void: bool) -> None:
+    """Removes decisions of a run that has become void, or that were made by other scores.
 
     A later part of a run may take texts as prefixes, or score them by other code.
     """
-    if not (folder / DECISIONS).exists():
+    if not (folder / DECISIONS).exists() and not (folder / SUMMARY).exists():
         return
     try:
         attack = read_json(folder / SUMMARY)["attack"]
@@ -107,11 +107,6 @@ def withdraw_stale(folder: Path, rows: Sequence[Row]) -> None:
         same = all(text_id in now and now[text_id] == judged[text_id] for text_id in judged)
     except (OSError, ValueError, LookupError, TypeError, DataError):
         same = False
-    if not same:
-        withdraw_decisions(folder)
-
-
-def withdraw_decisions(folder: Path) -> None:
-    """Removes the decisions about the texts of a run whose result has become void."""
-    for name in (DECISIONS, SUMMARY):
-        (folder / name).unlink(missing_ok=True)
+    if void or not same:
+        for name in (DECISIONS, SUMMARY):
+            (folder / name).unlink(missing_ok=True)

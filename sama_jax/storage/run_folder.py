@@ -236,10 +236,11 @@ class RunFolder:
         seconds = round(time.time() - self._started, 3)
         self._log.append_json({"event": event, "seconds": seconds} | values)
 
-    def keep_note(self, note: str) -> None:
+    def keep_note(self, *notes: str) -> None:
         """Keeps what was noticed for whoever finishes the run, this process or another one."""
-        if note not in noted(self.path):
-            self.log("note", note=note)
+        for note in notes:
+            if note not in noted(self.path):
+                self.log("note", note=note)
 
     def has_scores(
         self, text_id: str, attacks: list[str], values: list[float | None] | None = None
