@@ -106,7 +106,7 @@ def doubts(tokenizer: Tokenizer, folder: Path, *, cut: bool) -> list[str]:
     the class's own normaliser and pre-tokenizer; version 4 reads those of `tokenizer.json`, which
     is right for most models that were published with it.
     """
-    config = _object(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     kind, where, found = _class(config, folder), folder / CONFIG, []
     known = kind in _GENERIC or kind is None or "auto_map" in config
     own = None if known else _PIPELINES.get(kind or "")
