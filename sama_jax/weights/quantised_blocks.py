@@ -190,7 +190,7 @@ def _state(name: str, parts: Mapping[str, Part]) -> dict[str, Any]:
     (part,) = found
     part.require((min(math.prod(part.shape), STATE_BYTES),), "U8")
     try:
-        state = parse_json(part.whole().tobytes())
+        state = parse_json(part.whole().tobytes().decode("utf-8"))
     except ValueError as error:
         raise ModelError(
             f"{part.file}: tensor {printable(part.name, 200)} is no JSON ({error}); download or "
