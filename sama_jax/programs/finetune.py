@@ -61,18 +61,9 @@ def finetune(
         if not as_diffusion:  # else it is the mask of what the base becomes
             options["attention_mask"] = attention_mask
         folder = model_folder.open_folder(base, **options)
-        stated = {} if attention_mask is None else {FIELD: attention_mask}
         if not as_diffusion:
             _require_trainable(folder.family, settings, str(base))
-        tokenizer = TextTokenizer.from_folder(base, folder.model.vocab_size)
-        start = loop.Start(
-            folder.model,
-            folder.family.weights,
-            folder.config | stated,
-            tokenizer,
-            lambda: loading.load(folder, loop.device()),
-            str(base),
-        )
+        start = _start(folder, base, {} if attention_mask is None else {FIELD: attention_mask})
         if as_diffusion:
             start = _as_diffusion(start, folder, settings)
         identity = _identity(start, folder, settings)
@@ -87,6 +78,18 @@ def finetune(
                 ids = start.config["mask_token_id"], start.config["vocab_size"]
                 start = start._replace(tokenizer=adaptation.add_mask_token(out, *ids))
             return loop.train(start, run, settings, stop)
+
+
+def _start(folder: model_folder.ModelFolder, base: Path, stated: dict[str, Any]) -> loop.Start:
+    """Returns what a training of this folder starts from; `stated` is added to its config."""
+    return loop.Start(
+        folder.model,
+        folder.family.weights,
+        folder.config | stated,
+        TextTokenizer.from_folder(base, folder.model.vocab_size),
+        lambda: loading.load(folder, loop.device()),
+        str(base),
+    )
 
 
 def _identity(

@@ -1,5 +1,6 @@
 """The likelihood bound of texts under one model, with its standard error."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sama_jax.arrays import Reading
+from sama_jax.arrays import Encoded, Reading
 from sama_jax.attacks.likelihood import likelihood_probes
 from sama_jax.attacks.queries import TARGET, Query
 from sama_jax.attacks.registry import Attack
@@ -109,12 +110,7 @@ def run_nll(
         output.keep_note(*tokenizer.doubts(encoded))
         readings = Readings(tasks, settings, tables, keys, output.store)
         readings = fill_store(setup, readings, output, [t.id for t in texts.texts], say).readings
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(views), PLAN_ROWS):
-            chunk = list(range(start, min(start + PLAN_ROWS, len(views))))
-            found = readings.statistics([_NLL], chunk)["nll"]
-            for i, (mean, error) in zip(chunk, found):
-                rows.append(_row(texts.texts[i], encoded[i].truncated, views[i], mean, error))
+        rows = _rows(readings, texts.texts, encoded, views)
         write_atomic(out / RESULT, json_lines(rows))
         notes = noted(out)  # also of an earlier part of the run
         output.write_manifest(finished=True, notes=notes)
@@ -122,6 +118,22 @@ def run_nll(
         output.close()
     for note in notes:  # a note is no progress, so it is not quiet
         console().print(f"note: {note}")
+    return rows
+
+
+def _rows(
+    readings: Readings,
+    texts: Sequence[Text],
+    encoded: Sequence[Encoded],
+    views: Sequence[TextView],
+) -> list[dict[str, Any]]:
+    """Returns the lines of the results."""
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(views), PLAN_ROWS):
+        chunk = list(range(start, min(start + PLAN_ROWS, len(views))))
+        found = readings.statistics([_NLL], chunk)["nll"]
+        for i, (mean, error) in zip(chunk, found):
+            rows.append(_row(texts[i], encoded[i].truncated, views[i], mean, error))
     return rows
 
 

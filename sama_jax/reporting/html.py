@@ -81,10 +81,7 @@ def html(
         missing=MISSING,
         columns_mean=content.COLUMNS,
         tpr_name=tpr_name("0.01"),
-        paired={
-            name: paired_text(entry["difference"], entry["ci"])
-            for name, entry in metrics.get("paired", {}).items()
-        },
+        paired=_paired(metrics),
         attack_notes=content.attack_notes(metrics["attacks"]),
         notes=manifest.get("notes") or [],
         cost=manifest.get("cost") or {},
@@ -105,6 +102,11 @@ def shown_figures(rows: Sequence[Row], metrics: Metrics, spread: Spread | None) 
     columns = columns_of(rows)
     chosen = {name: columns[name] for name in declared if name in columns} or columns
     return svg.draw(chosen, metrics["verdict"].get("primary"), spread)
+
+
+def _paired(metrics: Metrics) -> dict[str, str]:
+    compared = metrics.get("paired", {})
+    return {name: paired_text(one["difference"], one["ci"]) for name, one in compared.items()}
 
 
 def _run(manifest: Mapping[str, Any]) -> Mapping[str, Any]:

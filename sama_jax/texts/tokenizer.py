@@ -127,23 +127,17 @@ class TextTokenizer:
             return read
         if header is not None:
             with _library(f"{header.path}: its tokenizer cannot be used"):
-                made = gguf_tokenizer.build(header)
-            return cls(made, str(header.path), rows)
+                return cls(gguf_tokenizer.build(header), str(header.path), rows)
         hint = "expected tokenizer.json or files that transformers reads without remote code"
         with _library(f"{path}: no usable tokenizer; {hint}"):
-            # Whoever opens a named pipe waits for a writer, for ever.
-            for entry in path.iterdir():
-                if entry.exists() and not entry.is_file() and not entry.is_dir():
-                    raise ValueError(f"{entry.name} is no regular file")
-            made = folder_tokenizer.build(path)
-        return cls(made, str(path), rows)
+            _require_regular(path)
+            return cls(folder_tokenizer.build(path), str(path), rows)
 
     @classmethod
     def from_file(cls, path: Path, rows: int | None) -> "TextTokenizer":
         """Reads one `tokenizer.json`. Raises `ModelError`."""
         with _library(f"{path}: not a usable tokenizer file"):
-            made = Tokenizer.from_buffer(read_bytes(path))
-        return cls(made, str(path), rows)
+            return cls(Tokenizer.from_buffer(read_bytes(path)), str(path), rows)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -261,16 +255,8 @@ class TextTokenizer:
         """Returns as much of a text as can be tokenised, and about the length it is given."""
         if len(text) <= STEP and self._growth <= 4:
             return text, len(text)
-        normaliser, size = self._tokenizer.normalizer, 0
-        for start in range(0, len(text), STEP):
-            piece = text[start : start + STEP]
-            if normaliser is not None:
-                with _library(f"{self.where}: the tokenizer fails"):
-                    piece = normaliser.normalize_str(piece)
-            size += len(piece.encode())
-            if size > WHOLE_BYTES:
-                return text[:start], size
-        return text, size
+        with _library(f"{self.where}: the tokenizer fails"):
+            return _fitting(text, self._tokenizer.normalizer)
 
     def _encode_batch(self, texts: list[str], *, adds: bool = True) -> list[Any]:
         """Calls the library; every id that leaves it is checked here."""
@@ -286,6 +272,24 @@ class TextTokenizer:
                 "the ids of its post-processor and of its added tokens"
             )
         return raws
+
+
+def _fitting(text: str, normaliser: Any) -> tuple[str, int]:
+    """Returns the beginning of a text that has at most `WHOLE_BYTES` bytes, and how many."""
+    size = 0
+    for start in range(0, len(text), STEP):
+        piece = text[start : start + STEP]
+        size += len((piece if normaliser is None else normaliser.normalize_str(piece)).encode())
+        if size > WHOLE_BYTES:
+            return text[:start], size
+    return text, size
+
+
+def _require_regular(path: Path) -> None:
+    """Raises `ValueError` for a named pipe: whoever opens one waits for a writer, for ever."""
+    for entry in path.iterdir():
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise ValueError(f"{entry.name} is no regular file")
 
 
 def _batches(

@@ -130,8 +130,7 @@ class Placed:
     def _replace(self, weight: str, name: str, tensor: np.ndarray) -> None:
         shape, table = self.base.shapes[weight][0], weight in self.base.tables
         wanted = [tensor.shape[0] if table else shape[0], *shape[1:]]
-        wrong = adapter_tensors.misfits(self.tensors, {name: wanted})
-        wrong = wrong or adapter_tensors.finite(name, tensor)
+        wrong = adapter_tensors.unfit(name, tensor, wanted)
         if wrong:
             self.problems += wrong
             return
@@ -247,8 +246,7 @@ class Placed:
             self.problems.append(f"  missing    lora_magnitude_vector to {first}")
             return None
         values = self.tensors[magnitude].reshape(-1)  # older versions keep it as [1, out]
-        wrong = adapter_tensors.misfits({magnitude: values}, {magnitude: [len(low.b)]})
-        wrong = wrong or adapter_tensors.finite(magnitude, values)
+        wrong = adapter_tensors.unfit(magnitude, values, [len(low.b)])
         self.problems += wrong
         return None if wrong else Dora(low, values.astype(np.float32), (shape[0], shape[1]))
 
@@ -272,8 +270,7 @@ class Placed:
                 )
                 continue
             rows, width = shapes[weight][0]
-            wrong = adapter_tensors.misfits(self.tensors, {name: [len(ids), width]})
-            wrong = wrong or adapter_tensors.finite(name, tensor)
+            wrong = adapter_tensors.unfit(name, tensor, [len(ids), width])
             if ids and max(ids) >= rows:
                 wrong.append(f"  rows       {name}: token {max(ids)} of {rows} rows")
             self.problems += wrong

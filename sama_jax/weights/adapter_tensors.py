@@ -124,6 +124,11 @@ def misfits(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, list[int]]) 
     return found
 
 
+def unfit(name: str, tensor: np.ndarray, shape: list[int]) -> list[str]:
+    """Returns what is wrong with a tensor: its shape, its type, or a value that is not finite."""
+    return misfits({name: tensor}, {name: shape}) or finite(name, tensor)
+
+
 def finite(name: str, tensor: np.ndarray) -> list[str]:
     """Returns what is wrong with the values of a tensor in float32."""
     with np.errstate(over="ignore", invalid="ignore"):

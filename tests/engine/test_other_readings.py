@@ -25,7 +25,7 @@ def texts():
 
 
 def frequencies(texts):
-    return float(np.nanmean(frequency_losses(texts)))
+    return float(np.nanmean(frequency_losses(list(texts))))
 
 
 def check(texts, weights=None, **changes):

@@ -16,6 +16,7 @@ from sama_jax.training import adaptation
 from sama_jax.weights import model_folder
 
 WORDS = tiny.texts(120, words=(12, 20), seed=3)
+OTHERS = tiny.texts(100, words=(12, 20), seed=4)
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     gguf_files.write(package / "tiny.gguf", folder, "llama", tokenizer={"mask_token_id": None})
     monkeypatch.setattr(smol, "package_folder", lambda name: package)
     monkeypatch.setattr(smol, "stdlib_documents", lambda: WORDS[:20])
-    monkeypatch.setattr(smol, "docstrings", lambda names: WORDS[20:])
+    prose = {smol.DOMAIN: WORDS[20:], smol.GENERAL: OTHERS}
+    monkeypatch.setattr(smol, "docstrings", lambda names: [*prose[names]])
     monkeypatch.setattr(smol, "NUM_MEMBERS", 40)
     for name in ("ADAPT", "FINETUNE"):
         few = replace(getattr(smol, name), epochs=0.2, max_length=24)
