@@ -111,7 +111,7 @@ def splits_of(
     for seed in range(splits):
         draw = np.random.default_rng(seed)
         chosen = [int(i) for one in classes for i in draw.permutation(one)[:texts]]
-        some = Evidence(*(values[chosen] for values in found))
+        some = found.of(chosen)
         own, tokens = [rows[i] for i in chosen], [ids[i] for i in chosen]
         yield ("true", *split_gates(own, some, tokens))
         mixed = draw.permutation([row.get("label") for row in own])

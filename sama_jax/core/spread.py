@@ -29,7 +29,7 @@ class Spread(TypedDict):
     """The content of densities.json."""
 
     densities: list[float]
-    """Share of a text's tokens that each pass masks, on average over texts."""
+    """Share of a text's tokens that each pass masks, on average over the first 256 texts."""
     classes: dict[str, ClassSpread]
     """By the names of `CLASSES`; those without a text are left out."""
 

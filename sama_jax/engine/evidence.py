@@ -1,5 +1,6 @@
 """Sums up what both models gave for each text, for the gates that look at losses."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,9 @@ from sama_jax.engine.tasks import ROLES, Task
 SAME_NATS = 1e-4
 """Losses that differ by less are called equal. Those of one model from two batch shapes differ by
 about 1e-5 in float32, those of the demo's two models by .2 in the median."""
+DENSITY_TEXTS = 256
+"""Texts whose masks are drawn again to see how dense they are. All of 10,000 would take 7 s, as
+long as scoring them."""
 
 
 class Evidence(NamedTuple):
@@ -25,7 +29,13 @@ class Evidence(NamedTuple):
     differences: Float[np.ndarray, "n t"]
     """Mean loss of the reference minus that of the target in each pass, NaN where none was read."""
     densities: Float[np.ndarray, " t"]
-    """Share of a text's tokens that each pass masks, on average; NaN where there is no plan."""
+    """Share of a text's tokens that each pass masks, on average over the first texts; NaN where
+    there is no plan."""
+
+    def of(self, rows: Sequence[int]) -> "Evidence":
+        """Returns what was read of some texts; densities stay those of all."""
+        own = (self.target, self.reference, self.same, self.differences)
+        return Evidence(*(values[list(rows)] for values in own), self.densities)
 
 
 def gather_evidence(readings: Readings) -> Evidence:
@@ -48,7 +58,7 @@ def gather_evidence(readings: Readings) -> Evidence:
         both = np.where(np.isnan(target - reference), np.nan, abs(target - reference) < SAME_NATS)
         found[2, rows] = _means(both)
         differences[rows] = _means(reference - target, axes=2)
-        if task.source is not None:
+        if task.source is not None and start < DENSITY_TEXTS:
             counts = np.asarray(readings.plan(task, rows).masks)[: len(rows)].sum(axis=2)
             tokens = readings.tables[task.view].num_tokens[rows.start : rows.stop, None]
             masked[rows] = np.where(tokens > 0, counts / np.maximum(tokens, 1), np.nan)

@@ -93,18 +93,14 @@ class _Case(NamedTuple):
 
 def _cases(plan: dict[str, Any]) -> Iterator[_Case]:
     """Yields the audits of an experiment, all of a regime one after the other."""
-    for run in plan["runs"]:
+    runs = [(run, regimes_of(run.get("models", plan["models"]))) for run in plan["runs"]]
+    for run, regimes in runs:
         models, files = (run.get(k, plan[k]) for k in ("models", "data"))
-        if not regimes_of(models):
+        if not regimes:
             yield _Case(run["name"], run, models, files, None)
-    regimes = {
-        regime: None
-        for run in plan["runs"]
-        for regime in regimes_of(run.get("models", plan["models"]))
-    }
-    for regime in regimes:
-        for run in plan["runs"]:
-            if regime in regimes_of(run.get("models", plan["models"])):
+    for regime in dict.fromkeys(regime for _, regimes in runs for regime in regimes):
+        for run, regimes in runs:
+            if regime in regimes:
                 yield _Case(f"{regime.name}/{run['name']}", run, regime, {}, regime)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sama_jax.arrays import Piece
-from sama_jax.errors import DataError, ModelError, UsageError
+from sama_jax.errors import DataError, ModelError
 from sama_jax.texts.conversations import FOLDER, NAMED, Turn
 from sama_jax.untrusted import printable, read_bytes, read_json
 
@@ -69,10 +69,8 @@ class FolderTemplate(NamedTuple):
         try:
             options: dict[str, Any] = {"add_generation_prompt": prompting, **self.tokens}
             found: Any = render_jinja_template([messages], chat_template=self.source, **options)
-        except ImportError:
-            raise UsageError(
-                f"--template {FOLDER} needs jinja2; pip install 'sama-jax[chat]'"
-            ) from None
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a foreign program raises
             kind = type(error).__name__  # its text may hold some of the conversation
             raise DataError(f"the chat template of {self.where} fails ({kind})") from None
