@@ -34,8 +34,14 @@ class Evidence(NamedTuple):
 
     def of(self, rows: Sequence[int]) -> "Evidence":
         """Returns what was read of some texts; densities stay those of all."""
-        own = (self.target, self.reference, self.same, self.differences)
-        return Evidence(*(values[list(rows)] for values in own), self.densities)
+        at = list(rows)
+        return Evidence(
+            self.target[at],
+            self.reference[at],
+            self.same[at],
+            self.differences[at],
+            self.densities,
+        )
 
 
 def gather_evidence(readings: Readings) -> Evidence:
