@@ -47,7 +47,7 @@ ONLY_IN = {
     "matplotlib": tuple(f"sama_jax.reporting.{name}" for name in ("figures", "plots", "svg")),
     "jinja2": ("sama_jax.reporting.html",),
     "tokenizers": ("sama_jax.texts", "sama_jax.training"),
-    "yaml": ("sama_jax.programs.experiment_file",),
+    "yaml": ("sama_jax.storage.yaml_file",),
     "sklearn": ("sama_jax.core.metrics", "sama_jax.attacks.corpus", "sama_jax.validity.blind"),
     "pickle": (),
     # Every process is started in one place, which keeps the current folder off its module path.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sama_jax.cli import flags
+from sama_jax.cli.config_file import add_config, given_flags, save_config
 from sama_jax.cli.results import print_result
 from sama_jax.cli.running import command_of
 from sama_jax.config import AuditSettings
@@ -75,6 +76,8 @@ def add(commands: Any) -> None:
         "dry_run",
         "quiet",
     )
+    add_config(outputs)
+    p.set_defaults(parser=p)
 
 
 def _add_processes(p: flags.Flags) -> None:
@@ -111,6 +114,8 @@ def run(args: argparse.Namespace) -> int | None:
     if args.target is None and args.adapter is None:
         raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
     settings = flags.settings_of(args, AuditSettings)
+    args.config = given_flags(args.parser, args)
+    save_config(args.save_config, "audit", args.config)
     files = tuple(map(bool, (args.data, args.members, args.nonmembers)))
     if files not in ((True, False, False), (False, True, True)):
         raise UsageError("give either --data F, or --members F and --nonmembers F")

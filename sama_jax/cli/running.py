@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from sama_jax import terminal
+from sama_jax.cli.config_file import with_config
 from sama_jax.devices import processes
 from sama_jax.devices.child_process import failed_allocation
 from sama_jax.errors import (
@@ -41,6 +42,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(epilog=EPILOG, formatter_class=raw, **options)
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses; a command that has `--config` takes the flags of that file, too."""
+        if args is not None and "--config" in self._option_string_actions:
+            try:
+                args = with_config(self, args)
+            except SamaError as error:
+                _say(f"{self.prog}: {error}")
+                sys.exit(error.exit_code)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with 2, like every other usage error."""

@@ -37,8 +37,9 @@ from sama_jax.programs.run_identity import digest, run_identity
 from sama_jax.storage import replay
 from sama_jax.storage.files import require_free, write_json
 from sama_jax.storage.protocol import Protocol, known_protocol, require_same, write_protocol
-from sama_jax.storage.run_folder import DENSITIES, RunFolder, read_manifest
+from sama_jax.storage.run_folder import CONFIG, DENSITIES, RunFolder, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
+from sama_jax.storage.yaml_file import REPEATS, write_yaml
 from sama_jax.texts.read import Text, group_numbers
 from sama_jax.validity.blind import Blind
 from sama_jax.validity.overlap import joined, relate
@@ -84,6 +85,8 @@ def open_run(
     _require_protocol(job, run, protocol)
     folder, shared = _open_folder(job, run, about(job, inputs))
     try:
+        if job.config and folder.writes:
+            write_yaml(job.out / CONFIG, REPEATS.format("audit"), dict(job.config))
         folder.write_manifest(
             protocol=asdict(_fix(job, folder, protocol, inputs.store_keys)),
             attacks=names,

@@ -23,17 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sama_jax import config
 from sama_jax.errors import DataError, UsageError, nearest
 from sama_jax.programs import demo, laboratory, smol
-from sama_jax.untrusted import printable, read_bytes
-
-MAX_BYTES = 2**18
-"""Most bytes of a file: 1,000 runs."""
-MAX_FIELDS = 100
-"""Most fields of a mapping. Merges (`<<`) of merges would double them each time."""
+from sama_jax.storage.yaml_file import read_yaml
+from sama_jax.untrusted import printable
 
 _SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
 _MODELS: dict[str, Any] = {
@@ -94,15 +88,6 @@ def find(name: str) -> Path:
     raise UsageError(f"unknown experiment '{name}'{nearest(name, available())}")
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for mappings of bounded size."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MAX_FIELDS:
-            raise ValueError(f"a mapping has more than {MAX_FIELDS} fields")
-
-
 def read(path: Path) -> dict[str, Any]:
     """Reads and checks an experiment.
 
@@ -110,13 +95,7 @@ def read(path: Path) -> dict[str, Any]:
       DataError: it is none, or something in it is of a wrong kind.
       UsageError: a setting of a run cannot be.
     """
-    try:
-        found = yaml.load(read_bytes(path, MAX_BYTES).decode(), _Loader)
-    except MemoryError:
-        raise
-    except Exception as error:  # PyYAML raises what Python does for a value that is not as tagged
-        reason = " ".join(str(error).split()) or type(error).__name__  # its own has several lines
-        raise DataError(f"{path}: not readable as YAML ({printable(reason, 300)})") from None
+    found = read_yaml(path)
     _check(found, _FIELDS, ("runs",), str(path))
     full = {"summary": "", "models": "demo", "data": {}, "compare": [], **found}
     names = ["losses", "experiment.json"]  # stand beside the runs' folders

@@ -3,10 +3,10 @@
 The types of texts come from a module that imports JAX; they stand here as names alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sama_jax.config import AuditSettings, Flag
 from sama_jax.devices import processes
@@ -103,6 +103,8 @@ class AuditJob:
     quiet: Annotated[bool, Flag("no progress, no table")] = False
     command: str = ""
     """What the results name as the command that made them."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The flags of that command, for `audit.yaml`; without any, none is written."""
 
 
 @dataclass(frozen=True, kw_only=True)

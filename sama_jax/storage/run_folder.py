@@ -42,6 +42,7 @@ SCORES = "scores.jsonl"
 METRICS = "metrics.json"
 LOG = "log.jsonl"
 DENSITIES = "densities.json"
+CONFIG = "audit.yaml"
 """Loss differences by density of the masks: `core.spread`."""
 
 _NUMBERS = {str: (float, None)}

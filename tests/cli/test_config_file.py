@@ -1,0 +1,90 @@
+"""Flags from a YAML file give the run that the same flags give; what is no flag is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from wrong_inputs import Box, assert_one_line, run, scores
+
+from sama_jax.cli import entry
+
+
+def parsed(file: Path, content: object, *given: str):
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return entry.build_parser().parse_args(["audit", "--config", str(file), *given])
+
+
+def test_the_file_of_a_run_folder_repeats_it_bit_for_bit(box: Box, finished: Path, capsys):
+    kept = yaml.safe_load((finished / "audit.yaml").read_text())
+    assert "out" not in kept
+    assert kept["target"] == str(finished.parent / "target")
+    argv = ["audit", f"--config={finished / 'audit.yaml'}", "--out", str(box.out)]
+    assert run(capsys, argv).code == 0
+    assert scores(box.out) == scores(finished)
+    manifests = [json.loads((x / "manifest.json").read_text()) for x in (box.out, finished)]
+    assert manifests[0]["run"] == manifests[1]["run"]
+    assert yaml.safe_load((box.out / "audit.yaml").read_text()) == kept
+
+
+def test_every_kind_of_flag_is_read(tmp_path: Path):
+    content = {
+        "target": "t",
+        "max-length": 64,
+        "top_windows": 2,
+        "margin": 0.6,
+        "attacks": ["sama", "loss"],
+        "adapter": ["a", "b"],
+        "set": "sama.steps=8",
+        "windows": True,
+        "strict": False,
+        "no-figures": True,
+        "limit": None,
+    }
+    args = parsed(tmp_path / "a.yaml", content, "--reference", "r", "--out", "o")
+    assert (args.max_length, args.top_windows, args.margin) == (64, 2, 0.6)
+    assert args.attacks == ["sama", "loss"]
+    assert args.adapter == [Path("a"), Path("b")]
+    assert args.set == ["sama.steps=8"]
+    assert (args.windows, args.strict, args.figures, args.limit) == (True, False, False, None)
+
+
+def test_the_command_line_counts_instead_of_the_file(tmp_path: Path):
+    content = {"reference": "r", "max-length": 64, "set": ["sama.steps=8"], "seed": 3}
+    given = ["--out", "o", "--max-length=32", "--set", "sama.steps=4"]
+    args = parsed(tmp_path / "a.yaml", content, *given)
+    assert (args.max_length, args.seed, args.set) == (32, 3, ["sama.steps=4"])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"tarjet": "t"}, "'tarjet' is no flag of sama-jax audit; did you mean 'target'"),
+        ({"config": "b.yaml"}, "'config' is no flag"),
+        ({"windows": "yes"}, "windows is a switch; expected true or false"),
+        ({"target": {"a": 1}}, "target: expected a word or a number"),
+        ({"target": True}, "target: expected a word or a number"),
+        (["target"], "expected a mapping of flags"),
+        ("a: [", "not readable as YAML"),
+        ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
+    ],
+)
+def test_what_is_no_flag_is_refused(tmp_path: Path, capsys, content, said):
+    with pytest.raises(SystemExit) as ended:
+        parsed(tmp_path / "a.yaml", content, "--reference", "r", "--out", "o")
+    assert ended.value.code == 3
+    found = capsys.readouterr().err
+    assert said in found
+    assert found.count("\n") == 1
+
+
+def test_saving_replaces_no_file_of_another_kind(box: Box, capsys):
+    mine = box.path / "mine.yaml"
+    mine.write_text("years: of work\n")
+    command = [*box.command(), "--dry-run", "--save-config"]
+    assert_one_line(run(capsys, [*command, str(mine)]), 2, "was not written by --save-config")
+    assert mine.read_text() == "years: of work\n"
+    new = box.path / "new.yaml"
+    for _ in range(2):
+        assert run(capsys, [*command, str(new)]).code == 0
+    assert yaml.safe_load(new.read_text())["data"] == str(box.data)
