@@ -90,6 +90,10 @@ def make_folder(path: Path, family: str, seed: int = 0) -> Path:
     if family == "bert":
         made = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
         return save(path, randomise(made, seed))
+    if family == "roberta":
+        sizes = {**SIZES, "pad_token_id": 1, "type_vocab_size": 1}
+        made = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**sizes))
+        return save(path, randomise(made, seed))
     assert family == "modernbert"
     config = transformers.ModernBertConfig(
         **SIZES,

@@ -1,4 +1,4 @@
-"""Defines BERT and ModernBERT as masked language models.
+"""Defines BERT, RoBERTa and ModernBERT as masked language models.
 
 Reads top to bottom: architectures, head, BERT, ModernBERT. Parameter trees (`f`:
 MLP width; the rest as in `transformer.py`; every leaf of `blocks` is stacked over layers):
@@ -10,7 +10,8 @@ MLP width; the rest as in `transformer.py`; every leaf of `blocks` is stacked ov
 
 BERT adds positions/embedding, types/embedding and a bias beside every kernel and scale. ModernBERT
 adds mlp/gate_proj/kernel, final_norm/scale, and `first_block`, which has no attn_norm. The head's
-decoder is the embedding. Source of the arithmetic: transformers 5, `models/{bert,modernbert}`.
+decoder is the embedding. RoBERTa is a BERT that counts positions differently. Source of the
+arithmetic: transformers 5, `models/{bert,roberta,modernbert}`.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
 from sama_jax.errors import ModelError
@@ -39,7 +40,7 @@ from sama_jax.models.model import LinenModel, PlainArchitecture, flops, run
 
 @dataclass(frozen=True, kw_only=True)
 class BertArchitecture(PlainArchitecture):
-    """Holds all that shapes a BERT."""
+    """Holds all that shapes a BERT or a RoBERTa."""
 
     vocab_size: int
     width: int
@@ -48,9 +49,17 @@ class BertArchitecture(PlainArchitecture):
     mlp_width: int
     norm_eps: float
     max_length: int
-    """Rows of the position table: no text can be longer."""
+    """Tokens that the position table has rows for: no text can be longer."""
     token_types: int
     """Rows of the token type table; every token has type 0."""
+    padding_id: int | None = None
+    """RoBERTa's padding token, which is not counted: the first token that is another one has the
+    row behind this number, and padding the row of this number. None: the row is the place."""
+
+    @property
+    def first_row(self) -> int:
+        """Says which row of the position table the first token has."""
+        return 0 if self.padding_id is None else self.padding_id + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,12 @@ class BertMlp(nn.Module):
         return Linear(self.arch.width, True, self.dtype, name="down_proj")(up)
 
 
+def counted_rows(tokens: Int[Array, "b l"], padding_id: int) -> Int[Array, "b l"]:
+    """Returns which row of RoBERTa's position table each token has."""
+    counted = (tokens != padding_id).astype(jnp.int32)
+    return jnp.cumsum(counted, axis=1) * counted + padding_id
+
+
 class BertNetwork(nn.Module):
     """Joins the layers of a BERT."""
 
@@ -146,7 +161,7 @@ class BertNetwork(nn.Module):
     def setup(self):
         arch = self.arch
         self.embed = _embed(arch, arch.vocab_size, self.dtype)
-        self.positions = _embed(arch, arch.max_length, self.dtype)
+        self.positions = _embed(arch, arch.first_row + arch.max_length, self.dtype)
         self.types = _embed(arch, arch.token_types, self.dtype)
         self.embed_norm = LayerNorm(arch.norm_eps, True, self.dtype)
         if arch.num_layers > 1:
@@ -163,7 +178,9 @@ class BertNetwork(nn.Module):
                 f"for {self.arch.max_length} only; lower --max-length"
             )
         x = self.embed(tokens) + self.types(jnp.zeros_like(tokens))
-        return self.embed_norm(x + self.positions(all_positions(x)))
+        padding = self.arch.padding_id
+        rows = all_positions(x) if padding is None else counted_rows(tokens, padding)
+        return self.embed_norm(x + self.positions(rows))
 
     def _enter_last(self, tokens, key_valid, total):
         carry = (self.entering(tokens, key_valid), total)

@@ -103,4 +103,4 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
         fields.refuse_rest()
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{where}: a field has an unusable value ({error})") from None
-    return read._replace(max_length=min(lengths, default=UNLIMITED))
+    return read._replace(max_length=min(*lengths, read.arch.max_length or UNLIMITED, UNLIMITED))

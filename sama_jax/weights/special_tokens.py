@@ -14,6 +14,8 @@ from sama_jax.weights.folder_files import CONFIG, object_if_there
 
 MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>")
 """Mask tokens of published models whose tokenizers do not call them `mask_token`."""
+ENCODER_NAMES = ("[MASK]", "<mask>")
+"""What the tokenizer classes of BERT and RoBERTa call `mask_token` where a folder does not say."""
 
 
 def known_mask(path: Path, family: FamilyConfig) -> Any:
@@ -22,6 +24,9 @@ def known_mask(path: Path, family: FamilyConfig) -> Any:
     Raises `ModelError` if they disagree.
     """
     told = None if family.kind == "autoregressive" else tokenizer_mask(path)
+    if told is None and family.kind == "masked":
+        by_class = (_id_of(path, name, _added_tokens(path)) for name in ENCODER_NAMES)
+        told = next((found for found in by_class if found is not None), None)
     if family.mask_id is None or told in (None, family.mask_id):
         return told if family.mask_id is None else family.mask_id
     raise ModelError(

@@ -103,6 +103,7 @@ _SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 _IDS: dict[str, Any] = {f"{name}_token_id": i for i, name in enumerate(_SPECIAL)}
 TRANSFORMERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**_LAYERS)),
+    "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**_LAYERS)),
     "modernbert": lambda: transformers.ModernBertForMaskedLM(
         transformers.ModernBertConfig(**_LAYERS, **_IDS)
     ),

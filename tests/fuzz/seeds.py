@@ -112,6 +112,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": {"hidden_size": 16, "cond_dim": 8, "length": 64, "n_blocks": 2, "n_heads": 2},
     },
     "bert": {**ENCODER, "model_type": "bert", "max_position_embeddings": 64, "type_vocab_size": 2},
+    "roberta": {**ENCODER, "model_type": "roberta", "max_position_embeddings": 66},
     "modernbert": {
         **ENCODER,
         "model_type": "modernbert",

@@ -1,4 +1,4 @@
-"""MDLM, SEDD, BERT and ModernBERT against PyTorch, through sharded folders, all parameters random.
+"""MDLM, SEDD and the encoders against PyTorch, through sharded folders, all parameters random.
 
 MDLM and SEDD against plain modules of ours (`oracle_dit.py`), the encoders against transformers'.
 """
@@ -42,6 +42,8 @@ _ENCODER: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _BERT: dict[str, Any] = {**_ENCODER, "num_hidden_layers": 3, "intermediate_size": 96}
+PAD = 7
+"""Some tokens of the texts are RoBERTa's padding token, which it does not count."""
 _MODERNBERT: dict[str, Any] = {
     **_ENCODER,
     "num_hidden_layers": 4,  # global, local, local, global
@@ -62,6 +64,14 @@ VARIANTS: dict[str, Any] = {
     "bert": lambda: transformers.BertForMaskedLM(
         transformers.BertConfig(**_BERT, max_position_embeddings=LENGTH, type_vocab_size=3)
     ),
+    "roberta": lambda: transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(**_BERT, max_position_embeddings=LENGTH + 1, type_vocab_size=1)
+    ),
+    "roberta_pad_inside": lambda: transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(
+            **_BERT | {"pad_token_id": PAD}, max_position_embeddings=LENGTH + PAD + 1
+        )
+    ),
     "modernbert": lambda: transformers.ModernBertForMaskedLM(
         transformers.ModernBertConfig(**_MODERNBERT)
     ),
@@ -75,7 +85,7 @@ VARIANTS: dict[str, Any] = {
     ),
 }
 DIT = ("mdlm", "sedd")
-ENCODERS = ("bert", "modernbert", "modernbert_layer_types")
+ENCODERS = ("bert", "roberta", "roberta_pad_inside", "modernbert", "modernbert_layer_types")
 
 
 class Pair(NamedTuple):
@@ -220,7 +230,8 @@ def test_encoder_logits_and_losses_equal_pytorch(pair, variant, padding, record_
     assert expected.std() > 0.3, "logits too flat to tell anything"
     difference = np.abs(actual.logits - expected)[valid].max()
     loss_difference = np.abs(nll(actual.logits) - nll(expected))[valid].max()
-    record_parity("BERT" if variant == "bert" else "ModernBERT", difference, loss_difference)
+    kinds = {"bert": "BERT", "roberta": "RoBERTa", "modernbert": "ModernBERT"}
+    record_parity(kinds[variant.split("_")[0]], difference, loss_difference)
     assert difference < LOGITS
     assert loss_difference < NLL
     np.testing.assert_allclose(actual.attention[valid], weights[valid], rtol=0, atol=1e-6)
@@ -235,9 +246,11 @@ def test_hiding_padding_changes_every_padded_text_and_only_those(pair):
             assert change[row][TEXTS.valid[row]].max() > 100 * LOGITS
 
 
-def test_a_text_longer_than_the_position_table_is_refused(pair):
+@pytest.mark.parametrize("variant", ["bert", "roberta", "roberta_pad_inside"])
+def test_a_text_longer_than_the_position_table_is_refused(pair, variant):
     tokens = jnp.zeros((1, LENGTH + 1), jnp.int32)
-    both = pair("bert")
+    both = pair(variant)
+    assert both.folder.max_length == LENGTH
     with pytest.raises(ModelError, match=r"257 positions.*256 only.*--max-length"):
         both.folder.model.trunk(both.params, tokens, jnp.ones(tokens.shape, bool))
     model_folder.open_folder(both.path, mask_id=MASK_ID, longest=LENGTH)
@@ -245,7 +258,7 @@ def test_a_text_longer_than_the_position_table_is_refused(pair):
         model_folder.open_folder(both.path, mask_id=MASK_ID, longest=LENGTH + 1)
 
 
-@pytest.mark.parametrize("written", ["[MASK]", {"content": "[MASK]", "lstrip": True}])
+@pytest.mark.parametrize("written", [None, "[MASK]", {"content": "[MASK]", "lstrip": True}])
 def test_the_mask_id_is_the_tokenizers_where_the_config_has_none(pair, written, tmp_path):
     both = pair("bert")
     with pytest.raises(ModelError, match="--mask-id"):
@@ -255,7 +268,8 @@ def test_the_mask_id_is_the_tokenizers_where_the_config_has_none(pair, written, 
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.save(str(tmp_path / "bert/tokenizer.json"))
     settings = tmp_path / "bert/tokenizer_config.json"
-    settings.write_text(json.dumps({"mask_token": written}))
+    if written is not None:
+        settings.write_text(json.dumps({"mask_token": written}))
     assert model_folder.open_folder(tmp_path / "bert").model.mask_id == 17
     assert model_folder.open_folder(tmp_path / "bert", mask_id=5).model.mask_id == 5
 
@@ -454,6 +468,10 @@ PUBLISHED = {
         424_477_010,
     ),
     "bert": ({"model_type": "bert"}, 109_514_298),
+    "roberta_base": (
+        {"model_type": "roberta", "max_position_embeddings": 514, "type_vocab_size": 1},
+        124_697_433,
+    ),
     "modernbert_base": ({"model_type": "modernbert"}, 149_655_232),
     "modernbert_large": (
         {
@@ -510,6 +528,12 @@ REFUSED = {
     },
     "is_decoder is True": {"model_type": "bert", "is_decoder": True},
     "hidden_act is 'relu'": {"model_type": "bert", "hidden_act": "relu"},
+    "pad_token_id is None; expected an integer from 0 to 510": {
+        "model_type": "roberta",
+        "pad_token_id": None,
+    },
+    "pad_token_id is 511": {"model_type": "roberta", "pad_token_id": 511},
+    "add_cross_attention is True": {"model_type": "roberta", "add_cross_attention": True},
     "norm_bias is True": {"model_type": "modernbert", "norm_bias": True},
     "decoder_bias is False": {"model_type": "modernbert", "decoder_bias": False},
     "num_hidden_layers is 1": {"model_type": "modernbert", "num_hidden_layers": 1},
@@ -535,6 +559,7 @@ def test_kinds_and_mask_ids():
         "mdlm": "diffusion",
         "sedd_medium": "diffusion",
         "bert": "masked",
+        "roberta_base": "masked",
         "modernbert_base": "masked",
         "modernbert_large": "masked",
     }

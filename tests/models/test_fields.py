@@ -31,6 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **ROTARY,
     "modernbert": MODERN,
     "bert": {**_HF, "model_type": "bert"},
+    "roberta": {**_HF, "model_type": "roberta"},
     "smdm": {
         **{"model_type": "smdm", "n_layer": 2, "n_head": 4, "n_embd": 32},
         **{"intermediate_size": 64, "vocab_size": 299},
@@ -178,6 +179,7 @@ SIZES = {
     "llada2": ("vocab_size", "num_experts", "n_group", "topk_group", "moe_intermediate_size"),
     "modernbert": ("hidden_size", "num_hidden_layers", "local_attention"),
     "bert": ("vocab_size", "max_position_embeddings", "type_vocab_size"),
+    "roberta": ("vocab_size", "max_position_embeddings", "type_vocab_size"),
     "smdm": ("n_layer", "n_head", "n_embd", "n_query_groups", "padded_vocab_size"),
     "mdlm": ("hidden_dim", "cond_dim", "n_blocks", "n_heads"),
     "sedd": ("tokens",),

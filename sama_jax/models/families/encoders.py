@@ -1,11 +1,8 @@
-"""Reads the configs and names the tensors of BERT and ModernBERT for masked language modelling.
+"""Reads the configs and names the tensors of BERT, RoBERTa and ModernBERT.
 
-What the masked language model does not use, the pooler and the next-sentence head, is ignored by
-name.
-
-Source of the names: transformers 5, `models/bert/modeling_bert.py` and
-`models/modernbert/modeling_modernbert.py`. What the masked language model does not use, the pooler
-and the next-sentence head, is ignored by name.
+Source of the names: transformers 5, `models/bert/modeling_bert.py`,
+`models/roberta/modeling_roberta.py` and `models/modernbert/modeling_modernbert.py`. What the masked
+language model does not use, the pooler and the next-sentence head, is ignored by name.
 """
 
 import re
@@ -39,6 +36,7 @@ BERT_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "position_embedding_type": "absolute",
 }
+ROBERTA_DEFAULTS = {**BERT_DEFAULTS, "vocab_size": 50265, "pad_token_id": 1}
 _BERT_ONLY = {
     "hidden_act": "gelu",
     "is_decoder": False,
@@ -91,24 +89,34 @@ _SIZES = (
 
 def read_bert(config: Fields) -> FamilyConfig:
     """Reads transformers' BERT. The mask id is the tokenizer's."""
-    config = config.with_defaults(BERT_DEFAULTS)
+    return _bert(config.with_defaults(BERT_DEFAULTS), "bert", BERT_WEIGHTS)
+
+
+def read_roberta(config: Fields) -> FamilyConfig:
+    """Reads transformers' RoBERTa, whose tokens have the rows of the position table behind that of
+    its padding token. The mask id is the tokenizer's."""
+    config = config.with_defaults(ROBERTA_DEFAULTS)
+    rows, padding = config.size("max_position_embeddings"), config.get("pad_token_id")
+    if type(padding) is not int or not 0 <= padding < rows - 1:
+        config.refuse(
+            f"pad_token_id is {shown(padding)}; expected an integer from 0 to {rows - 2}, since "
+            f"positions begin behind it in a table of {rows} rows"
+        )
+    return _bert(config, "roberta", ROBERTA_WEIGHTS, padding)
+
+
+def _bert(config: Fields, name: str, weights: Table, padding_id: int | None = None) -> FamilyConfig:
     config.only(_BERT_ONLY)
-    longest, token_types = config.sizes("max_position_embeddings", "type_vocab_size")
+    rows, token_types = config.sizes("max_position_embeddings", "type_vocab_size")
     arch = BertArchitecture(
         **_shared(config, 1),
         norm_eps=config.positive("layer_norm_eps"),
-        max_length=longest,
+        max_length=rows if padding_id is None else rows - padding_id - 1,
         token_types=token_types,
+        padding_id=padding_id,
     )
-    return FamilyConfig(
-        "bert",
-        arch,
-        BERT_WEIGHTS,
-        BertModel,
-        config.get("mask_token_id"),
-        shift=False,
-        kind="masked",
-    )
+    mask_id = config.get("mask_token_id")
+    return FamilyConfig(name, arch, weights, BertModel, mask_id, shift=False, kind="masked")
 
 
 def read_modernbert(config: Fields) -> FamilyConfig:
@@ -238,6 +246,23 @@ BERT_WEIGHTS = Table(
         r"^bert\.pooler\.|^cls\.seq_relationship\.|^bert\.embeddings\.(position|token_type)_ids$"
     ),
 )
+ROBERTA_WEIGHTS = Table(
+    rule=plain_rule(
+        {
+            **{ours: name.replace("bert.", "roberta.") for ours, name in _BERT_TOP.items()},
+            "head/dense": "lm_head.dense",
+            "head/norm": "lm_head.layer_norm",
+            "head": "lm_head",
+        },
+        "roberta.encoder.layer",
+        _BERT_BLOCK,
+    ),
+    hub_prefix="",
+    tied_head=("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+    copies=(("lm_head.decoder.bias", "lm_head.bias"),),
+    canonical=_newer_norm_names,
+    ignored=re.compile(r"^roberta\.pooler\.|^roberta\.embeddings\.(position|token_type)_ids$"),
+)
 
 
 # Our path inside a block -> name inside `model.layers.{i}`.
@@ -294,5 +319,6 @@ MODERNBERT_WEIGHTS = Table(
 
 FAMILIES = (
     Family("bert", read_bert, ("BertForMaskedLM", "BertForPreTraining")),
+    Family("roberta", read_roberta, ("RobertaForMaskedLM",)),
     Family("modernbert", read_modernbert, ("ModernBertForMaskedLM",)),
 )

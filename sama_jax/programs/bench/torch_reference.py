@@ -70,6 +70,7 @@ SAME_MATHS = {
     "qwen3": "Qwen3",
     "llama": "Llama",
     "bert": "Bert",
+    "roberta": "Roberta",
     "modernbert": "ModernBert",
     "lladamoe": "Qwen3Moe",
 }
@@ -149,7 +150,7 @@ def _quietly(load: Callable[[], Any], where: Path) -> Any:
 def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
     import transformers
 
-    encoder = name in ("Bert", "ModernBert")
+    encoder = name in ("Bert", "Roberta", "ModernBert")
     cls = getattr(transformers, f"{name}{'ForMaskedLM' if encoder else 'ForCausalLM'}")
     skipped = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype")
     fields = {k: v for k, v in wanted.config.items() if k not in (*skipped, "dtype")}
