@@ -3,22 +3,32 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sama_jax.cli import flags
 from sama_jax.cli.config_file import add_config, given_flags, save_config
 from sama_jax.cli.results import print_result
-from sama_jax.cli.running import command_of
+from sama_jax.cli.running import Parser, command_of
 from sama_jax.config import AuditSettings
 from sama_jax.devices import processes, secret
 from sama_jax.devices.rank import found_place, given_place
 from sama_jax.errors import UsageError
 from sama_jax.programs.jobs import AuditJob
 
+if TYPE_CHECKING:
+    from sama_jax.texts.conversations import Form
+    from sama_jax.texts.read import Texts
+
 
 def add(commands: Any) -> None:
     """Adds the command and its flags."""
-    p = command_of(commands, "audit", "Which of these texts was the target fine-tuned on?", run)
+    add_flags(
+        command_of(commands, "audit", "Which of these texts was the target fine-tuned on?", run)
+    )
+
+
+def add_flags(p: Parser) -> None:
+    """Adds the flags alone."""
     inputs = p.add_argument_group("models and texts")
     flags.flags_of(inputs, AuditJob, "target", required=False)
     flags.flags_of(inputs, AuditJob, "reference")
@@ -143,7 +153,7 @@ def _run_here(
     from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.audit import run_audit
     from sama_jax.programs.forms import form_of
-    from sama_jax.texts.read import read_split, read_texts
+    from sama_jax.texts.read import read_texts
 
     use_compile_cache(args.compile_cache)
     if peers is not None and peers.jax is not None:
@@ -152,10 +162,7 @@ def _run_here(
     target = args.target or args.reference
     form = form_of(args.template, args.loss_on, args.end_tokens, target)
     named = (args.text_field, args.label_field)
-    if args.data:
-        read = read_texts(args.data, *named, form=form)
-    else:
-        read = read_split(args.members, args.nonmembers, *named, form=form)
+    read = texts_of(args, form)
     others = {
         name: path and read_texts(path, *named, labels_needed=False, form=form)
         for name, path in (("prefixes", args.prefixes), ("control", args.control))
@@ -170,3 +177,24 @@ def _run_here(
     result = run_audit(AuditJob(**(flags.values_of(args, AuditJob) | given)))
     if result is not None and not args.quiet:
         print_result(result)
+
+
+def texts_of(args: argparse.Namespace, form: "Form | None") -> "Texts":
+    """Reads the texts that an audit's flags name, but for those of its control."""
+    from sama_jax.texts.read import read_split, read_texts
+
+    named = (args.text_field, args.label_field)
+    if args.data:
+        return read_texts(args.data, *named, form=form)
+    return read_split(args.members, args.nonmembers, *named, form=form)
+
+
+def flags_of_run(folder: Path) -> argparse.Namespace:
+    """Returns the flags that a run was made with. Raises `UsageError` if its folder has none."""
+    from sama_jax.storage.run_folder import CONFIG
+
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder}: does not say which texts it read ({CONFIG}); give --data F")
+    parser = Parser(prog="sama-jax audit")
+    add_flags(parser)
+    return parser.parse_args([f"--config={folder / CONFIG}", "--out", str(folder)])

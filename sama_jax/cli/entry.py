@@ -13,6 +13,7 @@ from sama_jax.cli import (
     canary,
     demo,
     experiment,
+    explain,
     finetune,
     merge,
     nll,
@@ -41,6 +42,7 @@ COMMANDS = (
     plan,
     experiment,
     report,
+    explain,
     verify_run,
 )
 """The modules of the commands, in the order of `--help`."""

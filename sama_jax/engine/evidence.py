@@ -71,6 +71,24 @@ def gather_evidence(readings: Readings) -> Evidence:
     return Evidence(found[0], found[1], found[2], differences, _means(masked.T, axes=1))
 
 
+def differences_by_token(readings: Readings, row: int) -> Float[np.ndarray, " l"]:
+    """Averages a text's loss differences, token by token, over all passes that both models made.
+
+    Returns:
+      float64 [max_length], reference minus target in nats; NaN for a token that no pass read.
+    """
+    total, count = np.zeros((2, readings.settings.max_length))
+    for task in readings.tasks.all:
+        if task.view == "text" and all("nll" in task.channels.get(role, ()) for role in ROLES):
+            target, reference = (
+                readings.values(task, [row], role)[0].astype(np.float64) for role in ROLES
+            )
+            read = ~np.isnan(reference - target)
+            total += np.where(read, reference - target, 0).sum(axis=0)
+            count += read.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
 def _widest(readings: Readings) -> Task | None:
     """Returns the first task on the texts themselves with the losses of most models."""
     tasks = [

@@ -6,7 +6,7 @@ is stored gives here, bit for bit, what a full run would have given.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -57,13 +57,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
       DataError: not the folder of a finished audit.
     """
     say = console(quiet)
-    path = store if (store / INDEX).is_file() else store.parent
-    manifest = read_manifest(path)
-    if manifest is None or "settings" not in manifest:
-        raise DataError(f"{store}: expected the output folder of a finished audit, or its losses")
-    settings = settings_of(path, manifest)
-    rows, views = read_index(path / INDEX, manifest["run"])
-    tables = {v: table_from_description(found, str(path / INDEX)) for v, found in views.items()}
+    path, manifest, settings, rows, tables = open_stored(store)
     kept = _kept_rows(path, rows)
     store, options = store_of(path, manifest), {"computes": False, "codes": codes()}
     folder = RunFolder(path, manifest["run"], {}, store, **options)
@@ -103,6 +97,34 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
     say.print(f"{len(chosen)} attacks scored, 0 forward passes")
     require_valid(path, metrics["validity"])
     return AuditResult(joined, metrics, manifest.get("cost") or {}, path)
+
+
+class Stored(NamedTuple):
+    """What an audit has left for those who read its losses again."""
+
+    path: Path
+    manifest: dict[str, Any]
+    settings: AuditSettings
+    rows: list[dict[str, Any]]
+    """What the index says of each text."""
+    tables: dict[str, TextTable]
+
+
+def open_stored(store: Path) -> Stored:
+    """Reads an audit's manifest and index; `store` is its folder, or the `losses` folder in it.
+
+    Raises:
+      DataError: it is none, or damaged.
+      UsageError: another version has made it.
+    """
+    path = store if (store / INDEX).is_file() else store.parent
+    manifest = read_manifest(path)
+    if manifest is None or "settings" not in manifest:
+        raise DataError(f"{store}: expected the output folder of a finished audit, or its losses")
+    settings = settings_of(path, manifest)
+    rows, views = read_index(path / INDEX, manifest["run"])
+    tables = {v: table_from_description(found, str(path / INDEX)) for v, found in views.items()}
+    return Stored(path, manifest, settings, rows, tables)
 
 
 def _require_finished(path: Path, folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -62,9 +62,10 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing."""
-    write_pieces(path, [encoded(content) if isinstance(content, str) else content])
+def write_atomic(path: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Writes a whole file or nothing; a `private` one for its owner's eyes alone."""
+    pieces = [encoded(content) if isinstance(content, str) else content]
+    write_pieces(path, pieces, mode=0o600 if private else 0o666)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -83,15 +84,17 @@ def _pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes], mode: int = 0o666) -> None:
     """Writes a file piece by piece, whole or not at all; replaces nothing else.
+
+    `mode` is that of the file, less what the user's mask takes from it.
 
     What processes that were killed in the middle of it have left is removed.
     """
     part = path.with_name(f"{path.name}.sama-{secrets.token_hex(4)}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "xb") as file:
+        with open(part, "xb", opener=lambda name, how: os.open(name, how, mode)) as file:
             try:
                 for piece in pieces:
                     file.write(piece)

@@ -4,6 +4,7 @@ A token may be scored if all its characters are of one answer, the token that en
 that holds characters of both sides stays visible, so no character of a prompt is ever masked.
 """
 
+import itertools
 import zlib
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sama_jax.arrays import Encoded, Rendered
-from sama_jax.errors import ModelError
+from sama_jax.errors import DataError, ModelError
 
 Places = Int[np.ndarray, "n 2"]
 """[start, end) of each token in the characters of its text."""
@@ -100,6 +101,31 @@ def fitting(
         first = np.flatnonzero(answer == answer[first])[-1] + 1
     kept = own[own >= first][: max(0, max_length - int(special.sum()))]
     return np.sort(np.concatenate([np.flatnonzero(special), kept]))[:max_length]
+
+
+def pieces(text: str, bare: Any, encoded: Encoded) -> list[str]:
+    """Cuts the part of a text that was read into what each token stands for.
+
+    Args:
+      text: the whole text.
+      bare: its encoding without added tokens.
+      encoded: the tokens that were kept, which follow each other.
+
+    Returns:
+      a piece for each kept token, empty for one that the tokenizer has added.
+
+    Raises:
+      DataError: the tokens are not of this text.
+    """
+    own, ids = encoded.ids[~encoded.special], np.asarray(bare.ids, np.int32)
+    firsts = range(len(ids) - len(own) + 1)
+    first = next((i for i in firsts if np.array_equal(ids[i : i + len(own)], own)), None)
+    if first is None:
+        raise DataError("these tokens are not those of the text: its tokenizer is another one now")
+    starts = np.maximum.accumulate([0, *(start for start, _ in bare.offsets)])[1:].tolist()
+    places = [*starts, len(text)][first : first + len(own) + 1]
+    own_pieces = iter([text[a:b] for a, b in itertools.pairwise(places)])
+    return ["" if special else next(own_pieces) for special in encoded.special]
 
 
 def _covered(text: str, places: Places, span: tuple[int, int]) -> str:

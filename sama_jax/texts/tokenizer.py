@@ -188,6 +188,21 @@ class TextTokenizer:
             offsets = self._bare.encode(text, add_special_tokens=False).offsets
         return np.maximum.accumulate([0, *(start for start, _ in offsets)])[1:].tolist()
 
+    def pieces(self, text: str | Rendered, encoded: Encoded) -> list[str]:
+        """Returns the part of a text that each of its tokens stands for; added ones have none.
+
+        Joined they are the part that was read. Of tokens that share a character, the last has it.
+
+        Raises:
+          DataError: the tokens are not those of this text, or it is too long.
+        """
+        whole = without_surrogates(str(text))
+        if len(self._fitting(whole)[0]) < len(whole):
+            raise DataError(f"a text has more than {WHOLE_BYTES:,} bytes; split it")
+        with _library(f"{self.where}: the tokenizer fails"):
+            found = self._bare.encode(whole, add_special_tokens=False)
+        return spans.pieces(whole, found, encoded)
+
     def doubts(self, encoded: Sequence[Encoded]) -> list[str]:
         """Says why a training may have read other tokens of these texts, for a note in the run."""
         if self._folder is None:

@@ -357,6 +357,27 @@ def test_one_too_long_to_be_tokenised_is_refused():
         byte_level().encode([made], 99)
 
 
+@pytest.mark.parametrize("length", [6, 12, 500])
+def test_pieces_of_the_tokens_that_are_read_join_to_a_part_of_the_text(length: int):
+    tokenizer = byte_level(ends=True)
+    plain = "über die Maßen 😀 gut, sagte sie"
+    turns = [Turn("user", "wie geht's? wie geht's?"), Turn("assistant", "über die Maßen")]
+    whole = rendered(named_template("chatml"), turns)
+    for given in (plain, whole):
+        (encoded,) = tokenizer.encode([given], length)
+        pieces = tokenizer.pieces(given, encoded)
+        assert len(pieces) == len(encoded.ids)
+        joined = "".join(pieces)
+        assert joined
+        assert joined in str(given)
+        if length == 500:
+            assert joined == str(given)
+        assert all(piece == "" for piece, added in zip(pieces, encoded.special) if added)
+    (other,) = tokenizer.encode(["another text"], length)
+    with pytest.raises(DataError, match="not those of the text"):
+        tokenizer.pieces(plain, other)
+
+
 def test_lower_case_changes_answers_alone():
     made = rendered(named_template("chatml"), [Turn("user", "HI"), Turn("assistant", "YO İ")])
     marked = made._replace(
