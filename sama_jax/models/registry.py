@@ -22,8 +22,8 @@ from sama_jax.untrusted import shown
 ENTRY_POINTS = "sama_jax.models.families"
 """Group of entry points of other packages: each names a module that lists its `FAMILIES`."""
 LENGTHS = ("max_sequence_length", "max_position_embeddings", "n_positions", "model_length")
-LENGTHS += ("block_size",)
-"""Fields that say how many tokens a model was made for; the least one counts."""
+"""Fields that say how many tokens a model was made for; the least one counts. `block_size` is not
+among them: lit-gpt means that by it, block-diffusion models the length of their blocks."""
 
 
 def known_families() -> dict[str, Family]:
@@ -103,4 +103,5 @@ def read_config(config: dict[str, Any], where: str) -> FamilyConfig:
         fields.refuse_rest()
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{where}: a field has an unusable value ({error})") from None
-    return read._replace(max_length=min(*lengths, read.arch.max_length or UNLIMITED, UNLIMITED))
+    own = (read.max_length, read.arch.max_length or UNLIMITED)
+    return read._replace(max_length=min(*own, *lengths))

@@ -12,7 +12,7 @@ from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.untrusted import printable, shown
 from sama_jax.weights.folder_files import CONFIG, object_if_there
 
-MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>")
+MASK_NAMES = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK]>", "|<MASK>|")
 """Mask tokens of published models whose tokenizers do not call them `mask_token`."""
 ENCODER_NAMES = ("[MASK]", "<mask>")
 """What the tokenizer classes of BERT and RoBERTa call `mask_token` where a folder does not say."""

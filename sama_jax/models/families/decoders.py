@@ -1,9 +1,12 @@
-"""Reads decoders that use transformers' field names: Dream, A2D, iLLaDA, causal Qwen and Llama.
+"""Reads decoders that use transformers' field names: Dream, A2D, iLLaDA, SDAR, Fast-dLLM v2, causal
+Qwen and Llama.
 
 All of them are one network: RMS norms, grouped queries, half rotation with rounded sines, a gated
 MLP. A `Dialect` says what a family's classes fix and what its config class assumes.
 Sources: `models/{qwen2,qwen3,llama}` of transformers 5.24; `trainer/model/dream` of `Stry233/SAMA`
-(5ac7aa4); `dllm/pipelines/a2d` of `ZHZisZZ/dllm` (ca17675).
+(5ac7aa4); `dllm/pipelines/a2d` of `ZHZisZZ/dllm` (ca17675); `training/model/SDAR-4B-Chat` of
+`JetAstra/SDAR` (c2041a8); a copy of Fast_dLLM_v2_7B's Hub files in `Satgoy152/DualDiffusion`
+(1aeb3d4).
 
 Source of the names: `models/{qwen2,qwen3,llama}` of transformers 5.24, `trainer/model/dream` of
 `Stry233/SAMA`; iLLaDA's below `model.layers` are expected, not read anywhere.
@@ -14,6 +17,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from sama_jax.models.attention_mask import FIELD, LONGEST_BLOCK
 from sama_jax.models.families.family import Family, FamilyConfig, Kind
 from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.rope import read_rope
@@ -56,6 +60,7 @@ _QWEN2 = {
 }
 _QWEN3 = {**_QWEN2, "head_dim": 128}
 _DREAM = {**_QWEN2, "mask_token_id": 151666}
+_FAST_DLLM = {**_QWEN2, "mask_token_id": 151665, "bd_size": 32}
 # Nobody has published iLLaDA's config class: only its two switches have a default.
 _ILLADA = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True}
 
@@ -77,6 +82,8 @@ class Dialect(NamedTuple):
     """By `attention_bias` and `mlp_bias`; always on Q, K and V; nowhere."""
     norm_heads: bool = False
     """RMS norm of each query and key head."""
+    blocks: str | None = None
+    """The field that says how long the blocks are that it was trained with."""
 
 
 def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
@@ -115,7 +122,7 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
         o_bias=attention_bias,
         mlp_bias=by_config and config.flag("mlp_bias"),
         qk_norm="head" if dialect.norm_heads else None,
-        block_length=1 if dialect.kind == "autoregressive" else None,
+        block_length=_block_length(dialect, config),
     )
     mask_id = config.get("mask_token_id")
     if mask_id is None and dialect.kind == "autoregressive":
@@ -129,6 +136,22 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
         shift=dialect.shift,
         kind=dialect.kind,
     )
+
+
+def _block_length(dialect: Dialect, config: Fields) -> int | None:
+    """Returns how long the blocks of attention are. A config that states its mask by name has that
+    one; the length of its blocks may then be absent."""
+    if dialect.kind == "autoregressive":
+        return 1
+    if dialect.blocks is None:
+        return None
+    length = config.count(dialect.blocks, LONGEST_BLOCK) or None
+    if length is None and config.get(FIELD) is None:
+        config.refuse(
+            f"{dialect.blocks} is {shown(config.get(dialect.blocks))}; expected the length of the "
+            "blocks that the model was trained with"
+        )
+    return length
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -176,6 +199,7 @@ def _family(model_type: str, dialect: Dialect, *architectures: str) -> Family:
 _QWEN2_DIALECT = Dialect(_QWEN2, biases="qkv")
 _QWEN3_DIALECT = Dialect(_QWEN3, biases="config", norm_heads=True)
 _LLAMA_DIALECT = Dialect(_LLAMA, biases="config")
+_FAST_DIALECT = Dialect(_FAST_DLLM, shift=True, biases="qkv", blocks="bd_size")
 _CAUSAL: dict[str, Any] = {"kind": "autoregressive", "shift": True}
 
 FAMILIES = (
@@ -185,6 +209,8 @@ FAMILIES = (
     _family("a2d-qwen2", _QWEN2_DIALECT, "A2DQwen2LMHeadModel"),
     _family("a2d-qwen3", _QWEN3_DIALECT, "A2DQwen3LMHeadModel"),
     _family("a2d-llama", _LLAMA_DIALECT, "A2DLlamaLMHeadModel"),
+    _family("sdar", _QWEN3_DIALECT._replace(blocks="block_size"), "SDARForCausalLM"),
+    _family("Fast_dLLM_Qwen", _FAST_DIALECT, "Fast_dLLM_QwenForCausalLM"),
     _family("qwen2", _QWEN2_DIALECT._replace(**_CAUSAL), "Qwen2ForCausalLM"),
     _family("qwen3", _QWEN3_DIALECT._replace(**_CAUSAL), "Qwen3ForCausalLM"),
     _family("llama", _LLAMA_DIALECT._replace(**_CAUSAL), "LlamaForCausalLM"),

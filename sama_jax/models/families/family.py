@@ -34,7 +34,8 @@ class FamilyConfig(NamedTuple):
     kind: Kind = "diffusion"
     block_group_size: int = 1
     max_length: int = UNLIMITED
-    """Tokens that the model was made for; the registry reads it."""
+    """Tokens that the model was made for; the registry reads the usual fields, and the least
+    counts."""
 
 
 class Family(NamedTuple):

@@ -22,7 +22,7 @@ _COUNTS = re.compile(r"layers?$|^n_blocks$|experts|^first_k_dense")
 
 _TELLING = re.compile(
     r"rope|rotary|theta|yarn|alibi|attn|attention|window|sliding|layer_types|causal|scal|multiplier"
-    r"|soft_?cap|sink|quant|original_max_position|block_(?:length|size)"
+    r"|soft_?cap|sink|quant|original_max_position|block_(?:length|size)|^bd_size$"
 )
 _SILENT = re.compile(
     # Training only, which program computes the same numbers, what else is returned, and the

@@ -9,7 +9,7 @@ Source of the names: `lit_gpt/diffmodel.py` of `ML-GSAI/SMDM`, from its modules;
 
 from typing import Any
 
-from sama_jax.models.families.family import Family, FamilyConfig
+from sama_jax.models.families.family import UNLIMITED, Family, FamilyConfig
 from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.weight_table import Fused, Rule, Table
 from sama_jax.models.transformer import Architecture, TransformerModel
@@ -56,7 +56,9 @@ def read_smdm(config: Fields) -> FamilyConfig:
     )
     mask_id = config.get("mask_token_id", rows)
     weights = smdm_table(groups, heads // groups, width // heads)
-    return FamilyConfig("smdm", arch, weights, TransformerModel, mask_id, shift=False)
+    length = config.sizes("block_size", null=("block_size",))[0] or UNLIMITED
+    family = FamilyConfig("smdm", arch, weights, TransformerModel, mask_id, shift=False)
+    return family._replace(max_length=length)
 
 
 # --- weights --------------------------------------------------------------------------------------

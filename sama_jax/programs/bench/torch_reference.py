@@ -66,6 +66,8 @@ SAME_MATHS = {
     "a2d-qwen2": "Qwen2",
     "a2d-qwen3": "Qwen3",
     "a2d-llama": "Llama",
+    "sdar": "Qwen3",
+    "Fast_dLLM_Qwen": "Qwen2",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "llama": "Llama",

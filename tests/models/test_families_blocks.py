@@ -1,0 +1,236 @@
+"""SDAR and Fast-dLLM v2 against transformers under their masks, every parameter random."""
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import oracle_llama
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from sama_jax.core import losses
+from sama_jax.errors import ModelError
+from sama_jax.models.attention_mask import mask_name
+from sama_jax.models.registry import read_config
+from sama_jax.models.transformer import TransformerModel
+from sama_jax.weights import loading, model_folder, saving
+
+LENGTH, ROWS, MASK_ID = 256, 300, 299
+# Where each of the three texts lies in its row: full, padded left, padded right.
+SPANS = [(0, LENGTH), (57, LENGTH), (0, 171)]
+# As in test_families_llama.py: 3 layers, 4 query heads behind 2 key/value heads.
+SIZES = {
+    "vocab_size": ROWS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+class Family(NamedTuple):
+    """How transformers makes a folder of a family."""
+
+    label: str
+    origin: str
+    """The class of transformers that computes the same, without its ending."""
+    fields: dict[str, Any]
+    """Of the origin's config."""
+    written: dict[str, Any]
+    """What the family's `config.json` says besides."""
+    block: int | None
+    """Of its attention; None: full."""
+    shift: bool
+
+
+FAMILIES = {
+    "sdar": Family(
+        "SDAR",
+        "Qwen3",
+        {"head_dim": 32, "attention_bias": True, "rope_parameters": {"rope_theta": 1e6}},
+        {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4},
+        block=4,
+        shift=False,
+    ),
+    "fast_dllm": Family(
+        "Fast-dLLM v2",
+        "Qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}},
+        {
+            "model_type": "Fast_dLLM_Qwen",
+            "architectures": ["Fast_dLLM_QwenForCausalLM"],
+            "bd_size": 32,
+        },
+        block=32,
+        shift=True,
+    ),
+}
+
+
+class Pair(NamedTuple):
+    """The same weights in both networks."""
+
+    family: Family
+    module: Any
+    folder: model_folder.ModelFolder
+    params: Any
+
+
+def write(path: Path, name: str) -> torch.nn.Module:
+    """A folder that transformers saved, with the fields of the family."""
+    family = FAMILIES[name]
+    made = {**SIZES, **family.fields}
+    config = getattr(transformers, f"{family.origin}Config")(**made, attn_implementation="eager")
+    module = getattr(transformers, f"{family.origin}ForCausalLM")(config)
+    oracle_llama.randomise(module, config.tie_word_embeddings, list(FAMILIES).index(name))
+    module.save_pretrained(path, max_shard_size="150KB")
+    written = json.loads((path / "config.json").read_text())
+    written |= {"mask_token_id": MASK_ID, **family.written}
+    (path / "config.json").write_text(json.dumps(written))
+    return module
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """`pair(name)`, each written and loaded once."""
+
+    @functools.cache
+    def make(name: str) -> Pair:
+        path = tmp_path_factory.mktemp(name)
+        module = write(path, name)
+        assert len(list(path.glob("*.safetensors"))) > 1
+        folder = model_folder.open_folder(path, dtype="float32")
+        params = loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        return Pair(FAMILIES[name], module, folder, params)
+
+    return make
+
+
+def make_texts() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of which a third is masked, what they were, and which are no padding."""
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, MASK_ID, (len(SPANS), LENGTH)).astype(np.int32)
+    index = np.arange(LENGTH)
+    valid = np.stack([(start <= index) & (index < end) for start, end in SPANS])
+    masked = valid & (rng.random(valid.shape) < 1 / 3)
+    return np.where(masked, MASK_ID, answers).astype(np.int32), answers, valid
+
+
+TOKENS, ANSWERS, VALID = make_texts()
+
+
+def seen(block: int | None) -> np.ndarray:
+    """[text, query, key] whether the key is no padding, and in the query's block or before it."""
+    place = np.arange(LENGTH) // (block or LENGTH)
+    return VALID[:, None, :] & (place[None, None, :] <= place[None, :, None])
+
+
+@torch.no_grad()
+def theirs(both: Pair) -> np.ndarray:
+    """Float32 logits of PyTorch, given what each position sees."""
+    allowed = torch.from_numpy(seen(both.family.block))[:, None]
+    bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return both.module(torch.from_numpy(TOKENS).long(), attention_mask=bias).logits.numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model: TransformerModel, params, tokens, answers, valid, positions):
+    """Logits everywhere, and losses as scoring computes them."""
+    stream = model.trunk(params, tokens, valid)
+    nll = losses.scored_nll(model, params, answers, valid, stream, positions)
+    raw = replace(model, shift=False)  # what PyTorch's logits are
+    return model.logits(params, raw.hidden(params, tokens, valid)), nll
+
+
+def expected_nll(logits: np.ndarray, shift: bool) -> np.ndarray:
+    """Losses of the answers from logits, in float64; shifted: from the position before."""
+    wide = torch.from_numpy(logits).double().log_softmax(dim=-1).numpy()
+    if shift:
+        wide = np.concatenate([wide[:, :1], wide[:, :-1]], axis=1)
+    return -np.take_along_axis(wide, ANSWERS[..., None], -1)[..., 0]
+
+
+# A shifted loss at the first position of the text on the right would come from padding.
+SCORED = VALID.copy()
+SCORED[1, SPANS[1][0]] = False
+# A query of the text on the right sees nothing in a block before its first token.
+assert seen(4)[VALID].any(axis=-1).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_losses_equal_pytorch(pair, name, record_parity):
+    """Tolerances as in test_parity.py, for the same reason: float32 sums in another order."""
+    both = pair(name)
+    model = both.folder.model
+    assert (model.mask_id, model.kind, model.shift) == (MASK_ID, "diffusion", both.family.shift)
+    assert mask_name(model.arch.block_length) == mask_name(both.family.block)
+    assert both.folder.family.max_length == 512  # the length of a block is not that of a text
+    expected = theirs(both)
+    everywhere = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), VALID.shape)
+    out = forward(model, both.params, TOKENS, ANSWERS, VALID, everywhere)
+    logits, nll = map(np.asarray, out)
+    assert expected.std() > 0.5, "logits too flat to tell anything"
+    difference = np.abs(logits - expected)[VALID].max()
+    loss_difference = np.abs(nll - expected_nll(expected, both.family.shift))[SCORED].max()
+    record_parity(both.family.label, difference, loss_difference)
+    assert difference < 1e-4
+    assert loss_difference < 1e-5
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_folder_holds_every_tensor_bit_for_bit(pair, name, tmp_path):
+    params, folder = pair(name).params, pair(name).folder
+    layout = (folder.model, folder.config, folder.path, folder.family.weights)
+    saving.save_folder(tmp_path, params, *layout)
+    stored, saved = tensors(folder.path), tensors(tmp_path)
+    assert saved.keys() == stored.keys()
+    for key, array in stored.items():
+        np.testing.assert_array_equal(saved[key], array)
+    assert model_folder.open_folder(tmp_path).model == folder.model
+
+
+# Configs
+
+
+def test_fast_dllm_has_the_defaults_of_its_class():
+    read = read_config({"model_type": "Fast_dLLM_Qwen"}, "here")
+    assert (read.mask_id, read.arch.block_length, read.arch.width) == (151665, 32, 4096)
+
+
+def test_sdar_says_how_long_its_blocks_are():
+    config = {**SIZES, "model_type": "sdar"}
+    with pytest.raises(ModelError, match=r"^here: block_size is None; expected the length of the"):
+        read_config(config, "here")
+    for stated in (0, -1, "4", 2**16 + 1):
+        with pytest.raises(ModelError, match=f"^here: block_size is '?{stated}'?; expected"):
+            read_config({**config, "block_size": stated}, "here")
+    assert read_config({**config, "block_size": 16}, "here").arch.block_length == 16
+    # A name of a mask, which `finetune` writes, goes before it.
+    for stated in ({}, {"block_size": 16}):
+        read = read_config({**config, **stated, "attention_mask": "block:8"}, "here")
+        assert read.arch.block_length == 8
+
+
+@pytest.mark.parametrize("field", ["block_size", "bd_size"])
+def test_blocks_of_a_family_that_has_none_are_refused(field):
+    with pytest.raises(ModelError, match=f"not understood: {field} is 4"):
+        read_config({**SIZES, "model_type": "a2d-qwen3", field: 4}, "here")
+
+
+def test_a_block_is_a_context_length_in_lit_gpt_alone():
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "intermediate_size": 48, "vocab_size": 60}
+    assert read_config({**sizes, "model_type": "smdm"}, "here").max_length > 2048
+    config = {**sizes, "model_type": "smdm", "block_size": 2048}
+    assert read_config(config, "here").max_length == 2048
