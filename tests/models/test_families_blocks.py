@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle_llama
 import pytest
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 from sama_jax.core import losses
 from sama_jax.errors import ModelError
 from sama_jax.models.attention_mask import mask_name
-from sama_jax.models.registry import read_config
+from sama_jax.models.registry import build_model, read_config
 from sama_jax.models.transformer import TransformerModel
 from sama_jax.weights import loading, model_folder, saving
 
@@ -202,6 +203,29 @@ def test_a_saved_folder_holds_every_tensor_bit_for_bit(pair, name, tmp_path):
 
 
 # Configs
+
+# Sizes in the published config; parameters by `total_size` of the tensor index, 2 bytes each.
+PUBLISHED = {
+    "SDAR-4B-Chat": (
+        {"model_type": "sdar", "block_size": 4, "vocab_size": 151936, "hidden_size": 2560},
+        {"intermediate_size": 9728, "num_hidden_layers": 36, "num_key_value_heads": 8},
+        8_822_848_512 // 2,
+    ),
+    "Fast_dLLM_v2_7B": (
+        {"model_type": "Fast_dLLM_Qwen", "vocab_size": 152064, "hidden_size": 3584},
+        {"intermediate_size": 18944, "num_hidden_layers": 28, "num_key_value_heads": 4}
+        | {"num_attention_heads": 28},
+        15_231_233_024 // 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    first, second, parameters = PUBLISHED[name]
+    model = build_model(read_config({**first, **second}, "here"), MASK_ID, jnp.bfloat16)
+    leaves = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    assert sum(leaf.size for leaf in leaves) == parameters
 
 
 def test_fast_dllm_has_the_defaults_of_its_class():
