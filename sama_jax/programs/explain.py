@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Float
 
 from sama_jax import attacks as attack_suite
 from sama_jax import rng
-from sama_jax.core.segments import maximal_segments
+from sama_jax.core.segments import Segment, maximal_segments
 from sama_jax.engine.evidence import differences_by_token, gather_evidence
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.tasks import tasks_of
@@ -69,7 +70,7 @@ def explain(
         known = stored.rows[row]
         pieces = _pieces(stored, row, given, spelled)
         differences = differences_by_token(readings, row)[: len(pieces)]
-        spans = maximal_segments(differences - usual)
+        spans = _densest(differences, usual)
         label, score = known.get("label"), scores.get(known["id"])
         found.append(Explained(known["id"], label, score, pieces, differences, spans))
     return Explanation(primary, usual, found)
@@ -128,6 +129,19 @@ def _usual(readings: Readings, rows: Sequence[dict[str, Any]]) -> float:
         )
     others = known & (labels == 0)
     return float(gains[others].mean() if others.any() else np.median(gains[known]))
+
+
+def _densest(differences: Float[np.ndarray, " n"], usual: float) -> list[Segment]:
+    """Finds the stretches that gained more than the text does as a whole, or than is usual.
+
+    Where a model was trained on all of a text, all of it gains; against the usual alone, the text
+    would be one stretch. `total` is what a stretch gained beyond the usual.
+    """
+    read = differences[np.isfinite(differences)]
+    level = max(usual, float(read.mean())) if len(read) else usual
+    gains = np.nan_to_num(differences - usual)
+    found = maximal_segments(differences - level)
+    return [one._replace(total=float(gains[one.start : one.end].sum())) for one in found]
 
 
 def _pieces(

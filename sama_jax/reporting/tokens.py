@@ -44,7 +44,8 @@ class Explained(NamedTuple):
     differences: Float[np.ndarray, " n"]
     """Reference minus target in nats, mean over the passes that read the token; NaN: none did."""
     spans: list[Segment]
-    """Stretches of tokens that gained more than is usual, the largest sum first."""
+    """Stretches that gained more than the rest of the text, the strongest first; `total` is the
+    nats of their tokens beyond the usual."""
 
 
 class Explanation(NamedTuple):
