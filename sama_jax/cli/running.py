@@ -44,8 +44,8 @@ class Parser(argparse.ArgumentParser):
             self.register("action", name, _StoreOnce)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses; a command that has `--config` takes the flags of that file, too."""
-        if args is not None and "--config" in self._option_string_actions:
+        """Parses; a command that can save its flags takes those of `--config`, too."""
+        if args is not None and "--save-config" in self._option_string_actions:
             try:
                 args = with_config(self, args)
             except SamaError as error:

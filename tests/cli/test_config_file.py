@@ -56,6 +56,12 @@ def test_the_command_line_counts_instead_of_the_file(tmp_path: Path):
     assert (args.max_length, args.seed, args.set) == (32, 3, ["sama.steps=4"])
 
 
+def test_the_config_of_a_new_model_is_another_flag(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llada"}')
+    given = ["pretrain", "--config", str(tmp_path / "config.json"), "--data", "d", "--out", "o"]
+    assert entry.build_parser().parse_args(given).config == tmp_path / "config.json"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
