@@ -34,8 +34,6 @@ class Rendered(NamedTuple):
     pieces: tuple[Piece, ...]
     adds: bool
     """Whether the tokenizer adds its begin and end tokens, as the template spells none."""
-    form: str = ""
-    """Names how records became texts (`conversations.Form.name`)."""
 
     def __str__(self) -> str:
         return "".join(piece.text for piece in self.pieces)
@@ -227,6 +225,12 @@ class Architecture(Protocol):
         ...
 
     @property
+    def clean_context(self) -> bool:
+        """Whether a token sees its own block alone with masks, and the text without any before it:
+        the network then reads both, one behind the other."""
+        ...
+
+    @property
     def attention(self) -> str:
         """What computes attention: `xla` or `cudnn`."""
         ...
@@ -290,17 +294,27 @@ class Model(Protocol):
         ...
 
     def hidden(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
     ) -> Float[Array, "b l d"]:
         """Returns the final normalised hidden states that predict each token."""
         ...
 
     def trunk(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
     ) -> Any:
         """Returns the stream [b, l, d] that enters the last block, and what else that needs.
 
         Scoring only hands it to `last_hidden`; a network conditioned on time adds its condition.
+        `clean` is the text without masks, for models that read it before each block
+        (`Architecture.clean_context`); None: `tokens` are all that is known. Others ignore it.
         """
         ...
 

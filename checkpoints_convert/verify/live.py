@@ -8,7 +8,7 @@ from rich.table import Table
 
 from checkpoints_convert.verify.compare import Line, Theirs, compare, end_to_end, run_theirs
 from checkpoints_convert.verify.inputs import built_in, make_inputs
-from checkpoints_convert.verify.ours import PARITY, Ours, open_ours
+from checkpoints_convert.verify.ours import PARITY, Ours, open_ours, reading_once
 from sama_jax.engine import output_position
 from sama_jax.terminal import results_console
 from sama_jax.weights.model_folder import open_folder
@@ -41,6 +41,7 @@ def verify_live(path: Path, options: Options) -> int:
     console, code = results_console(), 0
     for dtype in _dtypes(path, options):
         folder = open_folder(path, mask_id=options.mask_id, dtype=dtype, adapter=options.adapter)
+        folder = reading_once(folder)
         inputs = make_inputs(folder, options.texts)
         wanted = torch_reference.Wanted(
             folder.path,
@@ -56,6 +57,7 @@ def verify_live(path: Path, options: Options) -> int:
         theirs = run_theirs(reference, inputs, folder.model.mask_id)
         del reference
         ours = open_ours(path, dtype=dtype, adapter=options.adapter, mask_id=options.mask_id)
+        ours = ours._replace(folder=reading_once(ours.folder))
         lines = list(compare(ours, inputs, theirs))
         code = _print(console, theirs, dtype, lines, end_to_end(ours, inputs, theirs)) or code
         _print_alignment(ours)

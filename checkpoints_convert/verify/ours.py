@@ -1,5 +1,6 @@
 """Computes our side of every comparison: a folder at full precision, and its losses."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,17 @@ def open_ours(
     return Ours(folder, loading.load(folder, device))
 
 
+def reading_once(folder: model_folder.ModelFolder) -> model_folder.ModelFolder:
+    """Returns a folder whose network reads its text once, in blocks, also if audits show it the
+    text without masks behind that: PyTorch's classes read no second one, and the weights and the
+    arithmetic are the same."""
+    model: Any = folder.model
+    if not model.arch.clean_context:
+        return folder
+    arch = dataclasses.replace(model.arch, clean_context=False)
+    return dataclasses.replace(folder, model=dataclasses.replace(model, arch=arch))
+
+
 def require_finite(ours: Ours, values: Float[np.ndarray, "*n"]) -> None:
     """Raises `ModelError` if a loss of ours is no number: there is nothing to compare."""
     broken = int((~np.isfinite(values)).sum())
@@ -87,6 +99,7 @@ def token_losses(
 
 @partial(jax.jit, static_argnums=0)
 def _losses(model: Any, params: Params, tokens: Array, masks: Array, valid: Array) -> Array:
-    stream = model.trunk(params, jnp.where(masks & valid, model.mask_id, tokens), valid)
+    masked = jnp.where(masks & valid, model.mask_id, tokens)
+    stream = model.trunk(params, masked, valid, tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     return losses.scored_nll(model, params, tokens, valid, stream, positions)

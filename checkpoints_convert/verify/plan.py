@@ -261,11 +261,11 @@ def states_at(
     length = max(1, int((probes.tokens[row] >= 0).sum(axis=1).max()))
     tokens = probes.tokens[row, :length]
     masks = np.asarray(probes.plan.masks)[row, step, :length]
+    clean, valid = jnp.asarray(np.maximum(tokens, 0)), jnp.asarray(tokens >= 0)
     read = jnp.asarray(masked_tokens(np.maximum(tokens, 0), masks, ours.model.mask_id))
-    valid = jnp.asarray(tokens >= 0)
     found = [
         (stage, np.asarray(state, np.float32)[np.arange(len(at)), position])
-        for stage, state in stages(ours.model, ours.params, read, valid, instead)
+        for stage, state in stages(ours.model, ours.params, read, valid, instead, clean)
     ]
     last, final = found[-2], found[-1]
     found = [*found[:-2], (f"{last[0]} (with the final norm)", final[1])]

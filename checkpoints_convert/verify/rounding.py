@@ -133,7 +133,8 @@ def _some_losses(
 ) -> Float[np.ndarray, "b k"]:
     """Returns losses at evenly spaced positions of those `asked`, stage by stage."""
     read = jnp.asarray(masked_tokens(tokens, masks, ours.model.mask_id))
-    *_, (_, hidden) = stages(ours.model, ours.params, read, jnp.asarray(valid), instead)
+    given = (read, jnp.asarray(valid), instead, jnp.asarray(tokens))
+    *_, (_, hidden) = stages(ours.model, ours.params, *given)
     found = []
     for row in np.flatnonzero(asked.any(axis=1)):
         listed = np.flatnonzero(asked[row])

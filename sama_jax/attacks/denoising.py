@@ -123,7 +123,7 @@ class LogitDistance(Procedure):
         at = jnp.argsort(~mask, axis=1, stable=True)[:, :slots]
 
         def hidden(ids: Int[Array, "b l"]) -> Float[Array, "n d"]:
-            stream = model.trunk(params, ids, valid)
+            stream = model.trunk(params, ids, valid, tokens)
             return model.last_hidden(params, stream, valid, at).reshape(b * slots, -1)
 
         def distances(plain: Array, masked: Array, token: Array) -> Float[Array, "c 3"]:

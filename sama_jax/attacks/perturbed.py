@@ -111,7 +111,8 @@ class NeighborProposals(Procedure):
             return jnp.argmax(logits.at[banned].set(-jnp.inf)).astype(jnp.int32)
 
         def one(mask: Bool[Array, "b l"]) -> Float[Array, "b l"]:
-            stream = model.trunk(params, jnp.where(mask, model.mask_id, tokens), valid)
+            masked = jnp.where(mask, model.mask_id, tokens)
+            stream = model.trunk(params, masked, valid, tokens)
             at = jnp.argsort(~mask, axis=1, stable=True)[:, :slots]
             hidden = model.last_hidden(params, stream, valid, at).reshape(b * slots, -1)
             found = jax.lax.map(

@@ -186,7 +186,7 @@ def loss_batch(
     def one_pass(args: tuple[Array, Array, Array]) -> Array:
         mask, positions, group = args
         masked = jnp.where(mask, model.mask_id, tokens)
-        stream = model.trunk(params, masked, valid)
+        stream = model.trunk(params, masked, valid, tokens)
         branches = [partial(read, size) for size in slots]
         return jax.lax.switch(group, branches, stream, positions)
 

@@ -103,7 +103,8 @@ def temporaries(arch: Architecture, dtype: DTypeLike, batch: BatchShape) -> Temp
       dtype: of the activations.
     """
     phases = {"cpu": _on_cpu, "tpu": _on_tpu}.get(batch.platform, _on_gpu)
-    found = phases(arch, batch, _arrays(arch, np.dtype(dtype).itemsize, batch))
+    read = batch._replace(length=2 * batch.length) if arch.clean_context else batch
+    found = phases(arch, read, _arrays(arch, np.dtype(dtype).itemsize, read))
     return Temporaries(
         copies=found.copies,
         stream=found.stream,

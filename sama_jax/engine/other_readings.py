@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sama_jax.arrays import Model, Params
 from sama_jax.core import losses
 from sama_jax.errors import ModelError
-from sama_jax.models.attention_mask import mask_name
+from sama_jax.models.attention_mask import mask_of
 
 STRIDE = 4
 """Every fourth token is masked in a pass, as in `output_position`."""
@@ -115,8 +115,8 @@ def other_attention(model: Model, blocks: Collection[int | None], length: int) -
     found = []
     for block in blocks:
         if block != own and (block or 0) < length:
-            name = mask_name(block)
             other: Any = dataclasses.replace(arch, block_length=block)
+            name = mask_of(other)
             read = cast(Model, dataclasses.replace(cast(Any, model), arch=other))
             found.append(Reading(f"with attention mask {name}", read, model.mask_id, mask=name))
     return found
@@ -132,7 +132,7 @@ def token_losses(
     positions: Int[Array, "b k"],
 ) -> Float[Array, "b k"]:
     """Computes the losses of `tokens` at `positions` (-1 unused, gives NaN), given `inputs`."""
-    stream = model.trunk(params, inputs, valid)
+    stream = model.trunk(params, inputs, valid, tokens)
     return losses.scored_values(model, params, tokens, valid, stream, positions, ("nll",))[0]
 
 
@@ -281,7 +281,7 @@ def check(
     wrong = [one for one in leads if one.lead > max(SHARE * known, FLOOR)]
     refused = [one for one in wrong if not (asked_mask and one.read.mask)]
     if refused:
-        own_mask = mask_name(model.arch.block_length)
+        own_mask = mask_of(model.arch)
         raise ModelError(f"{_told(refused[0], known)}; {_way_out(refused[0].read, own_mask)}")
     return Judgement(_told(leads[0], known), told=True)
 

@@ -64,7 +64,7 @@ def both_losses(
     position itself, and from the one before."""
     b, length = tokens.shape
     valid = jnp.ones_like(masks)
-    stream = model.trunk(params, jnp.where(masks, model.mask_id, tokens), valid)
+    stream = model.trunk(params, jnp.where(masks, model.mask_id, tokens), valid, tokens)
     everywhere = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
     hidden = model.output_at(params, stream, valid, everywhere)
     at = jnp.maximum(positions, 1)

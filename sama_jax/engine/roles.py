@@ -16,7 +16,7 @@ from sama_jax.devices import memory
 from sama_jax.devices.strategy import Layout
 from sama_jax.engine import other_readings, output_position
 from sama_jax.errors import ModelError
-from sama_jax.models.attention_mask import mask_name
+from sama_jax.models.attention_mask import mask_of
 from sama_jax.terminal import ByteBar
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import loading, model_folder
@@ -165,7 +165,7 @@ def load(
         warnings, could_tell = _check(role, params, probe)
         judged |= {role.store_key} if could_tell else set()
         if probe is not None and folder.model.kind == "diffusion" and not could_tell:
-            mask = mask_name(folder.model.arch.block_length)
+            mask = mask_of(folder.model.arch)
             told = "these texts cannot tell whether it was trained so"
             say.print(f"{role.name}: attention mask {mask}; {told}")
         for warning in warnings:

@@ -1,4 +1,5 @@
-"""Defines MDLM and SEDD: one diffusion transformer, its norms modulated by the noise level (adaLN).
+"""Defines MDLM, BD3-LM and SEDD: one diffusion transformer, its norms modulated by the noise level
+(adaLN).
 
 Reads top to bottom: architecture, layers, network, model. Parameter tree (`c`: width of
 the condition; the rest as in `transformer.py`):
@@ -12,9 +13,12 @@ the condition; the rest as in `transformer.py`):
     final_norm/scale [d], final_modulation/{kernel [c, 2 d], bias}
     lm_head/{kernel [d, v], bias}
 
+Of a BD3-LM without adaLN, all of `time`, `modulation` and `final_modulation` are absent.
+
 Sources of the arithmetic: `models/dit.py` and `diffusion.py` of kuleshov-group/mdlm (c112c52);
 `model/transformer.py`, `graph_lib.py` and `noise_lib.py` of louaaron/
-Score-Entropy-Discrete-Diffusion (0605786).
+Score-Entropy-Discrete-Diffusion (0605786); `models/hf/modeling_bd3lm.py` and `diffusion.py` of
+kuleshov-group/bd3lms (1c3e8f4).
 """
 
 from dataclasses import dataclass
@@ -27,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
 from sama_jax.models.attention import attend
-from sama_jax.models.attention_mask import visible
+from sama_jax.models.attention_mask import places, visible
 from sama_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -63,6 +67,9 @@ class DitArchitecture(PlainArchitecture):
     timed: bool
     """True if the noise level is an input (SEDD); MDLM feeds 0 whatever it is."""
     block_length: int | None = None
+    clean_context: bool = False
+    modulated: bool = True
+    """False: norms and gates know no condition, and there is no noise level."""
 
     @property
     def max_length(self) -> None:
@@ -106,6 +113,10 @@ def split_modulation(vectors: Float[Array, "c p"], parts: int) -> list[Float[Arr
     return jnp.split(vectors[:, None], parts, axis=-1)
 
 
+UNMODULATED = (0.0, 0.0, 1.0)
+"""Shift, scale and gate that change nothing."""
+
+
 class Mlp(nn.Module):
     """Computes down(gelu(up(x))), gelu by its tanh approximation."""
 
@@ -131,16 +142,20 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, condition, key_valid, positions=None):
         (x, total), arch = carry, self.arch
-        vectors = Linear(6 * arch.width, True, self.dtype, name="modulation")(condition)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_modulation(vectors, 6)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = 2 * UNMODULATED
+        if arch.modulated:
+            vectors = Linear(6 * arch.width, True, self.dtype, name="modulation")(condition)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_modulation(vectors, 6)
         h = LayerNorm(NORM_EPS, False, jnp.float32, name="attn_norm")(x)
         h = h * (1 + scale_a) + shift_a
         attn = Projections(arch.width, arch.num_heads, False, self.dtype, name="attn")
         q, k, v = attn.heads_of(take(h, positions), h)
-        keys = all_positions(x)
+        keys, clean = all_positions(x), arch.clean_context
         queries = keys if positions is None else positions
-        q, k = rotate(q, queries, ROPE_THETA, True), rotate(k, keys, ROPE_THETA, True)
-        out, weights = attend(q, k, v, visible(key_valid, queries, keys, arch.block_length))
+        q = rotate(q, places(queries, x.shape[1], clean), ROPE_THETA, True)
+        k = rotate(k, places(keys, x.shape[1], clean), ROPE_THETA, True)
+        seen = visible(key_valid, queries, keys, arch.block_length, clean)
+        out, weights = attend(q, k, v, seen)
         x = take(x, positions) + gate_a * attn.merge(out)
         h = LayerNorm(NORM_EPS, False, jnp.float32, name="mlp_norm")(x)
         h = h * (1 + scale_m) + shift_m
@@ -159,19 +174,21 @@ class Network(nn.Module):
         arch = self.arch
         init = nn.initializers.normal(0.02)
         self.embed = nn.Embed(arch.vocab_size, arch.width, embedding_init=init)
-        self.time = TimeEmbedding(arch.condition_width)
+        if arch.modulated:
+            self.time = TimeEmbedding(arch.condition_width)
+            self.final_modulation = Linear(2 * arch.width, True, self.dtype)
         if arch.num_layers > 1:
             axes = (nn.broadcast, nn.broadcast)
             stack = scanned(Block, self.remat, arch.num_layers - 1, axes)
             self.blocks = stack(arch, self.dtype)
         self.last_block = Block(arch, self.dtype)
         self.final_norm = LayerNorm(NORM_EPS, False, jnp.float32)
-        self.final_modulation = Linear(2 * arch.width, True, self.dtype)
         self.lm_head = Linear(arch.vocab_size, True, self.dtype)
 
     def entering(self, tokens, key_valid, sigma):
         del key_valid
-        return self.embed(tokens).astype(jnp.float32), self.time(sigma)
+        condition = self.time(sigma) if self.arch.modulated else sigma[:, None]
+        return self.embed(tokens).astype(jnp.float32), condition
 
     def _enter_last(self, tokens, key_valid, sigma, total):
         x, condition = self.entering(tokens, key_valid, sigma)
@@ -191,7 +208,9 @@ class Network(nn.Module):
 
     def leaving(self, stream):
         x, condition = stream
-        shift, scale = split_modulation(self.final_modulation(condition), 2)
+        shift, scale, _ = UNMODULATED
+        if self.arch.modulated:
+            shift, scale = split_modulation(self.final_modulation(condition), 2)
         return self.final_norm(x) * (1 + scale) + shift
 
     def logits(self, hidden):
@@ -238,27 +257,31 @@ class DitModel(LinenModel):
         params: Params,
         tokens: Int[Array, "b l"],
         key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
         sigma: Float[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b l d"], Float[Array, "c w"]]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "c w"]]:
         """Returns the float32 stream that enters the last block, and the condition (one, or one a
         text)."""
         sigma = self._sigma(tokens, key_valid, sigma)
-        return self._apply(params, tokens, key_valid, sigma, method="trunk")
+        read = self.input_of(tokens, clean)
+        return self._apply(params, read, self.key_valid_of(key_valid), sigma, method="trunk")
 
     def entering(
         self,
         params: Params,
         tokens: Int[Array, "b l"],
         key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
         sigma: Float[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b l d"], Float[Array, "c w"]]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "c w"]]:
         """Returns the float32 stream that enters the first block, and the condition."""
         sigma = self._sigma(tokens, key_valid, sigma)
-        return self._apply(params, tokens, key_valid, sigma, method="entering")
+        read = self.input_of(tokens, clean)
+        return self._apply(params, read, self.key_valid_of(key_valid), sigma, method="entering")
 
     def through_block(
-        self, kind: DitArchitecture, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
-    ) -> tuple[Float[Array, "b l d"], Float[Array, "c w"]]:
+        self, kind: DitArchitecture, params: Params, stream: Any, key_valid: Bool[Array, "b n"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "c w"]]:
         """Returns the stream behind a block, and the condition."""
         x, condition = stream
         (x, _), _ = run(Block(kind, self.dtype), params, (x, None), condition, key_valid)
@@ -273,10 +296,12 @@ class DitModel(LinenModel):
         params: Params,
         tokens: Int[Array, "b l"],
         key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
         sigma: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b l d"]:
         """Returns the final modulated hidden states that predict each token."""
-        return self._everywhere(params, self.trunk(params, tokens, key_valid, sigma), key_valid)
+        stream = self.trunk(params, tokens, key_valid, clean, sigma)
+        return self._everywhere(params, stream, key_valid)
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
         """Returns logits whose softmax is p(x0 = v) at a masked position.
@@ -300,8 +325,10 @@ class DitModel(LinenModel):
         """Returns the weights (query, key) averaged over heads and layers; those of padding queries
         hold no meaning."""
         sigma = self._sigma(tokens, key_valid, sigma)
-        return self._apply(params, tokens, key_valid, sigma, method="attention")
+        read, valid = self.input_of(tokens, None), self.key_valid_of(key_valid)
+        return self._of_text(self._apply(params, read, valid, sigma, method="attention"))
 
     def flops_per_text(self, length: int, scored: float) -> float:
         """Counts operations of one forward pass; modulation, one product a text, is left out."""
-        return flops(self.arch, length, scored, 2, 2 * self.arch.width * self.vocab_size)
+        read = 2 * length if self.arch.clean_context else length
+        return flops(self.arch, read, scored, 2, 2 * self.arch.width * self.vocab_size)

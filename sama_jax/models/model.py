@@ -30,6 +30,10 @@ class PlainArchitecture:
         return None
 
     @property
+    def clean_context(self) -> bool:
+        return False
+
+    @property
     def stacked_layers(self) -> int:
         return self.num_layers - 1
 
@@ -87,10 +91,15 @@ class LinenModel:
         return self.network.init(key, tokens, key_valid)["params"]
 
     def trunk(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
     ) -> Any:
         """Returns what enters the last block."""
-        return self._apply(params, tokens, key_valid, method="trunk")
+        read = self.input_of(tokens, clean)
+        return self._apply(params, read, self.key_valid_of(key_valid), method="trunk")
 
     def last_hidden(
         self,
@@ -111,19 +120,42 @@ class LinenModel:
         positions: Int[Array, "b k"],
     ) -> Float[Array, "b k d"]:
         """Returns the final hidden states at `positions` themselves."""
-        return self._apply(params, stream, key_valid, positions, method="last_hidden")
+        valid = self.key_valid_of(key_valid)
+        return self._apply(params, stream, valid, positions, method="last_hidden")
 
     def hidden(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
     ) -> Float[Array, "b l d"]:
         """Returns the final hidden states that predict each token."""
-        return self._everywhere(params, self.trunk(params, tokens, key_valid), key_valid)
+        return self._everywhere(params, self.trunk(params, tokens, key_valid, clean), key_valid)
+
+    def input_of(
+        self, tokens: Int[Array, "b l"], clean: Int[Array, "b l"] | None
+    ) -> Int[Array, "b n"]:
+        """Returns what the network reads: the text, and behind it, if it wants that, the text
+        without masks (as it stands if that is not known)."""
+        if not self.arch.clean_context:
+            return tokens
+        return jnp.concatenate([tokens, tokens if clean is None else clean], axis=1)
+
+    def key_valid_of(self, key_valid: Bool[Array, "b l"]) -> Bool[Array, "b n"]:
+        """Returns which positions of the network's input hold a token."""
+        return jnp.tile(key_valid, (1, 2)) if self.arch.clean_context else key_valid
 
     def _everywhere(
         self, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
     ) -> Float[Array, "b l d"]:
         """Computes `last_hidden` at every position."""
-        out = self._apply(params, stream, key_valid, method="last_hidden")
+        if self.arch.clean_context:
+            b, length = key_valid.shape
+            everywhere = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (b, length))
+            out = self.output_at(params, stream, key_valid, everywhere)
+        else:
+            out = self._apply(params, stream, key_valid, method="last_hidden")
         return jnp.concatenate([out[:, :1], out[:, :-1]], axis=1) if self.shift else out
 
     def logits(self, params: Params, hidden: Float[Array, "*k d"]) -> Float[Array, "*k v"]:
@@ -137,7 +169,15 @@ class LinenModel:
 
         Rows sum to 1; those of padding queries hold no meaning. One layer's [b, h, l, l] at a time.
         """
-        return self._apply(params, tokens, key_valid, method="attention")
+        read, valid = self.input_of(tokens, None), self.key_valid_of(key_valid)
+        return self._of_text(self._apply(params, read, valid, method="attention"))
+
+    def _of_text(self, weights: Float[Array, "b n n"]) -> Float[Array, "b l l"]:
+        """Returns attention between the tokens of a text, wherever in the input they are read."""
+        if not self.arch.clean_context:
+            return weights
+        half = weights.shape[1] // 2
+        return weights[:, :half, :half] + weights[:, :half, half:]
 
     def flops_per_text(self, length: int, scored: float) -> float:
         """Counts floating-point operations of a pass that reads `scored` of `length` positions."""
@@ -152,10 +192,15 @@ class LinenModel:
         return self
 
     def entering(
-        self, params: Params, tokens: Int[Array, "b l"], key_valid: Bool[Array, "b l"]
+        self,
+        params: Params,
+        tokens: Int[Array, "b l"],
+        key_valid: Bool[Array, "b l"],
+        clean: Int[Array, "b l"] | None = None,
     ) -> Any:
         """Returns the stream that enters the first block."""
-        return self._apply(params, tokens, key_valid, method="entering")
+        read = self.input_of(tokens, clean)
+        return self._apply(params, read, self.key_valid_of(key_valid), method="entering")
 
     def block_kind(self, number: int) -> Hashable:
         """Returns what is static of block `number` (from 0): equal kinds share a program."""
@@ -163,9 +208,10 @@ class LinenModel:
         return self.arch
 
     def through_block(
-        self, kind: Any, params: Params, stream: Any, key_valid: Bool[Array, "b l"]
+        self, kind: Any, params: Params, stream: Any, key_valid: Bool[Array, "b n"]
     ) -> Any:
-        """Returns the stream behind a block of a kind, whose parameters stand alone."""
+        """Returns the stream behind a block of a kind, whose parameters stand alone; `key_valid` is
+        that of the network's input."""
         raise NotImplementedError
 
     def leaving(self, params: Params, stream: Any) -> Float[Array, "b l d"]:

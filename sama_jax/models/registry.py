@@ -57,14 +57,18 @@ def with_attention_mask(family: FamilyConfig, name: str) -> FamilyConfig:
     Raises `ValueError` for an unknown name, and for a model that leaves no choice: one of another
     kind than diffusion, or a network of another package without blocks.
     """
-    length, arch = attention_mask.block_length_of(name), family.arch
-    choice = "block_length" in getattr(arch, "__dataclass_fields__", ())
+    arch = family.arch
+    new = {
+        "block_length": attention_mask.block_length_of(name),
+        "clean_context": attention_mask.has_clean_context(name),
+    }
+    choice = new.keys() <= getattr(arch, "__dataclass_fields__", {}).keys()
     if family.kind != "diffusion" or not choice:
         raise ValueError(
             f"attention mask '{name}': a choice of diffusion models alone, this one is a "
             f"{family.kind} {family.family} model"
         )
-    changed: Any = dataclasses.replace(arch, block_length=length)  # pyright: ignore  a protocol
+    changed: Any = dataclasses.replace(arch, **new)  # pyright: ignore  a protocol
     return family._replace(arch=changed)
 
 

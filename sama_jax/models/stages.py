@@ -32,12 +32,14 @@ def stages(
     tokens: Int[Array, "b l"],
     key_valid: Bool[Array, "b l"],
     instead: Callable[[str, Array], Array] = lambda name, state: state,
-) -> Iterator[tuple[str, Float[Array, "b l d"]]]:
+    clean: Int[Array, "b l"] | None = None,
+) -> Iterator[tuple[str, Float[Array, "b n d"]]]:
     """Yields what enters the first block (`embedding`), what each block gives (`block 1`, ..), and
     the final hidden states (`final norm`; BERT, which has none, gives its last block's again).
 
     `instead` is told the name and the state of each stage but the last; the next stage reads what
-    it returns.
+    it returns. Where the network reads the text without masks as well, which `clean` is, its states
+    stand behind those of `tokens`.
     """
     assert isinstance(model, LinenModel)  # every family's is; the protocol knows no blocks
 
@@ -46,20 +48,23 @@ def stages(
         given = instead(name, state)
         return jax.tree.map(lambda leaf: given if leaf is state else leaf, stream)
 
-    stream = _enter(model, params, tokens, key_valid)
+    stream = _enter(model, params, tokens, key_valid, clean)
+    read_valid = model.key_valid_of(key_valid)
     yield "embedding", model.state_of(stream)
     stream = passed_on("embedding", stream)
     for number, weights in enumerate(block_params(params)):
         name = f"block {number + 1}"
-        stream = _block(model, model.block_kind(number), weights, stream, key_valid)
+        stream = _block(model, model.block_kind(number), weights, stream, read_valid)
         yield name, model.state_of(stream)
         stream = passed_on(name, stream)
     yield "final norm", _leave(model, params, stream)
 
 
 @partial(jax.jit, static_argnums=0)
-def _enter(model: LinenModel, params: Params, tokens: Array, key_valid: Array) -> Any:
-    return model.entering(params, tokens, key_valid)
+def _enter(
+    model: LinenModel, params: Params, tokens: Array, key_valid: Array, clean: Array | None
+) -> Any:
+    return model.entering(params, tokens, key_valid, clean)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

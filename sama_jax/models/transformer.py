@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sama_jax.arrays import Params
 from sama_jax.models.attention import attend
-from sama_jax.models.attention_mask import visible
+from sama_jax.models.attention_mask import places, visible
 from sama_jax.models.layers import (
     Embed,
     Linear,
@@ -88,6 +88,8 @@ class Architecture:
     """Leading channels of each head that are rotated; None: all of them."""
     block_length: int | None = None
     """Position i sees j if j // block_length <= i // block_length; 1: causal; None: every j."""
+    clean_context: bool = False
+    """Read the text without masks behind the text, and see that before each block."""
     head_rows: int | None = None
     """Tokens that the head predicts; None: all rows of the embedding."""
     experts: Experts | None = None
@@ -147,12 +149,14 @@ class Attention(nn.Module):
         q, k, v = (t.reshape(*t.shape[:2], -1, arch.head_size).swapaxes(1, 2) for t in (q, k, v))
         if arch.qk_norm == "head":
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        key_positions = all_positions(x)
+        key_positions, length = all_positions(x), x.shape[1]
         out, weights = attend(
-            _rotate_part(q, query_positions, arch),
-            _rotate_part(k, key_positions, arch),
+            _rotate_part(q, places(query_positions, length, arch.clean_context), arch),
+            _rotate_part(k, places(key_positions, length, arch.clean_context), arch),
             v,
-            visible(key_valid, query_positions, key_positions, arch.block_length),
+            visible(
+                key_valid, query_positions, key_positions, arch.block_length, arch.clean_context
+            ),
             arch.attention,
             arch.heads_apart,
         )
@@ -348,6 +352,7 @@ class TransformerModel(LinenModel):
         vocabulary head at `scored` positions; norms and softmax are left out (under 2 %).
         """
         arch = self.arch
+        length *= 2 if arch.clean_context else 1
         kv = 4 * arch.width * arch.num_kv_heads * arch.head_size
         q_and_o = 4 * arch.width * arch.num_heads * arch.head_size
         q_and_o += 4 * arch.num_heads * arch.head_size * length

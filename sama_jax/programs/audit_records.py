@@ -30,7 +30,7 @@ from sama_jax.engine.roles import attention_of
 from sama_jax.engine.tasks import ROLES, Tasks
 from sama_jax.engine.text_table import TextTable, described
 from sama_jax.errors import DataError, Interrupted, UsageError
-from sama_jax.models.attention_mask import mask_name
+from sama_jax.models.attention_mask import mask_of
 from sama_jax.programs.audit_inputs import Chosen, Inputs, Prefixes, Tokenised
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.run_identity import digest, run_identity
@@ -209,8 +209,7 @@ def _adapters(job: AuditJob) -> str | list[str]:
 def _masks(inputs: Inputs) -> str:
     """Says which mask of attention the models are read with."""
     target, reference = (
-        mask_name(inputs.roles[role].folder.model.arch.block_length)
-        for role in ("target", "reference")
+        mask_of(inputs.roles[role].folder.model.arch) for role in ("target", "reference")
     )
     return target if target == reference else f"{target} (target), {reference} (reference)"
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Parallel = Literal["auto", "pmap", "sharded"]
 Residency = Literal["auto", "together", "in-turn"]
-MASKS = "full|block:N|causal"
+MASKS = "full|block:N|clean:N|causal"
 
 
 @dataclass(frozen=True, kw_only=True)

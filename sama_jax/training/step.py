@@ -50,7 +50,7 @@ def _nll_everywhere(
     valid: Bool[Array, "b l"],
 ) -> Float[Array, "b l"]:
     """Computes the loss of every token in nats, from an input `seen` that may hide some of them."""
-    hidden = model.hidden(params, seen, valid)
+    hidden = model.hidden(params, seen, valid, tokens)
     b, length = tokens.shape
     nll = losses.token_nll(model, params, hidden.reshape(b * length, -1), tokens.reshape(-1))
     return nll.reshape(b, length)

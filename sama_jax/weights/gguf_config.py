@@ -75,7 +75,8 @@ def model_config(header: Header, told: dict[str, Any] | None, where: str) -> dic
     if ours.weights is not theirs.weights:
         header.refuse(f"is a {ours.family}, but {where} tells of a {theirs.family}")
     # What a position may see is the one thing that the metadata does not decide.
-    wanted = dataclasses.replace(own, block_length=theirs.arch.block_length)
+    seen = {"block_length", "clean_context"}
+    wanted = dataclasses.replace(own, **{name: getattr(theirs.arch, name) for name in seen})
     names = [field.name for field in dataclasses.fields(wanted)]
     pairs = [(name, getattr(theirs.arch, name), getattr(wanted, name)) for name in names]
     if ours.max_length != UNLIMITED:

@@ -11,7 +11,7 @@ import jax
 
 from sama_jax import rng
 from sama_jax.config import settings_hash
-from sama_jax.models.attention_mask import mask_name
+from sama_jax.models.attention_mask import mask_of
 from sama_jax.weights.jax_settings import usable_settings
 from sama_jax.weights.model_folder import ModelFolder
 
@@ -49,7 +49,7 @@ def model_identity(folder: ModelFolder) -> dict[str, str]:
         "weights": folder.identity,
         "architecture": settings_hash(repr(architecture)),
         "attention": architecture.attention,
-        "attention_mask": mask_name(architecture.block_length),
+        "attention_mask": mask_of(architecture),
         **{name: str(value) for name, value in options.items() if name not in NEUTRAL},
         **arithmetic(),
     }

@@ -454,6 +454,19 @@ def test_pia_masks_neither_nothing_nor_everything():
         assert int(mask.sum()) == count
 
 
+def test_filling_shows_no_block_the_truth_before_it(tiny):
+    """A model that reads clean text before a block gets what has been filled in so far."""
+    model, params = tiny
+    ids, valid = batch()
+
+    def found(clean: bool) -> np.ndarray:
+        arch = replace(model.arch, block_length=4, clean_context=clean)
+        run = jax.jit(partial(infill.GreedyFilling(3, True).run, replace(model, arch=arch)))
+        return np.asarray(run(params, keys(), ids, valid, valid))
+
+    np.testing.assert_allclose(found(True), found(False), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["infill", "infill:prefix"])
 @pytest.mark.parametrize("passes", [3, 30])
 @oracle("infill", "infill:prefix")

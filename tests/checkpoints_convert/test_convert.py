@@ -147,6 +147,9 @@ FOLDERS: dict[str, Callable[[Path], Any]] = {
     ),
     "smdm": save_smdm,
     "mdlm": lambda p: oracle_dit.random_folder(p, oracle_dit.mdlm_config(), 0, shards=2),
+    "bd3lm": lambda p: oracle_dit.random_folder(
+        p, oracle_dit.bd3lm_config(adaln=False), 0, shards=2
+    ),
     "llada_moe_bfloat16": lambda p: oracle_moe.random_folder(
         p, oracle_moe.llada_moe_config(num_experts=4), 0, shards=3, dtype=torch.bfloat16
     ),

@@ -82,6 +82,15 @@ def test_every_pytorch_side_agrees_block_by_block(tmp_path, capsys, monkeypatch,
     assert "random" not in out, "the built-in text was not used"
 
 
+def test_a_network_that_reads_the_text_without_masks_too_is_verified_in_blocks(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model", "dream")
+    config = json.loads((folder / "config.json").read_text()) | {"attention_mask": "clean:8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run(folder) == 0
+    out = capsys.readouterr().out
+    assert "verdict, float32: equal" in out
+
+
 def test_other_families_of_decoders_have_a_class_and_see_what_their_kind_sees():
     for name in set(torch_reference.SAME_MATHS.values()) - {"Bert", "Roberta", "ModernBert"}:
         assert hasattr(transformers, f"{name}ForCausalLM")

@@ -25,7 +25,7 @@ class Pairs(tiny.PartialModel):
         self.kind = kind
         self.arch = SimpleNamespace(block_length=block)
 
-    def trunk(self, params, tokens, key_valid):
+    def trunk(self, params, tokens, key_valid, clean=None):
         return tokens
 
     def last_hidden(self, params, stream, key_valid, positions):

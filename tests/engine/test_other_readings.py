@@ -75,6 +75,15 @@ def test_texts_name_the_mask_of_attention_that_a_model_was_trained_with():
     assert other_readings.check(full, untrained, *rest) == (None, False)
 
 
+def test_blocks_behind_clean_text_are_compared_with_their_like_alone():
+    """What shows more of a text predicts it better, whatever the model was trained with."""
+    model = trained.model()
+    arch = dataclasses.replace(model.arch, block_length=8, clean_context=True)
+    network = dataclasses.replace(model, arch=arch)
+    named = [read.mask for read in other_readings.other_attention(network, (None, 1, 8, 16), 32)]
+    assert named == ["full", "clean:1", "clean:16"]
+
+
 @pytest.mark.parametrize(("lead", "refused"), [(0.012, False), (0.03, True)])
 def test_a_model_that_knows_next_to_nothing_is_refused_only_for_more(
     texts, lead, refused, monkeypatch

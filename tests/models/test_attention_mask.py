@@ -14,10 +14,12 @@ import torch
 import transformers
 from networks import NETWORKS
 
+from sama_jax.devices import memory
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.models.attention_mask import block_length_of, mask_name
+from sama_jax.models.attention_mask import block_length_of, has_clean_context, mask_name
 from sama_jax.models.registry import read_config, with_attention_mask
 from sama_jax.weights import loading, model_folder
+from sama_jax.weights.identity import model_identity
 
 LENGTH = 12
 PLACES = np.arange(LENGTH)
@@ -27,6 +29,7 @@ SEEN = {
     "block:5": PLACES[None] // 5 <= PLACES[:, None] // 5,
 }
 """Mask -> [query, key] whether the query sees the key."""
+OWN, BEFORE = (compare(PLACES[None] // 5, PLACES[:, None] // 5) for compare in (np.equal, np.less))
 
 
 @functools.lru_cache
@@ -35,21 +38,31 @@ def weights(network: str) -> Any:
     return jax.tree.map(lambda x: 5 * x, made)
 
 
-def influence(network: str, mask: str) -> np.ndarray:
-    """[query, key] whether the output at the query depends on the token at the key."""
+def read_by(network: str, mask: str) -> Any:
     model: Any = NETWORKS[network]
-    arch = dataclasses.replace(model.arch, block_length=block_length_of(mask))
-    model = dataclasses.replace(model, arch=arch)
-    tokens = np.tile(np.arange(10, 10 + LENGTH, dtype=np.int32), (LENGTH + 1, 1))
-    tokens[1 + PLACES, PLACES] = 50
+    changes = {"block_length": block_length_of(mask), "clean_context": has_clean_context(mask)}
+    return dataclasses.replace(model, arch=dataclasses.replace(model.arch, **changes))
+
+
+def influence(network: str, mask: str, change_clean: bool | None = None) -> np.ndarray:
+    """[query, key] whether the output at the query depends on the token at the key: in what is
+    known, or in the text with masks or without them alone."""
+    model = read_by(network, mask)
+    same = np.tile(np.arange(10, 10 + LENGTH, dtype=np.int32), (LENGTH + 1, 1))
+    other = same.copy()
+    other[1 + PLACES, PLACES] = 50
+    tokens, clean = other, None
+    if change_clean is not None:
+        tokens, clean = (same, other) if change_clean else (other, same)
     everywhere = np.tile(PLACES.astype(np.int32), (LENGTH + 1, 1))
 
     @jax.jit
-    def hidden(params: Any, tokens: Any, valid: Any, positions: Any) -> Any:
-        stream = model.trunk(params, tokens, valid)
+    def hidden(params: Any, tokens: Any, valid: Any, positions: Any, clean: Any) -> Any:
+        stream = model.trunk(params, tokens, valid, clean)
         return model.last_hidden(params, stream, valid, positions)
 
-    found = np.asarray(hidden(weights(network), tokens, np.ones(tokens.shape, bool), everywhere))
+    valid = np.ones(tokens.shape, bool)
+    found = np.asarray(hidden(weights(network), tokens, valid, everywhere, clean))
     return (np.abs(found[1:] - found[0]).max(axis=-1) > 0).T
 
 
@@ -59,15 +72,49 @@ def test_a_token_depends_on_what_its_mask_shows_and_on_nothing_else(network, mas
     np.testing.assert_array_equal(influence(network, mask), SEEN[mask])
 
 
-@pytest.mark.parametrize("mask", [*SEEN, "block:32", "block:65536"])
+@pytest.mark.parametrize("network", ["llama, all biases", "dit"])
+def test_a_block_sees_its_own_masks_and_the_clean_text_before_it_and_no_truth(network):
+    np.testing.assert_array_equal(influence(network, "clean:5", change_clean=False), OWN)
+    np.testing.assert_array_equal(influence(network, "clean:5", change_clean=True), BEFORE)
+
+
+@pytest.mark.parametrize("network", ["llama, all biases", "dit"])
+def test_without_a_clean_text_it_reads_what_blocks_read(network):
+    """Also what `hidden` and `attention` give, under padding, and by its last blocks of 12 / 5."""
+    tokens = np.random.default_rng(0).integers(0, 64, (2, LENGTH)).astype(np.int32)
+    valid = np.arange(LENGTH) < np.array([[LENGTH], [7]])
+
+    def outputs(mask: str) -> list[np.ndarray]:
+        model = read_by(network, mask)
+        functions = (model.hidden, model.attention)
+        return [np.asarray(jax.jit(f)(weights(network), tokens, valid))[valid] for f in functions]
+
+    for found, expected in zip(outputs("clean:5"), outputs("block:5")):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("network", ["llama, all biases", "experts", "dit"])
+def test_a_clean_context_costs_what_a_text_of_twice_the_length_does(network):
+    clean, plain = read_by(network, "clean:5"), read_by(network, "block:5")
+    assert clean.flops_per_text(12, 3.0) == plain.flops_per_text(24, 3.0)
+    for platform in ("cpu", "gpu", "tpu"):
+        shape = memory.BatchShape(rows=2, length=12, slots=3, platform=platform)
+        found = memory.temporaries(clean.arch, np.float32, shape)
+        twice = memory.temporaries(plain.arch, np.float32, shape._replace(length=24))
+        assert found == twice
+
+
+@pytest.mark.parametrize("mask", [*SEEN, "block:32", "block:65536", "clean:1", "clean:32"])
 def test_a_name_is_that_of_its_blocks(mask):
-    assert mask_name(block_length_of(mask)) == mask
+    assert mask_name(block_length_of(mask), has_clean_context(mask)) == mask
 
 
-@pytest.mark.parametrize("mask", ["", "Full", "block", "block:0", "block:-1", "block:65537", "32"])
+@pytest.mark.parametrize(
+    "mask", ["", "Full", "block", "block:0", "block:-1", "clean", "clean:0", "32"]
+)
 def test_other_names_are_refused(tmp_path, mask):
     tiny.folder(tmp_path)
-    with pytest.raises(UsageError, match=r"expected full, causal, or block:N"):
+    with pytest.raises(UsageError, match=r"expected full, causal, or block:N or clean:N"):
         model_folder.open_folder(tmp_path, attention_mask=mask)
     with pytest.raises(ModelError, match=r"expected full, causal, or block:N"):
         read_config(tiny.config(attention_mask=mask), "config.json")
@@ -79,6 +126,11 @@ def test_a_config_may_state_the_mask_and_whoever_asks_goes_before(tmp_path):
     asked = model_folder.open_folder(tmp_path, attention_mask="full")
     assert asked.model.arch.block_length is None
     assert model_folder.open_folder(tmp_path).identity != asked.identity
+    clean = model_folder.open_folder(tmp_path, attention_mask="clean:4")
+    blocks = model_folder.open_folder(tmp_path)
+    assert (clean.model.arch.block_length, clean.model.arch.clean_context) == (4, True)
+    assert clean.identity != blocks.identity
+    assert model_identity(clean)["attention_mask"] == "clean:4"
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

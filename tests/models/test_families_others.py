@@ -342,7 +342,7 @@ def test_sigma_can_be_given_and_matters_only_where_the_network_knows_time(pair):
     for variant in DIT:
         both = pair(variant)
         model, params = both.folder.model, both.params
-        hidden = jax.jit(model.hidden)(params, TEXTS.tokens, EVERYWHERE, given)
+        hidden = jax.jit(model.hidden)(params, TEXTS.tokens, EVERYWHERE, None, given)
         actual = np.asarray(jax.jit(model.logits)(params, hidden))[..., :MASK_ID]
         sigma = given if variant == "sedd" else np.zeros_like(given)
         head, _ = dit(both, TEXTS.tokens, sigma)
@@ -458,6 +458,7 @@ def test_a_fused_tensor_of_another_size_is_named(pair, variant, name, tmp_path):
 
 PUBLISHED = {
     "mdlm": ({"model_type": "mdlm", "cond_dim": 128}, 169_627_218),
+    "bd3lm": ({"model_type": "bd3lm", "cond_dim": 128, "block_size": 16}, 169_627_218),
     "sedd_medium": (
         {
             "tokens": 50257,
@@ -520,6 +521,16 @@ REFUSED = {
     "n_blocks is None": _sedd(model={"hidden_size": 64, "cond_dim": 24, "n_heads": 4}),
     "tokens is '50257'": _sedd(tokens="50257"),
     "n_heads 5 must divide hidden_dim 64": oracle_dit.mdlm_config(n_heads=5),
+    "DiffusionGemma puts random tokens": {
+        "model_type": "diffusion_gemma",
+        "architectures": ["DiffusionGemmaForBlockDiffusion"],
+        "canvas_length": 256,
+        "text_config": {"sliding_window": 512, "final_logit_softcapping": 30.0},
+    },
+    "causal is True": oracle_dit.bd3lm_config(causal=True),
+    "time_conditioning is True": oracle_dit.bd3lm_config(time_conditioning=True),
+    "block_size is 0": oracle_dit.bd3lm_config(block_size=0),
+    "cross_attn is 1": oracle_dit.bd3lm_config(cross_attn=1),
     "time_conditioning is 'no'": oracle_dit.mdlm_config(time_conditioning="no"),
     "architectures is": {"model_type": "bert", "architectures": ["BertModel"]},
     "position_embedding_type is 'relative_key'": {
@@ -557,13 +568,14 @@ def test_kinds_and_mask_ids():
     read = {name: read_config(config, name) for name, (config, _) in PUBLISHED.items()}
     assert {n: f.kind for n, f in read.items()} == {
         "mdlm": "diffusion",
+        "bd3lm": "diffusion",
         "sedd_medium": "diffusion",
         "bert": "masked",
         "roberta_base": "masked",
         "modernbert_base": "masked",
         "modernbert_large": "masked",
     }
-    assert (read["mdlm"].mask_id, read["sedd_medium"].mask_id) == (50257, 50257)
+    assert {read[name].mask_id for name in ("mdlm", "bd3lm", "sedd_medium")} == {50257}
     timed = read_config(oracle_dit.mdlm_config(time_conditioning=True), "mdlm").arch.timed
     assert (timed, read["mdlm"].arch.timed, read["sedd_medium"].arch.timed) == (True, False, True)
     assert read_config({"model_type": "mdlm", "mask_token_id": 7}, "mdlm").mask_id == 7
@@ -571,7 +583,7 @@ def test_kinds_and_mask_ids():
     assert not any(f.shift for f in read.values())
 
 
-@pytest.mark.parametrize("name", ["sedd_medium", "bert", "modernbert_base"])
+@pytest.mark.parametrize("name", ["sedd_medium", "bd3lm", "bert", "modernbert_base"])
 def test_bfloat16_and_recomputed_blocks_keep_shapes_and_types(name):
     """By tracing alone: the scanned carry keeps its dtype, and `remat` the parameter tree."""
     family = read_config(PUBLISHED[name][0], name)

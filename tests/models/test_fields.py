@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "mdlm": oracle_dit.mdlm_config(),
     "sedd": oracle_dit.sedd_config(),
+    "bd3lm": oracle_dit.bd3lm_config(),
 }
 REFUSED: dict[str, Any] = {
     "rope_scaling": {"rope_type": "yarn", "factor": 8.0},
@@ -183,6 +184,7 @@ SIZES = {
     "smdm": ("n_layer", "n_head", "n_embd", "n_query_groups", "padded_vocab_size"),
     "mdlm": ("hidden_dim", "cond_dim", "n_blocks", "n_heads"),
     "sedd": ("tokens",),
+    "bd3lm": ("block_size", "model_length", "hidden_dim"),
 }
 
 
@@ -211,6 +213,7 @@ def test_counts_may_be_zero_and_nothing_else(field, value):
         *(("llama", f) for f in ("tie_word_embeddings", "attention_bias", "mlp_bias")),
         *(("llada2", f) for f in ("use_bias", "use_qk_norm", "tie_word_embeddings")),
         *(("bert", "tie_word_embeddings"), ("mdlm", "time_conditioning")),
+        *(("bd3lm", "cross_attn"), ("bd3lm", "adaln")),
     ],
 )
 def test_switches_are_booleans(family, field, value):

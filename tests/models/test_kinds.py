@@ -183,7 +183,7 @@ class UniformModel(PartialModel):
 
     mask_id, vocab_size, kind = 9, 10, "masked"
 
-    def hidden(self, params, tokens, key_valid):
+    def hidden(self, params, tokens, key_valid, clean=None):
         return jnp.zeros((*tokens.shape, 1)) + params
 
     def logits(self, params, hidden):

@@ -1,8 +1,8 @@
-"""The diffusion transformer of MDLM and SEDD in PyTorch, written plainly as an oracle.
+"""The diffusion transformer of MDLM, BD3-LM and SEDD in PyTorch, written plainly as an oracle.
 
 Independent of the package: loops over layers, fused QKV, one modulation a text, PyTorch's own
-attention. Parameter names are SEDD's; MDLM's folders put `backbone.` before them. Not a test; tests
-import it after putting this folder on `sys.path`.
+attention. Parameter names are SEDD's; folders of the others put `backbone.` before them. Not a
+test; tests import it after putting this folder on `sys.path`.
 """
 
 import math
@@ -30,6 +30,23 @@ def mdlm_config(**changes: Any) -> dict[str, Any]:
         "n_heads": 4,
         "dropout": 0.1,
         "time_conditioning": False,
+        **changes,
+    }
+
+
+def bd3lm_config(**changes: Any) -> dict[str, Any]:
+    """A small `config.json` in BD3-LM's words; `block_size` does not divide the length."""
+    return {
+        **mdlm_config(),
+        "architectures": ["BD3LM"],
+        "model_type": "bd3lm",
+        "block_size": 48,
+        "cross_attn": True,
+        "adaln": True,
+        "attn_backend": "flex",
+        "var_min": True,
+        "sampling_eps_min": 0.45,
+        "sampling_eps_max": 0.95,
         **changes,
     }
 
@@ -92,7 +109,7 @@ class Rotary(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, d: int, heads: int, c: int):
+    def __init__(self, d: int, heads: int, c: int | None):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = Norm(d), Norm(d)
@@ -101,50 +118,73 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d)
         )
-        self.adaLN_modulation = nn.Linear(c, 6 * d)
+        if c is not None:
+            self.adaLN_modulation = nn.Linear(c, 6 * d)
 
-    def forward(self, x, condition):
+    def forward(self, x, condition, seen):
         b, length, d = x.shape
-        m = self.adaLN_modulation(condition).view(b, 6, 1, d).unbind(dim=1)
+        m = [0, 0, 1, 0, 0, 1]
+        if condition is not None:
+            m = self.adaLN_modulation(condition).view(b, 6, 1, d).unbind(dim=1)
         h = self.norm1(x) * (1 + m[1]) + m[0]
         qkv = self.attn_qkv(h).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]
         q, k = oracle.rope(q, 10000.0, True), oracle.rope(k, 10000.0, True)
-        weights = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -torch.inf)
+        weights = torch.softmax(scores, dim=-1)
         x = x + m[2] * self.attn_out((weights @ v).transpose(1, 2).reshape(b, length, d))
         h = self.norm2(x) * (1 + m[4]) + m[3]
         return x + m[5] * self.mlp(h), weights.mean(dim=1)
 
 
 class Output(nn.Module):
-    def __init__(self, rows: int, d: int, c: int):
+    def __init__(self, rows: int, d: int, c: int | None):
         super().__init__()
         self.norm_final = Norm(d)
         self.linear = nn.Linear(d, rows)
-        self.adaLN_modulation = nn.Linear(c, 2 * d)
+        if c is not None:
+            self.adaLN_modulation = nn.Linear(c, 2 * d)
 
     def forward(self, x, condition):
+        if condition is None:
+            return self.linear(self.norm_final(x))
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 class Dit(nn.Module):
-    def __init__(self, rows: int, d: int, c: int, layers: int, heads: int):
+    def __init__(self, rows: int, d: int, c: int | None, layers: int, heads: int):
         super().__init__()
         self.vocab_embed = Embedding(rows, d)
-        self.sigma_map = Time(c)
+        if c is not None:
+            self.sigma_map = Time(c)
         self.rotary_emb = Rotary(d // heads)
         self.blocks = nn.ModuleList(Block(d, heads, c) for _ in range(layers))
         self.output_layer = Output(rows, d, c)
 
     @torch.no_grad()
-    def forward(self, tokens, sigma):
-        """The head's output [b, l, v] and attention averaged over heads and layers [b, l, l]."""
-        x, condition, total = self.vocab_embed.embedding[tokens], self.sigma_map(sigma), 0
+    def forward(self, tokens, sigma, block_size: int | None = None):
+        """The head's output [b, l, v] and attention averaged over heads and layers [b, l, l].
+
+        With blocks, a position sees its own and those before it.
+        """
+        x, total = self.vocab_embed.embedding[tokens], 0
+        condition = self.sigma_map(sigma) if hasattr(self, "sigma_map") else None
+        place = torch.arange(tokens.shape[1]) // (block_size or tokens.shape[1])
         for block in self.blocks:
-            x, weights = block(x, condition)
+            x, weights = block(x, condition, place[None] <= place[:, None])
             total = total + weights
         return self.output_layer(x, condition), total / len(self.blocks)
+
+    def by_blocks(self, tokens, clean, block_size: int):
+        """The head's output [b, l, v] where each block of `tokens` stands behind clean text: one
+        pass a block, over the clean blocks before it and itself, as BD3-LM generates."""
+        found = []
+        for start in range(0, tokens.shape[1], block_size):
+            read = torch.cat([clean[:, :start], tokens[:, start : start + block_size]], dim=1)
+            out, _ = self(read, torch.zeros(len(tokens)), block_size)
+            found.append(out[:, start:])
+        return torch.cat(found, dim=1)
 
 
 def mdlm_log_p(head, tokens):
@@ -171,7 +211,8 @@ def random_folder(path: Path, config: dict[str, Any], seed: int, shards: int = 1
     c = config["model"] if sedd else config
     rows = config["tokens"] + 1 if sedd else config["vocab_size"]
     width = c["hidden_size" if sedd else "hidden_dim"]
-    module = Dit(rows, width, c["cond_dim"], c["n_blocks"], c["n_heads"])
+    condition = c["cond_dim"] if c.get("adaln", True) else None
+    module = Dit(rows, width, condition, c["n_blocks"], c["n_heads"])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -187,5 +228,8 @@ def random_folder(path: Path, config: dict[str, Any], seed: int, shards: int = 1
             parameter.copy_(value)
     prefix = "" if sedd else "backbone."
     tensors = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    if c.get("var_min"):
+        limits = ("sampling_eps_min", "sampling_eps_max")
+        tensors |= {name: torch.tensor(c[name]) for name in limits}
     oracle.write_folder(path, config, tensors, shards)
     return module.eval()

@@ -35,7 +35,7 @@ class TableModel(PartialModel):
 
     mask_id, vocab_size, num_layers = 9, 10, 1
 
-    def hidden(self, params, tokens, key_valid):
+    def hidden(self, params, tokens, key_valid, clean=None):
         return params
 
     def logits(self, params, hidden):

@@ -1,9 +1,10 @@
-"""Reads the configs and names the tensors of MDLM and SEDD, which are one network.
+"""Reads the configs and names the tensors of MDLM, BD3-LM and SEDD, which are one network.
 
-Source of the names: `models/dit.py` of kuleshov-group/mdlm and `model/transformer.py` of
-louaaron/Score-Entropy-Discrete-Diffusion.
+Source of the names: `models/dit.py` of kuleshov-group/mdlm, `models/hf` of kuleshov-group/bd3lms
+(1c3e8f4) and `model/transformer.py` of louaaron/Score-Entropy-Discrete-Diffusion.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,40 @@ def read_mdlm(config: Fields) -> FamilyConfig:
     mask_id = config.get("mask_token_id")
     mask_id = rows - 1 if mask_id is None else mask_id
     return FamilyConfig("mdlm", arch, MDLM_WEIGHTS, DitModel, mask_id, shift=False)
+
+
+BD3LM_DEFAULTS: dict[str, Any] = {
+    **MDLM_DEFAULTS,
+    "block_size": 1,
+    "model_length": 1024,
+    "cross_attn": True,
+    "adaln": True,
+}
+"""Of its config class. Its published files are expected to have a `cond_dim` of 128."""
+_BD3LM_ONLY = {"causal": False, "time_conditioning": False}
+
+
+def read_bd3lm(config: Fields) -> FamilyConfig:
+    """Reads kuleshov-group/bd3lm-owt-block_size16's `config.json`.
+
+    `cross_attn` says whether blocks see the clean text before them; without it attention is full,
+    as in the model that these are trained from. The mask is MDLM's.
+    """
+    config = config.with_defaults(BD3LM_DEFAULTS)
+    config.only(_BD3LM_ONLY)
+    config.get("attn_backend")  # which of PyTorch's programs computes the same
+    rows, block, longest = config.sizes("vocab_size", "block_size", "model_length")
+    arch = _architecture(config, rows, "hidden_dim", timed=False)
+    blocks = config.flag("cross_attn") and block < longest
+    arch = dataclasses.replace(
+        arch,
+        block_length=block if blocks else None,
+        clean_context=blocks,
+        modulated=config.flag("adaln"),
+    )
+    mask_id = config.get("mask_token_id")
+    mask_id = rows - 1 if mask_id is None else mask_id
+    return FamilyConfig("bd3lm", arch, MDLM_WEIGHTS, DitModel, mask_id, shift=False)
 
 
 def is_sedd(config: Mapping[str, Any]) -> bool:
@@ -109,7 +144,8 @@ def dit_rule(path: str, num_layers: int) -> Rule:
     return Rule(f"blocks.{layer}.{_BLOCK[inside]}.{suffix}", kernel)
 
 
-_BUFFERS = re.compile(r"^rotary_emb\.inv_freq$")
+# BD3-LM also keeps the noise levels that it was trained at.
+_BUFFERS = re.compile(r"^rotary_emb\.inv_freq$|^sampling_eps_(min|max)$")
 
 SEDD_WEIGHTS = Table(rule=dit_rule, hub_prefix="", ignored=_BUFFERS)
 MDLM_WEIGHTS = Table(
@@ -122,5 +158,6 @@ MDLM_WEIGHTS = Table(
 
 FAMILIES = (
     Family("mdlm", read_mdlm, ("MDLM",)),
+    Family("bd3lm", read_bd3lm, ("BD3LM",)),
     Family("sedd", read_sedd, ("SEDD",), is_sedd),
 )
