@@ -34,6 +34,8 @@ class Rendered(NamedTuple):
     pieces: tuple[Piece, ...]
     adds: bool
     """Whether the tokenizer adds its begin and end tokens, as the template spells none."""
+    form: str = ""
+    """Names how records became texts (`conversations.Form.name`)."""
 
     def __str__(self) -> str:
         return "".join(piece.text for piece in self.pieces)

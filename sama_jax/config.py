@@ -11,7 +11,7 @@ store and is written into every result. Sources: arXiv 2601.20125 for `paper`, t
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
@@ -260,14 +260,14 @@ class AuditSettings:
           preset: one of `PRESETS`.
           passes: the budget of every attack, SAMA's steps included.
           overrides: `key=value`, applied last and together (see `override`).
-          fields: other fields of this class, such as `max_length`.
+          fields: other fields of this class, such as `max_length`; none of the overrides'.
 
         Raises:
-          UsageError: an unknown name or a value that does not fit.
+          UsageError: an unknown name, a value that does not fit, or a setting given twice.
         """
         if any(text.partition("=")[0].strip() == "preset" for text in overrides):
             raise UsageError("setting preset is a name only; choose one with --preset")
-        _require_once(overrides)
+        _require_once(overrides, [*fields, *(["passes"] if passes is not None else [])])
         settings = cls(preset=preset, **fields)
         return override(settings, [*_budget(settings.sama, passes), *overrides])
 
@@ -335,8 +335,8 @@ class TrainSettings:
 
     @classmethod
     def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> "TrainSettings":
-        """Returns the settings of these fields, then of `key=value` overrides."""
-        _require_once(overrides)
+        """Returns the settings of these fields and of `key=value` overrides, each given once."""
+        _require_once(overrides, fields)
         return override(cls(**fields), overrides)
 
 
@@ -361,9 +361,9 @@ def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
     return [f"passes={passes}", f"sama.steps={passes // sama.repeats}"]
 
 
-def _require_once(assignments: Sequence[str]) -> None:
+def _require_once(assignments: Sequence[str], fields: Iterable[str]) -> None:
     """Raises `UsageError` for a setting that is given twice: one of the values would be lost."""
-    names = [text.partition("=")[0].strip() for text in assignments]
+    names = [*fields, *(text.partition("=")[0].strip() for text in assignments)]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"setting {shown(name)} is given twice; give it once")

@@ -73,7 +73,7 @@ def _words(action: argparse.Action, value: Any, where: str) -> list[str]:
         if not isinstance(value, bool):
             raise DataError(f"{where}: {option[2:]} is a switch; expected true or false")
         return [option] * value
-    if any(isinstance(one, dict | list | bool) or one is None for one in values):
+    if any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in values):
         raise DataError(f"{where}: {option[2:]}: expected a word or a number, or a list of them")
     if several:
         return [f"{option}={one}" for one in values]

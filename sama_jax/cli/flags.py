@@ -92,7 +92,11 @@ def values_of(args: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 def settings_of(args: argparse.Namespace, kind: type[Made], **more: Any) -> Made:
     """Returns the settings that flags and `--set` give. Raises `UsageError`."""
-    return kind.of(overrides=args.set, **(values_of(args, kind) | more))
+    given = getattr(args, "given", set())
+    usual = {field.name: field.default for field in fields(kind)}
+    values = values_of(args, kind)
+    values = {n: v for n, v in values.items() if n in given or v != usual[n]}
+    return kind.of(overrides=args.set, **(values | more))
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -29,9 +29,11 @@ class Experts:
     """Experts that each token goes through."""
     width: int
     gate: Literal["softmax", "sigmoid"]
-    """How the router weighs: `softmax_gate` (LLaDA-MoE) or `sigmoid_gate` (LLaDA2)."""
+    """How the router weighs: `softmax_gate` (LLaDA-MoE, Qwen3) or `sigmoid_gate` (LLaDA2)."""
     bias: bool = False
     """A bias of the experts' scores, kept from balancing them in training."""
+    normalise: bool = False
+    """Whether a token's weights sum to one (softmax gate; those of the sigmoid gate always do)."""
     shared_width: int = 0
     """Of the MLP beside them that every token goes through; 0: there is none."""
     groups: int = 1
@@ -49,14 +51,16 @@ class Experts:
 def softmax_gate(
     h: Float[Array, "n d"], kernel: Float[Array, "d e"], bias: Float[Array, " e"], experts: Experts
 ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
-    """Routes as LLaDA-MoE does: experts of each token, and their weights in the activation dtype.
+    """Routes as LLaDA-MoE and Qwen3 do: experts of each token, and their weights in the activation
+    dtype.
 
     Softmax over all experts in float32; the bias is added to the probabilities, and to the weights
-    with them. The chosen weights are never normalised, whatever `norm_topk_prob` says: the block
-    switches it off. Of equal scores the expert with the lower index is taken.
+    with them. Of equal scores the expert with the lower index is taken.
     """
     scores = jax.nn.softmax((h @ kernel.astype(h.dtype)).astype(jnp.float32), axis=-1)
     weight, index = jax.lax.top_k(scores + bias[None, :], experts.active)
+    if experts.normalise:
+        weight = weight / weight.sum(axis=-1, keepdims=True)
     return index, weight.astype(h.dtype)
 
 

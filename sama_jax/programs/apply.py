@@ -10,7 +10,13 @@ from jaxtyping import Bool, Float, Int
 from sama_jax.core import conformal
 from sama_jax.core.metrics import percent
 from sama_jax.errors import DataError, UsageError, ValidityError
-from sama_jax.programs.calibrate import FinishedRun, read_run, require_alone, require_sound
+from sama_jax.programs.calibrate import (
+    FinishedRun,
+    identity_of,
+    read_run,
+    require_alone,
+    require_sound,
+)
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import (
     DECISIONS,
@@ -64,7 +70,7 @@ def run_apply(
       ValidityError: these texts are of other lengths, or the result of their run is void.
     """
     run, content = _comparable(folder, calibration)
-    name = require_alone(content["attack"], run).name
+    name = content["attack"]
     values, _ = results.column(run.rows, name)
     scored = _scored(folder, run, content, values)
     judged, gate = _of_known_lengths(folder, run, content, scored)
@@ -77,6 +83,7 @@ def run_apply(
         flagged = conformal.adjusted(p) <= fdr
     summary: dict[str, Any] = {
         "attack": name,
+        "calibration": content.get("sha256"),
         "texts": len(judged),
         "of_other_lengths": len(scored) - len(judged),
         "lengths": [content["lengths"][0], content["lengths"][-1]],
@@ -132,8 +139,9 @@ def _of_known_lengths(
 def _comparable(folder: Path, calibration: Path) -> tuple[FinishedRun, Calibration]:
     """Reads a run that is not void, and a calibration of runs that were made as it was."""
     run, content = read_run(folder), read_calibration(calibration)
+    require_alone(content["attack"], run)
     require_sound(folder)
-    _require_same(folder, run.identity, content["identity"])
+    _require_same(folder, identity_of(folder, run, content["attack"]), content["identity"])
     return run, content
 
 

@@ -38,6 +38,8 @@ class FinishedRun(NamedTuple):
     """Of each text the hash of its tokens."""
     identity: dict[str, Any]
     settings: AuditSettings
+    codes: dict[str, str]
+    """Attack -> what names the code that made its scores."""
 
     @property
     def groups(self) -> Int[np.ndarray, " n"]:
@@ -58,13 +60,18 @@ def read_run(path: Path) -> FinishedRun:
     """Reads a finished audit.
 
     Raises:
-      UsageError: it is none, or its scores were changed.
+      UsageError: it is none, its texts are windows, or its scores were changed.
       DataError: its files are damaged.
     """
     manifest = read_manifest(path)
     if manifest is None or "settings" not in manifest or manifest.get("finished") is not True:
         raise UsageError(f"{path}: expected the output folder of a finished audit (its --out)")
     settings = settings_of(path, manifest)
+    if manifest["run"].get("windows") is not None:
+        raise UsageError(
+            f"{path}: was made with --windows, and single texts are judged whole: audit them "
+            "without it, as far as --max-length reaches"
+        )
     rows = read_unchanged_rows(path, manifest)
     known, views = read_index(path / INDEX, manifest["run"])
     if [row["id"] for row in rows] != [row["id"] for row in known] or "text" not in views:
@@ -74,7 +81,20 @@ def read_run(path: Path) -> FinishedRun:
     identity = {k: v for k, v in manifest["run"].items() if k not in OF_TEXTS}
     identity["device"] = str(manifest.get("device")).split(" x ")[-1]  # not how many
     keys = [view["store_key"] if view else "" for view in views["text"]]
-    return FinishedRun(rows, keys, identity, settings)
+    return FinishedRun(rows, keys, identity, settings, manifest.get("codes") or {})
+
+
+def identity_of(path: Path, run: FinishedRun, attack: str) -> dict[str, Any]:
+    """Returns what must be equal for two runs' scores of an attack to be compared.
+
+    Raises `UsageError` if the run does not say by which code they were made.
+    """
+    if not run.codes.get(attack):
+        raise UsageError(
+            f"{path}: does not say by which code its scores of {attack} were made; repeat the "
+            "audit's own command, which scores what is stored again"
+        )
+    return run.identity | {f"code of {attack}": run.codes[attack]}
 
 
 def require_sound(path: Path, but_for: Collection[str] = ()) -> None:
@@ -156,7 +176,7 @@ def run_calibrate(
         )
     content: Calibration = {
         "attack": name,
-        "identity": run.identity,
+        "identity": identity_of(folder, run, name),
         "scores": sorted(values[used].tolist()),
         "lengths": sorted(run.rows[i].get("n_tokens", 0) for i in used),
         "keys": sorted(run.keys[i] for i in used),

@@ -201,7 +201,7 @@ def base_settings(models: Any) -> config.AuditSettings:
 
 def run_settings(run: dict[str, Any], base: config.AuditSettings) -> config.AuditSettings:
     """Returns the settings of a run: those of its models, its own, and its preset's."""
-    own = {name: run[name] for name in _SETTINGS & set(run)}
-    fields = {**vars(base), "passes": None, **own}
-    del fields["sama"]  # the preset's
-    return config.AuditSettings.of(overrides=run.get("set", []), **fields)
+    own, overrides = {name: run[name] for name in _SETTINGS & set(run)}, run.get("set", [])
+    left = {"sama", "passes", *(text.partition("=")[0].strip() for text in overrides)}
+    fields = {name: value for name, value in vars(base).items() if name not in left}
+    return config.AuditSettings.of(overrides=overrides, **fields | own)

@@ -24,8 +24,9 @@ def run_identity(
 ) -> dict[str, Any]:
     """Returns, by name, what must be equal for a folder to be continued.
 
-    Texts with ids, labels and groups, their tokens, the tokenizer, everything about the models and
-    the arithmetic that changes a loss, and all settings. Attacks may be added, so they are not in.
+    Texts with ids, labels and groups, their tokens and form, the tokenizer, everything about the
+    models and the arithmetic that changes a loss, and all settings. Attacks may be added, so they
+    are not in.
     """
     pad = pad_id(roles["target"].folder, settings)
     found = {name: loss_identity(role.folder, settings, pad) for name, role in roles.items()}
@@ -35,6 +36,7 @@ def run_identity(
         "data": digest(texts),
         "texts": len(texts),
         "tokens": token_digest(encoded),
+        "form": form_of(texts),
         "tokenizer": tokenizer.fingerprint,
         **{f"{n}.{k}": v for n, one in found.items() for k, v in one.items() if k not in common},
         **common,
@@ -58,6 +60,12 @@ def flat_settings(settings: AuditSettings) -> dict[str, Any]:
     flat = {k: v for k, v in values.items() if not isinstance(v, dict)}
     groups = {g: inner for g, inner in values.items() if isinstance(inner, dict)}
     return flat | {f"{g}.{k}": v for g, inner in groups.items() for k, v in inner.items()}
+
+
+def form_of(texts: Sequence[Text]) -> str:
+    """Names how records became these texts: by which template, and what of it is scored."""
+    found = {"plain texts" if t.rendered is None else t.rendered.form for t in texts}
+    return " and ".join(sorted(found))
 
 
 def digest(texts: Sequence[Text]) -> str:

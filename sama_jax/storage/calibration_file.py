@@ -5,7 +5,7 @@ Names the decisions that are made by it, too.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from sama_jax.errors import DataError, UsageError
 from sama_jax.storage.files import (
@@ -27,7 +27,7 @@ SUMMARY = "decisions.json"
 
 
 class Calibration(TypedDict):
-    """The content of a calibration file, but for its checksum."""
+    """The content of a calibration file."""
 
     attack: str
     identity: dict[str, Any]
@@ -45,6 +45,8 @@ class Calibration(TypedDict):
     rank: int
     """Texts with p <= rank / (texts + 1) are flagged."""
     date: str
+    sha256: NotRequired[str]
+    """Of all else, in a file."""
 
 
 _SHAPE = {
@@ -67,7 +69,11 @@ def write_calibration(path: Path, content: Calibration) -> None:
     """Writes a calibration with its SHA-256; replaces nothing but another one."""
     require_free(path, MAKER)
     marked = dict(content) | {MADE_BY: MAKER}
-    write_json(path, marked | {"sha256": sha256_of(marked)})
+    write_json(path, marked | {"sha256": _digest(marked)})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return sha256_of({name: value for name, value in content.items() if name != "sha256"})
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -85,7 +91,7 @@ def read_calibration(path: Path) -> Calibration:
             f"{path}: is no calibration (no usable field '{wrong}'); make one with "
             "`sama-jax calibrate RUN --out FILE`"
         )
-    if found.pop("sha256") != sha256_of(found):
+    if found["sha256"] != _digest(found):
         raise UsageError(
             f"{path}: was changed after it was written; make it again with `sama-jax calibrate`"
         )

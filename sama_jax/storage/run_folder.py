@@ -77,6 +77,7 @@ _MANIFEST: Shape = {
     "corpus_attacks?": [str],
     "prefix_classes?": [str],
     "not_computed?": ({str: str}, None),
+    "codes?": {str: str},
     "notes?": [str],
     "gates?": [_GATE],
     "files?": {str: str},
@@ -265,12 +266,13 @@ class RunFolder:
             for line in lines
         ]
         self._scores.append_json(*(sealed({"run": self._run} | line) for line in named))
-        for line in lines:
+        for line in named:
             self._merge(line)
 
     def _merge(self, line: dict[str, Any]) -> None:
-        entry = self._parts.setdefault(line["id"], {"scores": {}, "passes": {}})
+        entry = self._parts.setdefault(line["id"], {"scores": {}, "passes": {}, "code": {}})
         entry["scores"] |= line["scores"]
+        entry["code"] |= {name: line.get("code", {}).get(name, "") for name in line["scores"]}
         entry["passes"] |= line["passes"]
         undefined = entry.setdefault("undefined", {})
         for name in line["scores"]:
@@ -288,10 +290,16 @@ class RunFolder:
         """Writes scores.jsonl: one line a text in the given order, from all appended parts.
 
         Besides the `attacks` it holds those of earlier goes that were scored for every text: what
-        a signal cut off would be a result of a part of the texts.
+        a signal cut off would be a result of a part of the texts. The manifest says by which code
+        each was made; one that today's process does not know, by two of them, is left out.
         """
-        seen = dict.fromkeys(name for part in self._parts.values() for name in part["scores"])
-        whole = [name for name in seen if not self.unscored([name], texts)]
+        codes: dict[str, set[str]] = {}
+        scored = [text["id"] for text in texts if text.get("status") != "prefix"]
+        for text_id in scored:
+            for name, code in self._parts.get(text_id, {}).get("code", {}).items():
+                codes.setdefault(name, set()).add(code)
+        whole = [n for n in codes if len(codes[n]) == 1 and not self.unscored([n], texts)]
+        self.manifest["codes"] = {n: min(codes[n]) for n in codes if n in {*attacks, *whole}}
         rows: list[dict[str, Any]] = []
         for text in texts:
             part = self._parts.get(text["id"], {"scores": {}, "passes": {}})

@@ -1,5 +1,6 @@
 """Reads and writes small YAML files: experiments, and the settings of an audit."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,42 @@ REPEATS = "sama-jax {} --config THIS_FILE --out DIR repeats the run, from the fi
 """First line of a file with the flags of a command."""
 
 
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?", re.ASCII)
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for mappings of bounded size."""
+    """PyYAML's safe loader, for mappings of bounded size, each key once, and decimal numbers."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        known = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in known:
+                raise ValueError(f"'{key.value}' stands there twice, {_at(key)}; keep one of them")
+            known.add(key.value)
+        return node
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
+        """Reads a number; 010, 1:04, 1_2 and 0x10, which YAML reads otherwise, are refused."""
+        if not _DECIMAL.fullmatch(node.value):
+            raise ValueError(
+                f"'{node.value}' is no plain decimal number, {_at(node)}; write it as one, or in "
+                "quotes if it is a word"
+            )
+        return int(node.value) if node.tag.endswith(":int") else float(node.value)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > MAX_FIELDS:
             raise ValueError(f"a mapping has more than {MAX_FIELDS} fields")
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_decimal)
+
+
+def _at(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
 
 
 def read_yaml(path: Path) -> Any:

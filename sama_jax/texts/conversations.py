@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from sama_jax.arrays import Piece, Rendered
+from sama_jax.config import settings_hash
 from sama_jax.errors import DataError, UsageError, nearest
 from sama_jax.texts.records import TURNS, shown_names
 
@@ -47,6 +48,11 @@ class Template(Protocol):
         """The token that fills up the end of a text; None: it knows none."""
         ...
 
+    @property
+    def content(self) -> str:
+        """All that the writing depends on, as text."""
+        ...
+
     def write(self, turns: Sequence[Turn]) -> list[Piece]:
         """Writes the turns. Raises `DataError` with neither file nor line."""
         ...
@@ -72,6 +78,11 @@ class NamedTemplate:
     def adds(self) -> bool:
         """One that spells no begin token leaves that to the tokenizer."""
         return not self.begin and not self.header
+
+    @property
+    def content(self) -> str:
+        """All fields."""
+        return repr(self)
 
     def write(self, turns: Sequence[Turn]) -> list[Piece]:
         """Writes the turns one after the other."""
@@ -147,6 +158,12 @@ class Form:
                 "it out, or choose another template"
             )
 
+    @property
+    def name(self) -> str:
+        """Names all that a text depends on besides its record: template, its content, flags."""
+        content = settings_hash(self.template.content)
+        return f"{self.template.name} {content}, {self.loss_on}, {self.end_tokens} end tokens"
+
     def render(self, fields: Mapping[str, Any], found: Iterable[str], where: str) -> Rendered:
         """Makes the text of one record. Raises `DataError`, which names the record."""
         turns = turns_of(fields, found, where)
@@ -157,7 +174,7 @@ class Form:
         ends = turns[-1].role == "assistant"
         if ends and self.template.end_of_text is not None:
             pieces += [Piece(self.template.end_of_text, True, False)] * self.end_tokens
-        made = Rendered(tuple(pieces), self.template.adds)
+        made = Rendered(tuple(pieces), self.template.adds, self.name)
         if self.loss_on == "text":
             return made._replace(pieces=(Piece(str(made), True, True),))
         return made

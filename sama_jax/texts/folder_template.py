@@ -34,6 +34,11 @@ class FolderTemplate(NamedTuple):
         """The tokenizer's `eos_token`."""
         return self.tokens.get("eos_token")
 
+    @property
+    def content(self) -> str:
+        """Source and tokens, wherever they stand."""
+        return repr((self.source, sorted(self.tokens.items())))
+
     def write(self, turns: Sequence[Turn]) -> list[Piece]:
         """Writes the turns; an answer is what an assistant's turn adds to the text before it.
 

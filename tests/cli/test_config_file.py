@@ -67,6 +67,7 @@ def test_the_config_of_a_new_model_is_another_flag(tmp_path: Path):
     [
         ({"tarjet": "t"}, "'tarjet' is no flag of sama-jax audit; did you mean 'target'"),
         ({"config": "b.yaml"}, "'config' is no flag"),
+        ("limit: 2001-01-01", "limit: expected a word or a number"),
         ({"windows": "yes"}, "windows is a switch; expected true or false"),
         ({"target": {"a": 1}}, "target: expected a word or a number"),
         ({"target": True}, "target: expected a word or a number"),
@@ -82,6 +83,14 @@ def test_what_is_no_flag_is_refused(tmp_path: Path, capsys, content, said):
     found = capsys.readouterr().err
     assert said in found
     assert found.count("\n") == 1
+
+
+def test_a_flag_that_is_spelled_in_two_ways_is_refused(tmp_path: Path, capsys):
+    with pytest.raises(SystemExit):
+        parsed(
+            tmp_path / "a.yaml", "max-length: 3\nmax_length: 4", "--reference", "r", "--out", "o"
+        )
+    assert "--max-length: is given twice" in capsys.readouterr().err
 
 
 def test_saving_replaces_no_file_of_another_kind(box: Box, capsys):

@@ -55,6 +55,22 @@ def test_a_flag_that_takes_one_value_is_refused_twice(twice, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "kind", "twice"),
+    [
+        ("audit", AuditSettings, ["--seed", "42", "--set", "seed=2"]),  # its default, but given
+        ("audit", AuditSettings, ["--passes", "8", "--set", "passes=3"]),
+        ("plan", AuditSettings, ["--max-length", "64", "--set", "max_length=32"]),
+        ("finetune", TrainSettings, ["--lr", "0.1", "--set", "learning_rate=0.2"]),
+        ("finetune", TrainSettings, ["--train-on-padding", "--set", "train_on_padding=1"]),
+    ],
+)
+def test_a_flag_is_not_replaced_by_a_setting(command, kind, twice):
+    with pytest.raises(UsageError, match="is given twice"):
+        flags.settings_of(parse(command, *twice), kind)
+    assert flags.settings_of(parse(command, *twice[-2:]), kind) != kind()
+
+
 def test_a_flag_that_repeats_and_a_second_command_line_are_taken():
     for _ in range(2):
         parsed = parse("audit", "--set", "sama.steps=2", "--set", "padding=visible", "--seed", "1")
@@ -71,7 +87,7 @@ def test_a_job_without_flags_has_the_defaults_of_its_fields():
     """But for what the command reads from files or names in another way."""
     texts: Any = object()
     own: dict[str, Any] = {"texts": texts, "prefixes": None, "command": "", "attacks": ["sama"]}
-    own["control"] = None
+    own |= {"control": None, "config": {}}
     job = AuditJob(**(flags.values_of(parse("audit"), AuditJob) | own))
     target, reference, out = Path("t"), Path("r"), Path("o")
     plain = AuditJob(target=target, reference=reference, out=out, **own)

@@ -1,4 +1,4 @@
-"""SDAR and Fast-dLLM v2 against transformers under their masks, every parameter random."""
+"""SDAR, Fast-dLLM v2 and RND1 against transformers under their masks, every parameter random."""
 
 import functools
 import json
@@ -34,6 +34,15 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
+}
+
+MOE = {
+    "head_dim": 32,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "experts_implementation": "eager",
 }
 
 
@@ -72,6 +81,25 @@ FAMILIES = {
         },
         block=32,
         shift=True,
+    ),
+    "rnd1": Family(
+        "RND1",
+        "Qwen3Moe",
+        {**MOE, "rope_parameters": {"rope_theta": 1e6}},
+        {"model_type": "rnd1", "architectures": ["RND1LM"], "num_experts": 16}
+        # Its class writes what it does not use as false.
+        | {"rope_scaling": False, "sliding_window": False, "is_causal": False},
+        block=None,
+        shift=True,
+    ),
+    "sdar_moe": Family(
+        "SDAR, experts",
+        "Qwen3Moe",
+        {**MOE, "norm_topk_prob": False, "attention_bias": True},
+        {"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]}
+        | {"block_size": 8, "num_experts": 16},
+        block=8,
+        shift=False,
     ),
 }
 
@@ -217,6 +245,8 @@ PUBLISHED = {
         | {"num_attention_heads": 28},
         15_231_233_024 // 2,
     ),
+    # Sums over the sizes of its class: embedding and head, 48 layers of attention and 128 experts.
+    "RND1-Base-0910": ({"model_type": "rnd1"}, {}, 30_532_122_624),
 }
 
 
@@ -258,3 +288,32 @@ def test_a_block_is_a_context_length_in_lit_gpt_alone():
     assert read_config({**sizes, "model_type": "smdm"}, "here").max_length > 2048
     config = {**sizes, "model_type": "smdm", "block_size": 2048}
     assert read_config(config, "here").max_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob is False, only True"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, only 1e-06"),
+        ({"rope_theta": 1e4}, "rope_theta is 10000.0, only 1000000.0"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta 10000.0"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], only \[\]"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, only 1"),
+        ({"num_experts_per_tok": 17}, "17 active experts do not fit"),
+        ({"block_size": 4}, "not understood: block_size is 4"),
+    ],
+)
+def test_what_the_class_of_rnd1_would_not_follow_is_refused(changes, complaint):
+    config = {**SIZES, **MOE, "model_type": "rnd1"}
+    assert read_config(config, "here").arch.rope_theta == 1e6
+    with pytest.raises(ModelError, match=f"^here: .*{complaint}"):
+        read_config({**config, **changes}, "here")
+
+
+def test_sdar_with_experts_has_no_defaults():
+    config = {**SIZES, **MOE, "model_type": "sdar_moe", "block_size": 4, "rms_norm_eps": 1e-6}
+    config |= {"rope_theta": 1e6, "tie_word_embeddings": False}
+    read_config(config, "here")
+    for field in ("norm_topk_prob", "num_experts", "rope_theta", "block_size", "head_dim"):
+        with pytest.raises(ModelError, match=f"^here: .*{field}"):
+            read_config({k: v for k, v in config.items() if k != field}, "here")

@@ -91,6 +91,7 @@ def test_the_command_writes_a_file_that_the_other_one_uses(runs, capsys):
     assert summary["flagged"] == sum(x["flagged"] for x in lines)
     assert summary["collection"]["texts"] == len(rows)
     assert 0 < summary["collection"]["p"] <= 1
+    assert summary["calibration"] == json.loads(file.read_text())["sha256"]
     assert ASSUMPTION in said
     assert "is not the probability" in said
     assert "in 80 % of cases" in said
@@ -259,7 +260,7 @@ def change_manifest(run: Path, change) -> None:
 @pytest.mark.parametrize(
     "field",
     ["version", "tokenizer", "target.weights", "reference.weights", "backend", "max_length", "seed",
-     "sama.subset_size", "dtype"],
+     "sama.subset_size", "dtype", "form", "code of sama"],
 )  # fmt: skip
 def test_a_run_that_was_made_otherwise_is_refused_by_what_differs(runs, field, capsys):
     known, new, file = runs
@@ -271,6 +272,24 @@ def test_a_run_that_was_made_otherwise_is_refused_by_what_differs(runs, field, c
     assert said.count("\n") == 1
     assert f"{field} was 'another', is" in said
     assert not (new / "decisions.jsonl").exists()
+
+
+def test_a_run_that_does_not_say_by_which_code_it_scored_calibrates_nothing(runs):
+    known, new, file = runs
+    run_calibrate(known, file, fpr=0.1)
+    for run in (known, new):
+        change_manifest(run, lambda m: m.pop("codes"))
+    with pytest.raises(UsageError, match="by which code its scores of sama were made"):
+        run_calibrate(known, file, fpr=0.1)
+    with pytest.raises(UsageError, match="by which code its scores of sama were made"):
+        run_apply(new, file)
+
+
+def test_windows_are_refused_as_what_they_are(runs):
+    known, _, file = runs
+    change_manifest(known, lambda m: m["run"].update(windows={"stride": None}))
+    with pytest.raises(UsageError, match="was made with --windows"):
+        run_calibrate(known, file, fpr=0.1)
 
 
 def test_another_kind_of_device_is_refused_and_another_number_of_them_is_not(runs):

@@ -113,3 +113,27 @@ def test_a_misfit_is_named():
     assert misfit({"b": []}, {"a": int}) == "a"
     assert misfit([], {"a": int}) == "the whole"
     assert misfit({"a": 1}, {"a": int}) is None
+
+
+def test_a_manifest_names_the_code_of_scores_and_mixes_none(tmp_path):
+    def go(codes: dict[str, str], text_id: str, attacks: list[str]) -> dict:
+        folder = RunFolder(tmp_path, {"seed": 1}, {}, None, codes=codes)
+        scored = dict.fromkeys(attacks, 0.5)
+        folder.append_scores([{"id": text_id, "scores": scored, "passes": scored}])
+        rows = folder.join([{"id": "a"}, {"id": "b"}], ["sama"])
+        folder.write_manifest()
+        folder.close()
+        assert set(rows[0]["scores"]) == {*folder.manifest["codes"], "sama"}
+        return json.loads((tmp_path / "manifest.json").read_text())["codes"]
+
+    codes = {"sama": "s1", "mine": "m1"}
+    assert go(codes, "a", ["sama", "mine"]) == {"sama": "s1"}
+    assert go(codes, "b", ["sama", "mine"]) == codes
+    assert go({"sama": "s1"}, "b", ["sama"]) == codes  # a process that does not know `mine`
+    assert go({"sama": "s2"}, "a", ["sama"]) == {"sama": "s2", "mine": "m1"}
+    folder = RunFolder(tmp_path / "mixed", {"seed": 1}, {}, None, codes={"mine": "m1"})
+    folder.append_scores([{"id": "a", "scores": {"mine": 0.5}, "passes": {}}])
+    folder._codes = {"mine": "m2"}
+    folder.append_scores([{"id": "b", "scores": {"mine": 0.5}, "passes": {}}])
+    assert folder.join([{"id": "a"}, {"id": "b"}], [])[0]["scores"] == {}
+    folder.close()

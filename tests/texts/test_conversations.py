@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sama_jax.arrays import Rendered
 from sama_jax.errors import DataError, ModelError, UsageError
+from sama_jax.programs.run_identity import form_of
 from sama_jax.texts import spans
 from sama_jax.texts.conversations import NAMED, Form, Turn, named_template
 from sama_jax.texts.folder_template import folder_template
@@ -386,3 +388,20 @@ def test_lower_case_changes_answers_alone():
     assert str(marked.lower()) == (
         "<|IM_start|>user\nHI<|IM_end|>\n<|IM_start|>assistant\nyo i̇<|IM_end|>\n"
     )
+
+
+def test_a_form_is_named_by_all_that_its_texts_depend_on(tmp_path: Path):
+    """So a run in one form is never taken for one in another."""
+    for name, source in (("one", "{{ messages }}"), ("other", "{{ messages }}!")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "chat_template.jinja").write_text(source)
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    folders = {name: folder_template(tmp_path / name) for name in ("one", "other", "moved")}
+    forms = [form(), form("llama"), form(loss_on="text"), form(end_tokens=1)]
+    forms += [Form(folders["one"]), Form(folders["other"])]
+    assert len({one.name for one in forms}) == len(forms)
+    assert Form(folders["moved"]).name == Form(folders["one"]).name
+    made = read_texts(put(tmp_path / "t.jsonl", messages(("assistant", "ka"))), form=form())
+    assert form_of(made.texts) == form().name
+    plain = read_texts(put(tmp_path / "p.jsonl", {"text": "ka"}))
+    assert form_of([*plain.texts, *made.texts]) == f"{form().name} and plain texts"

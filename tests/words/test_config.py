@@ -45,11 +45,19 @@ def test_passes_are_the_budget_of_all_attacks():
     settings = AuditSettings.of("paper", passes=8, overrides=["sama.subsets=4"], max_length=9)
     assert (settings.passes, settings.sama.steps, settings.sama.repeats) == (8, 2, 4)
     assert (settings.budget, settings.sama.subsets, settings.max_length) == (8, 4, 9)
-    assert AuditSettings.of(passes=8, overrides=["passes=3"]).passes == 3  # the last word
     with pytest.raises(UsageError, match="multiple of 4"):
         AuditSettings.of("paper", passes=6)
     with pytest.raises(UsageError, match="at least 1"):
         AuditSettings.of(passes=0)
+
+
+@pytest.mark.parametrize("kind", [AuditSettings, TrainSettings])
+def test_a_setting_is_given_once(kind):
+    for twice in ({"overrides": ["seed=1", "seed = 1"]}, {"overrides": ["seed=2"], "seed": 1}):
+        with pytest.raises(UsageError, match="'seed' is given twice"):
+            kind.of(**twice)
+    with pytest.raises(UsageError, match="'passes' is given twice"):
+        AuditSettings.of(passes=8, overrides=["passes=3"])
 
 
 def test_overrides_hold_together_whatever_their_order():
@@ -67,7 +75,7 @@ def test_settings_survive_a_manifest():
 
 
 def test_training_settings_take_fields_then_overrides():
-    made = TrainSettings.of(overrides=["epochs=2", "eps=0.1"], epochs=1.0, windows=True)
+    made = TrainSettings.of(overrides=["epochs=2", "eps=0.1"], windows=True)
     assert (made.epochs, made.eps, made.windows) == (2.0, 0.1, True)
     assert override(made, []) == made
 

@@ -122,7 +122,9 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
         o_bias=attention_bias,
         mlp_bias=by_config and config.flag("mlp_bias"),
         qk_norm="head" if dialect.norm_heads else None,
-        block_length=_block_length(dialect, config),
+        block_length=1
+        if dialect.kind == "autoregressive"
+        else stated_blocks(config, dialect.blocks),
     )
     mask_id = config.get("mask_token_id")
     if mask_id is None and dialect.kind == "autoregressive":
@@ -138,18 +140,18 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
     )
 
 
-def _block_length(dialect: Dialect, config: Fields) -> int | None:
-    """Returns how long the blocks of attention are. A config that states its mask by name has that
-    one; the length of its blocks may then be absent."""
-    if dialect.kind == "autoregressive":
-        return 1
-    if dialect.blocks is None:
+def stated_blocks(config: Fields, field: str | None) -> int | None:
+    """Returns the length of the blocks that a model attends in; None without such a field.
+
+    A config that states its mask by name has that one; the length may then be absent.
+    """
+    if field is None:
         return None
-    length = config.count(dialect.blocks, LONGEST_BLOCK) or None
+    length = config.count(field, LONGEST_BLOCK) or None
     if length is None and config.get(FIELD) is None:
         config.refuse(
-            f"{dialect.blocks} is {shown(config.get(dialect.blocks))}; expected the length of the "
-            "blocks that the model was trained with"
+            f"{field} is {shown(config.get(field))}; expected the length of the blocks that the "
+            "model was trained with"
         )
     return length
 

@@ -53,7 +53,8 @@ def _rotary_size(config: Fields, head_size: int, share: Any) -> int:
     return size
 
 
-def _check_fit(config: Fields, arch: Architecture, experts: Experts) -> None:
+def check_fit(config: Fields, arch: Architecture, experts: Experts) -> None:
+    """Raises `ModelError` for numbers of heads, layers and experts that do not fit together."""
     size, rest = divmod(experts.count, experts.groups)
     kept = min(experts.kept_groups, experts.groups)
     wrong = []
@@ -138,7 +139,7 @@ def read_lladamoe(config: Fields) -> FamilyConfig:
         experts=experts,
         first_dense=first_dense,
     )
-    _check_fit(config, arch, experts)
+    check_fit(config, arch, experts)
     return FamilyConfig(
         "lladamoe", arch, LLADA_MOE_WEIGHTS, TransformerModel, _mask_id(config), shift=False
     )
@@ -236,7 +237,7 @@ def read_llada2(config: Fields) -> FamilyConfig:
         experts=experts,
         first_dense=first_dense,
     )
-    _check_fit(config, arch, experts)
+    check_fit(config, arch, experts)
     merged = config.get("model_type") == "llada2_moe_veomni"
     return FamilyConfig(
         "llada2_merged" if merged else "llada2",

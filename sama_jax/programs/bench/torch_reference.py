@@ -75,9 +75,13 @@ SAME_MATHS = {
     "roberta": "Roberta",
     "modernbert": "ModernBert",
     "lladamoe": "Qwen3Moe",
+    "rnd1": "Qwen3Moe",
+    "sdar_moe": "Qwen3Moe",
 }
 """`model_type` -> the class of transformers that computes the same, but for what positions see,
 which an explicit mask decides. Another such family is one more line."""
+_RND1 = {"norm_topk_prob": True, "num_hidden_layers": 48, "rope_theta": 1e6, "head_dim": 128}
+"""Fields that Qwen3-MoE's class would give another value where RND1's config leaves them out."""
 READ_GGUF = ("Llama", "Qwen2", "Qwen3")
 """Classes whose GGUF files transformers reads by itself."""
 
@@ -160,6 +164,9 @@ def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
         fields.setdefault("tie_word_embeddings", True)
     if kind == "lladamoe":
         fields = _qwen3_moe(fields, wanted.path)
+    if kind == "rnd1":
+        fields = _RND1 | {k: v for k, v in fields.items() if v is not False}
+    if name == "Qwen3Moe":
         fields["experts_implementation"] = "eager"  # grouped products know no float64
     options = {
         "dtype": getattr(torch, wanted.dtype),
