@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.output import claim, finish, make_record, record_sizes
+from checkpoints_convert.output import claimed, finish, make_record, record_sizes
 from sama_jax import untrusted
 from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
@@ -40,6 +41,7 @@ from sama_jax.weights import (
     special_tokens,
     tensor_map,
 )
+from sama_jax.weights.adapter_tokenizer import require_adapters_ids
 from sama_jax.weights.folder_files import CONFIG, PARAMS
 from sama_jax.weights.model_folder import ModelFolder
 from sama_jax.weights.orbax_source import OrbaxSource
@@ -83,7 +85,7 @@ def to_orbax(
       mesh: `data=N,model=M` over all devices; each process reads and writes what its devices hold.
         None is the first device.
       allow_pickle: read `.bin` weights, by torch's weights-only loading.
-      mask_id: instead of the config's. Nothing depends on it, but a wrong one is refused.
+      mask_id: instead of the config's, and written in its place.
 
     Raises:
       ModelError: everything that does not fit, in one message.
@@ -96,26 +98,27 @@ def to_orbax(
         dtype = dtype if wanted != kept else "keep"
         _refuse_float64(folder, wanted)
         place = _places(folder, mesh)
-        record = make_record(folder, "orbax", src, dtype)
-        if claim(out, record, quiet):
-            return Converted(out, folder.num_params, 0, 0, 0.0)
-        sizes = _local_bytes(folder, wanted, place)
-        # Orbax makes a copy of one leaf at a time to write it.
-        host = sum(sizes.values()) + 2 * max(sizes.values()) + HOST_BASE_BYTES
-        leaves = tensor_map.leaf_paths(folder.abstract_params)
-        total = sum(leaf.size * wanted[path].itemsize for path, leaf in leaves.items())
-        _announce(src, folder, total, host, quiet)
+        record = make_record(folder, "orbax", src, dtype, mask_id)
+        with claimed(out, record, quiet) as finished:
+            if finished:
+                return Converted(out, folder.num_params, 0, 0, 0.0)
+            sizes = _local_bytes(folder, wanted, place)
+            # Orbax makes a copy of one leaf at a time to write it.
+            host = sum(sizes.values()) + 2 * max(sizes.values()) + HOST_BASE_BYTES
+            leaves = tensor_map.leaf_paths(folder.abstract_params)
+            total = sum(leaf.size * wanted[path].itemsize for path, leaf in leaves.items())
+            _announce(src, folder, total, host, quiet)
 
-        start = time.monotonic()
-        with ByteBar("reading", total, quiet=quiet) as told:
-            params = loading.read_params(folder, lambda path, _: (wanted[path], place[path]), told)
-        if not quiet:
-            print(f"writing {out / PARAMS}", file=sys.stderr)
-        orbax.save_params(out / PARAMS, params)
-        record_sizes(out, record)
-        finish(folder, out, folder.config, dtype)
-        seconds = time.monotonic() - start
-        return Converted(out, folder.num_params, folder.source.bytes_read, total, seconds)
+            start = time.monotonic()
+            with ByteBar("reading", total, quiet=quiet) as told:
+                params = loading.read_params(folder, lambda p, _: (wanted[p], place[p]), told)
+            if not quiet:
+                print(f"writing {out / PARAMS}", file=sys.stderr)
+            orbax.save_params(out / PARAMS, params)
+            record_sizes(out, record)
+            finish(folder, out, folder.config, dtype)
+            seconds = time.monotonic() - start
+            return Converted(out, folder.num_params, folder.source.bytes_read, total, seconds)
 
 
 def to_hf(
@@ -147,28 +150,29 @@ def to_hf(
             t.dtype == np.dtype(s.dtype)
             for t, s in zip(tensors.values(), folder.source.tensors.values())
         )
-        record = make_record(folder, "hf", src, "keep" if kept else dtype)
+        record = make_record(folder, "hf", src, "keep" if kept else dtype, mask_id)
         if adapter is not None:
             paths = [adapter] if isinstance(adapter, str | Path) else adapter
             record["adapter"] = ", ".join(map(str, paths))
-        if claim(out, record, quiet):
-            return Converted(out, folder.num_params, 0, 0, 0.0)
-        total = sum(t.nbytes for t in tensors.values())
-        largest = max(t.nbytes for t in tensors.values())
-        if isinstance(folder.source, OrbaxSource):  # it reads whole leaves
-            leaves = tensor_map.leaf_paths(folder.source.params)
-            largest += max(x.size * x.dtype.itemsize for x in leaves.values())
-        _announce(src, folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
+        with claimed(out, record, quiet) as finished:
+            if finished:
+                return Converted(out, folder.num_params, 0, 0, 0.0)
+            total = sum(t.nbytes for t in tensors.values())
+            largest = max(t.nbytes for t in tensors.values())
+            if isinstance(folder.source, OrbaxSource):  # it reads whole leaves
+                leaves = tensor_map.leaf_paths(folder.source.params)
+                largest += max(x.size * x.dtype.itemsize for x in leaves.values())
+            _announce(src, folder, total, 2 * largest + HOST_BASE_BYTES, quiet)
 
-        start = time.monotonic()
-        with ByteBar("writing", total, quiet=quiet) as told, writing(out):
-            safetensors.save_weights(out, tensors, max_shard_bytes, told)
-        saved = folder.family.weights.saved_config
-        config = {k: saved.get(k, value) for k, value in folder.config.items()}
-        finish(folder, out, config, "keep" if kept else dtype)
-        return Converted(
-            out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start
-        )
+            start = time.monotonic()
+            with ByteBar("writing", total, quiet=quiet) as told, writing(out):
+                safetensors.save_weights(out, tensors, max_shard_bytes, told)
+            saved = folder.family.weights.saved_config
+            config = {k: saved.get(k, value) for k, value in folder.config.items()}
+            finish(folder, out, config, "keep" if kept else dtype)
+            return Converted(
+                out, folder.num_params, folder.source.bytes_read, total, time.monotonic() - start
+            )
 
 
 # --- the source ----------------------------------------------------------------------------------
@@ -205,11 +209,12 @@ def _opened(
                 with writing(out):
                     pickled.rewrite(path, rewritten)
                 path = rewritten
-            if mask_id is None and _names_no_mask(path):
-                mask_id = 0  # a place holder
+            holder = 0 if mask_id is None and _names_no_mask(path) else mask_id
             folder = model_folder.open_folder(
-                path, mask_id=mask_id, dtype="float32", adapter=adapter, merge=True
+                path, mask_id=holder, dtype="float32", adapter=adapter, merge=True
             )
+            if mask_id is not None and folder.model.kind != "autoregressive":  # they mask nothing
+                folder = replace(folder, config=folder.config | {"mask_token_id": mask_id})
             _check_tokenizer(folder)
             yield folder
         except ModelError as error:
@@ -231,7 +236,8 @@ def _check_tokenizer(folder: ModelFolder) -> None:
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     stored = any((folder.path / name).is_file() for name in names)
     if stored or names[0] in folder_files.companion_names(folder.path):
-        TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
+        tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
+        require_adapters_ids(folder.adapters, tokenizer)
 
 
 def _layout(folder: ModelFolder) -> tuple[Table, int]:

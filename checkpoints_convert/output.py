@@ -1,8 +1,10 @@
 """Keeps the output folder of a conversion: what it came from, whether it is finished and whole."""
 
+import contextlib
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ from jax.experimental import multihost_utils
 from sama_jax import __version__
 from sama_jax.config import settings_hash
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.storage.files import write_json, writing
+from sama_jax.storage.files import only_writer, write_json, writing
 from sama_jax.weights import folder_files, quantised, stored_bytes
 from sama_jax.weights.folder_files import CONFIG, PARAMS, RECORD
 from sama_jax.weights.model_folder import ModelFolder
 from sama_jax.weights.orbax_source import files_below
 
 
-def make_record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> dict[str, Any]:
-    """Makes the content of `conversion.json`."""
+def make_record(
+    folder: ModelFolder, kind: str, src: str | Path, dtype: str, mask_id: int | None = None
+) -> dict[str, Any]:
+    """Makes the content of `conversion.json`; `mask_id` is what replaces the config's, if any."""
     config = folder.path / CONFIG  # a GGUF file needs none
     copied = [*([config] if config.is_file() else []), *folder_files.companions(folder.path)]
     return {
@@ -28,6 +32,7 @@ def make_record(folder: ModelFolder, kind: str, src: str | Path, dtype: str) -> 
         "source": str(src),
         "source_identity": folder.identity,
         "dtype": dtype,
+        "mask_id": mask_id,
         "sama_jax": __version__,
         "files": folder_files.companion_names(folder.path),
         # Mask and padding ids, the tokenizer: what is written besides the weights.
@@ -44,17 +49,26 @@ def record_sizes(out: Path, record: dict[str, Any]) -> None:
         write_json(out / RECORD, {**record, "sizes": sizes, "digest": digest})
 
 
-def claim(out: Path, record: dict[str, Any], quiet: bool) -> bool:
-    """Empties `out` of an unfinished conversion and writes the record. True if it is finished.
+@contextlib.contextmanager
+def claimed(out: Path, record: dict[str, Any], quiet: bool) -> Iterator[bool]:
+    """Keeps other conversions out of `out`, empties it, and writes the record.
 
-    Raises `UsageError` if it holds anything else.
+    Yields True if the conversion is finished already; then nothing is changed. Raises `UsageError`
+    if the folder holds anything else, or another process is converting into it.
     """
-    finished = _is_finished(out, record)
-    _together("checked")  # no process looks at what another one has begun
-    if finished:
-        if not quiet:
+    _is_finished(out, record)  # before a folder is made
+    first = jax.process_index() == 0
+    with only_writer(out) if first else contextlib.nullcontext():
+        finished = _is_finished(out, record)  # again: another one may have had it meanwhile
+        _together("checked")  # no process looks at what another one has begun
+        if finished and not quiet:
             print(f"{out}: finished before, nothing to do", file=sys.stderr)
-        return True
+        if not finished:
+            _begin(out, record)
+        yield finished
+
+
+def _begin(out: Path, record: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         with writing(out):
             if out.is_dir():
@@ -62,7 +76,6 @@ def claim(out: Path, record: dict[str, Any], quiet: bool) -> bool:
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
         write_json(out / RECORD, record)
     _together("claimed")
-    return False
 
 
 def _is_finished(out: Path, record: dict[str, Any]) -> bool:
@@ -81,7 +94,7 @@ def _is_finished(out: Path, record: dict[str, Any]) -> bool:
             f"{out}: is not empty and holds no conversion (no readable {RECORD}); give a new folder"
         ) from None
     if CONFIG in names:
-        same = ("format", "source_identity", "dtype", "source_files")
+        same = ("format", "source_identity", "dtype", "mask_id", "source_files")
         changed = [k for k in same if before.get(k) != record[k]]
         differs = [f"{k} was {before.get(k)!r}, is {record[k]!r}" for k in changed]
         if differs:

@@ -160,7 +160,7 @@ def _run_here(
         mesh.connect(*peers.jax, peers.count, peers.rank)
     attacks.select(args.attacks)  # names that are wrong, before long files are read
     target = args.target or args.reference
-    form = form_of(args.template, args.loss_on, args.end_tokens, target)
+    form = form_of(args.template, args.loss_on, args.end_tokens, target, args.adapter or ())
     named = (args.text_field, args.label_field)
     read = texts_of(args, form)
     others = {

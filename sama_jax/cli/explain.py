@@ -61,7 +61,8 @@ def _texts(args: argparse.Namespace) -> "list[Text]":
 
     given = args if args.data else audit.flags_of_run(args.run_folder)
     folder = args.tokenizer or (None if args.data else given.target or given.reference)
-    form = form_of(given.template, given.loss_on, given.end_tokens, folder)
+    adapters = getattr(given, "adapter", None) or ()
+    form = form_of(given.template, given.loss_on, given.end_tokens, folder, adapters)
     control, named = getattr(given, "control", None), (given.text_field, given.label_field)
     known = control and read_texts(control, *named, labels_needed=False, form=form)
     return with_control(audit.texts_of(given, form), known).texts

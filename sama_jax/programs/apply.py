@@ -24,7 +24,7 @@ from sama_jax.storage.calibration_file import (
     Calibration,
     read_calibration,
 )
-from sama_jax.storage.files import write_atomic, write_json
+from sama_jax.storage.files import only_writer, write_atomic, write_json
 from sama_jax.storage.run_folder import differences, json_lines, record_also
 from sama_jax.untrusted import printable
 from sama_jax.validity.drift import same_lengths, within_lengths
@@ -101,9 +101,10 @@ def run_apply(
         tested = conformal.collection_test(scores[alone], known)
         summary["collection"] = tested._asdict() | {"texts": len(alone)}
     lines = _decisions(run, values, judged, p, flagged)
-    write_atomic(folder / DECISIONS, json_lines(lines))
-    write_json(folder / SUMMARY, summary)
-    record_also(folder, [DECISIONS, SUMMARY])
+    with only_writer(folder):
+        write_atomic(folder / DECISIONS, json_lines(lines))
+        write_json(folder / SUMMARY, summary)
+        record_also(folder, [DECISIONS, SUMMARY])
     return Applied(summary, _sentences(summary))
 
 

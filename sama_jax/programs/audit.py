@@ -56,6 +56,7 @@ from sama_jax.storage.run_folder import METRICS, Row, noted
 from sama_jax.terminal import console
 from sama_jax.validity.gate import Gate, told, voids, warnings, worst_of
 from sama_jax.weights import model_folder
+from sama_jax.weights.adapter_tokenizer import require_adapters_ids
 
 if TYPE_CHECKING:
     from sama_jax.reporting.results import Metrics
@@ -84,6 +85,8 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     require_outputs(job)
     wanted = wanted_attacks(job)
     inputs = read_inputs(job)
+    adapters = inputs.roles["target"].folder.adapters
+    require_adapters_ids(adapters, inputs.tokenizer, inputs.texts)
     chosen = choose_attacks(job, wanted, inputs)
     tokenised = tokenise(job, inputs, chosen.prefixes, quiet=quiet)
     data = data_gates(job, inputs, tokenised)

@@ -26,7 +26,7 @@ from sama_jax.core.sampling import sample_texts
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.reporting import results
 from sama_jax.storage.canary_file import KEY, TEXTS, Canary, CanaryKey, read_key, write_key
-from sama_jax.storage.files import opened, write_atomic, write_pieces
+from sama_jax.storage.files import only_writer, opened, require_new, write_atomic, write_pieces
 from sama_jax.storage.run_folder import json_lines
 from sama_jax.texts.read import read_texts, text_digest
 from sama_jax.texts.records import LINE_BYTES, Names, rows_of
@@ -85,8 +85,7 @@ def run_make(
       UsageError: the folder is not empty, or the attack is unknown or reads all texts at once.
       ModelError: the model cannot be used, or spells no texts that survive its own tokenizer.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: exists and is not empty; give --out a new folder")
+    require_new(out)
     if attack_suite.get(attack).corpus is not None:
         raise UsageError(
             f"attack '{attack}' reads all texts at once, so canaries would change each other's "
@@ -110,8 +109,10 @@ def run_make(
         "temperature": float(recipe.temperature),
     }
     rows = [{"text": text, "label": int(coin)} for (text, *_), coin in zip(drawn, coins)]
-    write_atomic(out / TEXTS, json_lines(rows))
-    seal = write_key(out / KEY, CanaryKey(canaries, seed, attack, about))
+    with only_writer(out):
+        require_new(out)  # again: another process may have made some meanwhile
+        write_atomic(out / TEXTS, json_lines(rows))
+        seal = write_key(out / KEY, CanaryKey(canaries, seed, attack, about))
     return (
         f"{len(drawn)} canaries, {int(coins.sum())} of them included by their coins. Keep {out} "
         "from whoever trains until the training is over; the SHA-256 of the key, to be published "

@@ -1,5 +1,6 @@
 """Chooses how the records of a command become texts: the template, and what of it is scored."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,11 @@ from sama_jax.weights import hub
 
 
 def form_of(
-    template: str | None, loss_on: str | None, end_tokens: int, folder: Path | None
+    template: str | None,
+    loss_on: str | None,
+    end_tokens: int,
+    folder: Path | None,
+    adapters: Sequence[Path] = (),
 ) -> Form | None:
     """Returns how conversations become texts; None where no template is given.
 
@@ -19,10 +24,11 @@ def form_of(
       loss_on: `response` (None, too) or `text`.
       end_tokens: end-of-text tokens that are scored behind the last answer.
       folder: the model folder, or a Hub id; None: there is none yet.
+      adapters: folders of its adapters, which may bring the template.
 
     Raises:
       UsageError: flags that do not go together, or an unknown template.
-      ModelError: the folder has no template.
+      ModelError: the folders have no template, or two.
     """
     if template is None:
         if loss_on is not None or end_tokens:
@@ -36,5 +42,5 @@ def form_of(
     elif folder is None:
         raise UsageError(f"--template {FOLDER} needs a model folder; choose another template")
     else:
-        chosen = folder_template(hub.resolve(folder))
+        chosen = folder_template(*map(hub.resolve, (folder, *adapters)))
     return Form(chosen, cast(LossOn, loss_on or "response"), end_tokens)

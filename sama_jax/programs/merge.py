@@ -15,7 +15,7 @@ from sama_jax.engine.text_table import table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
 from sama_jax.programs.rescore import run_score, store_of
-from sama_jax.storage.files import copy_file, write_json, writing
+from sama_jax.storage.files import copy_file, only_writer, require_new, write_json, writing
 from sama_jax.storage.protocol import Protocol, write_protocol
 from sama_jax.storage.run_folder import MANIFEST, noted, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
@@ -37,8 +37,7 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
     say = console(quiet)
     manifests = [_manifest(part) for part in parts]
     _require_one_run(parts, manifests)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: exists and is not empty; give a new folder")
+    require_new(out)
     indexes = [part / INDEX for part in parts if (part / INDEX).is_file()]
     if not indexes:
         raise DataError(f"{parts[0]}: has no {INDEX}; no process of this run has finished")
@@ -54,6 +53,27 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
                 raise DataError(f"{index}: has other views than {indexes[0]}; copy both again")
     for view in views.values():  # before anything is copied
         table_from_description(view, str(indexes[0]))
+    with only_writer(out):
+        require_new(out)  # again: another merge may have had it meanwhile
+        _write(out, parts, manifests, rows, views)
+    say.print(f"{len(parts)} parts copied to {out}")
+    attacks = manifests[0]["attacks"]
+    names = [a for a in attacks if not attack_suite.select([a])[0].needs_texts]
+    for name in sorted(set(attacks) - set(names)):
+        say.print(
+            f"not computed: {name} (it reads the texts themselves: run the audit with --out {out})"
+        )
+    return run_score(out, names, quiet=quiet)
+
+
+def _write(
+    out: Path,
+    parts: Sequence[Path],
+    manifests: Sequence[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    views: dict[str, Any],
+) -> None:
+    """Writes what all parts hold as one run that is not finished; its manifest is the last."""
     for number, (part, manifest) in enumerate(zip(parts, manifests)):
         store = store_of(part, manifest)
         _copy(part / "parts", "scores-*.jsonl", out / "parts", number, len(parts))
@@ -68,13 +88,6 @@ def run_merge(out: Path, parts: Sequence[Path], *, quiet: bool = False) -> Audit
     if manifest.get("protocol"):
         write_protocol(out, Protocol.from_dict(manifest["protocol"]))
     write_json(out / MANIFEST, manifest)
-    say.print(f"{len(parts)} parts copied to {out}")
-    names = [a for a in manifest["attacks"] if not attack_suite.select([a])[0].needs_texts]
-    for name in sorted(set(manifest["attacks"]) - set(names)):
-        say.print(
-            f"not computed: {name} (it reads the texts themselves: run the audit with --out {out})"
-        )
-    return run_score(out, names, quiet=quiet)
 
 
 def _require_one_run(parts: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:

@@ -168,6 +168,12 @@ def require_free(path: Path | None, mark: str | frozenset[str]) -> None:
     )
 
 
+def require_new(folder: Path) -> None:
+    """Raises `UsageError` if something stands in the place of a new folder, but an empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is not empty; give a new folder")
+
+
 def _has_mark(path: Path, mark: str | frozenset[str]) -> bool:
     try:
         if isinstance(mark, str):

@@ -36,8 +36,9 @@ class FolderTemplate(NamedTuple):
 
     @property
     def content(self) -> str:
-        """Source and tokens, wherever they stand."""
-        return repr((self.source, sorted(self.tokens.items())))
+        """The source and the tokens that it names, wherever they stand."""
+        read = {k: v for k, v in self.tokens.items() if k in self.source or k == "eos_token"}
+        return repr((self.source, sorted(read.items())))
 
     def write(self, turns: Sequence[Turn]) -> list[Piece]:
         """Writes the turns; an answer is what an assistant's turn adds to the text before it.
@@ -92,8 +93,28 @@ def _answer(text: str, content: str) -> list[Piece]:
     return [Piece(part, True, part is words) for part in parts]
 
 
-def folder_template(path: Path) -> FolderTemplate:
-    """Reads the chat template of a model folder. Raises `ModelError`."""
+def folder_template(*paths: Path) -> FolderTemplate:
+    """Reads the chat template of a model folder, or of one of its adapters behind it.
+
+    Raises `ModelError` if none of them has one, or two have different ones.
+    """
+    found = [one for path in paths if (one := _template(path)) is not None]
+    if not found:
+        raise ModelError(
+            f"{' and '.join(map(str, paths))}: no chat template ({JINJA}, or chat_template in "
+            f"{CONFIG}); choose one of {', '.join(NAMED)}"
+        )
+    for other in found[1:]:
+        if other.content != found[0].content:
+            raise ModelError(
+                f"{other.where} and {found[0].where}: have different chat templates, and nothing "
+                "says which one a training has read; take the wrong one away, or choose one of "
+                f"{', '.join(NAMED)}"
+            )
+    return found[0]
+
+
+def _template(path: Path) -> FolderTemplate | None:
     config: Any = {}
     try:
         if (path / CONFIG).is_file():
@@ -109,10 +130,7 @@ def folder_template(path: Path) -> FolderTemplate:
             f"{path}: its chat template cannot be read ({printable(str(error))})"
         ) from None
     if not isinstance(source, str):
-        raise ModelError(
-            f"{path}: has no chat template ({JINJA}, or chat_template in {CONFIG}); choose one of "
-            f"{', '.join(NAMED)}"
-        )
+        return None
     tokens = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         value = config.get(name)

@@ -39,7 +39,7 @@ MAX_ADDED = 1024
 LONGEST = 65535
 """Tokens that any text is cut at."""
 
-_PROBES = (
+PROBES = (
     "",
     "The quick brown fox jumps over 13 lazy dogs. it's I'LL don't",
     "  two  spaces\tand\ttabs\n\n\nlines \r\n and trailing   ",
@@ -141,14 +141,14 @@ class TextTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of all that can change an id: settings, and the ids of `_PROBES`.
+        """Returns the SHA-256 of all that can change an id: settings, and the ids of `PROBES`.
 
         The ids show what the settings, as they are written, leave out.
         """
         found: list[Any] = [self._tokenizer.to_str()]
         if self._tokenizer.encode_special_tokens:  # not written, and the probes spell few of them
             found.append("special tokens are split")
-        for text in _PROBES:
+        for text in PROBES:
             try:
                 (raw,) = self._encode_batch([text])
                 found.append([raw.ids, raw.special_tokens_mask])
@@ -170,6 +170,11 @@ class TextTokenizer:
         """Returns the ids of the vocabulary, in order, without those of added tokens."""
         added = self._tokenizer.get_added_tokens_decoder()
         return sorted(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - set(added))
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """Returns the names of the tokens that were added to the vocabulary."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     @functools.cached_property
     def added(self) -> int:

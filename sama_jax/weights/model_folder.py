@@ -58,6 +58,8 @@ class ModelFolder:
     """Of an adapter, beside or merged: over all of its bytes and scales."""
     adapter_is_nothing: bool = False
     """Whether there are adapters, and none of them changes anything."""
+    adapters: tuple[Path, ...] = ()
+    """The adapters' folders, in their order."""
     asked_mask: str | None = None
     """The mask of attention that it was opened with; None: the config's, or else the family's."""
     quantised: tuple[str, ...] = ()
@@ -283,6 +285,7 @@ def _name(*parts: str) -> str:
 
 def _with_adapters(folder: ModelFolder, paths: Sequence[Path], merge: bool) -> ModelFolder:
     """Returns the folder with adapters, beside its weights if all of them can be, else merged."""
+    paths = [resolve(path) for path in paths]
     kept: list[peft.Leaves] = []
     names, opened, at = [], [], folder
     for number, path in enumerate(paths, 1):
@@ -290,7 +293,7 @@ def _with_adapters(folder: ModelFolder, paths: Sequence[Path], merge: bool) -> M
             at.source, at.family.weights, at.model.num_layers, at.abstract_params,
             at.family.block_group_size,
         )  # fmt: skip
-        adapter = peft.open_adapter(resolve(path), base)
+        adapter = peft.open_adapter(path, base)
         names.append(adapter.identity)
         opened.append(adapter)
         beside = None if merge else peft.leaves(adapter, base, folder.model.lora_paths)
@@ -300,6 +303,7 @@ def _with_adapters(folder: ModelFolder, paths: Sequence[Path], merge: bool) -> M
     nothing = all(adapter.is_nothing for adapter in opened)
     identity = f"{' '.join(names)} {'beside' if len(kept) == len(paths) else 'merged'}"
     told: dict[str, Any] = {"adapter_identity": identity, "adapter_is_nothing": nothing}
+    told["adapters"] = tuple(paths)
     if len(kept) < len(paths):
         checks.check(
             at.source, at.family.weights, at.model.num_layers, at.abstract_params, str(paths[-1])

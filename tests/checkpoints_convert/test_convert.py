@@ -35,6 +35,7 @@ from sama_jax.devices.mesh import make_mesh
 from sama_jax.devices.sharding import split_sharding
 from sama_jax.devices.strategy import local_layout
 from sama_jax.errors import ModelError
+from sama_jax.storage import files
 from sama_jax.weights import (
     loading,
     model_folder,
@@ -538,6 +539,27 @@ def test_a_finished_conversion_is_not_done_again(command, source, tmp_path, caps
     assert "finished before" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
     assert run(command, source, tmp_path / "out", "--dtype", "bfloat16") == 2
+
+
+@pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
+def test_two_conversions_into_one_folder_are_refused(command, source, tmp_path, capsys):
+    half_finished(source, tmp_path / "out", command)
+    before = contents(tmp_path / "out")
+    with files.only_writer(tmp_path / "out"):
+        assert run(command, source, tmp_path / "out") == 2
+    assert "another process is writing to it" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    assert run(command, source, tmp_path / "out", "--quiet") == 0
+
+
+@pytest.mark.parametrize("command", ["to-orbax", "to-hf"])
+def test_a_mask_token_that_replaces_the_configs_is_kept(command, source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(command, source, out, "--mask-id", "17", "--quiet") == 0
+    assert model_folder.open_folder(out).model.mask_id == 17
+    assert run(command, source, out, "--mask-id", "17", "--quiet") == 0
+    assert run(command, source, out, "--mask-id", "18", "--quiet") == 2
+    assert "mask_id was 17, is 18" in capsys.readouterr().err
 
 
 def changed_config(folder: Path, **fields: Any) -> None:

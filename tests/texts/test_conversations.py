@@ -206,8 +206,21 @@ def test_a_folders_template_runs_in_a_sandbox_and_tells_nothing_of_a_text(tmp_pa
         made = folder_template(template_folder(tmp_path / str(number), source))
         with pytest.raises(DataError, match=r"chat template of .* fails \(\w+\)"):
             made.write(TURNS)
-    with pytest.raises(ModelError, match="has no chat template"):
+    with pytest.raises(ModelError, match="no chat template"):
         folder_template(tmp_path)
+
+
+def test_the_template_of_an_adapter_counts_unless_its_base_has_another(tmp_path: Path):
+    base, plain = template_folder(tmp_path / "base", CHATML), tmp_path / "plain"
+    same = template_folder(tmp_path / "same", CHATML, pad_token="<pad>")  # CHATML names none
+    other = template_folder(tmp_path / "other", LLAMA)
+    plain.mkdir()
+    assert folder_template(plain, other).source == LLAMA
+    assert folder_template(base, same, plain).where == str(base)
+    with pytest.raises(ModelError, match="have different chat templates") as found:
+        folder_template(base, other)
+    assert str(base) in str(found.value)
+    assert str(other) in str(found.value)
 
 
 def test_end_tokens_and_flattening(tmp_path: Path):
