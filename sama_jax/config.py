@@ -319,6 +319,13 @@ class TrainSettings:
     seed: Annotated[int, Between(0, 2**32 - 1), Flag("of parameters, order and masks")] = 42
     checkpoint_every: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between checkpoints."""
+    snapshot_every: Annotated[
+        int,
+        Between(0, 10**9),
+        Flag(
+            "also write the model every N steps, into OUT/snapshots (0: never)", "N", "--snapshots"
+        ),
+    ] = 0
 
     def __post_init__(self):
         check(self)

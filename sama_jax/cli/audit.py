@@ -120,15 +120,8 @@ def _add_processes(p: flags.Flags) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     """Runs the audit, or supervises a child process that does."""
-    flags.at_least_one(args, "limit", "batch_size", "stride", "top_windows")
-    if args.target is None and args.adapter is None:
-        raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
-    settings = flags.settings_of(args, AuditSettings)
-    args.config = given_flags(args.parser, args)
-    save_config(args.save_config, "audit", args.config)
-    files = tuple(map(bool, (args.data, args.members, args.nonmembers)))
-    if files not in ((True, False, False), (False, True, True)):
-        raise UsageError("give either --data F, or --members F and --nonmembers F")
+    settings = checked(args)
+    save_config(args.save_config, "audit", args.flags)
     here = given_place(args.coordinator, args.num_processes, args.process_id)
     if here is None and args.distributed:
         here = found_place(os.environ)
@@ -141,17 +134,37 @@ def run(args: argparse.Namespace) -> int | None:
         shared = secret.find_secret(args.secret_file, os.environ)
         command = ["-m", "sama_jax", *args.argv]
         return processes.supervise(command, here, bounds, kept, shared)
-    _run_here(args, settings, peers)
+    from sama_jax.programs.audit import run_audit
+
+    result = run_audit(job_of(args, settings, peers))
+    if result is not None and not args.quiet:
+        print_result(result)
+    return None
 
 
-def _run_here(
-    args: argparse.Namespace, settings: AuditSettings, peers: processes.Peers | None
-) -> None:
-    """Runs the audit in this process and prints the result."""
+def checked(args: argparse.Namespace) -> AuditSettings:
+    """Returns the settings of an audit; its flags stand in `args.flags` afterwards.
+
+    Raises `UsageError` for flags that do not go together.
+    """
+    flags.at_least_one(args, "limit", "batch_size", "stride", "top_windows")
+    if args.target is None and args.adapter is None:
+        raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
+    settings = flags.settings_of(args, AuditSettings)
+    args.flags = given_flags(args.parser, args)
+    files = tuple(map(bool, (args.data, args.members, args.nonmembers)))
+    if files not in ((True, False, False), (False, True, True)):
+        raise UsageError("give either --data F, or --members F and --nonmembers F")
+    return settings
+
+
+def job_of(
+    args: argparse.Namespace, settings: AuditSettings, peers: processes.Peers | None = None
+) -> AuditJob:
+    """Makes the job of the flags: reads the texts, and meets the other processes."""
     from sama_jax import attacks
     from sama_jax.devices import mesh
     from sama_jax.devices.compile_cache import use_compile_cache
-    from sama_jax.programs.audit import run_audit
     from sama_jax.programs.forms import form_of
     from sama_jax.texts.read import read_texts
 
@@ -174,9 +187,7 @@ def _run_here(
         "settings": settings,
         "peers": peers or processes.Peers(),
     }
-    result = run_audit(AuditJob(**(flags.values_of(args, AuditJob) | given)))
-    if result is not None and not args.quiet:
-        print_result(result)
+    return AuditJob(**(flags.values_of(args, AuditJob) | given))
 
 
 def texts_of(args: argparse.Namespace, form: "Form | None") -> "Texts":

@@ -11,6 +11,7 @@ from sama_jax.cli import (
     bench,
     calibrate,
     canary,
+    compare,
     demo,
     experiment,
     explain,
@@ -43,6 +44,7 @@ COMMANDS = (
     experiment,
     report,
     explain,
+    compare,
     verify_run,
 )
 """The modules of the commands, in the order of `--help`."""

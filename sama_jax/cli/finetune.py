@@ -52,6 +52,7 @@ def _add_training(p: flags.Flags) -> None:
         "dtype",
         "seed",
         "train_on_padding",
+        "snapshot_every",
     )
     flags.add_set(training)
     flags.add_quiet(p)

@@ -85,8 +85,8 @@ def open_run(
     _require_protocol(job, run, protocol)
     folder, shared = _open_folder(job, run, about(job, inputs))
     try:
-        if job.config and folder.writes:
-            write_yaml(job.out / CONFIG, REPEATS.format("audit"), dict(job.config))
+        if job.flags and folder.writes:
+            write_yaml(job.out / CONFIG, REPEATS.format("audit"), dict(job.flags))
         folder.write_manifest(
             protocol=asdict(_fix(job, folder, protocol, inputs.store_keys)),
             attacks=names,
@@ -113,7 +113,8 @@ def _fix(
     known = known_protocol(job.out, folder.manifest)
     if known is None:
         records = folder.store.keys()
-        seen = any(model in store_keys.values() for model, _, _ in records)
+        # Those of a reference alone give no score that compares the two.
+        seen = any(model == store_keys["target"] for model, _, _ in records)
         known = replace(protocol, stored=seen)
     write_protocol(job.out, known)
     return known

@@ -103,7 +103,7 @@ class AuditJob:
     quiet: Annotated[bool, Flag("no progress, no table")] = False
     command: str = ""
     """What the results name as the command that made them."""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Any] = field(default_factory=dict)
     """The flags of that command, for `audit.yaml`; without any, none is written."""
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -17,6 +17,7 @@ from sama_jax.core.spread import QUANTILES, Spread
 from sama_jax.reporting import plots
 from sama_jax.reporting.content import Picture
 from sama_jax.reporting.plots import Columns
+from sama_jax.untrusted import printable
 
 _INK = {
     "#000000": "currentColor",
@@ -213,4 +214,39 @@ def _densities(spread: Spread) -> Picture:
         _svg(figure, "densities"),
         ["class", "masked", *(f"{100 * q:g} % quantile" for q in QUANTILES)],
         rows,
+    )
+
+
+def draw_runs(
+    names: Sequence[str], series: Mapping[str, Sequence[tuple[float | None, list[float] | None]]]
+) -> Picture:
+    """Draws the AUC of each attack in several runs, with its interval.
+
+    Args:
+      names: of the runs, in their order.
+      series: attack -> AUC and interval of each run; None where there is none. The first `MOST`
+        are drawn.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure, axes = _figure()
+        for number, (attack, found) in enumerate(list(series.items())[:MOST]):
+            known = [(i, auc, ci or [auc, auc]) for i, (auc, ci) in enumerate(found) if auc]
+            places = [i + 0.05 * (number - min(len(series), MOST) / 2) for i, _, _ in known]
+            aucs, ends = [auc for _, auc, _ in known], np.array([ci for *_, ci in known])
+            spans = np.abs(ends.reshape(-1, 2).T - np.array(aucs))
+            axes.errorbar(places, aucs, spans, fmt="o-", ms=3.5, lw=1.2, capsize=2, label=attack)
+        axes.axhline(0.5, color="#999999", lw=0.8)
+        axes.set_xticks(range(len(names)), [printable(name, 20) for name in names], fontsize=7)
+        axes.set_ylabel("AUC", fontsize=9)
+        axes.legend(fontsize=7, framealpha=0)
+        drawn = _svg(figure, "runs")
+    return Picture(
+        "runs",
+        "AUC by run",
+        "The AUC of each attack with its 95 % interval; the line at 0.5 is guessing. The table "
+        "below has the numbers.",
+        drawn,
+        [],
+        [],
     )

@@ -303,7 +303,7 @@ def _interval(found: Declared) -> str:
 
 _WHEN = {
     False: "it was chosen before the scores were seen",
-    True: "losses of these models were stored before it was declared, so nothing here shows that "
+    True: "losses of this target were stored before it was declared, so nothing here shows that "
     "it was chosen without them",
 }
 

@@ -35,7 +35,7 @@ class Protocol:
     margin: float = MARGIN
     """AUC below which all declared attacks must stay for "nothing above it"."""
     stored: bool = False
-    """Whether losses of these models were stored before it: scores may have been seen."""
+    """Whether losses of this target were stored before it: scores may have been seen."""
 
     @classmethod
     def of(

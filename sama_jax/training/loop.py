@@ -30,7 +30,7 @@ from sama_jax.storage import files
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.training.held_out import MAX_TEXTS, HeldOut, held_out, mean_nll
 from sama_jax.training.interruption import Stop
-from sama_jax.training.runs import CHECKPOINTS, LOG, Run, digests
+from sama_jax.training.runs import CHECKPOINTS, LOG, SNAPSHOTS, Run, copy_companions, digests
 from sama_jax.training.sequences import (
     Padded,
     Tokens,
@@ -109,7 +109,7 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
             )
         elif int(state.step) < steps:
             run.terminal.say(f"continuing after step {int(state.step):,} of {steps:,}")
-        loop = Loop(run, settings, recipe, steps, checkpoints, stop)
+        loop = Loop(run, settings, recipe, steps, checkpoints, stop, start)
         state = loop.train(model, state, padded)
     after = mean_nll(evaluate, state.params, held, "after", run.terminal)
     if (names := not_finite(state.params)) or not math.isfinite(after):
@@ -228,9 +228,10 @@ class Loop:
         steps: int,
         checkpoints: Checkpoints,
         stop: Stop,
+        start: Start,
     ):
         self.run, self.settings, self.recipe, self.steps = run, settings, recipe, steps
-        self.checkpoints, self.stop = checkpoints, stop
+        self.checkpoints, self.stop, self.start = checkpoints, stop, start
         self.tokens, self.seconds, self.loss = 0, 0.0, float("nan")
         self._pending: list[Float[Array, ""]] = []
         self._mark = 0.0
@@ -269,6 +270,10 @@ class Loop:
                 stopped = self.stop.requested
                 if stopped and self._pending:
                     self._leave(done, log)
+                # Before the checkpoint: a run that goes on from it does not pass here again.
+                every = self.settings.snapshot_every
+                if every and done % every == 0 and done < self.steps:
+                    self._snapshot(done, state)
                 if save or stopped:
                     self.checkpoints.save(done, state)
                 if stopped:
@@ -278,6 +283,13 @@ class Loop:
             raise self.stop.error(f"saved after step {done:,} of {self.steps:,}")
         self._keep_lines(self.steps)  # without what a stopped run has left
         return state
+
+    def _snapshot(self, done: int, state: TrainState) -> None:
+        """Writes the model of this step into a folder of its own."""
+        out, start = self.run.out / SNAPSHOTS / f"step-{done:06}", self.start
+        out.mkdir(parents=True, exist_ok=True)
+        copy_companions(self.run.out, out)
+        saving.save_folder(out, state.params, start.model, start.config, out, start.weights)
 
     def _flush(self, done: int, log: files.AppendOnly) -> float:
         """Waits for the losses since the last line and logs their mean; returns seconds a step."""

@@ -20,6 +20,8 @@ from sama_jax.training.sequences import digest, training_texts
 from sama_jax.weights import folder_files, safetensors, stored_bytes
 
 MANIFEST, LOG, CHECKPOINTS = "train.json", "log.jsonl", "checkpoints"
+SNAPSHOTS = "snapshots"
+"""Folder of models on the way, which `sama-jax watch` audits one by one."""
 
 
 class Run(NamedTuple):
@@ -69,7 +71,8 @@ def open_run(
         held = [text.content for text in read.texts]
         _say_overlap(data, heldout, texts, held, terminal)
     given = dataclasses.asdict(settings)
-    del given["checkpoint_every"]  # when states are saved changes no number
+    for name in ("checkpoint_every", "snapshot_every"):
+        del given[name]  # when states are saved changes no number
     identity = {
         **identity,
         "version": __version__,

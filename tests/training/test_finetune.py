@@ -320,6 +320,27 @@ def test_a_full_disk_is_said_in_one_line(folder):
     assert_one_line(said, 74, "cannot write")
 
 
+def test_a_snapshot_is_the_model_of_its_step(folder, finished, monkeypatch):
+    """Also behind a stop; and the run's own numbers stay."""
+    settings = dataclasses.replace(SETTINGS, snapshot_every=5, checkpoint_every=5)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        with pytest.raises(Interrupted):
+            tune(folder, "snapped", settings)
+    with Checkpoints(folder / "snapped" / "checkpoints") as checkpoints:
+        assert 5 in checkpoints.steps
+    tune(folder, "snapped", settings)
+    assert_same_weights(folder / "snapped", finished[0])
+    found = sorted((folder / "snapped" / "snapshots").iterdir())
+    assert [path.name for path in found] == ["step-000005", "step-000010"]
+    for path in found:
+        model_folder.open_folder(path)
+        assert not {"train.json", "log.jsonl"} & {file.name for file in path.iterdir()}
+    first, second, last = (weights(path) for path in (*found, finished[0]))
+    gaps = [max(abs(one[k] - last[k]).max() for k in last) for one in (first, second)]
+    assert gaps[0] > gaps[1] > 0  # nearer to the end of the training
+
+
 def test_a_crash_resumes_from_the_last_checkpoint_bit_for_bit(folder, finished, monkeypatch):
     settings = dataclasses.replace(SETTINGS, checkpoint_every=4)
     original = loop.batch_rows

@@ -1,0 +1,131 @@
+"""Comparisons and watches agree with audits made one by one; the reference is read once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from wrong_inputs import Box, assert_one_line, run, scores
+
+from sama_jax.core import metrics as measure
+from sama_jax.programs import compare
+from sama_jax.storage.loss_store import LossStore
+from sama_jax.validity.gate import gate
+
+
+@pytest.fixture(scope="module")
+def watched(originals: Path, figures: None) -> Path:
+    """Three checkpoints, and a watch of them, made in two goes."""
+    checkpoints = originals / "checkpoints"
+    for step, seed in ((5, 11), (100, 12)):
+        tiny.folder(checkpoints / f"checkpoint-{step}", seed=seed)
+    box = Box(originals, checkpoints, originals / "reference", originals / "texts.jsonl", originals)
+    command = watch_command(box, originals / "watch")
+    assert in_process(command) == 0
+    tiny.folder(checkpoints / "checkpoint-20", seed=13)
+    assert in_process(command) == 0
+    return originals / "watch"
+
+
+def watch_command(box: Box, out: Path) -> list[str]:
+    command = box.command(out=out, target=None, attacks="sama,loss")
+    return ["watch", str(box.target), *command[1:]]
+
+
+def in_process(command: list[str]) -> int:
+    from sama_jax.cli import entry
+
+    return entry.main(command)
+
+
+def test_checkpoints_are_compared_in_the_order_of_their_numbers(watched: Path):
+    found = json.loads((watched / "comparison.json").read_text())
+    names = [line["name"] for line in found["runs"]]
+    assert names == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
+    page = (watched / "comparison.html").read_text()
+    assert "<svg" in page
+    assert "https://" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_watch_is_the_audits_one_by_one_and_reads_the_reference_once(
+    watched: Path, originals: Path, box: Box, capsys
+):
+    target = originals / "checkpoints" / "checkpoint-20"
+    assert run(capsys, box.command(target=target, attacks="sama,loss")).code == 0
+    assert scores(box.out) == scores(watched / "checkpoint-20")
+    manifest = json.loads((watched / "checkpoint-20" / "manifest.json").read_text())
+    store = LossStore(watched / "losses", writes=False)
+    assert len(store) == store.num_records  # nothing was computed twice
+    kept, alone = store.keys(), LossStore(box.out / "losses", writes=False).keys()
+    key = manifest["store_keys"]["reference"]
+    assert sum(key in one for one in kept) == sum(key in one for one in alone) > 0
+    protocol = json.loads((watched / "checkpoint-20" / "protocol.json").read_text())
+    assert protocol["stored"] is False
+
+
+def test_each_difference_is_that_of_the_same_texts(watched: Path):
+    lines = json.loads((watched / "comparison.json").read_text())["runs"]
+    rows = [scores(watched / line["name"]) for line in lines]
+    labels = np.array([row["label"] for row in rows[0]])
+    for attack in ("sama", "loss"):
+        columns = [np.array([row["scores"][attack] for row in own]) for own in rows]
+        for line, column in zip(lines, columns):
+            cell = line["attacks"][attack]
+            assert cell["auc"] == measure.auc(column, labels)
+            expected = measure.paired_difference(column, columns[0], labels)
+            if line is lines[0]:
+                assert cell["difference"] is None
+            else:
+                assert [cell["difference"], *cell["difference_ci"]] == pytest.approx(expected)
+
+
+def test_other_texts_and_unfinished_runs_are_refused(watched: Path, box: Box, capsys):
+    one, other = watched / "checkpoint-5", box.out
+    tiny.write_texts(box.path / "others.jsonl", tiny.texts(20, (8, 28), seed=9))
+    assert run(capsys, box.command(data=box.path / "others.jsonl")).code == 0
+    assert_one_line(run(capsys, ["compare", str(one), str(other)]), 2, "not of the same texts")
+    assert_one_line(run(capsys, ["compare", str(one)]), 2, "at least two runs")
+    assert_one_line(run(capsys, ["compare", str(one), str(one)]), 2, "given twice")
+    (other / "scores.jsonl").unlink()
+    assert_one_line(run(capsys, ["compare", str(one), str(other)]), 2, "not a finished run")
+    bad = watch_command(box, box.path / "watch")
+    assert_one_line(run(capsys, [*bad, "--adapter", "a"]), 2, "--adapter is of one audit")
+    empty = box.path / "empty"
+    empty.mkdir()
+    assert_one_line(run(capsys, [bad[0], str(empty), *bad[2:]]), 2, "holds no folder with")
+
+
+def test_a_void_run_and_another_seed_are_said_first(watched: Path, box: Box, capsys):
+    for name in ("checkpoint-5", "checkpoint-20"):
+        shutil.copytree(watched / name, box.path / name)
+    file = box.path / "checkpoint-20" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["run"]["seed"] = 7
+    made = gate("made_up", "void", "This is made up.", "Nothing.")
+    manifest["gates"] = [*manifest["gates"], made]
+    file.write_text(json.dumps(manifest))
+    out = box.path / "compared"
+    given = ["compare", str(box.path / "checkpoint-5"), str(box.path / "checkpoint-20")]
+    said = run(capsys, [*given, "--out", str(out)])
+    assert said.code == 5
+    first, second, *_ = said.out.splitlines()
+    assert first.startswith("void: checkpoint-20")
+    assert "in more than its target: seed" in second
+    page = (out / "comparison.html").read_text()
+    assert page.index("void: checkpoint-20") < page.index("<table>")
+    (out / "comparison.json").write_text("{}")
+    said = run(capsys, [*given, "--out", str(out)])
+    assert said.code == 2
+    assert "not written by this command" in said.err
+
+
+def test_numbers_in_names_count_as_numbers(tmp_path: Path):
+    for name in ("step-10", "step-9", "step-9b", "notes"):
+        (tmp_path / name).mkdir()
+        if name != "notes":
+            (tmp_path / name / "adapter_config.json").write_text("{}")
+    found = [path.name for path in compare.checkpoints_of(tmp_path)]
+    assert found == ["step-9", "step-9b", "step-10"]
