@@ -46,7 +46,7 @@ def model_of(mask: str) -> TransformerModel:
 
 
 def texts_of(seed: int, count: int) -> np.ndarray:
-    """Draws texts [count, LENGTH] in which a word leaves four choices for the one after the next."""
+    """Draws texts [count, LENGTH]: a word leaves four choices for the one after the next."""
     draw = np.random.default_rng(seed)
     found = draw.integers(0, WORDS, (count, LENGTH))
     for place in range(2, LENGTH):

@@ -16,7 +16,7 @@ from networks import NETWORKS
 
 from sama_jax.devices import memory
 from sama_jax.errors import ModelError, UsageError
-from sama_jax.models.attention_mask import block_length_of, has_clean_context, mask_name
+from sama_jax.models.attention_mask import block_length_of, has_clean_context, mask_name, mask_of
 from sama_jax.models.registry import read_config, with_attention_mask
 from sama_jax.weights import loading, model_folder
 from sama_jax.weights.identity import model_identity
@@ -29,6 +29,12 @@ SEEN = {
     "block:5": PLACES[None] // 5 <= PLACES[:, None] // 5,
 }
 """Mask -> [query, key] whether the query sees the key."""
+EXPERTS = {
+    **{"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    **{"norm_topk_prob": True, "tie_word_embeddings": False},
+}
 OWN, BEFORE = (compare(PLACES[None] // 5, PLACES[:, None] // 5) for compare in (np.equal, np.less))
 
 
@@ -133,6 +139,21 @@ def test_a_config_may_state_the_mask_and_whoever_asks_goes_before(tmp_path):
     assert model_identity(clean)["attention_mask"] == "clean:4"
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "more"),
+    [
+        ("sdar", "block_size", {}),
+        ("Fast_dLLM_Qwen", "bd_size", {}),
+        ("sdar_moe", "block_size", EXPERTS),
+    ],
+)
+def test_what_learnt_in_blocks_behind_clean_text_is_read_so(kind, field, more):
+    config = {"model_type": kind, "num_hidden_layers": 1, field: 16, **more}
+    assert mask_of(read_config(config, "here").arch) == "clean:16"
+    asked = read_config({**config, "attention_mask": "block:4"}, "here").arch
+    assert mask_of(asked) == "block:4"
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_models_of_another_kind_leave_no_choice(kind):
     sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -158,15 +179,27 @@ def test_a2d_that_was_trained_in_blocks_equals_transformers_under_that_mask(tmp_
     made |= {"architectures": ["A2DQwen3LMHeadModel"], "is_causal": False}
     kept = {k: v for k, v in made.items() if k != "layer_types"}
     (tmp_path / "config.json").write_text(json.dumps(kept))
-    tokens = np.random.default_rng(0).integers(0, 59, (2, LENGTH)).astype(np.int32)
-    bias = torch.where(torch.from_numpy(SEEN["block:5"]), 0.0, torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        expected = theirs(
-            torch.from_numpy(tokens).long(), attention_mask=bias[None, None].expand(2, 1, -1, -1)
-        ).logits.numpy()
-    folder = model_folder.open_folder(tmp_path, attention_mask="block:5")
-    params = loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    valid = jnp.ones(tokens.shape, bool)
-    hidden = folder.model.hidden(params, jnp.asarray(tokens), valid)
-    found = np.asarray(folder.model.logits(params, hidden))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    tokens, clean = np.random.default_rng(0).integers(0, 59, (2, 2, LENGTH)).astype(np.int32)
+    nothing = np.zeros_like(OWN)
+    seen = {
+        "block:5": (SEEN["block:5"], tokens, PLACES),
+        "clean:5": (
+            np.block([[OWN, BEFORE], [nothing, SEEN["block:5"]]]),
+            np.concatenate([tokens, clean], axis=1),
+            np.tile(PLACES, 2),
+        ),
+    }
+    for mask, (allowed, read, places) in seen.items():
+        bias = torch.where(torch.from_numpy(allowed), 0.0, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            expected = theirs(
+                torch.from_numpy(read).long(),
+                attention_mask=bias[None, None].expand(2, 1, -1, -1),
+                position_ids=torch.from_numpy(places)[None],
+            ).logits.numpy()[:, :LENGTH]
+        folder = model_folder.open_folder(tmp_path, attention_mask=mask)
+        params = loading.load(folder, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        valid = jnp.ones(tokens.shape, bool)
+        hidden = jax.jit(folder.model.hidden)(params, tokens, valid, clean)
+        found = np.asarray(folder.model.logits(params, hidden))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

@@ -83,7 +83,7 @@ class Dialect(NamedTuple):
     norm_heads: bool = False
     """RMS norm of each query and key head."""
     blocks: str | None = None
-    """The field that says how long the blocks are that it was trained with."""
+    """The field that says how long the blocks are that it was trained with, behind clean text."""
 
 
 def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
@@ -125,6 +125,7 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
         block_length=1
         if dialect.kind == "autoregressive"
         else stated_blocks(config, dialect.blocks),
+        clean_context=dialect.blocks is not None,
     )
     mask_id = config.get("mask_token_id")
     if mask_id is None and dialect.kind == "autoregressive":

@@ -90,6 +90,7 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
         o_bias=bias,
         qk_norm="head",
         block_length=stated_blocks(config, None if is_rnd1 else "block_size"),
+        clean_context=not is_rnd1,
         experts=experts,
     )
     check_fit(config, arch, experts)
