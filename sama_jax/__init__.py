@@ -3,6 +3,7 @@
 The public API is small; everything else is reached through its module:
 
     run_audit, AuditJob, read_texts        an audit of model folders, from Python
+    read_losses                            the token losses that it stored, as arrays
     AuditSettings, SamaSettings, preset    what its numbers depend on
     sign_statistics, ProbePlan, SignStatistics
                                            SAMA's weighted sign statistic on arrays of one's own,
@@ -21,6 +22,7 @@ __all__ = [
     "SamaSettings",
     "SignStatistics",
     "preset",
+    "read_losses",
     "read_texts",
     "run_audit",
     "sign_statistics",
@@ -33,6 +35,7 @@ _HOMES = {
     "SamaSettings": "sama_jax.config",
     "SignStatistics": "sama_jax.arrays",
     "preset": "sama_jax.config",
+    "read_losses": "sama_jax.programs.read_losses",
     "read_texts": "sama_jax.texts.read",
     "run_audit": "sama_jax.programs.audit",
     "sign_statistics": "sama_jax.core.votes",
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from sama_jax.core.votes import sign_statistics
     from sama_jax.programs.audit import run_audit
     from sama_jax.programs.jobs import AuditJob
+    from sama_jax.programs.read_losses import read_losses
     from sama_jax.texts.read import read_texts
 
 

@@ -70,6 +70,25 @@ class AuditResult(NamedTuple):
     cost: dict[str, Any]
     out: Path
 
+    def columns(self) -> dict[str, list[Any]]:
+        """Returns id, label and the score of each attack as columns, as a data frame takes them.
+
+        `pandas.DataFrame(result.columns())` and `pyarrow.table(result.columns())` make tables;
+        a label or a score that is missing is None.
+        """
+        names = [name for row in self.rows[:1] for name in row.get("scores") or {}]
+        return {
+            "id": [row["id"] for row in self.rows],
+            "label": [row.get("label") for row in self.rows],
+            **{n: [(row.get("scores") or {}).get(n) for row in self.rows] for n in names},
+        }
+
+    def _repr_html_(self) -> str:
+        """Shows the verdict and the table of attacks in a notebook."""
+        from sama_jax.reporting.html import summary
+
+        return summary(self.rows, self.metrics, self.cost)
+
 
 def run_audit(job: AuditJob) -> AuditResult | None:
     """Runs or continues an audit.

@@ -11,17 +11,15 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float
 
-from sama_jax import attacks as attack_suite
 from sama_jax import rng
 from sama_jax.core.segments import Segment, maximal_segments
 from sama_jax.engine.evidence import differences_by_token, gather_evidence
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.tasks import tasks_of
 from sama_jax.errors import DataError, UsageError, nearest
-from sama_jax.programs.rescore import Stored, open_stored, store_of
+from sama_jax.programs.read_losses import readings_of
+from sama_jax.programs.rescore import Stored, open_stored
 from sama_jax.reporting.tokens import Explained, Explanation
 from sama_jax.storage.documents import WINDOWS
-from sama_jax.storage.loss_store import LossStore
 from sama_jax.storage.run_folder import SCORES, read_rows
 from sama_jax.texts.read import Text
 from sama_jax.texts.tokenizer import TextTokenizer
@@ -63,7 +61,7 @@ def explain(
             "model folder that was audited"
         )
     given = _given(stored, texts, spelled)
-    readings = _readings(stored)
+    readings = readings_of(stored, stored.manifest.get("attacks") or ["all"])
     usual = _usual(readings, stored.rows)
     found = []
     for row in rows:
@@ -106,15 +104,6 @@ def _given(stored: Stored, texts: Sequence[Text], tokenizer: TextTokenizer) -> d
     if windows:
         texts = windows_of(texts, tokenizer, length, windows["stride"] or length)
     return {text.id: text for text in texts}
-
-
-def _readings(stored: Stored) -> Readings:
-    """Opens the stored losses of the audit's attacks."""
-    names = stored.manifest.get("attacks") or ["all"]
-    chosen, keys = attack_suite.select(names), stored.manifest["store_keys"]
-    store = LossStore(store_of(stored.path, stored.manifest), writes=False)
-    tasks = tasks_of(chosen, stored.settings, keys)
-    return Readings(tasks, stored.settings, stored.tables, keys, store)
 
 
 def _usual(readings: Readings, rows: Sequence[dict[str, Any]]) -> float:

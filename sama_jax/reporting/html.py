@@ -94,6 +94,15 @@ def html(
     )
 
 
+def summary(rows: Sequence[Row], metrics: Metrics, cost: Mapping[str, Any]) -> str:
+    """Writes the verdict and the table of attacks as a piece of HTML, for a notebook."""
+    cell = Markup("<td>{}</td>").format
+    lines = [Markup("").join(map(cell, line)) for line in table_rows(metrics, rows, cost)]
+    names = Markup("").join(map(Markup("<th>{}</th>").format, header()))
+    body = Markup("").join(map(Markup("<tr>{}</tr>").format, [names, *lines]))
+    return Markup("<p>{}</p><table>{}</table>").format(_shown(headline(metrics)), body)
+
+
 def shown_figures(rows: Sequence[Row], metrics: Metrics, spread: Spread | None) -> list[Picture]:
     """Draws the figures of the attacks that were declared; without any, of the first ones."""
     from sama_jax.reporting import svg  # Matplotlib: a second to import
