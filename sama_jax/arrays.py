@@ -82,6 +82,23 @@ class Encoded(NamedTuple):
         return len(self.ids) if self.prompt is None else int((~self.prompt).sum())
 
 
+class SharedTokens(NamedTuple):
+    """How the tokens of a text by two tokenizers make up the spans that both share (host).
+
+    A span is masked as a whole, and its loss is the sum of its tokens'.
+    """
+
+    target: Int[np.ndarray, " n"]
+    """Span of each token of the target; -1: it belongs to none, and stays visible."""
+    reference_ids: Int[np.ndarray, " r"]
+    reference: Int[np.ndarray, " r"]
+    """Span of each token of the reference."""
+
+    def of(self, role: str) -> Int[np.ndarray, "..."]:
+        """Returns the span of each token of a role."""
+        return self.target if role == "target" else self.reference
+
+
 class ProbePlan(NamedTuple):
     """What is done to one text: which positions each forward pass masks and reads.
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sama_jax.arrays import Encoded, Model, Params, ProbePlan, Rendered
+from sama_jax.arrays import Encoded, Model, Params, ProbePlan, Rendered, SharedTokens
 from sama_jax.config import settings_hash
 
 Role = Literal["target", "reference"]
@@ -100,6 +100,8 @@ class ViewTools(NamedTuple):
     """Seeded by the run's seed and the text's token ids."""
     mask_id: int = -1
     """The models' mask token."""
+    share: Callable[[str | Rendered], "ViewText | None"] | None = None
+    """Text -> the spans of it that two tokenizers share; None: the run has one tokenizer."""
 
 
 class ViewText(NamedTuple):
@@ -115,6 +117,9 @@ class ViewText(NamedTuple):
     """Draw masks from the text's own key: views of equal length see the same masks."""
     prompt: Bool[np.ndarray, " n"] | None = None
     """Tokens of a conversation that always stay visible; None: none."""
+    shared: SharedTokens | None = None
+    """The reference's own tokens: what is masked and scored are spans, not tokens, and `special`
+    speaks of them. None: both models read `ids`."""
 
 
 @runtime_checkable

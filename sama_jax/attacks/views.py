@@ -157,3 +157,21 @@ class Replaced:
         replaced = np.where(np.isnan(proposed), ids, np.nan_to_num(proposed)).astype(np.int32)
         given = tools.encode(text)
         return ViewText(replaced, given.special, same_masks=True, prompt=given.prompt)
+
+
+@dataclass(frozen=True)
+class SharedSpans:
+    """The text in the tokens of each model, of which spans that both share are masked and scored.
+
+    None of a text without such a span.
+    """
+
+    name = "spans"
+    context = None
+
+    def make(
+        self, text: str | Rendered, ids: Int[np.ndarray, " n"], tools: ViewTools
+    ) -> ViewText | None:
+        del ids
+        assert tools.share is not None, "the run has one tokenizer"
+        return tools.share(text)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sama_jax.texts.conversations import Form
     from sama_jax.texts.read import Texts
 
+NONE = Path("none")
+"""What `--reference` takes for "there is none"; a folder of that name needs its whole path."""
+
 
 def add(commands: Any) -> None:
     """Adds the command and its flags."""
@@ -31,7 +34,8 @@ def add_flags(p: Parser) -> None:
     """Adds the flags alone."""
     inputs = p.add_argument_group("models and texts")
     flags.flags_of(inputs, AuditJob, "target", required=False)
-    flags.flags_of(inputs, AuditJob, "reference")
+    flags.flags_of(inputs, AuditJob, "reference", action="append")
+    flags.flags_of(inputs, AuditJob, "reference_tokenizer")
     flags.flags_of(inputs, AuditJob, "adapter", action="append")
     inputs.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
     inputs.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
@@ -49,7 +53,12 @@ def add_flags(p: Parser) -> None:
     flags.flags_of(inputs, AuditJob, "windows", "stride", "top_windows")
 
     attacks = p.add_argument_group("attacks")
-    flags.add_attacks(attacks, flags.STANDARD)
+    attacks.add_argument(
+        "--attacks",
+        type=flags.names,
+        metavar="a,b|all",
+        help=f"names, or all (default: {flags.STANDARD}; without a reference {flags.ALONE})",
+    )
     flags.flags_of(attacks, AuditJob, "primary", "margin")
     attacks.add_argument(
         "--family",
@@ -148,14 +157,26 @@ def checked(args: argparse.Namespace) -> AuditSettings:
     Raises `UsageError` for flags that do not go together.
     """
     flags.at_least_one(args, "limit", "batch_size", "stride", "top_windows")
-    if args.target is None and args.adapter is None:
-        raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
     settings = flags.settings_of(args, AuditSettings)
     args.flags = given_flags(args.parser, args)
+    args.reference = _references(args.reference or [])
+    if args.attacks is None:
+        args.attacks = flags.names(flags.STANDARD if args.reference else flags.ALONE)
+    if args.target is None and (args.adapter is None or len(args.reference) != 1):
+        raise UsageError("give --target DIR, or --adapter DIR with its base as --reference")
     files = tuple(map(bool, (args.data, args.members, args.nonmembers)))
     if files not in ((True, False, False), (False, True, True)):
         raise UsageError("give either --data F, or --members F and --nonmembers F")
     return settings
+
+
+def _references(given: list[Path]) -> list[Path]:
+    """Returns the references; `none` stands for none of them. Raises `UsageError`."""
+    if NONE not in given:
+        return given
+    if len(given) > 1:
+        raise UsageError("--reference none says that there is no reference: leave the others out")
+    return []
 
 
 def job_of(
@@ -172,7 +193,7 @@ def job_of(
     if peers is not None and peers.jax is not None:
         mesh.connect(*peers.jax, peers.count, peers.rank)
     attacks.select(args.attacks)  # names that are wrong, before long files are read
-    target = args.target or args.reference
+    target = args.target or args.reference[0]
     form = form_of(args.template, args.loss_on, args.end_tokens, target, args.adapter or ())
     named = (args.text_field, args.label_field)
     read = texts_of(args, form)

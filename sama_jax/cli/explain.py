@@ -60,7 +60,7 @@ def _texts(args: argparse.Namespace) -> "list[Text]":
     from sama_jax.texts.read import read_texts, with_control
 
     given = args if args.data else audit.flags_of_run(args.run_folder)
-    folder = args.tokenizer or (None if args.data else given.target or given.reference)
+    folder = args.tokenizer or (None if args.data else given.target or given.reference[0])
     adapters = getattr(given, "adapter", None) or ()
     form = form_of(given.template, given.loss_on, given.end_tokens, folder, adapters)
     control, named = getattr(given, "control", None), (given.text_field, given.label_field)

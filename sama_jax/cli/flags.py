@@ -17,6 +17,8 @@ from sama_jax.errors import UsageError
 
 STANDARD = "sama,loss,loss:sum,zlib,ratio"
 """The attacks of an audit unless told otherwise: three plans' worth of passes."""
+ALONE = "loss,loss:sum,zlib,mink,mink++"
+"""The same of an audit without a reference: two plans' worth of passes."""
 
 MOST = 10**7
 """Of texts, rows or rounds: no run has more."""

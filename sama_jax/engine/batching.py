@@ -4,7 +4,7 @@ All from what is the same in every process and for every choice of attacks, so t
 to the same length and gets the same bits in any of them, and in a run that is continued.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,9 +68,9 @@ class BatchShapes:
     """Everything that decides the shapes of a run's batches."""
 
     model: Model
-    """The target's network; the reference has the same shapes."""
+    """The target's network."""
     context: int
-    """Tokens that fit into the context of both models."""
+    """Tokens that fit into the context of all models."""
     settings: AuditSettings
     layout: Layout
     parameter_bytes: int
@@ -79,6 +79,13 @@ class BatchShapes:
     """Memory of a device, the same in every process."""
     batch_size: int | None = None
     """Rows of a device, if the user has fixed them."""
+    others: tuple[Model, ...] = ()
+    """The references' networks, where they may be others than the target's."""
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """All networks of the run."""
+        return self.model, *self.others
 
     @property
     def on_cpu(self) -> bool:
@@ -116,8 +123,8 @@ class BatchShapes:
         As if every position were scored, so that it is the same whichever attacks are asked for.
         """
         shape = self.shape(0, length, length)
-        model, sizes = self.model, (self.parameter_bytes, self.device_bytes)
-        return memory.largest_rows(model.arch, model.dtype, shape, *sizes)
+        sizes = self.parameter_bytes, self.device_bytes
+        return min(memory.largest_rows(m.arch, m.dtype, shape, *sizes) for m in self.models)
 
     def shape(self, rows: int, length: int, slots: int) -> memory.BatchShape:
         """Describes what a device works on that has `rows` rows of its own."""
@@ -185,17 +192,25 @@ def same_tokens(table: TextTable) -> dict[str, list[int]]:
 # --- slots ---------------------------------------------------------------------------------------
 
 
-def slot_sizes(task: Task, length: int, max_length: int) -> Int[np.ndarray, " t"]:
-    """Returns the static number of scored positions of each pass of a plan, padded to `length`."""
+def slot_sizes(
+    task: Task, length: int, max_length: int, tables: Mapping[str, TextTable]
+) -> Int[np.ndarray, " t"]:
+    """Returns the static number of scored tokens of each pass of a plan, padded to `length`.
+
+    In a view of `tables` whose texts are scored by spans, each may be as wide as the widest.
+    """
     assert task.source is not None, "procedures have no slots"
-    most = min(length, max_length)
-    return losses.slot_sizes(task.source.slot_bounds(most), most)
+    most, widest = min(length, max_length), 1
+    if task.view in tables:
+        widest = tables[task.view].widest
+    return losses.slot_sizes(task.source.slot_bounds(most) * widest, most)
 
 
 def slots_of_programs(
     tasks: Iterable[Task],
     length: int,
     max_length: int,
+    tables: Mapping[str, TextTable],
     channels: tuple[str, ...] | None = None,
 ) -> tuple[int, ...]:
     """Returns all sizes that plans need in a bucket, or those plans that read just `channels`.
@@ -205,7 +220,7 @@ def slots_of_programs(
     plans = [t for t in tasks if t.source is not None]
     if channels is not None:
         plans = [t for t in plans if channels in t.channels.values()]
-    return tuple(sorted({int(s) for t in plans for s in slot_sizes(t, length, max_length)}))
+    return tuple(sorted({int(s) for t in plans for s in slot_sizes(t, length, max_length, tables)}))
 
 
 def program_slots(
@@ -214,7 +229,8 @@ def program_slots(
     length: int,
     max_length: int,
     channels: tuple[str, ...],
+    tables: Mapping[str, TextTable],
 ) -> tuple[int, ...]:
     """Returns the sizes of the program that reads `channels`: not all, if a run continues."""
     whole = channels in task.channels.values()
-    return slots_of_programs(tasks, length, max_length, channels if whole else None)
+    return slots_of_programs(tasks, length, max_length, tables, channels if whole else None)

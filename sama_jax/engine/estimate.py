@@ -42,11 +42,10 @@ def estimate(
                 for role in task.channels:
                     passes += len(batch.texts) * task.passes
                     tokens += len(batch.texts) * task.passes * batch.length
-                    flops += len(batch.rows) * _flops(
-                        task, roles[role].folder.model, batch.length, shapes.settings.max_length
-                    )
+                    model, limit = roles[role].folder.model, shapes.settings.max_length
+                    flops += len(batch.rows) * _flops(task, model, batch.length, limit, tables)
     seconds = flops / (USED * rate * len(shapes.layout.devices))
-    needed = memory_of(found, tasks, shapes).total
+    needed = memory_of(found, tasks, shapes, tables).total
     return (
         f"{texts} texts, {passes} forward passes, {tokens:,} tokens with padding, "
         f"{flops / 1e12:.2f} TFLOP: about {duration(seconds)} after compiling, "
@@ -55,21 +54,28 @@ def estimate(
 
 
 def memory_of(
-    batches: Iterable[tuple[int, int]], tasks: Tasks, shapes: BatchShapes
+    batches: Iterable[tuple[int, int]],
+    tasks: Tasks,
+    shapes: BatchShapes,
+    tables: Mapping[str, TextTable],
 ) -> memory.Footprint:
     """Returns the bytes on one device in the largest batch (rows, length), by the closed form."""
-    model, limit = shapes.model, shapes.settings.max_length
+    limit = shapes.settings.max_length
     found = memory.Footprint(shapes.parameter_bytes, 0, memory.Temporaries(0, 0, 0, 0, 0, 0))
     for rows, length in batches:
-        slots = max(slots_of_programs(tasks.all, length, limit), default=length)
+        slots = max(slots_of_programs(tasks.all, length, limit, tables), default=length)
         shape = shapes.shape(rows // shapes.layout.row_parts, length, slots)
-        some = memory.footprint(model.arch, model.dtype, shape, shapes.parameter_bytes)
-        found = max(found, some, key=lambda f: f.total)
+        for model in shapes.models:
+            some = memory.footprint(model.arch, model.dtype, shape, shapes.parameter_bytes)
+            found = max(found, some, key=lambda f: f.total)
     return found
 
 
-def _flops(task: Task, model: Model, length: int, max_length: int) -> float:
+def _flops(
+    task: Task, model: Model, length: int, max_length: int, tables: Mapping[str, TextTable]
+) -> float:
     """Counts the floating-point operations of a task on one text, padded to `length`."""
     if task.source is None:
         return task.passes * model.flops_per_text(length, float(length))
-    return sum(model.flops_per_text(length, float(s)) for s in slot_sizes(task, length, max_length))
+    slots = slot_sizes(task, length, max_length, tables)
+    return sum(model.flops_per_text(length, float(s)) for s in slots)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
-from sama_jax.engine.tasks import ROLES, Task
+from sama_jax.engine.tasks import ROLES, SPANS, Task
 
 SAME_NATS = 1e-4
 """Losses that differ by less are called equal. Those of one model from two batch shapes differ by
@@ -19,7 +19,10 @@ long as scoring them."""
 
 
 class Evidence(NamedTuple):
-    """What was read of each text, over all masked positions of all passes."""
+    """What was read of each text, over all masked positions of all passes.
+
+    Positions are tokens, or the spans that tokens of two tokenizers make up.
+    """
 
     target: Float[np.ndarray, " n"]
     """Mean loss in nats; NaN where nothing was read."""
@@ -94,7 +97,7 @@ def _widest(readings: Readings) -> Task | None:
     tasks = [
         (sum("nll" in channels for channels in task.channels.values()), task)
         for task in readings.tasks.all
-        if task.view == "text"
+        if task.view in ("text", SPANS.name)
     ]
     most = max((count for count, _ in tasks), default=0)
     return next((task for count, task in tasks if count == most > 0), None)

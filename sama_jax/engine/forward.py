@@ -140,11 +140,13 @@ def calls_of(
         return
     batch = jobs[0].batch
     texts = readings.tables[jobs[0].task.view].take(batch.rows)
-    tokens, valid = padded_tokens(texts, batch.length, pad_id)
-    task, inputs = None, {}  # by sizes of slots: both models read the same arrays
+    alike = not any(texts.shared)
+    task, inputs = None, {}  # by sizes of slots: both models read the same arrays, if they can
     for number, job in enumerate(jobs):
         if job.task is not task:
             task, inputs = job.task, {}
+        reads = "target" if alike else job.role.name
+        tokens, valid = padded_tokens(texts, reads, batch.length, pad_id)
         last, model = number == len(jobs) - 1, layout.adapt(job.role.folder.model)
         if job.task.procedure is not None:
             maskable = padded(texts.maskable, batch.length, np.bool_)
@@ -155,10 +157,11 @@ def calls_of(
             yield Call(job, function, rows, args, count, None, True, last)
             continue
         limit, every = readings.settings.max_length, readings.tasks.all
-        slots = program_slots(job.task, every, batch.length, limit, job.channels)
-        if slots not in inputs:
-            inputs[slots] = forward_batch(job.task, batch, texts, tokens, valid, slots, readings)
-        forward, own = inputs[slots]
+        slots = program_slots(job.task, every, batch.length, limit, job.channels, readings.tables)
+        if (slots, reads) not in inputs:
+            given = job.task, batch, texts, tokens, valid, slots, readings
+            inputs[slots, reads] = forward_batch(*given, reads)
+        forward, own = inputs[slots, reads]
         chunks = list(in_calls(forward))
         function = LossScorer(model, slots, job.channels)
         for place, chunk in enumerate(chunks):
@@ -168,15 +171,15 @@ def calls_of(
 
 
 def padded_tokens(
-    texts: TextTable, length: int, pad_id: int | None
+    texts: TextTable, role: str, length: int, pad_id: int | None
 ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-    """Returns tokens and where they are valid; what stands before a text comes first.
+    """Returns a model's tokens and where they are valid; what stands before a text comes first.
 
     Padding is hidden (not valid), unless it has a visible token.
     """
-    joined = tuple(np.concatenate(pair) for pair in zip(texts.before, texts.ids))
+    joined = tuple(np.concatenate(pair) for pair in zip(texts.before, texts.tokens(role)))
     tokens = padded(joined, length, np.int32)
-    valid = np.arange(length) < texts.lengths[:, None]
+    valid = np.arange(length) < np.array([len(one) for one in joined])[:, None]
     if pad_id is not None:
         tokens = np.where(valid, tokens, np.int32(pad_id))
         valid = np.ones_like(valid)
@@ -191,8 +194,9 @@ def forward_batch(
     valid: Bool[np.ndarray, "b l"],
     slots: tuple[int, ...],
     readings: Readings,
+    role: str = "target",
 ) -> tuple[ForwardBatch, Int[np.ndarray, "t b k"]]:
-    """Makes the scorer's input for one batch under a plan.
+    """Makes the scorer's input for one batch under a plan; `role` reads tokens of its own.
 
     Returns:
       the input, and the scored positions in the text's own coordinates (-1 unused).
@@ -207,12 +211,17 @@ def forward_batch(
             width = plan.masks.shape[-1]
             masks[:, part, :width] = plan.masks[: len(chunk)].swapaxes(0, 1)
             scored[:, part, :width] = plan.scored[: len(chunk)].swapaxes(0, 1)
+    for row, shared in enumerate(texts.shared):
+        if shared is not None:
+            for marks in (masks, scored):
+                marks[:, row] = over_tokens(marks[:, row], shared.of(role))
     offsets = texts.offsets
     for row in np.flatnonzero(offsets):
         masks[:, row] = np.roll(masks[:, row], offsets[row], axis=-1)
     own = losses.scored_positions(scored, slots[-1])
     positions = np.where(own >= 0, own + offsets[None, :, None], -1).astype(np.int32)
-    group = np.searchsorted(np.array(slots), slot_sizes(task, batch.length, limit))
+    sizes = slot_sizes(task, batch.length, limit, readings.tables)
+    group = np.searchsorted(np.array(slots), sizes)
     made = ForwardBatch(
         tokens,
         valid,
@@ -242,21 +251,67 @@ def in_calls(forward: ForwardBatch) -> Iterator[ForwardBatch]:
         )
 
 
-def values_of(
-    call: Call, outputs: Sequence[Float[np.ndarray, "r b k"]]
-) -> tuple[Float[np.ndarray, "c t b k"], Int[np.ndarray, "t b k"]]:
-    """Joins the outputs of a job's calls; `call` is its last one.
+def over_tokens(
+    marks: Bool[np.ndarray, "t l"], spans: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, "t l"]:
+    """Marks the tokens of marked spans; `spans` says which one each token belongs to, -1 none."""
+    out = np.zeros_like(marks)
+    out[:, : len(spans)] = marks[:, spans] & (spans >= 0)
+    return out
+
+
+def over_spans(
+    values: Float[np.ndarray, "c t k"],
+    positions: Int[np.ndarray, "t k"],
+    spans: Int[np.ndarray, " n"],
+) -> tuple[Float[np.ndarray, "c t k"], Int[np.ndarray, "t k"]]:
+    """Sums the values of one text's tokens over their spans; a span of one token keeps its bits.
 
     Args:
-      outputs: of each call, cut to the passes that it really made; NaN where nothing was read.
+      values: of tokens.
+      positions: of these tokens, ascending in each pass, -1 unused.
+      spans: which span each token of the text belongs to.
 
     Returns:
-      values by channel, and their positions in the text (-1 unused).
+      values by span, and the spans (-1 unused).
+    """
+    steps, slots = np.nonzero(positions >= 0)
+    at = spans[positions[steps, slots]]
+    sums = np.zeros((*values.shape[:2], int(spans.max(initial=-1)) + 1), values.dtype)
+    for sum_of, given in zip(sums, values):
+        np.add.at(sum_of, (steps, at), given[steps, slots])
+    scored = np.zeros(sums.shape[1:], bool)
+    scored[steps, at] = True
+    found = np.full_like(positions, -1)
+    some = losses.scored_positions(scored, positions.shape[1])
+    found[:, : some.shape[1]] = some
+    index = np.maximum(found, 0)[None].repeat(len(values), axis=0)
+    return np.where(found >= 0, np.take_along_axis(sums, index, axis=2), np.nan), found
+
+
+def values_of(
+    call: Call, outputs: Sequence[Float[np.ndarray, "r b k"]], table: TextTable
+) -> tuple[Float[np.ndarray, "c t b k"], Int[np.ndarray, "t b k"]]:
+    """Joins the outputs of a job's calls.
+
+    Args:
+      call: the job's last one.
+      outputs: of each call, cut to the passes that it really made; NaN where nothing was read.
+      table: the texts of the job's view.
+
+    Returns:
+      values by channel, and their positions in the text (-1 unused): tokens, or shared spans.
     """
     if call.positions is not None:
         channels = len(call.job.channels)
         split = [rows.reshape(-1, channels, *rows.shape[1:]) for rows in outputs]
-        return np.concatenate(split).swapaxes(0, 1), call.positions
+        values, positions = np.concatenate(split).swapaxes(0, 1), call.positions.copy()
+        for place, row in enumerate(call.job.batch.rows):
+            shared = table.shared[row] if row >= 0 else None
+            if shared is not None:
+                found = values[:, :, place], positions[:, place], shared.of(call.job.role.name)
+                values[:, :, place], positions[:, place] = over_spans(*found)
+        return values, positions
     (dense,) = outputs
     positions = losses.scored_positions(~np.isnan(dense), dense.shape[-1])
     values = np.take_along_axis(dense, np.maximum(positions, 0), axis=-1)

@@ -6,6 +6,7 @@ host stores what the call before it gave, scores a finished batch, and prepares 
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from sama_jax.engine.other_readings import VERSION, can_tell
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, Probe, load, pad_id
 from sama_jax.engine.scores import score_rows
-from sama_jax.engine.tasks import ROLES, Task, Tasks, stages
+from sama_jax.engine.tasks import Task, Tasks, stages
 from sama_jax.engine.views import ViewSources, make_view
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.storage.loss_store import make_record
@@ -47,8 +48,8 @@ class Setup(NamedTuple):
     """Whether all processes of the run see the same output folder."""
     sources: ViewSources | None = None
     """What guided views are made from; None where there are none."""
-    probe: Probe | None = None
-    """What the models are checked on when they are loaded; None: their weights alone."""
+    probes: Mapping[str, Probe] = MappingProxyType({})
+    """What each role is checked on when it is loaded; without it its weights alone are."""
     include_votes: bool = False
     quiet: bool = False
 
@@ -102,7 +103,7 @@ def fill_store(
         rate = matmul_rate(setup.shapes.product, setup.shapes.model.dtype)
         line = estimate(readings.tasks, readings.tables, left, setup.roles, setup.shapes, rate)
         say.print(line)
-    turns = [[role] for role in ROLES] if setup.in_turn else [[*ROLES]]
+    turns = [[role] for role in setup.roles] if setup.in_turn else [[*setup.roles]]
     params, unchecked = held or {}, _unchecked(setup, readings)
     for stage in stages(readings.tasks):
         if any(task.view not in readings.tables for task in stage):
@@ -118,7 +119,7 @@ def fill_store(
                 if (rows or keys & unchecked) and not keys <= params.keys():
                     params = {}  # frees the other model before this one is loaded
                     given = list(roles.values()), setup.layout, say
-                    params, noticed, judged = load(*given, probe=setup.probe, quiet=setup.quiet)
+                    params, noticed, judged = load(*given, probes=setup.probes, quiet=setup.quiet)
                     for note in noticed:
                         folder.keep_note(note)
                     if not noticed:  # else the next run says it, too
@@ -161,19 +162,22 @@ def _unchecked(setup: Setup, readings: Readings) -> set[str]:
 
     Losses may have been stored by runs of too few texts to tell whether a model is read rightly.
     """
-    if setup.probe is None or not can_tell(setup.probe.texts):
-        return set()
-    keys, texts = {r.store_key for r in setup.roles.values()}, setup.probe.digest
-    return {key for key in keys if not readings.store.exists(key, CHECKED, texts)}
+    return {
+        setup.roles[name].store_key
+        for name, probe in setup.probes.items()
+        if can_tell(probe.texts)
+        and not readings.store.exists(setup.roles[name].store_key, CHECKED, probe.digest)
+    }
 
 
 def _note_checked(setup: Setup, readings: Readings, keys: Collection[str]) -> None:
     """Notes in the store that the run's texts have judged these models, once for all processes."""
-    if setup.probe is None or setup.peers.rank > 0:
+    if setup.peers.rank > 0:
         return
-    nothing, texts = make_record(np.full((1, 0), -1), np.zeros((1, 0))), setup.probe.digest
+    nothing = make_record(np.full((1, 0), -1), np.zeros((1, 0)))
+    digests = {setup.roles[name].store_key: one.digest for name, one in setup.probes.items()}
     for key in sorted(keys):
-        readings.store.append(key, CHECKED, [texts], [nothing])
+        readings.store.append(key, CHECKED, [digests[key]], [nothing])
 
 
 def _agree(setup: Setup, readings: Readings) -> None:
@@ -228,7 +232,7 @@ def pending(
     readings: Readings,
     view: str,
     tasks: Sequence[Task] | None = None,
-    roles: Collection[str] = ROLES,
+    roles: Collection[str] | None = None,
 ) -> list[int]:
     """Returns the first text of each distinct sequence of tokens that has values missing.
 
@@ -236,13 +240,14 @@ def pending(
       readings: the run's texts and what is stored.
       view: where to look; one that is not made yet cannot have been read, so all texts count.
       tasks: what is read; None: all of the view's.
-      roles: from which models.
+      roles: from which models; None: all.
     """
     table = readings.tables.get(view)
     if table is None:
         return distinct_rows(readings.tables["text"])
     tasks = readings.tasks.of_view(view) if tasks is None else tasks
-    wanted = [(task, role) for task in tasks for role in task.channels if role in roles]
+    models = readings.store_keys if roles is None else roles
+    wanted = [(task, role) for task in tasks for role in task.channels if role in models]
     return [
         row
         for row in distinct_rows(table)
@@ -372,7 +377,8 @@ def _finish(
     call, batch = ended.call, ended.call.job.batch
     outputs.append(ended.runner.fetch(ended.out)[: call.passes * len(call.job.channels)])
     if call.ends_job:
-        values, positions = values_of(call, outputs)
+        table = readings.tables[call.job.task.view]
+        values, positions = values_of(call, outputs, table)
         held = run.setup.layout.held(len(call.job.batch.rows))
         require_finite(call.job, values, np.where(held[:, None], positions, -1), run.ids)
         _store(run, readings, call.job, values, positions)

@@ -17,7 +17,7 @@ from sama_jax.attacks.queries import Query, flatten
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.engine.plans import PLAN_ROWS, PlanCache
-from sama_jax.engine.tasks import ROLES, Task, Tasks
+from sama_jax.engine.tasks import ROLES, Task, Tasks, models_of
 from sama_jax.engine.text_table import TextTable
 from sama_jax.errors import DataError
 from sama_jax.storage.loss_store import LossStore
@@ -84,17 +84,21 @@ class Readings:
     ) -> Float[np.ndarray, "b t l"]:
         """Reads stored values of up to `PLAN_ROWS` texts, NaN where nothing is stored.
 
+        Of several references, the values are their mean.
+
         Returns:
           float32 [PLAN_ROWS, task.rows, max_length].
         """
         shape = PLAN_ROWS, task.rows, self.settings.max_length
         out = np.full(shape, np.nan, np.float32)
-        key, name = self.store_keys.get(role, ""), task.stored(channel)
-        keys = self.tables[task.view].store_keys
+        # In the order of their keys, which their contents give: sums then have the same bits.
+        models = sorted(self.store_keys[one] for one in models_of(role, self.store_keys))
+        name, keys = task.stored(channel), self.tables[task.view].store_keys
         for i, row in enumerate(rows):
             text = keys[row]
-            if text and self.store.has(key, name, text):
-                out[i] = self.store.read(key, name, text).dense(shape[-1])
+            if text and models and all(self.store.has(key, name, text) for key in models):
+                found = [self.store.read(key, name, text).dense(shape[-1]) for key in models]
+                out[i] = found[0] if len(found) == 1 else np.mean(found, axis=0)
         return out
 
     def plan(self, task: Task, rows: Sequence[int]) -> ProbePlan:

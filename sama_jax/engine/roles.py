@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ def resident_bytes(roles: Sequence[ModelRole], layout: Layout, *, in_turn: bool 
 
 
 class Probe(NamedTuple):
-    """Tokens that models are checked on when they are loaded."""
+    """Tokens that a model is checked on when it is loaded."""
 
     position: Int[np.ndarray, " n"]
     """Of `output_position.TEXT`."""
@@ -92,11 +93,11 @@ class Probe(NamedTuple):
     frequencies: float = math.nan
     """Loss of those texts by how frequent their tokens are."""
     other_masks: Collection[int] = ()
-    """What could stand for a masked token besides the models' own mask."""
+    """What could stand for a masked token besides the model's own mask."""
 
     @property
     def digest(self) -> str:
-        """Returns 16 hex digits over the texts that models are judged by."""
+        """Returns 16 hex digits over the texts that a model is judged by."""
         read = self.texts[: other_readings.MOST_TEXTS]
         return settings_hash([np.asarray(ids).tolist() for ids in read])
 
@@ -106,12 +107,12 @@ def make_probe(
     tokenizer: TextTokenizer,
     texts: Sequence[Int[np.ndarray, "..."]],
 ) -> Probe:
-    """Gathers the tokens that models are checked on when they are loaded.
+    """Gathers the tokens that a model is checked on when it is loaded.
 
     Args:
-      folder: the target; its files name the tokens that could be masks.
-      tokenizer: of all models.
-      texts: token ids of a run's texts; short ones are passed over, and long ones cut.
+      folder: the model; its files name the tokens that could be masks.
+      tokenizer: the model's.
+      texts: its token ids of a run's texts; short ones are passed over, and long ones cut.
     """
     position = tokenizer.encode([output_position.TEXT], output_position.MAX_TOKENS)[0].ids
     shortest, longest = other_readings.SHORTEST, other_readings.LONGEST
@@ -136,7 +137,7 @@ def load(
     layout: Layout,
     say: Console,
     *,
-    probe: Probe | None = None,
+    probes: Mapping[str, Probe] = MappingProxyType({}),
     quiet: bool = False,
 ) -> Loaded:
     """Loads models, what they have in common once, and checks whether they are read rightly.
@@ -145,7 +146,7 @@ def load(
       roles: the models; those with one key in the store are one model.
       layout: where parameters go.
       say: where to say what was loaded.
-      probe: what they are checked on; None: only their weights are.
+      probes: what each role is checked on; without it only its weights are.
       quiet: show no progress.
 
     Raises:
@@ -162,6 +163,7 @@ def load(
         say.print(
             f"{role.name}: {folder.path}, {folder.num_params:,} parameters in {folder.model.dtype}"
         )
+        probe = probes.get(role.name)
         warnings, could_tell = _check(role, params, probe)
         judged |= {role.store_key} if could_tell else set()
         if probe is not None and folder.model.kind == "diffusion" and not could_tell:

@@ -1,15 +1,18 @@
 """Turns the queries of the chosen attacks into tasks: the passes to be made, each once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from sama_jax.attacks.queries import Probes, Procedure, Query, View, flatten
 from sama_jax.attacks.registry import Attack
+from sama_jax.attacks.views import SharedSpans
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.engine.plans import DrawnPlans, PlanSource, ReplayedPlans
 from sama_jax.errors import UsageError
 
 ROLES = ("target", "reference")
+"""What a reading holds losses of. Several references of a run are `reference`, `reference2`, ..."""
 
 
 class Task(NamedTuple):
@@ -75,6 +78,8 @@ def tasks_of(
     settings: AuditSettings,
     store_keys: Mapping[str, str],
     replayed: ReplayedPlans | None = None,
+    *,
+    own_tokenizer: bool = False,
 ) -> Tasks:
     """Collects what the attacks read; queries that read the same passes share a task.
 
@@ -83,6 +88,8 @@ def tasks_of(
       settings: the audit's.
       store_keys: role -> the name of that model's losses in the store.
       replayed: plans that SAMA uses instead of its own.
+      own_tokenizer: whether the reference has other tokens than the target: what is read of both
+        is then read by the spans that they share.
 
     Raises:
       UsageError: plans are replayed, but SAMA is not among the attacks.
@@ -100,6 +107,8 @@ def tasks_of(
         return at
 
     queries = {a.name: dict(a.queries(settings)) for a in attacks}
+    if own_tokenizer:
+        queries = {a: {n: _by_spans(q) for n, q in of.items()} for a, of in queries.items()}
     places: dict[tuple[str, str], tuple[str, str]] = {}
     views: dict[str, View | None] = {"text": None}
     for attack in attacks:
@@ -112,6 +121,18 @@ def tasks_of(
     return Tasks(tuple(attacks), queries, task_of, tuple(known.values()), views)
 
 
+def _by_spans(query: Query) -> Query:
+    """Returns what is read of a text by shared spans, if a reference reads it."""
+    if "reference" not in query.roles:
+        return query
+    assert query.view is None, "refused before"
+    return replace(query, view=SPANS)
+
+
+SPANS = SharedSpans()
+"""The view that both models read if their tokens differ."""
+
+
 def _task(
     query: Query,
     guide: Task | None,
@@ -121,7 +142,8 @@ def _task(
 ) -> Task:
     """Makes the task of one query alone."""
     view = query.view_name
-    channels = {role: tuple(dict.fromkeys(query.channels)) for role in query.roles}
+    read = tuple(dict.fromkeys(query.channels))
+    channels = {name: read for role in query.roles for name in models_of(role, store_keys)}
     if replayed is not None:
         passes = replayed.plan.masks.shape[1]
         identity = replayed.identity
@@ -136,6 +158,11 @@ def _task(
         source, procedure = None, query.reads
         passes, rows = procedure.passes, procedure.rows
     return Task(view, identity, query, channels, guide, source, procedure, passes, rows)
+
+
+def models_of(role: str, names: Iterable[str]) -> list[str]:
+    """Returns the models of a run that stand for a role: the target, or all references."""
+    return [name for name in names if name.startswith(role)]
 
 
 def _merged(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, UInt32
+from jaxtyping import Bool, Float64, Int, Int32, UInt32
 
 from sama_jax import rng
-from sama_jax.arrays import Encoded, TextKeyData
+from sama_jax.arrays import Encoded, SharedTokens, TextKeyData
 from sama_jax.attacks.queries import ViewText
 from sama_jax.config import AuditSettings
 from sama_jax.errors import DataError, UsageError
@@ -37,6 +37,9 @@ class TextView(NamedTuple):
     ids: Int[np.ndarray, " n"]
     before: Int[np.ndarray, " p"]
     """Visible tokens that stand before the text and are never masked."""
+    shared: SharedTokens | None = None
+    """The reference's own tokens, and the spans that both models' tokens make up: these are what
+    is masked and scored then. None: every token is one."""
 
 
 def original_view(encoded: Encoded, settings: AuditSettings, *, shift: bool) -> TextView:
@@ -89,14 +92,14 @@ def derived_view(
             maskable = maskable & ~made.prompt
     own = rng.text_key_data(made.ids)
     key = original.key if made.same_masks else own
-    name = rng.key_name(own) + _mask_suffix(maskable)
+    name = rng.key_name(own) + _mask_suffix(maskable) + _span_suffix(made.ids, made.shared)
     if key != own:
         name += "~" + rng.key_name(key)
     before = np.zeros(0, np.int32) if made.before is None else made.before
     if len(before):
         name += "+" + hashlib.sha256(before.astype("<i4").tobytes()).hexdigest()[:16]
     sizes = original.zlib_bytes, original.characters
-    view = TextView(key, maskable, *sizes, name, made.ids, before)
+    view = TextView(key, maskable, *sizes, name, made.ids, before, made.shared)
     if settings.padding == "visible":
         length = visible_length(view, settings, room)
         if length != (settings.pad_to or settings.max_length):  # that one is in the model's key
@@ -107,6 +110,18 @@ def derived_view(
 def _mask_suffix(maskable: Bool[np.ndarray, " n"]) -> str:
     """Names what may be masked, unless that is everything."""
     return "" if maskable.all() else "-" + hashlib.sha256(maskable.tobytes()).hexdigest()[:8]
+
+
+def _span_suffix(ids: Int[np.ndarray, " n"], shared: SharedTokens | None) -> str:
+    """Names spans and the reference's tokens, unless they are the target's, each a span."""
+    if shared is None:
+        return ""
+    same, each = np.array_equal(ids, shared.reference_ids), np.arange(len(ids))
+    if same and all(np.array_equal(spans, each) for spans in (shared.target, shared.reference)):
+        return ""
+    sizes = np.array([len(shared.target), len(shared.reference)])
+    whole = np.concatenate([sizes, shared.target, shared.reference, shared.reference_ids])
+    return "/" + hashlib.sha256(whole.astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def _maskable(
@@ -148,6 +163,8 @@ class TextTable:
     """int32; empty where only the store is read, which needs no tokens."""
     before: Ragged
     """int32, visible tokens before the text."""
+    shared: tuple[SharedTokens | None, ...]
+    """The reference's own tokens, one a row."""
 
     @property
     def num_texts(self) -> int:
@@ -161,10 +178,32 @@ class TextTable:
 
     @functools.cached_property
     def lengths(self) -> Int32[np.ndarray, " n"]:
-        """Tokens of a forward pass: the text and what stands before it."""
-        return np.array(
-            [len(m) + len(b) for m, b in zip(self.maskable, self.before)], np.int32
-        ).reshape(-1)
+        """Tokens of a forward pass: the text and what stands before it.
+
+        Of a text that the models have different tokens of, those of the longer reading.
+        """
+        texts = [
+            len(maskable) if shared is None else max(len(shared.target), len(shared.reference))
+            for maskable, shared in zip(self.maskable, self.shared)
+        ]
+        return np.array([n + len(b) for n, b in zip(texts, self.before)], np.int32).reshape(-1)
+
+    @functools.cached_property
+    def widest(self) -> int:
+        """Tokens of the longest span of any text, by either model; 1 where tokens are scored."""
+        spans = [one.of(role) for one in self.shared if one for role in ("target", "reference")]
+        return max((int(np.bincount(s[s >= 0]).max(initial=1)) for s in spans), default=1)
+
+    def span_tokens(self, role: str) -> Float64[np.ndarray, " n"]:
+        """Returns how many tokens of a model a scored span of each text has on average."""
+        counts = [1.0 if one is None else _tokens_a_span(one.of(role)) for one in self.shared]
+        return np.array(counts, np.float64).reshape(-1)
+
+    def tokens(self, role: str) -> Ragged:
+        """Returns the token ids that a model reads: int32, one array a row."""
+        if role == "target":
+            return self.ids
+        return tuple(ids if s is None else s.reference_ids for ids, s in zip(self.ids, self.shared))
 
     @functools.cached_property
     def offsets(self) -> Int32[np.ndarray, " n"]:
@@ -181,8 +220,13 @@ class TextTable:
             return None
         key = TextKeyData(self.high[row], self.low[row])
         sizes = int(self.zlib_bytes[row]), int(self.characters[row])
-        ragged = self.ids[row], self.before[row]
+        ragged = self.ids[row], self.before[row], self.shared[row]
         return TextView(key, self.maskable[row], *sizes, self.store_keys[row], *ragged)
+
+
+def _tokens_a_span(spans: Int[np.ndarray, " n"]) -> float:
+    used = spans[spans >= 0]
+    return len(used) / len(np.unique(used)) if len(used) else 1.0
 
 
 def table_of(views: Sequence[TextView | None]) -> TextTable:
@@ -201,6 +245,7 @@ def table_of(views: Sequence[TextView | None]) -> TextTable:
         tuple(view.maskable for view in rows),
         tuple(view.ids for view in rows),
         tuple(view.before for view in rows),
+        tuple(view.shared for view in rows),
     )
 
 

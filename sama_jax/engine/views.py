@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sama_jax.arrays import Encoded, Rendered, TextKeyData
-from sama_jax.attacks.queries import View, ViewTools
+from sama_jax.attacks.queries import View, ViewText, ViewTools
 from sama_jax.config import AuditSettings
 from sama_jax.engine.tasks import Tasks
 from sama_jax.engine.text_table import TextTable, TextView, derived_view, table_of
+from sama_jax.texts.shared_spans import shared_spans
 from sama_jax.texts.tokenizer import TextTokenizer
 
 
@@ -28,6 +29,17 @@ class ViewSources(NamedTuple):
     room: int
     """Tokens that fit into the context of both models."""
     mask_id: int
+    reference_tokenizer: TextTokenizer | None = None
+    """Where the reference has one of its own."""
+
+    def share(self, text: str | Rendered) -> ViewText | None:
+        """Tokenises one text for both models, and finds the spans that they share."""
+        theirs = self.reference_tokenizer
+        assert theirs is not None
+        assert isinstance(text, str), "refused before"
+        tokens = self.tokenizer.tokens(text), theirs.tokens(text)
+        found = shared_spans(*tokens, self.settings.max_length)
+        return found and ViewText(found.ids, found.special, shared=found.tokens)
 
     def encode(self, text: str | Rendered) -> Encoded:
         """Tokenises one text, cut at the maximum length."""
@@ -72,7 +84,7 @@ def make_view(
             return None
         guide = None if guides is None else guides[row][:, : len(original.ids)]
         generator = generator_of(sources.settings.seed, original.key)
-        given = contexts, joined, sources.room, guide, generator, sources.mask_id
+        given = contexts, joined, sources.room, guide, generator, sources.mask_id, sources.share
         tools = ViewTools(sources.encode, *given)
         made = view.make(sources.texts[row], original.ids, tools)
         options = {"shift": sources.shift, "room": sources.room}

@@ -23,7 +23,7 @@ from sama_jax.engine.loop import Filled, Setup, fill_store
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, make_probe, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows
-from sama_jax.engine.tasks import tasks_of
+from sama_jax.engine.tasks import SPANS
 from sama_jax.engine.views import make_plain_views
 from sama_jax.programs import pipeline_control
 from sama_jax.programs.audit_gates import gates_after, require_valid
@@ -37,6 +37,7 @@ from sama_jax.programs.audit_inputs import (
     view_sources,
     wanted_attacks,
 )
+from sama_jax.programs.audit_models import kind_notes
 from sama_jax.programs.audit_records import (
     OpenRun,
     open_run,
@@ -109,13 +110,14 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     chosen = choose_attacks(job, wanted, inputs)
     tokenised = tokenise(job, inputs, chosen.prefixes, quiet=quiet)
     data = data_gates(job, inputs, tokenised)
-    tasks = tasks_of(chosen.attacks, job.settings, inputs.store_keys, tokenised.replayed)
+    tasks = inputs.tasks_of(chosen.attacks, job.settings, tokenised.replayed)
     require_sama(job, tasks)
     announce(say, data.gates, inputs, chosen, tokenised, job.settings.max_length)
     sources = view_sources(job, inputs, chosen.prefixes)
     tables = make_plain_views(tasks, tokenised.table, sources)
     placed = place(job, inputs)
-    say.print(describe(placed))
+    devices = describe(placed, len(inputs.roles))
+    say.print(devices)
     setup = make_setup(job, inputs, tokenised, placed)._replace(sources=sources, quiet=quiet)
     halves = None
     if job.pipeline_control:
@@ -127,10 +129,10 @@ def run_audit(job: AuditJob) -> AuditResult | None:
             say.print(pipeline_control.estimate(halves, setup))
         say.print(estimate(tasks, tables, left, inputs.roles, setup.shapes, rate))
         return None
-    with open_run(job, inputs, chosen, tokenised, describe(placed)) as run:
+    with open_run(job, inputs, chosen, tokenised, devices) as run:
         earlier = run.folder.manifest.get("gates") or []
         run.folder.write_manifest(gates=worst_of([earlier, data.gates]))
-        run.folder.keep_note(*inputs.tokenizer.doubts(tokenised.encoded))
+        run.folder.keep_note(*inputs.tokenizer.doubts(tokenised.encoded), *kind_notes(inputs.roles))
         primary = run.folder.manifest["protocol"]["primary"]
         if halves is not None:
             texts = chosen, halves, primary
@@ -155,7 +157,9 @@ def announce(
     """Says what was noticed about texts and attacks before anything is computed."""
     for one in [*voids(gates), *warnings(gates)]:
         say.print(f"{one['status']}: {told(one)}")
-    truncated = sum(e.truncated for e in tokenised.encoded)
+    if inputs.references.count == 0:
+        say.print("no reference: only attacks that read the target alone can be computed")
+    truncated = sum(tokenised.truncated)
     if truncated:
         say.print(f"{truncated} of {len(inputs.texts)} texts are cut at {max_length} tokens")
     cut = [e.prompt_cut for e in tokenised.encoded if e.prompt_cut]
@@ -204,12 +208,18 @@ def place(job: AuditJob, inputs: Inputs) -> Placed:
     return Placed(placement, room)
 
 
-def describe(placed: Placed) -> str:
-    """Says in one line what each device holds."""
+def describe(placed: Placed, count: int) -> str:
+    """Says in one line what each device holds of so many models."""
     layout = placed.placement.layout
     where = f"{len(layout.devices)} x {layout.devices[0].device_kind}, {layout.describe()}"
-    turns = "both models together" if placed.placement.together else "one model after the other"
-    return f"devices: {where}; {turns}"
+    return f"devices: {where}; {_turns(count, together=placed.placement.together)}"
+
+
+def _turns(count: int, *, together: bool) -> str:
+    if count == 1:
+        return "one model"
+    every = "both" if count == 2 else f"all {count}"
+    return f"{every} models together" if together else "one model after the other"
 
 
 def make_setup(job: AuditJob, inputs: Inputs, tokenised: Tokenised, placed: Placed) -> Setup:
@@ -224,13 +234,17 @@ def make_setup(job: AuditJob, inputs: Inputs, tokenised: Tokenised, placed: Plac
         resident_bytes(roles, layout, in_turn=in_turn),
         placed.device_bytes,
         job.batch_size,
+        tuple(role.folder.model for role in roles[1:]),
     )
     return Setup(
         inputs.roles,
         shapes,
         in_turn=in_turn,
         peers=job.peers,
-        probe=make_probe(roles[0].folder, inputs.tokenizer, [v.ids for v in tokenised.views]),
+        probes={
+            name: make_probe(role.folder, inputs.tokenizer_of(name), tokenised.ids_of(name))
+            for name, role in inputs.roles.items()
+        },
         include_votes=job.include_votes,
     )
 
@@ -262,6 +276,7 @@ def publish(
       ValidityError: the result is void; under --strict, something was noticed.
     """
     folder, readings = run.folder, filled.readings
+    spans = readings.tables.get(SPANS.name)
     cost = cost_of(readings.tasks, filled.costs, folder.manifest.get("cost"))
     if job.peers.count > 1:
         costs = job.peers.gather("passes", cost)
@@ -270,7 +285,9 @@ def publish(
             update_index(folder, rows, readings.tables)
             notes = noted(folder.path)
             found = gather_evidence(readings)
-            gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, found)])
+            gates = worst_of(
+                [folder.manifest["gates"], gates_after(inputs, tokenised, found, spans)]
+            )
             folder.write_manifest(notes=notes, cost=cost, gates=gates)
             say.print(_HINT)
             require_valid(job.out, [], notes, strict=job.strict)
@@ -289,7 +306,7 @@ def publish(
 
     notes = noted(folder.path)
     found = gather_evidence(readings)
-    gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, found)])
+    gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, found, spans)])
     folder.write_manifest(notes=notes, cost=cost, gates=gates)
     metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)

@@ -8,31 +8,62 @@ import numpy as np
 from sama_jax.core.frequencies import frequency_losses
 from sama_jax.engine.evidence import Evidence
 from sama_jax.engine.roles import attention_of
+from sama_jax.engine.text_table import TextTable
 from sama_jax.errors import ValidityError
 from sama_jax.programs.audit_inputs import Inputs, Tokenised
 from sama_jax.validity import losses
 from sama_jax.validity.gate import Gate, told, voids, warnings
+from sama_jax.weights.model_folder import ModelFolder
 
 
-def gates_after(inputs: Inputs, tokenised: Tokenised, found: Evidence) -> list[Gate]:
-    """Returns the gates about models and losses, once all passes are made."""
+def gates_after(
+    inputs: Inputs, tokenised: Tokenised, found: Evidence, spans: TextTable | None = None
+) -> list[Gate]:
+    """Returns the gates about models and losses, once all passes are made.
+
+    Args:
+      inputs: of the run.
+      tokenised: its texts.
+      found: what was read.
+      spans: the texts in the tokens of two tokenizers, if it was read by spans.
+    """
     own = [one.ids if one.prompt is None else one.ids[~one.prompt] for one in tokenised.encoded]
-    frequencies = frequency_losses(own)
-    folders = [inputs.roles[name].folder for name in ("target", "reference")]
-    return [
-        *loss_gates(found, [text.label for text in inputs.texts]),
-        losses.learnt("target", found.target, frequencies),
-        losses.learnt("reference", found.reference, frequencies),
-        losses.same_arithmetic(*(f"{f.model.dtype}, {attention_of(f)} attention" for f in folders)),
+    read = {"target": own, "reference": own}
+    if tokenised.reference is not None:
+        read["reference"] = [one.ids for one in tokenised.reference]
+    frequencies = {role: frequency_losses(ids) for role, ids in read.items()}
+    unit = unit_of(spans)
+    if spans is not None:
+        frequencies = {role: one * spans.span_tokens(role) for role, one in frequencies.items()}
+    target, *references = (role.folder for role in inputs.roles.values())
+    gates = [
+        *loss_gates(found, [text.label for text in inputs.texts], unit),
+        losses.learnt("target", found.target, frequencies["target"], unit),
     ]
+    if references:
+        others = sorted({_arithmetic(folder) for folder in references})
+        gates += [
+            losses.learnt("reference", found.reference, frequencies["reference"], unit),
+            losses.same_arithmetic(_arithmetic(target), " and ".join(others)),
+        ]
+    return gates
 
 
-def loss_gates(found: Evidence, labels: Sequence[int | None]) -> list[Gate]:
+def _arithmetic(folder: ModelFolder) -> str:
+    return f"{folder.model.dtype}, {attention_of(folder)} attention"
+
+
+def unit_of(spans: TextTable | None) -> str:
+    """Says what losses of both models are of; `spans` are the texts if they were read by these."""
+    return "token" if spans is None else "span"
+
+
+def loss_gates(found: Evidence, labels: Sequence[int | None], unit: str = "token") -> list[Gate]:
     """Returns the gates that stored losses and labels alone can answer."""
     known = np.array([-1 if label is None else label for label in labels])
     return [
-        losses.same_losses(found.same),
-        losses.target_worse(found.target, found.reference, known),
+        losses.same_losses(found.same, unit),
+        losses.target_worse(found.target, found.reference, known, unit),
         losses.reference_better(found.target, found.reference),
     ]
 

@@ -1,27 +1,30 @@
 """Reads and checks what an audit works on, and chooses the attacks that can be computed."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sama_jax import attacks as attack_suite
 from sama_jax.arrays import Encoded
+from sama_jax.attacks.references import References, obstacle
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.engine.plans import ReplayedPlans
-from sama_jax.engine.roles import ModelRole, model_key, pad_id
+from sama_jax.engine.roles import ModelRole
+from sama_jax.engine.tasks import Tasks, tasks_of
 from sama_jax.engine.text_table import TextTable, TextView, original_view, table_of
 from sama_jax.engine.views import ViewSources
-from sama_jax.errors import ModelError, UsageError, ValidityError
+from sama_jax.errors import UsageError
+from sama_jax.programs.audit_models import open_models
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.split import require_split
 from sama_jax.storage import replay
 from sama_jax.storage.run_folder import read_manifest
 from sama_jax.terminal import ProgressBar
 from sama_jax.texts.read import Text, collect, with_control
-from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
+from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.texts.windows import windows_of
 from sama_jax.weights import model_folder
 
@@ -36,7 +39,11 @@ class Inputs(NamedTuple):
 
     texts: list[Text]
     roles: dict[str, ModelRole]
+    """`target`, and the references, if there are any, in an order of their own."""
     tokenizer: TextTokenizer
+    """The target's; it is the references', too, unless they have one of their own."""
+    reference_tokenizer: TextTokenizer | None = None
+    """The reference's own, where its tokens are others than the target's."""
 
     @property
     def ids(self) -> list[str]:
@@ -47,6 +54,28 @@ class Inputs(NamedTuple):
     def store_keys(self) -> dict[str, str]:
         """Role -> the name of that model's losses in the store."""
         return {name: role.store_key for name, role in self.roles.items()}
+
+    @property
+    def references(self) -> References:
+        """What the run has for references."""
+        return References(len(self.roles) - 1, self.reference_tokenizer is not None)
+
+    def tokenizer_of(self, role: str) -> TextTokenizer:
+        """Returns the tokenizer of a model."""
+        own = None if role == "target" else self.reference_tokenizer
+        return own or self.tokenizer
+
+    def tasks_of(
+        self, attacks: Sequence[Attack], settings: AuditSettings, replayed: ReplayedPlans | None
+    ) -> Tasks:
+        """Collects what attacks read of these models."""
+        own = self.references.own_tokenizer
+        return tasks_of(attacks, settings, self.store_keys, replayed, own_tokenizer=own)
+
+    @property
+    def shift(self) -> bool:
+        """Whether any of the models reads the output before a token (`Model.shift`)."""
+        return any(role.folder.model.shift for role in self.roles.values())
 
     @property
     def labels(self) -> np.ndarray:
@@ -83,6 +112,20 @@ class Tokenised(NamedTuple):
     table: TextTable
     """Of the texts that are scored: those taken as prefixes are empty rows."""
     replayed: ReplayedPlans | None
+    reference: list[Encoded] | None = None
+    """By the reference's own tokenizer; None: it has none."""
+
+    @property
+    def truncated(self) -> list[bool]:
+        """Tells of each text whether it is cut: both models read what fits into either's tokens."""
+        cut = [one.truncated for one in self.encoded]
+        others = cut if self.reference is None else [one.truncated for one in self.reference]
+        return [one or other for one, other in zip(cut, others)]
+
+    def ids_of(self, role: str) -> list[np.ndarray]:
+        """Returns each text as a model reads it: int32 [n]."""
+        own = None if role == "target" else self.reference
+        return [one.ids for one in own or self.encoded]
 
 
 def wanted_attacks(job: AuditJob) -> list[Attack]:
@@ -95,37 +138,17 @@ def wanted_attacks(job: AuditJob) -> list[Attack]:
 
 
 def read_inputs(job: AuditJob) -> Inputs:
-    """Reads texts and tokenizer and opens both model folders; loads no weights.
+    """Reads texts and tokenizers and opens the model folders; loads no weights.
 
     Raises:
       DataError, ModelError, UsageError: what is wrong, where, and what to do.
     """
-    settings = job.settings
     texts = collect(job.texts.texts[: job.limit])
     if job.split is not None:
         require_split(job.split, texts.texts, job.limit)
     texts = with_control(texts, job.control)
-    options: dict[str, Any] = {
-        "mask_id": job.mask_id,
-        "dtype": settings.dtype,
-        "longest": settings.pad_to or settings.max_length,
-        "attention": settings.attention,
-        "attention_mask": job.attention_mask,
-    }
-    target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
-    if settings.dtype == "auto":  # each folder's own would look like a difference of the models
-        options["dtype"] = str(target.model.dtype)
-    options["attention_mask"] = job.reference_attention_mask or job.attention_mask
-    reference = model_folder.open_folder(job.reference, **options)
-    require_one_kind(target, reference)
-    tokenizer = common_tokenizer(target, reference, texts.texts)
-    pad = pad_id(target, settings)
-    roles = {
-        name: ModelRole(name, folder, model_key(folder, settings, pad))
-        for name, folder in (("target", target), ("reference", reference))
-    }
-    require_two_models(roles)
-    return Inputs(_windows(job, texts.texts, tokenizer), roles, tokenizer)
+    models = open_models(job, texts.texts)
+    return Inputs(_windows(job, texts.texts, models.tokenizer), *models)
 
 
 def _windows(job: AuditJob, texts: list[Text], tokenizer: TextTokenizer) -> list[Text]:
@@ -140,57 +163,6 @@ def _windows(job: AuditJob, texts: list[Text], tokenizer: TextTokenizer) -> list
     return windows_of(texts, tokenizer, length, length if job.stride is None else job.stride)
 
 
-def require_one_kind(target: model_folder.ModelFolder, reference: model_folder.ModelFolder) -> None:
-    """Raises `ModelError` if the models predict in different ways: losses then mean two things."""
-    if target.model.kind != reference.model.kind:
-        raise ModelError(
-            f"{target.path} and {reference.path}: the target is a {target.model.kind} model, the "
-            f"reference an {reference.model.kind} one, so their losses cannot be compared; give a "
-            "reference of the target's kind, such as the converted model before its fine-tuning"
-        )
-
-
-def require_two_models(roles: Mapping[str, ModelRole]) -> None:
-    """Raises `ValidityError` if target and reference are one model: nothing could differ."""
-    target, reference = roles["target"], roles["reference"]
-    if target.folder.adapter_is_nothing:
-        raise ValidityError(
-            f"{target.folder.path}: its adapter is zero, or changes nothing else, so target and "
-            "reference are the same model: it was never trained, or not saved; give the trained "
-            "adapter"
-        )
-    if target.store_key == reference.store_key:
-        raise ValidityError(
-            f"{target.folder.path} and {reference.folder.path}: target and reference are the same "
-            "model, byte for byte, so no attack could find anything; give the fine-tuned model as "
-            "--target (or its --adapter), and what it was made from as --reference"
-        )
-
-
-def common_tokenizer(
-    target: model_folder.ModelFolder,
-    reference: model_folder.ModelFolder,
-    texts: list[Text],
-) -> TextTokenizer:
-    """Returns the target's tokenizer, after checking that both models read texts alike.
-
-    Raises:
-      ModelError: the tokenizers give other ids, or ids without an embedding.
-      UsageError: the models have different mask tokens.
-    """
-    ours, theirs = (
-        TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
-        for folder in (target, reference)
-    )
-    require_same_ids(ours, theirs, texts)
-    if target.model.mask_id != reference.model.mask_id:
-        raise UsageError(
-            f"target and reference have different mask ids ({target.model.mask_id} and "
-            f"{reference.model.mask_id}); give the right one with --mask-id"
-        )
-    return ours
-
-
 # --- attacks and prefixes ------------------------------------------------------------------------
 
 
@@ -198,20 +170,24 @@ def choose_attacks(job: AuditJob, wanted: Sequence[Attack], inputs: Inputs) -> C
     """Chooses the prefixes, the attacks that this run can compute, and says why not the others.
 
     Raises:
-      UsageError: an attack that was asked for by name cannot be computed, or none can.
+      UsageError: attacks that were asked for by name cannot be computed, or none can.
     """
     before = (read_manifest(job.out) or {}).get("prefix_classes", [])
     kind = inputs.roles["target"].folder.model.kind
-    prefixes = choose_prefixes(job, [a for a in wanted if _fits(a, kind)], inputs.texts, before)
-    chosen, left_out = [], {}
-    for attack in wanted:
-        reason = _obstacle(attack, job.settings, kind, inputs.texts, prefixes)
-        if reason is None:
-            chosen.append(attack)
-        elif attack.name in job.attacks:
-            raise UsageError(f"attack '{attack.name}' cannot be computed here: {reason}")
-        else:
-            left_out[attack.name] = reason
+    fit = [a for a in wanted if _fits(a, kind) and not obstacle(a, job.settings, inputs.references)]
+    prefixes = choose_prefixes(job, fit, inputs.texts, before)
+    reasons = {a.name: _obstacle(a, job.settings, inputs, prefixes) for a in wanted}
+    left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+    chosen = [attack for attack in wanted if attack.name not in left_out]
+    if refused := [name for name in left_out if name in job.attacks]:
+        usual = attack_suite.select(["all"])
+        able = [a.name for a in usual if not _obstacle(a, job.settings, inputs, prefixes)]
+        reason = left_out[refused[0]]
+        same = ", ".join(f"'{name}'" for name in refused if left_out[name] == reason)
+        raise UsageError(
+            f"attack{'s' * (',' in same)} {same} cannot be computed here: {reason}; these can: "
+            f"{', '.join(able) or 'none'}"
+        )
     if not chosen:
         raise UsageError("none of the attacks can be computed here")
     return Chosen(chosen, left_out, prefixes)
@@ -265,11 +241,14 @@ def _fits(attack: Attack, kind: str) -> bool:
 
 
 def _obstacle(
-    attack: Attack, settings: AuditSettings, kind: str, texts: list[Text], prefixes: Prefixes
+    attack: Attack, settings: AuditSettings, inputs: Inputs, prefixes: Prefixes
 ) -> str | None:
     """Says why an attack cannot be computed; None if it can."""
+    kind, texts = inputs.roles["target"].folder.model.kind, inputs.texts
     if not _fits(attack, kind):
         return f"it is defined for {' and '.join(attack.kinds)} models, this one is {kind}"
+    if reason := obstacle(attack, settings, inputs.references):
+        return reason
     for context in sorted(_contexts(attack, settings) - prefixes.possible):
         return (
             f"it needs {context} prefixes: give --prefixes FILE, or at least "
@@ -298,9 +277,13 @@ def tokenise(job: AuditJob, inputs: Inputs, prefixes: Prefixes, *, quiet: bool) 
     with ProgressBar("tokenise", len(texts), "texts", quiet=quiet) as bar:
         contents = [text.content for text in texts]
         encoded = inputs.tokenizer.encode(contents, settings.max_length, bar.advance)
-    require_context(encoded, [role.folder for role in inputs.roles.values()], settings)
-    shift = inputs.roles["target"].folder.model.shift
-    views = [original_view(e, settings, shift=shift) for e in encoded]
+    own = None
+    if inputs.reference_tokenizer is not None:
+        own = inputs.reference_tokenizer.encode(contents, settings.max_length)
+    for role in inputs.roles.values():
+        read = encoded if own is None or role.name == "target" else own
+        require_context(read, [role.folder], settings)
+    views = [original_view(e, settings, shift=inputs.shift) for e in encoded]
     replayed = None
     if job.plan:
         loaded = replay.load_plan(job.plan, settings.max_length)
@@ -313,7 +296,7 @@ def tokenise(job: AuditJob, inputs: Inputs, prefixes: Prefixes, *, quiet: bool) 
             for view, row in zip(views, row_of)
         ]
     scored = [None if t.id in prefixes.taken else view for t, view in zip(texts, views)]
-    return Tokenised(encoded, views, table_of(scored), replayed)
+    return Tokenised(encoded, views, table_of(scored), replayed, own)
 
 
 def require_context(
@@ -344,7 +327,8 @@ def view_sources(job: AuditJob, inputs: Inputs, prefixes: Prefixes) -> ViewSourc
         inputs.tokenizer,
         prefixes.texts,
         job.settings,
-        folders[0].model.shift,
+        inputs.shift,
         min(folder.max_length for folder in folders),
         folders[0].model.mask_id,
+        inputs.reference_tokenizer,
     )

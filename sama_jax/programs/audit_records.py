@@ -45,6 +45,9 @@ from sama_jax.validity.blind import Blind
 from sama_jax.validity.overlap import joined, relate
 from sama_jax.weights.identity import matmul_precision
 
+OWN = "its own, not the target's: losses are summed over spans of characters that both share"
+"""What a manifest says of a reference with another tokenizer."""
+
 
 class OpenRun(NamedTuple):
     """The output folder of a run, open."""
@@ -74,6 +77,8 @@ def open_run(
     run = run_identity(
         inputs.texts, tokenised.encoded, inputs.tokenizer, inputs.roles, job.settings
     )
+    if inputs.reference_tokenizer is not None:
+        run["reference_tokenizer"] = inputs.reference_tokenizer.fingerprint
     run["plan"] = tokenised.replayed and tokenised.replayed.identity
     if job.windows:
         documents = len({text.document for text in inputs.texts})
@@ -195,7 +200,8 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
         "seed": job.settings.seed,
         "command": job.command,
         "target": str(job.target),
-        "reference": str(job.reference),
+        **({"reference": _named(job.references)} if job.references else {}),
+        **({"reference_tokenizer": OWN} if inputs.reference_tokenizer is not None else {}),
         **({"adapter": _adapters(job)} if job.adapter else {}),
     }
 
@@ -203,16 +209,20 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
 def _adapters(job: AuditJob) -> str | list[str]:
     """Names the adapters in their order, or the only one."""
     given = job.adapter or ()
-    names = [str(given)] if isinstance(given, str | Path) else [str(path) for path in given]
+    return _named([given] if isinstance(given, str | Path) else given)
+
+
+def _named(paths: Sequence[str | Path]) -> str | list[str]:
+    names = [str(path) for path in paths]
     return names if len(names) > 1 else names[0]
 
 
 def _masks(inputs: Inputs) -> str:
     """Says which mask of attention the models are read with."""
-    target, reference = (
-        mask_of(inputs.roles[role].folder.model.arch) for role in ("target", "reference")
-    )
-    return target if target == reference else f"{target} (target), {reference} (reference)"
+    names = {n: mask_of(r.folder.model.arch) for n, r in inputs.roles.items()}
+    if len(set(names.values())) == 1:
+        return names["target"]
+    return ", ".join(f"{mask} ({name})" for name, mask in names.items())
 
 
 def text_rows(
@@ -235,7 +245,7 @@ def text_rows(
     """
     rows = []
     baseline = np.full(len(inputs.texts), np.nan) if blind is None else blind.scores
-    numbers = document_numbers(inputs.texts, tokenised.encoded)
+    numbers, truncated = document_numbers(inputs.texts, tokenised.encoded), tokenised.truncated
     for i, text in enumerate(inputs.texts):
         group, view, tokens = numbers[i], tokenised.views[i], tokenised.encoded[i]
         row: dict[str, Any] = {"id": text.id}
@@ -244,7 +254,7 @@ def text_rows(
         if group is not None:  # a number: names of documents and authors are private
             row["group"] = group
         row["n_tokens"] = tokens.own_tokens
-        row["truncated"] = tokens.truncated
+        row["truncated"] = truncated[i]
         if text.document is not None:
             row |= {"document": text.document, "top": job.top_windows}
         if tokens.prompt_cut:
@@ -335,3 +345,5 @@ def require_sama(job: AuditJob, tasks: Tasks) -> None:
     """Raises `UsageError` if SAMA's probes are to be saved, but SAMA is not computed."""
     if (job.save_plan or job.save_losses) and "sama" not in tasks.queries:
         raise UsageError("--save-plan and --save-losses write SAMA's probes: add sama to --attacks")
+    if job.save_losses and len(job.references) > 1:
+        raise UsageError("--save-losses writes the losses of one reference; give --reference once")

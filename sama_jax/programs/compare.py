@@ -89,6 +89,16 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(found, key=order)
 
 
+def _base(job: AuditJob) -> Path:
+    """Returns what checkpoints that are adapters are put on. Raises `UsageError`."""
+    if len(job.references) != 1:
+        raise UsageError(
+            f"{len(job.references)} references are given; checkpoints that are adapters need one, "
+            "their base"
+        )
+    return job.references[0]
+
+
 def watch(job: AuditJob, checkpoints: Path) -> list[Line]:
     """Audits every checkpoint of a folder, or what of them is new, and compares the runs.
 
@@ -108,7 +118,7 @@ def watch(job: AuditJob, checkpoints: Path) -> list[Line]:
         say.print(f"checkpoint {number} of {len(found)}: {path.name}")
         models: dict[str, Any] = {"target": path, "adapter": None}
         if not (path / _MODEL).is_file():
-            models = {"target": job.reference, "adapter": path}
+            models = {"target": _base(job), "adapter": path}
         own_flags = {k: v for k, v in job.flags.items() if k not in ("target", "adapter", "store")}
         own_flags |= {k: str(v.resolve()) for k, v in models.items() if v is not None}
         store = job.store or job.out / "losses"

@@ -27,11 +27,16 @@ class DataGates(NamedTuple):
 def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates:
     """Asks all gates about the texts that are scored: those taken as prefixes are left out."""
     scored = np.flatnonzero(tokenised.table.exists).tolist()
-    model = inputs.roles["target"].folder.model
+    models = {name: role.folder.model for name, role in inputs.roles.items()}
     gates = [data.empty_texts([int(tokenised.table.num_tokens[i]) for i in scored])]
-    if model.kind != "autoregressive":  # that masks nothing: its `mask_id` is an ordinary word's
-        masks = data.mask_tokens([tokenised.encoded[i].ids for i in scored], model.mask_id)
-        gates.insert(0, masks)
+    # A next-token model masks nothing: its `mask_id` is an ordinary word's.
+    if models["target"].kind != "autoregressive":
+        readings = {name: tokenised.ids_of(name) for name in models}
+        masks = [
+            data.mask_tokens([readings[name][i] for i in scored], model.mask_id)
+            for name, model in models.items()
+        ]
+        gates.insert(0, max(masks, key=lambda one: one["statistic"] or 0))
     marks = template_marks([inputs.texts[i] for i in scored])
     if marks is not None:
         unknown = [name for name in marks if inputs.tokenizer.token_id(name) is None]
@@ -58,7 +63,7 @@ def data_gates(job: AuditJob, inputs: Inputs, tokenised: Tokenised) -> DataGates
         data.repeated_sources(labels, related.units, [text.group for text in texts]),
         data.overlap(_overlap_shares(texts)),
         *([data.prefixes(related.near_prefix)] if job.prefixes else []),
-        data.truncation(np.array([one.truncated for one in encoded]), labels),
+        data.truncation(np.array(tokenised.truncated)[labelled], labels),
         data.random_split(job.split is not None),
     ]
     quiet = job.quiet or job.peers.rank > 0 or len(texts) < MANY_TEXTS // 10

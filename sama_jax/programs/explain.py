@@ -60,6 +60,11 @@ def explain(
             f"{spelled.where}: is not the tokenizer that the audit read; give --tokenizer the "
             "model folder that was audited"
         )
+    if stored.manifest["run"].get("reference_tokenizer"):
+        raise UsageError(
+            f"{stored.path}: compared spans of two tokenizers, not tokens; explain an audit with a "
+            "reference of the target's tokenizer"
+        )
     given = _given(stored, texts, spelled)
     readings = readings_of(stored, stored.manifest.get("attacks") or ["all"])
     usual = _usual(readings, stored.rows)

@@ -24,9 +24,17 @@ class AuditJob:
     """What to audit, and where the results go."""
 
     target: Annotated[Path, Flag("fine-tuned model", "DIR")]
-    reference: Annotated[Path, Flag("its base model", "DIR")]
     texts: "sama_jax.texts.read.Texts"
     out: Annotated[Path, Flag("results, or a run to continue", "DIR")]
+    reference: Annotated[
+        Path | Sequence[Path] | None,
+        Flag("its base model; repeatable: the mean of several; none: attacks without one", "DIR"),
+    ] = None
+    """None: only attacks that read the target alone can be computed."""
+    reference_tokenizer: Annotated[
+        Literal["target", "own"],
+        Flag("own: another one than the target's; losses are then summed over spans of the text"),
+    ] = "target"
     attacks: Sequence[str] = ("all",)
     """Names; of `all`, those that cannot be computed here are left out and listed."""
     settings: AuditSettings = field(default_factory=AuditSettings)
@@ -105,6 +113,12 @@ class AuditJob:
     """What the results name as the command that made them."""
     flags: Mapping[str, Any] = field(default_factory=dict)
     """The flags of that command, for `audit.yaml`; without any, none is written."""
+
+    @property
+    def references(self) -> list[Path]:
+        """The references, as they were given."""
+        given = () if self.reference is None else self.reference
+        return [given] if isinstance(given, Path) else list(given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def run_nll(
     sizes = resident_bytes([role], layout), device_bytes()
     shapes = BatchShapes(folder.model, folder.max_length, settings, layout, *sizes)
     probe = make_probe(folder, tokenizer, [view.ids for view in views])
-    setup = Setup(roles, shapes, probe=probe, quiet=quiet)
+    setup = Setup(roles, shapes, probes={"target": probe}, quiet=quiet)
     run = run_identity(texts.texts, encoded, tokenizer, roles, settings)
     run["nll"] = tasks.first("nll").identity
     output = RunFolder(out, run, {"model": str(model)}, None)

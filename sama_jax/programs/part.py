@@ -18,7 +18,6 @@ from sama_jax.attacks.registry import Attack
 from sama_jax.engine.loop import Setup, fill_store
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.scores import score_corpus
-from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.views import make_plain_views
 from sama_jax.errors import UsageError
 from sama_jax.programs.audit_inputs import Inputs, Prefixes, Tokenised, tokenise, view_sources
@@ -52,6 +51,8 @@ def make_part(
         inputs.texts, tokenised.encoded, inputs.tokenizer, inputs.roles, job.settings
     )
     plan = tokenised.replayed and tokenised.replayed.identity
+    if inputs.reference_tokenizer is not None:
+        run["reference_tokenizer"] = inputs.reference_tokenizer.fingerprint
     run |= {"attack": attack.name, "code": codes().get(attack.name), "plan": plan, **more}
     return Part(path, job, inputs, tokenised, prefixes, attack, run)
 
@@ -92,10 +93,10 @@ def score_part(
     """
     shutil.rmtree(part.path, ignore_errors=True)
     inputs, settings, keys = part.inputs, part.job.settings, part.inputs.store_keys
-    tasks = tasks_of([part.attack], settings, keys, part.tokenised.replayed)
+    tasks = inputs.tasks_of([part.attack], settings, part.tokenised.replayed)
     sources = view_sources(part.job, inputs, part.prefixes)
     tables = make_plain_views(tasks, part.tokenised.table, sources)
-    setup = setup._replace(roles=inputs.roles, sources=sources, probe=None, include_votes=False)
+    setup = setup._replace(roles=inputs.roles, sources=sources, probes={}, include_votes=False)
     texts = text_rows(part.job, inputs, part.tokenised, part.prefixes)
     folder = RunFolder(part.path, part.run, dict(about or {}), None)
     try:

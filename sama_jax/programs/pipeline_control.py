@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sama_jax import attacks as attack_suite
 from sama_jax.arrays import Params
+from sama_jax.attacks.references import References
 from sama_jax.config import settings_hash
 from sama_jax.devices.matmul_rate import matmul_rate
 from sama_jax.engine.estimate import USED
@@ -100,10 +101,15 @@ def require_possible(job: AuditJob, inputs: Inputs, tokenised: Tokenised, room: 
       room: bytes of memory of a device.
 
     Raises:
-      UsageError: several processes, or too little memory to train the reference.
+      UsageError: several processes, no or several references, or too little memory to train one.
       DataError: too few non-members.
     """
     require_one_process(job, FLAG)
+    if inputs.references != References():
+        raise UsageError(
+            f"{FLAG}: makes a target of the reference, so it needs exactly one, with the target's "
+            "tokenizer; give one, or known members by --control FILE instead"
+        )
     needed = few.BYTES * inputs.roles["reference"].folder.num_params
     if needed > room:
         raise UsageError(

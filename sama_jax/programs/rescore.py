@@ -13,16 +13,17 @@ import numpy as np
 from sama_jax import __version__
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.code import codes
+from sama_jax.attacks.references import References, obstacle
 from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings, from_dict
 from sama_jax.engine.evidence import gather_evidence
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.scores import score_corpus, score_rows
-from sama_jax.engine.tasks import tasks_of
+from sama_jax.engine.tasks import SPANS, tasks_of
 from sama_jax.engine.text_table import TextTable, table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
-from sama_jax.programs.audit_gates import loss_gates, require_valid
+from sama_jax.programs.audit_gates import loss_gates, require_valid, unit_of
 from sama_jax.programs.audit_records import write_densities
 from sama_jax.programs.run_identity import flat_settings, store_keys_of
 from sama_jax.reporting import report, results
@@ -80,7 +81,7 @@ def run_score(store: Path, names: Sequence[str], *, quiet: bool = False) -> Audi
         _require_finished(path, folder, rows)
         joined = folder.join(kept, [a.name for a in chosen])
         found, labels = gather_evidence(readings), [row.get("label") for row in rows]
-        asked = loss_gates(found, labels)
+        asked = loss_gates(found, labels, unit_of(tables.get(SPANS.name)))
         gates = worst_of([manifest.get("gates") or [], asked])
         folder.write_manifest(gates=gates)
         metrics = results.metrics_of(joined, folder.manifest)
@@ -202,6 +203,9 @@ def _obstacle(
     """Says why an attack cannot be scored from the store; None if it can."""
     if attack.needs_texts:
         return "it reads the texts themselves"
+    references = len(manifest["store_keys"]) - 1, bool(manifest["run"].get("reference_tokenizer"))
+    if reason := obstacle(attack, settings, References(*references)):
+        return reason
     if attack.name == "sama" and manifest["run"].get("plan"):
         return "the audit replayed a plan file"
     if attack.name in (known := manifest.get("not_computed") or {}):
@@ -229,4 +233,6 @@ def _readings(
     folder: RunFolder,
 ) -> Readings:
     keys = manifest["store_keys"]
-    return Readings(tasks_of(attacks, settings, keys), settings, tables, keys, folder.store)
+    own = bool(manifest["run"].get("reference_tokenizer"))
+    tasks = tasks_of(attacks, settings, keys, own_tokenizer=own)
+    return Readings(tasks, settings, tables, keys, folder.store)

@@ -47,11 +47,12 @@ def run_identity(
 def store_keys_of(run: Mapping[str, Any]) -> dict[str, str]:
     """Returns role -> the name of that model's losses in the store, from a run's identity alone."""
     common = {name: run.get(name) for name in ARITHMETIC}
-    found = {}
-    for role in ROLES:
-        own = {k.removeprefix(f"{role}."): v for k, v in run.items() if k.startswith(f"{role}.")}
-        found[role] = settings_hash(own | common)
-    return found
+    own: dict[str, dict[str, Any]] = {}
+    for name, value in run.items():
+        role, _, field = name.partition(".")
+        if field and role.startswith(ROLES):
+            own.setdefault(role, {})[field] = value
+    return {role: settings_hash(fields | common) for role, fields in own.items()}
 
 
 def flat_settings(settings: AuditSettings) -> dict[str, Any]:

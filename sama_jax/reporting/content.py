@@ -74,6 +74,7 @@ def audited(rows: Sequence[Row], manifest: Mapping[str, Any]) -> list[Fact]:
         for role in ("target", "reference")
         if manifest.get(role)
     ]
+    facts += references(manifest)
     labels = [row.get("label") for row in rows]
     counts = {"members": 1, "non-members": 0, "without a label": None}
     shares = [f"{labels.count(v)} {word}" for word, v in counts.items() if labels.count(v)]
@@ -95,6 +96,18 @@ def audited(rows: Sequence[Row], manifest: Mapping[str, Any]) -> list[Fact]:
     return facts
 
 
+def references(manifest: Mapping[str, Any]) -> list[Fact]:
+    """Says what is unusual about a run's reference: none, several, or one of another tokenizer."""
+    if manifest.get("target") and not manifest.get("reference"):
+        return [Fact("no reference", "only attacks that read the target alone were computed")]
+    if isinstance(manifest.get("reference"), list):
+        count = len(manifest["reference"])
+        return [Fact("", f"{count} references: each of their losses is the mean of {count}")]
+    if own := manifest.get("reference_tokenizer"):
+        return [Fact("tokenizer of the reference", own)]
+    return []
+
+
 def attack_notes(attacks: Mapping[str, AttackMetrics]) -> list[Note]:
     """Gives each note about attacks once, with the attacks that it holds for."""
     holders: dict[str, list[str]] = {}
@@ -109,7 +122,8 @@ def attack_notes(attacks: Mapping[str, AttackMetrics]) -> list[Note]:
 def settings(manifest: Mapping[str, Any]) -> list[Fact]:
     """Says how the run was made."""
     names = ("preset", "preset_hash", "seed", "dtype", "attention_mask", "device", "versions")
-    facts = [
+    facts = references(manifest)
+    facts += [
         Fact(name.replace("_", " "), plain(manifest[name]), True)
         for name in names
         if manifest.get(name) not in (None, "", {}, [])

@@ -30,13 +30,7 @@ def marked(rendered: Rendered, raw: Any, bare: Any, max_length: int) -> Encoded:
     Raises:
       ModelError: the tokenizer adds its tokens in a way that hides where the others stand.
     """
-    ids, special = np.asarray(raw.ids, np.int32), np.asarray(raw.special_tokens_mask, bool)
-    if not rendered.adds:  # a mark that the template spells is none that the tokenizer added
-        special = np.zeros(len(ids), bool)
-    if not np.array_equal(ids[~special], np.asarray(bare.ids, np.int32)):
-        raise ModelError("the tokenizer's post-processor changes tokens, so answers have no place")
-    places = np.full((len(ids), 2), -1)
-    places[~special] = np.array(bare.offsets, np.int64).reshape(-1, 2)
+    ids, special, places = placed(raw, bare, adds=rendered.adds)
     spans = joined(rendered.spans)
     answer = answers(places, spans)
     kept = fitting(answer, special, max_length)
@@ -52,6 +46,29 @@ def marked(rendered: Rendered, raw: Any, bare: Any, max_length: int) -> Encoded:
         prompt,
         int((answer[lost] < 0).sum()),
     )
+
+
+def placed(
+    raw: Any, bare: Any, *, adds: bool
+) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"], Places]:
+    """Returns ids, which of them the tokenizer added, and places; added ones are at -1.
+
+    Args:
+      raw: the encoding of a text, with the tokens that the tokenizer adds, if it does.
+      bare: the same without them, with the places that the model saw.
+      adds: whether it does.
+
+    Raises:
+      ModelError: the tokenizer adds its tokens in a way that hides where the others stand.
+    """
+    ids, special = np.asarray(raw.ids, np.int32), np.asarray(raw.special_tokens_mask, bool)
+    if not adds:  # a mark that a template spells is none that the tokenizer added
+        special = np.zeros(len(ids), bool)
+    if not np.array_equal(ids[~special], np.asarray(bare.ids, np.int32)):
+        raise ModelError("the tokenizer's post-processor changes tokens, so they have no places")
+    places = np.full((len(ids), 2), -1)
+    places[~special] = np.array(bare.offsets, np.int64).reshape(-1, 2)
+    return ids, special, places
 
 
 def answers(places: Places, spans: list[tuple[int, int]]) -> Int[np.ndarray, " n"]:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from sama_jax import gguf_header
 from sama_jax.arrays import Encoded, Rendered
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import folder_tokenizer, gguf_tokenizer, spans
-from sama_jax.texts.read import Text, without_surrogates
+from sama_jax.texts import folder_tokenizer, gguf_tokenizer, shared_spans, spans
+from sama_jax.texts.read import without_surrogates
 from sama_jax.texts.tokenizer_config import doubts, require_agreement, splits_special_tokens
 from sama_jax.untrusted import printable, read_bytes
 
@@ -186,12 +186,31 @@ class TextTokenizer:
 
         Raises `DataError` if the text is too long to be tokenised at once.
         """
+        with _library(f"{self.where}: the tokenizer fails"):
+            offsets = self._bare.encode(self._whole(text), add_special_tokens=False).offsets
+        return np.maximum.accumulate([0, *(start for start, _ in offsets)])[1:].tolist()
+
+    def tokens(self, text: str) -> shared_spans.Tokens:
+        """Tokenises a text, uncut, with the place of each token. Raises `DataError`, `ModelError`.
+
+        Places are those before the post-processor, see `_bare_batch`.
+        """
+        text = self._whole(text)
+        (raw,) = self._encode_batch([text])
+        with _library(f"{self.where}: the tokenizer fails"):
+            bare = self._bare.encode(text, add_special_tokens=False)
+        ids, special, places = spans.placed(raw, bare, adds=True)
+        made = shared_spans.Tokens(ids, special, places, tuple(raw.tokens))
+        if special.sum() != made.added:
+            raise ModelError(f"{self.where}: adds tokens inside a text, which then has no spans")
+        return made
+
+    def _whole(self, text: str) -> str:
+        """Returns a text as it is tokenised; raises `DataError` if it is too long for that."""
         text = without_surrogates(text)
         if len(self._fitting(text)[0]) < len(text):
             raise DataError(f"a text has more than {WHOLE_BYTES:,} bytes; split it")
-        with _library(f"{self.where}: the tokenizer fails"):
-            offsets = self._bare.encode(text, add_special_tokens=False).offsets
-        return np.maximum.accumulate([0, *(start for start, _ in offsets)])[1:].tolist()
+        return text
 
     def pieces(self, text: str | Rendered, encoded: Encoded) -> list[str]:
         """Returns the part of a text that each of its tokens stands for; added ones have none.
@@ -434,26 +453,3 @@ def _cut(text: str, raw: Any, max_length: int, whole: bool) -> Encoded | None:
 def _added_end(special: Bool[np.ndarray, " n"]) -> int:
     """Counts the added tokens at the end of a text."""
     return len(special) if special.all() else int(np.argmin(special[::-1]))
-
-
-def require_same_ids(
-    target: TextTokenizer, reference: TextTokenizer, texts: Iterable[Text]
-) -> None:
-    """Raises `ModelError` unless both tokenizers give the same ids for every text.
-
-    Two files may differ in bytes and still be the same tokenizer, so the ids decide.
-    """
-    if target.fingerprint == reference.fingerprint:
-        return
-    texts = list(texts)
-    ours, theirs = (t.encode([x.content for x in texts], LONGEST) for t in (target, reference))
-    for text, a, b in zip(texts, ours, theirs):
-        if np.array_equal(a.ids, b.ids):
-            continue
-        at = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), len(a.ids))
-        raise ModelError(
-            "target and reference must tokenise alike, but they differ at token "
-            f"{at} of text '{text.id}' ({text.where}), which has {len(a.ids)} tokens by "
-            f"{target.where} and {len(b.ids)} by {reference.where}; use the model that the target "
-            "was fine-tuned from"
-        )

@@ -11,7 +11,7 @@ Losses = Float[np.ndarray, " n"]
 """Mean loss of each text in nats a token, NaN where there is none."""
 
 
-def same_losses(same: Float[np.ndarray, " n"]) -> Gate:
+def same_losses(same: Float[np.ndarray, " n"], unit: str = "token") -> Gate:
     """Voids an audit whose two models give the same losses; `same` are shares of each text."""
     name, share = "same_losses", _mean(same)
     if share is None:
@@ -19,7 +19,7 @@ def same_losses(same: Float[np.ndarray, " n"]) -> Gate:
     return gate(
         name,
         "void" if share >= bounds.SAME_SHARE else "pass",
-        f"Target and reference give the same loss at {100 * share:.1f} % of the tokens.",
+        f"Target and reference give the same loss at {100 * share:.1f} % of the {unit}s.",
         "The audit compares a model with itself: look for a wrong folder, an adapter that was not "
         "applied, or one that was never trained.",
         statistic=share,
@@ -27,25 +27,37 @@ def same_losses(same: Float[np.ndarray, " n"]) -> Gate:
     )
 
 
-def target_worse(target: Losses, reference: Losses, labels: Int[np.ndarray, " n"]) -> Gate:
+def target_worse(
+    target: Losses, reference: Losses, labels: Int[np.ndarray, " n"], unit: str = "token"
+) -> Gate:
     """Voids an audit whose target predicts every class far worse than its reference.
 
-    Overfitting may do so to non-members, but then members are predicted better. `labels` are -1
-    where there is none.
+    Overfitting may do so to non-members, but then members are predicted better. A reference with
+    another tokenizer, whose losses are of spans, is not what the target was made from, and may well
+    be the better model: then it only weakens the result.
+
+    Args:
+      target: its losses.
+      reference: those of the reference.
+      labels: -1 where there is none.
+      unit: what losses are of, `token` or `span`.
     """
     name, gains = "target_worse", reference - target
     classes = [gains[labels == label] for label in np.unique(labels)]
     means = [mean for gain in classes if (mean := _mean(gain)) is not None]
     if not means:
         return gate(name, "not run", "No attack read the losses of both models.")
-    best = max(means)
+    best, of_tokens = max(means), unit == "token"
     return gate(
         name,
-        "void" if best < -bounds.WORSE_NATS else "pass",
-        f"The target's loss is {abs(best):.3f} nats a token "
+        ("void" if of_tokens else "warn") if best < -bounds.WORSE_NATS else "pass",
+        f"The target's loss is {abs(best):.3f} nats a {unit} "
         f"{'above' if best < 0 else 'below'} the reference's, on the class that it predicts best.",
         "The target does not look like a fine-tune of the reference: were the two folders "
-        "exchanged, or is one of them read by a wrong config?",
+        "exchanged, or is one of them read by a wrong config?"
+        if of_tokens
+        else "Most votes then fall against membership, whatever was learnt: give the target's own "
+        "base, or a reference that knows less.",
         statistic=-best,
         bound=bounds.WORSE_NATS,
     )
@@ -70,13 +82,14 @@ def reference_better(target: Losses, reference: Losses) -> Gate:
     )
 
 
-def learnt(role: str, losses: Losses, frequencies: Losses) -> Gate:
+def learnt(role: str, losses: Losses, frequencies: Losses, unit: str = "token") -> Gate:
     """Voids an audit in which a model predicts no better than how frequent tokens are.
 
     Args:
       role: `target` or `reference`.
       losses: of that model.
       frequencies: of `core.frequencies.frequency_losses`, over the same texts.
+      unit: what both are of.
     """
     name, gains = f"{role}_learnt", frequencies - losses
     known = gains[np.isfinite(gains)]
@@ -91,7 +104,7 @@ def learnt(role: str, losses: Losses, frequencies: Losses) -> Gate:
     return gate(
         name,
         "void" if gain <= 0 else "pass",
-        f"The {role} predicts these texts {abs(gain):.3f} nats a token "
+        f"The {role} predicts these texts {abs(gain):.3f} nats a {unit} "
         f"{'better' if gain > 0 else 'worse'} than the frequencies of their tokens do.",
         "It is not read as it was trained: check the mask token, the tokenizer, the rotary base "
         "and the rest of config.json, and that its weights are whole.",

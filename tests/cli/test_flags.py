@@ -87,10 +87,10 @@ def test_a_job_without_flags_has_the_defaults_of_its_fields():
     """But for what the command reads from files or names in another way."""
     texts: Any = object()
     own: dict[str, Any] = {"texts": texts, "prefixes": None, "command": "", "attacks": ["sama"]}
-    own |= {"control": None, "config": {}}
+    own |= {"control": None, "flags": {}}
     job = AuditJob(**(flags.values_of(parse("audit"), AuditJob) | own))
     target, reference, out = Path("t"), Path("r"), Path("o")
-    plain = AuditJob(target=target, reference=reference, out=out, **own)
+    plain = AuditJob(target=target, reference=[reference], out=out, **own)
     assert replace(job, peers=plain.peers) == plain
 
     own = {"models": 2, "attacks": ["sama"]}

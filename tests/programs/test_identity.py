@@ -31,7 +31,7 @@ from sama_jax.engine import output_position, roles
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs import rescore, run_identity
-from sama_jax.programs.audit_inputs import require_one_kind
+from sama_jax.programs.audit_models import require_one_kind
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.weights import identity, model_folder, saving
 

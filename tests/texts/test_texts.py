@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.texts.buckets import bucket_lengths, plan_batches
 from sama_jax.texts.read import Text, group_numbers, read_split, read_texts
-from sama_jax.texts.tokenizer import TextTokenizer, require_same_ids
+from sama_jax.texts.same_ids import require_same_ids
+from sama_jax.texts.tokenizer import TextTokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 4
 

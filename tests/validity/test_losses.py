@@ -50,6 +50,9 @@ def test_exchanged_models_are_void_and_an_overfitted_target_is_not():
     assert losses.target_worse(overfitted, reference, LABELS)["status"] == "pass"
     assert losses.target_worse(overfitted, reference, np.zeros(N, int))["status"] == "pass"
     assert losses.target_worse(overfitted + 3, reference, LABELS)["status"] == "void"
+    other = losses.target_worse(overfitted + 3, reference, LABELS, "span")
+    assert other["status"] == "warn"
+    assert "nats a span above" in other["sentence"]
 
 
 def test_a_reference_that_is_better_on_most_texts_is_a_warning():
