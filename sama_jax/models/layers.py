@@ -109,12 +109,41 @@ class Llama3Scaling(NamedTuple):
     """Positions of the first training phase."""
 
 
-def _rescale(frequency: Float[Array, " a"], scaling: Llama3Scaling) -> Float[Array, " a"]:
-    """Keeps fast frequencies, divides slow ones by the factor, and blends those between."""
-    turns = scaling.original_length * frequency / (2.0 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return frequency * (keep + (1.0 - keep) / scaling.factor)
+class YarnScaling(NamedTuple):
+    """Stretches slow rotary frequencies as YaRN does (`rope_type` yarn in transformers)."""
+
+    factor: float
+    beta_fast: float
+    """Turns over the original length from which on a frequency stays as it is."""
+    beta_slow: float
+    """Turns up to which it is divided by the factor."""
+    original_length: int
+    """Positions of the first training phase."""
+    attention: float
+    """Of sines and cosines."""
+
+
+def _kept(
+    frequency: Float[Array, " a"], theta: float | Array, scaling: Llama3Scaling | YarnScaling
+) -> Float[Array, " a"]:
+    """Returns how far frequencies stay: 1 for fast ones, 0 for slow ones, a blend between.
+
+    Llama 3 blends by the number of turns, YaRN by the place of the frequency.
+    """
+    if isinstance(scaling, Llama3Scaling):
+        turns = scaling.original_length * frequency / (2.0 * math.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        return jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    size = 2 * len(frequency)
+
+    def place(turns: float) -> float:
+        wavelength = scaling.original_length / (turns * 2.0 * math.pi)
+        return size * math.log(wavelength) / (2.0 * math.log(theta))
+
+    first = max(math.floor(place(scaling.beta_fast)), 0)
+    last = min(math.ceil(place(scaling.beta_slow)), size - 1)
+    ramp = (jnp.arange(len(frequency), dtype=jnp.float32) - first) / max(last - first, 1e-3)
+    return 1.0 - jnp.clip(ramp, 0.0, 1.0)
 
 
 def rotate(
@@ -122,7 +151,7 @@ def rotate(
     positions: Int[Array, "b k"],
     theta: float | Float[Array, ""],
     float32: bool,
-    scaling: Llama3Scaling | None = None,
+    scaling: Llama3Scaling | YarnScaling | None = None,
     table: str = "float32",
 ) -> Float[Array, "b h k a"]:
     """Rotates halves of each head by position (rotary embedding), not interleaved pairs.
@@ -133,9 +162,13 @@ def rotate(
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) * 2.0 / x.shape[-1])
     if scaling is not None:
-        frequency = _rescale(frequency, scaling)
+        kept = _kept(frequency, theta, scaling)
+        frequency = frequency * (kept + (1.0 - kept) / scaling.factor)
     angle = positions[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle).astype(table), jnp.sin(angle).astype(table)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if isinstance(scaling, YarnScaling):
+        cos, sin = cos * scaling.attention, sin * scaling.attention
+    cos, sin = cos.astype(table), sin.astype(table)
     wide = x.astype(jnp.float32) if float32 else x
     cos, sin = cos.astype(wide.dtype), sin.astype(wide.dtype)
     first, second = wide[..., :half], wide[..., half:]

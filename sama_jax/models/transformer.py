@@ -42,6 +42,7 @@ from sama_jax.models.layers import (
     Linear,
     Llama3Scaling,
     Norm,
+    YarnScaling,
     add_weights,
     all_positions,
     rotate,
@@ -78,7 +79,7 @@ class Architecture:
     """Multiply embeddings by sqrt(width)."""
     scale_logits: bool = False
     """Multiply logits by 1 / sqrt(width)."""
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Llama3Scaling | YarnScaling | None = None
     rope_float32: bool = True
     """Rotate queries and keys in float32; else round sines and cosines to the activation dtype and
     rotate in it."""

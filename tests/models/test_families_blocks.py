@@ -1,9 +1,13 @@
-"""SDAR, Fast-dLLM v2 and RND1 against transformers under their masks, every parameter random."""
+"""SDAR, Fast-dLLM v2, RND1 and Nemotron-Labs-Diffusion against transformers under their masks,
+every parameter random."""
 
 import functools
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +17,13 @@ import oracle_llama
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sama_jax.core import losses
 from sama_jax.errors import ModelError
-from sama_jax.models.attention_mask import mask_name
+from sama_jax.models.attention_mask import mask_of
+from sama_jax.models.layers import rotate
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.models.transformer import TransformerModel
 from sama_jax.weights import loading, model_folder, saving
@@ -59,7 +65,20 @@ class Family(NamedTuple):
     block: int | None
     """Of its attention; None: full."""
     shift: bool
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Beginnings of the origin's tensor names -> the family's."""
 
+
+# The 16 frequencies of a head of 32 stay (4), are blended (6) or are divided (6).
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "beta_fast": 8.0,
+    "beta_slow": 0.25,
+    "original_max_position_embeddings": 384,
+    "llama_4_scaling_beta": 0.1,
+}
 
 FAMILIES = {
     "sdar": Family(
@@ -101,6 +120,16 @@ FAMILIES = {
         block=8,
         shift=False,
     ),
+    "nemotron": Family(
+        "Nemotron-Labs-Diffusion",
+        "Ministral3",
+        {"head_dim": 32, "sliding_window": None, "rope_parameters": YARN},
+        {"model_type": "nemotron_labs_diffusion", "block_size": 32}
+        | {"architectures": ["NemotronLabsDiffusionModel"], "dlm_paradigm": "bidirectional"},
+        block=32,
+        shift=False,
+        renamed={"model.": "encoder.", "lm_head.": "diffusion_head."},
+    ),
 }
 
 
@@ -124,7 +153,23 @@ def write(path: Path, name: str) -> torch.nn.Module:
     written = json.loads((path / "config.json").read_text())
     written |= {"mask_token_id": MASK_ID, **family.written}
     (path / "config.json").write_text(json.dumps(written))
+    if family.renamed:
+        rename(path, family.renamed)
     return module
+
+
+def rename(path: Path, names: Mapping[str, str]) -> None:
+    """Gives the tensors of a folder, and of its index, other beginnings of their names."""
+    index = path / "model.safetensors.index.json"
+    said = index.read_text()
+    for old, new in names.items():
+        said = said.replace(f'"{old}', f'"{new}')
+    index.write_text(said)
+    for file in path.glob("*.safetensors"):
+        stored = load_file(file)
+        for old, new in names.items():
+            stored = {re.sub(f"^{re.escape(old)}", new, k): v for k, v in stored.items()}
+        save_file(stored, file)
 
 
 @pytest.fixture(scope="module")
@@ -157,26 +202,35 @@ TOKENS, ANSWERS, VALID = make_texts()
 
 
 def seen(block: int | None) -> np.ndarray:
-    """[text, query, key] whether the key is no padding, and in the query's block or before it."""
-    place = np.arange(LENGTH) // (block or LENGTH)
-    return VALID[:, None, :] & (place[None, None, :] <= place[None, :, None])
+    """[text, query, key] what each position sees in training, of an input of twice the length: the
+    tokens with masks see their block there and the clean text before it, the clean text sees
+    blocks of its own. Without blocks: everything, of the text alone."""
+    if block is None:
+        return np.repeat(VALID[:, None, :], LENGTH, axis=1)
+    place = np.arange(LENGTH) // block
+    own, before = place[None] == place[:, None], place[None] < place[:, None]
+    both = np.block([[own, before], [np.zeros_like(own), own | before]])
+    return np.tile(VALID, 2)[:, None, :] & both
 
 
 @torch.no_grad()
 def theirs(both: Pair) -> np.ndarray:
-    """Float32 logits of PyTorch, given what each position sees."""
+    """Float32 logits of PyTorch at the tokens with masks, given what each position sees."""
     allowed = torch.from_numpy(seen(both.family.block))[:, None]
     bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    return both.module(torch.from_numpy(TOKENS).long(), attention_mask=bias).logits.numpy()
+    tokens = TOKENS if both.family.block is None else np.concatenate([TOKENS, ANSWERS], axis=1)
+    read, place = torch.from_numpy(tokens).long(), torch.arange(tokens.shape[1]) % LENGTH
+    out = both.module(read, attention_mask=bias, position_ids=place.expand(len(read), -1))
+    return out.logits[:, :LENGTH].numpy()
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model: TransformerModel, params, tokens, answers, valid, positions):
     """Logits everywhere, and losses as scoring computes them."""
-    stream = model.trunk(params, tokens, valid)
+    stream = model.trunk(params, tokens, valid, answers)
     nll = losses.scored_nll(model, params, answers, valid, stream, positions)
     raw = replace(model, shift=False)  # what PyTorch's logits are
-    return model.logits(params, raw.hidden(params, tokens, valid)), nll
+    return model.logits(params, raw.hidden(params, tokens, valid, answers)), nll
 
 
 def expected_nll(logits: np.ndarray, shift: bool) -> np.ndarray:
@@ -190,8 +244,6 @@ def expected_nll(logits: np.ndarray, shift: bool) -> np.ndarray:
 # A shifted loss at the first position of the text on the right would come from padding.
 SCORED = VALID.copy()
 SCORED[1, SPANS[1][0]] = False
-# A query of the text on the right sees nothing in a block before its first token.
-assert seen(4)[VALID].any(axis=-1).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -200,8 +252,9 @@ def test_logits_and_losses_equal_pytorch(pair, name, record_parity):
     both = pair(name)
     model = both.folder.model
     assert (model.mask_id, model.kind, model.shift) == (MASK_ID, "diffusion", both.family.shift)
-    assert mask_name(model.arch.block_length) == mask_name(both.family.block)
-    assert both.folder.family.max_length == 512  # the length of a block is not that of a text
+    assert mask_of(model.arch) == (f"clean:{both.family.block}" if both.family.block else "full")
+    # The length of a block is not that of a text; YaRN's first training phase is one.
+    assert both.folder.family.max_length == (384 if name == "nemotron" else 512)
     expected = theirs(both)
     everywhere = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), VALID.shape)
     out = forward(model, both.params, TOKENS, ANSWERS, VALID, everywhere)
@@ -245,7 +298,8 @@ PUBLISHED = {
         | {"num_attention_heads": 28},
         15_231_233_024 // 2,
     ),
-    # Sums over the sizes of its class: embedding and head, 48 layers of attention and 128 experts.
+    # Sums over the sizes of their classes: embedding, head and layers (of RND1 with 128 experts).
+    "Nemotron-Labs-Diffusion-8B": ({"model_type": "nemotron_labs_diffusion"}, {}, 8_489_553_920),
     "RND1-Base-0910": ({"model_type": "rnd1"}, {}, 30_532_122_624),
 }
 
@@ -270,11 +324,11 @@ def test_sdar_says_how_long_its_blocks_are():
     for stated in (0, -1, "4", 2**16 + 1):
         with pytest.raises(ModelError, match=f"^here: block_size is '?{stated}'?; expected"):
             read_config({**config, "block_size": stated}, "here")
-    assert read_config({**config, "block_size": 16}, "here").arch.block_length == 16
+    assert mask_of(read_config({**config, "block_size": 16}, "here").arch) == "clean:16"
     # A name of a mask, which `finetune` writes, goes before it.
     for stated in ({}, {"block_size": 16}):
         read = read_config({**config, **stated, "attention_mask": "block:8"}, "here")
-        assert read.arch.block_length == 8
+        assert mask_of(read.arch) == "block:8"
 
 
 @pytest.mark.parametrize("field", ["block_size", "bd_size"])
@@ -317,3 +371,59 @@ def test_sdar_with_experts_has_no_defaults():
     for field in ("norm_topk_prob", "num_experts", "rope_theta", "block_size", "head_dim"):
         with pytest.raises(ModelError, match=f"^here: .*{field}"):
             read_config({k: v for k, v in config.items() if k != field}, "here")
+
+
+PUBLISHED_YARN = {
+    **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "llama_4_scaling_beta": 0.1},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "original_max_position_embeddings": 16384,
+}
+NEMOTRON = {"model_type": "nemotron_labs_diffusion", "max_position_embeddings": 262144}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mscale": 0.7},
+        {"mscale": None, "mscale_all_dim": None},
+        {"attention_factor": 1.3},
+        {"rope_theta": 1e4, "original_max_position_embeddings": 64},
+    ],
+)
+def test_yarn_turns_as_transformers_does(changes):
+    wanted = {k: v for k, v in {**PUBLISHED_YARN, **changes}.items() if v is not None}
+    read = read_config({**NEMOTRON, "rope_parameters": wanted}, "here")
+    assert read.max_length == wanted["original_max_position_embeddings"]
+    arch = read.arch
+    config = transformers.Ministral3Config(head_dim=128, rope_parameters=dict(wanted))
+    inverse, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    positions = np.array([[0, 1, 7, 60]], np.int32)
+    angle = positions[0][:, None] * inverse.double().numpy()
+    x = np.zeros((1, 1, 4, 128), np.float32)
+    x[..., :64] = 1  # what it becomes is cosines, then sines
+    turned = rotate(
+        jnp.asarray(x), jnp.asarray(positions), arch.rope_theta, True, arch.rope_scaling
+    )
+    expected = factor * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    # 60 radians are rounded to 4e-6 of a turn.
+    np.testing.assert_allclose(turned[0, 0], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"dlm_paradigm": "autoregressive"}, "dlm_paradigm is 'autoregressive'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"sliding_window": 4096}, "not understood: sliding_window is 4096"),
+        ({"rope_parameters": {**PUBLISHED_YARN, "truncate": False}}, "truncate is False"),
+        ({"rope_parameters": {**PUBLISHED_YARN, "beta_slow": 40}}, "beta_slow 40.0 is not below"),
+        ({"rope_parameters": {**PUBLISHED_YARN, "rope_type": "linear"}}, "'default' or 'yarn'"),
+        ({"rope_parameters": {**PUBLISHED_YARN, "longest": 1}}, "not understood: longest is 1"),
+    ],
+)
+def test_what_is_not_read_of_nemotron_is_refused(changes, complaint):
+    config = {**NEMOTRON, "rope_parameters": PUBLISHED_YARN}
+    assert read_config(config, "here").arch.block_length == 32
+    with pytest.raises(ModelError, match=f"^here: .*{complaint}"):
+        read_config({**config, **changes}, "here")

@@ -15,13 +15,15 @@ Source of the names: `models/{qwen2,qwen3,llama}` of transformers 5.24, `trainer
 import re
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from sama_jax.models.attention_mask import FIELD, LONGEST_BLOCK
-from sama_jax.models.families.family import Family, FamilyConfig, Kind
+from sama_jax.models.families.family import UNLIMITED, Family, FamilyConfig, Kind
 from sama_jax.models.families.fields import Fields
-from sama_jax.models.families.rope import read_rope
+from sama_jax.models.families.rope import Rope, read_rope
 from sama_jax.models.families.weight_table import Table, plain_rule
+from sama_jax.models.layers import YarnScaling
 from sama_jax.models.transformer import Architecture, TransformerModel
 from sama_jax.untrusted import shown
 
@@ -61,6 +63,19 @@ _QWEN2 = {
 _QWEN3 = {**_QWEN2, "head_dim": 128}
 _DREAM = {**_QWEN2, "mask_token_id": 151666}
 _FAST_DLLM = {**_QWEN2, "mask_token_id": 151665, "bd_size": 32}
+_NEMOTRON: dict[str, Any] = {
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "block_size": 32,
+}
 # Nobody has published iLLaDA's config class: only its two switches have a default.
 _ILLADA = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True}
 
@@ -84,12 +99,18 @@ class Dialect(NamedTuple):
     """RMS norm of each query and key head."""
     blocks: str | None = None
     """The field that says how long the blocks are that it was trained with, behind clean text."""
+    rope: tuple[str, ...] = ("llama3",)
+    """What `rope_type` may be besides `default`."""
+    only: Mapping[str, Any] = MappingProxyType({})
+    """Further fields that have one value, or the values that each may have."""
+    weights: Table | None = None
+    """Of a family that names tensors otherwise."""
 
 
 def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
     """Reads any of these configs; `dialect` holds the differences."""
     config, by_config = config.with_defaults(dialect.defaults), dialect.biases == "config"
-    config.only({**_ONLY, "is_causal": dialect.kind == "autoregressive"})
+    config.only({**_ONLY, **dialect.only, "is_causal": dialect.kind == "autoregressive"})
     if "use_sliding_window" in dialect.defaults:
         config.get("sliding_window")  # without effect, since it is not used
     rows, width, inner, layers, heads, kv_heads, size = config.sizes(
@@ -101,10 +122,11 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
             f"num_attention_heads {heads}, num_key_value_heads {kv_heads}, head size {size} do not "
             "fit: heads must be a multiple of key/value heads, the size even"
         )
-    rope = read_rope(config, llama3=True)
+    rope = read_rope(config, kinds=dialect.rope)
     if rope.share != 1:
         config.refuse(f"partial_rotary_factor is {shown(rope.share)}, only 1 is supported")
     attention_bias = by_config and config.flag("attention_bias")
+    blocks = stated_blocks(config, dialect.blocks)
     arch = Architecture(
         vocab_size=rows,
         width=width,
@@ -122,10 +144,8 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
         o_bias=attention_bias,
         mlp_bias=by_config and config.flag("mlp_bias"),
         qk_norm="head" if dialect.norm_heads else None,
-        block_length=1
-        if dialect.kind == "autoregressive"
-        else stated_blocks(config, dialect.blocks),
-        clean_context=dialect.blocks is not None,
+        block_length=1 if dialect.kind == "autoregressive" else blocks,
+        clean_context=blocks is not None,
     )
     mask_id = config.get("mask_token_id")
     if mask_id is None and dialect.kind == "autoregressive":
@@ -133,16 +153,24 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
     return FamilyConfig(
         "decoder",
         arch,
-        DECODER_WEIGHTS,
+        dialect.weights or DECODER_WEIGHTS,
         TransformerModel,
         mask_id,
         shift=dialect.shift,
         kind=dialect.kind,
+        max_length=_first_phase(rope),
     )
 
 
+def _first_phase(rope: Rope) -> int:
+    """Returns how many tokens a text may have: of a model with YaRN those of its first training
+    phase, since it scales queries behind them (`llama_4_scaling_beta`), which is not done here."""
+    return rope.scaling.original_length if isinstance(rope.scaling, YarnScaling) else UNLIMITED
+
+
 def stated_blocks(config: Fields, field: str | None) -> int | None:
-    """Returns the length of the blocks that a model attends in; None without such a field.
+    """Returns the length of the blocks that a model is trained to fill in behind clean text; None
+    without such a field.
 
     A config that states its mask by name has that one; the length may then be absent.
     """
@@ -188,6 +216,21 @@ DECODER_WEIGHTS = Table(
 )
 
 
+NEMOTRON_WEIGHTS = DECODER_WEIGHTS._replace(
+    rule=plain_rule(
+        {
+            "embed": "encoder.embed_tokens",
+            "final_norm": "encoder.norm",
+            "lm_head": "diffusion_head",
+        },
+        "encoder.layers",
+        _BLOCK,
+    ),
+    tied_head=("diffusion_head.weight", "encoder.embed_tokens.weight"),
+    canonical=lambda name, block_group_size: name,
+)
+
+
 def is_illada(config: Mapping[str, Any]) -> bool:
     """Tells iLLaDA by its class: what its config says for `model_type` has not been seen."""
     listed = config.get("architectures")
@@ -203,6 +246,18 @@ _QWEN2_DIALECT = Dialect(_QWEN2, biases="qkv")
 _QWEN3_DIALECT = Dialect(_QWEN3, biases="config", norm_heads=True)
 _LLAMA_DIALECT = Dialect(_LLAMA, biases="config")
 _FAST_DIALECT = Dialect(_FAST_DLLM, shift=True, biases="qkv", blocks="bd_size")
+# Its config says "bidirectional", which is how its code sees a block behind a cache.
+_NEMOTRON_DIALECT = Dialect(
+    _NEMOTRON,
+    blocks="block_size",
+    rope=("yarn",),
+    only={
+        "dlm_paradigm": ("bidirectional", "block_diff"),
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    weights=NEMOTRON_WEIGHTS,
+)
 _CAUSAL: dict[str, Any] = {"kind": "autoregressive", "shift": True}
 
 FAMILIES = (
@@ -214,6 +269,7 @@ FAMILIES = (
     _family("a2d-llama", _LLAMA_DIALECT, "A2DLlamaLMHeadModel"),
     _family("sdar", _QWEN3_DIALECT._replace(blocks="block_size"), "SDARForCausalLM"),
     _family("Fast_dLLM_Qwen", _FAST_DIALECT, "Fast_dLLM_QwenForCausalLM"),
+    _family("nemotron_labs_diffusion", _NEMOTRON_DIALECT, "NemotronLabsDiffusionModel"),
     _family("qwen2", _QWEN2_DIALECT._replace(**_CAUSAL), "Qwen2ForCausalLM"),
     _family("qwen3", _QWEN3_DIALECT._replace(**_CAUSAL), "Qwen3ForCausalLM"),
     _family("llama", _LLAMA_DIALECT._replace(**_CAUSAL), "LlamaForCausalLM"),

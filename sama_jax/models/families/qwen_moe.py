@@ -63,6 +63,7 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
     config.get("sliding_window")  # without effect, since it is not used
     rows, width, layers, heads, kv_heads, count, active, inner = config.sizes(*_SIZES)
     rope, bias = read_rope(config), config.flag("attention_bias")
+    blocks = stated_blocks(config, None if is_rnd1 else "block_size")
     if rope.share != 1 or (is_rnd1 and rope.theta != _RND1["rope_theta"]):
         config.refuse(
             f"rope_theta {rope.theta} and partial_rotary_factor {rope.share} are not supported"
@@ -89,8 +90,8 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
         qkv_bias=bias,
         o_bias=bias,
         qk_norm="head",
-        block_length=stated_blocks(config, None if is_rnd1 else "block_size"),
-        clean_context=not is_rnd1,
+        block_length=blocks,
+        clean_context=blocks is not None,
         experts=experts,
     )
     check_fit(config, arch, experts)

@@ -5,10 +5,12 @@ them. Some files have both; which one counts depends on the version and the fiel
 takes `original_max_position_embeddings` from beside a section first), so they must agree.
 """
 
+import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from sama_jax.models.families.fields import Fields
-from sama_jax.models.layers import Llama3Scaling
+from sama_jax.models.layers import Llama3Scaling, YarnScaling
 from sama_jax.untrusted import shown
 
 
@@ -16,17 +18,17 @@ class Rope(NamedTuple):
     """Holds the rotary parameters of all layers."""
 
     theta: float
-    scaling: Llama3Scaling | None
+    scaling: Llama3Scaling | YarnScaling | None
     share: float
     """Of a head's channels, that are rotated."""
 
 
-def read_rope(config: Fields, *, llama3: bool = False, share: float = 1.0) -> Rope:
+def read_rope(config: Fields, *, kinds: Collection[str] = (), share: float = 1.0) -> Rope:
     """Reads them from wherever they stand; a theta that stands nowhere is the class default.
 
     Args:
       config: a whole `config.json`.
-      llama3: whether the family's code stretches frequencies as Llama 3 does.
+      kinds: the values of `rope_type` besides `default` that the family may have.
       share: the class default of `partial_rotary_factor`.
     """
     said: dict[str, Any] = {}
@@ -48,7 +50,7 @@ def read_rope(config: Fields, *, llama3: bool = False, share: float = 1.0) -> Ro
     }
     rope = Fields(said, config.where, defaults)
     theta, rotated = rope.positive("rope_theta"), rope.get("partial_rotary_factor")
-    scaling = _scaling(rope, llama3=llama3)
+    scaling = _scaling(rope, kinds)
     rope.refuse_rest(all_matter=True)
     return Rope(theta, scaling, rotated)
 
@@ -63,15 +65,41 @@ def _add(config: Fields, said: dict[str, Any], name: str, value: Any) -> None:
     said[name] = value
 
 
-def _scaling(rope: Fields, *, llama3: bool) -> Llama3Scaling | None:
-    """Reads a `rope_type` default or llama3; the others change what positions mean otherwise."""
+def _scaling(rope: Fields, kinds: Collection[str]) -> Llama3Scaling | YarnScaling | None:
+    """Reads one of the `kinds`; the others change what positions mean otherwise."""
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
-    if kind != "llama3" or not llama3:
-        known = "'default' or 'llama3'" if llama3 else "'default'"
+    if not isinstance(kind, str) or kind not in kinds:
+        known = " or ".join(f"'{name}'" for name in ("default", *kinds))
         rope.refuse(f"rope_type is {shown(kind)}; expected {known}, others are not supported")
+    return _yarn(rope) if kind == "yarn" else _llama3(rope)
+
+
+def _llama3(rope: Fields) -> Llama3Scaling:
     factor, low, high = map(rope.positive, ("factor", "low_freq_factor", "high_freq_factor"))
     if not low < high:
         rope.refuse(f"rope_type llama3: low_freq_factor {low} is not below high_freq_factor {high}")
     return Llama3Scaling(factor, low, high, rope.size("original_max_position_embeddings"))
+
+
+def _yarn(rope: Fields) -> YarnScaling:
+    """Reads YaRN's fields by the defaults of transformers' `modeling_rope_utils.py` (5.24)."""
+    rope.only({"truncate": True})
+    rope.get("llama_4_scaling_beta")  # of queries behind the first phase, where texts must end
+    factor = rope.positive("factor")
+    fast, slow = rope.positive("beta_fast", 32.0), rope.positive("beta_slow", 1.0)
+    if not slow < fast:
+        rope.refuse(f"rope_type yarn: beta_slow {slow} is not below beta_fast {fast}")
+
+    def size(scale: float) -> float:
+        return max(0.1 * scale * math.log(factor) + 1.0, 1.0) if factor > 1 else 1.0
+
+    scales = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
+    attention = size(1.0)
+    if all(scales):
+        attention = size(rope.positive("mscale")) / size(rope.positive("mscale_all_dim"))
+    if rope.get("attention_factor") is not None:
+        attention = rope.positive("attention_factor")
+    length = rope.size("original_max_position_embeddings")
+    return YarnScaling(factor, fast, slow, length, attention)

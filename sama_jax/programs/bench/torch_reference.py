@@ -77,6 +77,7 @@ SAME_MATHS = {
     "lladamoe": "Qwen3Moe",
     "rnd1": "Qwen3Moe",
     "sdar_moe": "Qwen3Moe",
+    "nemotron_labs_diffusion": "Ministral3",
 }
 """`model_type` -> the class of transformers that computes the same, but for what positions see,
 which an explicit mask decides. Another such family is one more line."""
@@ -174,6 +175,8 @@ def _known_class(wanted: Wanted, kind: str, name: str) -> Reference:
         "local_files_only": True,
         "output_loading_info": True,
     }
+    if name == "Ministral3":
+        options["key_mapping"] = {r"^encoder\.": "model.", r"^diffusion_head\.": "lm_head."}
     gguf, place = gguf_header.find(wanted.path), wanted.path
     if gguf is not None:
         options["gguf_file"], place = gguf.name, gguf.parent
