@@ -199,7 +199,7 @@ def _sums(
 def _scores(
     probes: replay.Replay, target: np.ndarray, reference: np.ndarray
 ) -> Float[np.ndarray, " n"]:
-    return np.asarray(votes.sign_statistics(target, reference, probes.plan).score)
+    return np.asarray(votes.batch_sign_statistics(target, reference, probes.plan).score)
 
 
 # --- which block ---------------------------------------------------------------------------------

@@ -42,7 +42,11 @@ def p_values(
     count against the claim, so that p is never small where many scores are equal. With `uniform`,
     one number in [0, 1) a text from `uniform_of`, ties are broken by it, and the probability is a
     exactly (V. Vovk et al., 2005).
+
+    Raises `ValueError` for scores that are not finite: none of them has a place among the others.
     """
+    if not (np.isfinite(scores).all() and np.isfinite(calibration).all()):
+        raise ValueError("scores must be finite; remove missing ones")
     ordered = np.sort(calibration)
     at_least = len(ordered) - np.searchsorted(ordered, scores, side="left")
     if uniform is None:

@@ -235,8 +235,13 @@ def _half_width(level: float) -> float:
 
 
 def _groups(groups: ArrayLike | None) -> Int[np.ndarray, " n"] | None:
-    """Returns the groups as an array."""
-    return None if groups is None else np.asarray(groups, dtype=np.int64)
+    """Returns the groups as an array. Raises `ValueError` unless they are whole numbers."""
+    if groups is None:
+        return None
+    found = np.asarray(groups)
+    if found.dtype.kind not in "iu":
+        raise ValueError(f"groups must be whole numbers, got {found.dtype}")
+    return found.astype(np.int64)
 
 
 def _checked(

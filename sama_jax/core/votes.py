@@ -1,11 +1,13 @@
 """SAMA's weighted sign statistic: random subsets, sign votes, step weights.
 
-Pure functions of one text; `sign_statistics` is the jitted form over a batch. Source: arXiv
-2601.20125 section 3 and `attack/attacks/sama.py` in `Stry233/SAMA`; docs/differences.md lists where
-the two disagree and which setting selects which.
+Pure functions of one text; `batch_sign_statistics` is the jitted form over a batch, and
+`sign_statistics` the same for arrays of anybody, which it checks. Source: arXiv 2601.20125
+section 3 and `attack/attacks/sama.py` in `Stry233/SAMA`; docs/differences.md lists where the two
+disagree and which setting selects which.
 """
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from sama_jax import rng
 from sama_jax.arrays import AnyArray, ProbePlan, Reading, SignStatistics
 from sama_jax.config import Ties, Weights
+from sama_jax.core.votes_checks import require_usable
 
 
 def sample_subsets(
@@ -122,13 +125,25 @@ def text_sign_statistics(
 
 
 @partial(jax.jit, static_argnames="ties")
-def sign_statistics(
+def batch_sign_statistics(
     target: Float[AnyArray, "b t l"],
     reference: Float[AnyArray, "b t l"],
     plan: ProbePlan,
     ties: Ties = "zero",
 ) -> SignStatistics:
+    """Computes `text_sign_statistics` of a batch, jitted, of arrays that are known to be sound."""
+    return jax.vmap(partial(text_sign_statistics, ties=ties))(target, reference, plan)
+
+
+def sign_statistics(
+    target: AnyArray, reference: AnyArray, plan: ProbePlan, ties: str = "zero"
+) -> SignStatistics:
     """Computes `text_sign_statistics` of a batch: arrays have a leading axis of texts. Jitted.
+
+    Raises `ValueError` for arrays of which no score means anything: other shapes or types,
+    positions out of range or twice in a subset, losses that are not finite where they are scored,
+    negative weights. Inside `jit` or `vmap` of the caller's, values cannot be seen: only shapes and
+    types are checked there.
 
     >>> import numpy as np
     >>> plan = ProbePlan(
@@ -138,4 +153,5 @@ def sign_statistics(
     >>> sign_statistics(target, reference, plan).score.tolist()
     [0.5]
     """
-    return jax.vmap(partial(text_sign_statistics, ties=ties))(target, reference, plan)
+    require_usable(target, reference, plan, ties)
+    return batch_sign_statistics(target, reference, plan, cast(Ties, ties))

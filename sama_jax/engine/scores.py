@@ -87,7 +87,7 @@ def step_votes(readings: Readings, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Returns SAMA's step votes, weights and tie rate of up to `PLAN_ROWS` texts."""
     task = readings.tasks.first("sama")
     reading = readings.reading(task, next(iter(readings.tasks.queries["sama"].values())), rows)
-    details = votes.sign_statistics(
+    details = votes.batch_sign_statistics(
         jnp.asarray(reading.target),
         jnp.asarray(reading.reference),
         reading.plan,

@@ -41,6 +41,7 @@ from sama_jax.programs.audit_models import kind_notes
 from sama_jax.programs.audit_records import (
     OpenRun,
     open_run,
+    require_open,
     require_outputs,
     require_sama,
     save_replay,
@@ -123,6 +124,7 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     if job.pipeline_control:
         halves = pipeline_control.require_possible(job, inputs, tokenised, placed.device_bytes)
     if job.dry_run:
+        require_open(job, inputs, chosen, tokenised)
         left = {view: distinct_rows(tables.get(view, tables["text"])) for view in tasks.views}
         rate = matmul_rate(setup.shapes.product, setup.shapes.model.dtype)
         if halves is not None:

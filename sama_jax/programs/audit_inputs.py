@@ -199,13 +199,21 @@ def choose_prefixes(
     """Takes prefixes from `--prefixes`, else a few texts of each class that an attack can read.
 
     Which ones depends on the seed and their ids alone. Classes that an earlier part of this run
-    took prefixes from (`taken_before`) stay without them.
+    took prefixes from (`taken_before`) stay without them. Raises `UsageError` if `--prefixes` has
+    fewer texts of a class than are read.
     """
+    shots = job.settings.prefix.shots
     pools = {name: _prefix_pool(job, texts, label) for name, label in _CLASSES.items()}
     possible = frozenset(name for name, pool in pools.items() if pool)
     read = [_contexts(attack, job.settings) for attack in wanted]
     classes = set(taken_before).union(*(one for one in read if one <= possible))
     found = {name: pools[name] for name in _CLASSES if name in classes & possible}
+    if lacking := [(name, pool) for name, pool in found.items() if len(pool) < shots]:
+        (name, pool), *_ = lacking
+        raise UsageError(
+            f"--prefixes holds {len(pool)} texts of the class {name}, but prefix.shots is {shots}; "
+            f"give as many, or --set prefix.shots={len(pool)}"
+        )
     used = {text for given in found.values() for text in given}
     taken = [text for text in texts if text.text in used]
     documents = {text.document for text in taken} - {None}

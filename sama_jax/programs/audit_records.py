@@ -37,7 +37,7 @@ from sama_jax.programs.run_identity import digest, run_identity
 from sama_jax.storage import replay
 from sama_jax.storage.files import require_free, write_json
 from sama_jax.storage.protocol import Protocol, known_protocol, require_same, write_protocol
-from sama_jax.storage.run_folder import CONFIG, DENSITIES, RunFolder, read_manifest
+from sama_jax.storage.run_folder import CONFIG, DENSITIES, RunFolder, manifest_of, read_manifest
 from sama_jax.storage.text_index import INDEX, read_index, write_index
 from sama_jax.storage.yaml_file import REPEATS, write_yaml
 from sama_jax.texts.read import Text, group_numbers
@@ -74,18 +74,8 @@ def open_run(
       UsageError: the folder belongs to another run, or the processes do not agree.
       Interrupted: a signal stopped the run in good order.
     """
-    run = run_identity(
-        inputs.texts, tokenised.encoded, inputs.tokenizer, inputs.roles, job.settings
-    )
-    if inputs.reference_tokenizer is not None:
-        run["reference_tokenizer"] = inputs.reference_tokenizer.fingerprint
-    run["plan"] = tokenised.replayed and tokenised.replayed.identity
-    if job.windows:
-        documents = len({text.document for text in inputs.texts})
-        run["windows"] = {"stride": job.stride, "top": job.top_windows, "texts": documents}
-    run["prefixes"] = digest(job.prefixes.texts) if job.prefixes else None
+    run, protocol = declared(job, inputs, chosen, tokenised)
     names = [a.name for a in chosen.attacks]
-    protocol = Protocol.of(names, job.primary, job.family, job.margin)
     require_same_everywhere(job.peers, [run, names, devices, asdict(protocol)])
     _require_protocol(job, run, protocol)
     folder, shared = _open_folder(job, run, about(job, inputs))
@@ -107,6 +97,34 @@ def open_run(
         raise interrupted(job) from None
     finally:
         folder.close()
+
+
+def declared(
+    job: AuditJob, inputs: Inputs, chosen: Chosen, tokenised: Tokenised
+) -> tuple[dict[str, Any], Protocol]:
+    """Returns the identity of a run, and what it sets out to show. Raises `UsageError`."""
+    run = run_identity(
+        inputs.texts, tokenised.encoded, inputs.tokenizer, inputs.roles, job.settings
+    )
+    if inputs.reference_tokenizer is not None:
+        run["reference_tokenizer"] = inputs.reference_tokenizer.fingerprint
+    run["plan"] = tokenised.replayed and tokenised.replayed.identity
+    if job.windows:
+        documents = len({text.document for text in inputs.texts})
+        run["windows"] = {"stride": job.stride, "top": job.top_windows, "texts": documents}
+    run["prefixes"] = digest(job.prefixes.texts) if job.prefixes else None
+    names = [a.name for a in chosen.attacks]
+    return run, Protocol.of(names, job.primary, job.family, job.margin)
+
+
+def require_open(job: AuditJob, inputs: Inputs, chosen: Chosen, tokenised: Tokenised) -> None:
+    """Raises the `UsageError` of `open_run` for a folder of another run or protocol, if it is one.
+
+    Writes nothing.
+    """
+    run, protocol = declared(job, inputs, chosen, tokenised)
+    _require_protocol(job, run, protocol)
+    manifest_of(job.out, run)
 
 
 def _fix(

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 
 from sama_jax import __version__, rng
 from sama_jax import attacks as attack_suite
+from sama_jax.attacks.code import codes
 from sama_jax.core.sampling import sample_texts
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.reporting import results
@@ -102,6 +103,7 @@ def run_make(
     ]
     about = {
         "version": __version__,
+        "code": codes()[attack],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "reference": folder.identity,
         "tokenizer": tokenizer.fingerprint,

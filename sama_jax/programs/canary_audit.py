@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 from sama_jax.core import metrics
 from sama_jax.core.epsilon import epsilon_bound
 from sama_jax.errors import DataError
-from sama_jax.programs.calibrate import read_run, require_alone, require_sound
+from sama_jax.programs.calibrate import identity_of, read_run, require_alone, require_sound
 from sama_jax.storage.canary_file import TEXTS, CanaryKey, read_key
 from sama_jax.storage.files import MADE_BY, require_free, write_json
 from sama_jax.storage.run_folder import Row
@@ -19,9 +19,10 @@ from sama_jax.texts.read import content_id
 from sama_jax.validity import bounds
 
 CONFIDENCE = 0.95
-NOT_ASKED = frozenset({"reference_learnt", "target_learnt"})
-"""Gates that ask whether a model predicts texts better than the frequencies of their tokens do: of
-random tokens none does, and of texts sampled at a high temperature few do."""
+NOT_ASKED = frozenset({"reference_learnt", "target_learnt", "blind"})
+"""The first two ask whether a model predicts texts better than the frequencies of their tokens do:
+of random tokens none does, and of texts sampled at a high temperature few do. `blind` asks whether
+the sides were drawn from one source, which the coins have done."""
 ENOUGH = 10
 """Canaries of a side, below which that p-value is hardly possible: with 7 of each it is 1/3432."""
 _AUDIT = "sama-jax canary audit"
@@ -42,7 +43,8 @@ def run_canary_audit(
       what was written, and sentences that say it.
 
     Raises:
-      UsageError: not a finished audit, without the attack, or `jax_privacy` is not installed.
+      UsageError: not a finished audit, without the attack or the name of its code, or
+        `jax_privacy` is not installed.
       DataError: canaries are missing, without a score, or with the label of the other side.
       ValidityError: the audit is void for another reason than what canaries are.
     """
@@ -69,7 +71,8 @@ def run_canary_audit(
             for n in tiers
         },
         "canaries": key.about,
-        "run": run.identity,
+        "run": identity_of(run_folder, run, name),
+        "same_code": run.codes[name] == key.about.get("code"),
     }
     write_json(out, content)
     return content, _sentences(content)
@@ -143,6 +146,11 @@ def _sentences(content: dict[str, Any]) -> list[str]:
         f"It is a lower bound, by the scores of {content['attack']} and from this one training: a "
         "small one proves nothing.",
     ]
+    if not content["same_code"]:
+        lines.append(
+            f"The code of {content['attack']} is another one than when the canaries were made: if "
+            "it was changed after scores of theirs were seen, this bounds nothing."
+        )
     if len(tiers) > 1:
         lines.append(f"By copies, each the bound for a group of so many; together at {percent}:")
         lines += [f"  {n:>4}: {_tier(one)}" for n, one in tiers.items()]

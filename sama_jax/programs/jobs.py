@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sama_jax.config import AuditSettings, Flag
 from sama_jax.devices import processes
+from sama_jax.errors import UsageError
+from sama_jax.untrusted import shown
 
 if TYPE_CHECKING:
     import sama_jax.texts.read
@@ -17,6 +19,14 @@ if TYPE_CHECKING:
 Parallel = Literal["auto", "pmap", "sharded"]
 Residency = Literal["auto", "together", "in-turn"]
 MASKS = "full|block:N|clean:N|causal"
+
+
+def _at_least_one(job: Any, *names: str) -> None:
+    """Raises `UsageError` unless these fields are None or whole numbers above 0."""
+    for name in names:
+        value = getattr(job, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{name} must be a whole number of at least 1, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,9 @@ class AuditJob:
     flags: Mapping[str, Any] = field(default_factory=dict)
     """The flags of that command, for `audit.yaml`; without any, none is written."""
 
+    def __post_init__(self):
+        _at_least_one(self, "limit", "batch_size", "stride", "top_windows")
+
     @property
     def references(self) -> list[Path]:
         """The references, as they were given."""
@@ -166,3 +179,6 @@ class BenchJob:
     rounds: Annotated[int, Flag("medians over N rounds are reported", "N")] = 5
     compile_cache: Path | None = None
     quiet: Annotated[bool, Flag("no progress")] = False
+
+    def __post_init__(self):
+        _at_least_one(self, "limit", "batch_size", "rounds")

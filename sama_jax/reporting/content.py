@@ -71,7 +71,7 @@ def audited(rows: Sequence[Row], manifest: Mapping[str, Any]) -> list[Fact]:
     """Says which models and how many texts were audited."""
     facts = [
         Fact(role, plain(manifest[role]), True)
-        for role in ("target", "reference")
+        for role in ("target", "adapter", "reference")
         if manifest.get(role)
     ]
     facts += references(manifest)

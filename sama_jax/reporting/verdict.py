@@ -302,7 +302,8 @@ def _interval(found: Declared) -> str:
 
 
 _WHEN = {
-    False: "it was chosen before the scores were seen",
+    False: "it was declared before this run's first pass; whether other runs of these texts had "
+    "been seen by then is not known",
     True: "losses of this target were stored before it was declared, so nothing here shows that "
     "it was chosen without them",
 }

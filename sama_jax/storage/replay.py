@@ -155,13 +155,16 @@ def _wrong_in(tokens: np.ndarray, plan: ProbePlan) -> str | None:
     """Says what is wrong with the plan of one text; None if nothing is."""
     masks, scored, weights, subsets = (np.asarray(part) for part in plan)
     size, length = int((tokens >= 0).sum()), len(tokens)
-    known = np.logical_or.accumulate(scored)
+    known, ordered = np.logical_or.accumulate(scored), np.sort(subsets, axis=-1)
     steps = np.arange(len(subsets))[:, None, None]
     checks = {
         "its tokens hold padding before the end": (tokens[:size] < 0).any(),
         "masks reach beyond its tokens": masks[:, size:].any(),
         "scored is not a part of masks": (scored & ~masks).any(),
         "subsets hold positions beyond its tokens": (subsets < -1).any() or (subsets >= size).any(),
+        "a subset holds a position twice": (
+            (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        ).any(),
         "weights must be finite and not negative": not (weights >= 0).all()
         or np.isinf(weights).any(),
         "all its weights are 0": masks.any() and not weights.any(),

@@ -41,8 +41,8 @@ MANIFEST = "manifest.json"
 SCORES = "scores.jsonl"
 METRICS = "metrics.json"
 LOG = "log.jsonl"
-DENSITIES = "densities.json"
 CONFIG = "audit.yaml"
+DENSITIES = "densities.json"
 """Loss differences by density of the masks: `core.spread`."""
 
 _NUMBERS = {str: (float, None)}
@@ -76,18 +76,17 @@ _MANIFEST: Shape = {
     "attacks?": [str],
     "corpus_attacks?": [str],
     "prefix_classes?": [str],
-    "not_computed?": ({str: str}, None),
-    "codes?": {str: str},
+    **{"not_computed?": ({str: str}, None), "codes?": {str: str}},
     "notes?": [str],
     "gates?": [_GATE],
     "files?": {str: str},
     "protocol?": (_PROTOCOL, None),
     "versions?": {str: str},
     "cost?": ({"seconds?": {str: float}, "tokens?": {str: float}, "passes_run?": int}, None),
-    **{f"{name}?": str for name in ("session", "target", "reference_tokenizer", "model")},
+    **{f"{name}?": str for name in ("target", "reference_tokenizer")},
     **{f"{name}?": (str, [str]) for name in ("reference", "adapter")},
     **{f"{name}?": str for name in ("device", "dtype", "attention", "matmul_precision")},
-    **{f"{name}?": str for name in ("preset", "preset_hash")},
+    **{f"{name}?": str for name in ("preset", "preset_hash", "session", "model")},
     "command?": (str, None),
     "seed?": int,
 }
@@ -189,12 +188,12 @@ class RunFolder:
         """
         self.path, self._started, self.writes = path, time.time(), writes
         self._run, self._codes = settings_hash(run), codes
-        _claim(path, run)  # before anything is made in the folder of another run
+        manifest_of(path, run)  # before anything is made in the folder of another run
         with contextlib.ExitStack() as opened:
             log = _append(path / (f"log-{rank:05d}.jsonl" if rank else LOG))
             self._log = opened.enter_context(contextlib.closing(log))
             # Once more behind the lock: another run may have taken the folder meanwhile.
-            before = _claim(path, run)
+            before = manifest_of(path, run)
             self.manifest = before | about | {"run": run, "finished": False}
             if not before:  # a folder without a manifest cannot be continued
                 self.write_manifest()
@@ -290,13 +289,11 @@ class RunFolder:
     def join(self, texts: list[dict[str, Any]], attacks: list[str]) -> list[Row]:
         """Writes scores.jsonl: one line a text in the given order, from all appended parts.
 
-        Besides the `attacks` it holds those of earlier goes that were scored for every text: what
-        a signal cut off would be a result of a part of the texts. The manifest says by which code
-        each was made; one that today's process does not know, by two of them, is left out.
+        Besides the `attacks` it holds those of earlier goes that were scored for every text, by
+        one code: what a signal cut off would be a result of a part of them. The manifest names it.
         """
         codes: dict[str, set[str]] = {}
-        scored = [text["id"] for text in texts if text.get("status") != "prefix"]
-        for text_id in scored:
+        for text_id in [text["id"] for text in texts if text.get("status") != "prefix"]:
             for name, code in self._parts.get(text_id, {}).get("code", {}).items():
                 codes.setdefault(name, set()).add(code)
         whole = [n for n in codes if len(codes[n]) == 1 and not self.unscored([n], texts)]
@@ -337,7 +334,7 @@ class RunFolder:
         self._files.close()
 
 
-def _claim(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+def manifest_of(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Returns the manifest that a run finds in its folder, an empty one if the folder is free.
 
     Raises:

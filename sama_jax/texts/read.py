@@ -97,7 +97,7 @@ PLAIN = Fields()
 
 
 def read_texts(
-    path: Path,
+    path: str | Path,
     text_field: str | None = None,
     label_field: str | None = None,
     *,
@@ -124,13 +124,13 @@ def read_texts(
       DataError: the file cannot be read, holds no text, or lines of it cannot be used.
       UsageError: parquet without pyarrow, zstd without zstandard, or one field is named twice.
     """
-    names = _names(text_field, label_field, form)
+    path, names = Path(path), _names(text_field, label_field, form)
     return _finish(list(_checked(path, None, names, form, labels_needed)), str(path))
 
 
 def read_split(
-    members: Path,
-    nonmembers: Path,
+    members: str | Path,
+    nonmembers: str | Path,
     text_field: str | None = None,
     label_field: str | None = None,
     *,
@@ -143,7 +143,8 @@ def read_split(
     Raises what `read_texts` raises; a label inside that disagrees with its file is a `DataError`.
     """
     names = _names(text_field, label_field, form)
-    of_class = _checked(members, 1, names, form), _checked(nonmembers, 0, names, form)
+    files = (Path(members), 1), (Path(nonmembers), 0)
+    of_class = [_checked(path, label, names, form) for path, label in files]
     pairs = itertools.zip_longest(*of_class)
     found = [text for pair in pairs for text in pair if text is not None]
     return _finish(found, f"{members} and {nonmembers}")
@@ -376,7 +377,20 @@ def _finish(found: list[tuple[str | None, Text]], where: str) -> Texts:
 
 
 def collect(texts: list[Text]) -> Texts:
-    """Gathers texts with distinct ids, and says which of them repeat others."""
+    """Gathers texts, and says which of them repeat others.
+
+    Raises `DataError` for two texts of one id, and for labels other than 1, 0 and None.
+    """
+    ids = set[str]()
+    for text in texts:
+        if text.id in ids:
+            raise DataError(f"{text.where}: id '{printable(text.id)}' is another text's, too")
+        if text.label not in (0, 1, None):
+            raise DataError(
+                f"{text.where}: the label of text '{printable(text.id)}' is {text.label}; expected "
+                "1 (member), 0 (non-member) or None"
+            )
+        ids.add(text.id)
     first_id: dict[str, str] = {}
     labels: dict[str, set[int | None]] = {}
     for text in texts:

@@ -199,6 +199,8 @@ def _json_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[
             return
         line = getattr(error, "lineno", 1)
         raise DataError(f"{path.name}:{line}: not valid JSON ({error})") from None
+    if isinstance(content, dict):
+        _require_one_part(path, content, names)
     if isinstance(content, dict) and isinstance(content.get("data"), (dict, list)):
         content = _data_of(path, content, names)
     if isinstance(content, dict):
@@ -236,6 +238,37 @@ def _data_of(path: Path, content: dict[str, Any], names: Names) -> Any:
             f"{path}: has {shown_names(lost)} beside 'data', where the texts are; move it to them"
         )
     return data
+
+
+def _require_one_part(path: Path, content: dict[str, Any], names: Names) -> None:
+    """Raises `DataError` if texts stand in several parts of a file: but one would be read.
+
+    A part is an object or list with records, such as `data` and `train`; or beside bare strings
+    another list of them.
+    """
+    strings = _has_strings(content.get("data")) and not _has_texts(content, names)
+    found = [
+        name
+        for name, value in content.items()
+        if (isinstance(value, dict) and _has_texts(value, names))
+        or _has_records(value, names)
+        or (strings and _has_strings(value))
+    ]
+    if len(found) > 1 or (found and found != ["data"] and "data" in content):
+        raise DataError(
+            f"{path}: holds texts in several parts ({shown_names(found)}); keep one of them, as "
+            "'data'"
+        )
+
+
+def _has_strings(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, str) for one in value)
+
+
+def _has_records(value: Any, names: Names) -> bool:
+    """Tells whether a list holds records with texts."""
+    records = value if isinstance(value, list) else []
+    return any(isinstance(one, dict) and _has_texts(one, names) for one in records)
 
 
 def _has_texts(fields: Container[str], names: Names) -> bool:

@@ -294,6 +294,8 @@ def _with_adapters(folder: ModelFolder, paths: Sequence[Path], merge: bool) -> M
             at.family.block_group_size,
         )  # fmt: skip
         adapter = peft.open_adapter(path, base)
+        if adapter.identity in names:
+            raise UsageError(f"{path}: this adapter is given twice; give each once, in their order")
         names.append(adapter.identity)
         opened.append(adapter)
         beside = None if merge else peft.leaves(adapter, base, folder.model.lora_paths)

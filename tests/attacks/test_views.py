@@ -413,14 +413,20 @@ def test_the_choice_of_prefixes_knows_seed_ids_and_classes_alone(box: Path):
     assert chosen(box, few) == Prefixes({}, set(), frozenset({"nonmember"}))
     assert set(chosen(box, few, "recall").texts) == {"nonmember"}
     # A file of prefixes takes nothing but texts that stand in it.
-    file = collect([one("a", "ka ro", 0), one("b", TEXTS[4], None)])
+    file = collect([one("a", "ka ro", 0), one("b", TEXTS[4], None), one("d", "mi te", 0)])
     given = chosen(box, texts, "recall", prefixes=file)
     classes = frozenset({"nonmember"})
-    assert given == Prefixes({"nonmember": ["ka ro", TEXTS[4]]}, {"t4"}, classes)
+    assert given == Prefixes({"nonmember": ["ka ro", TEXTS[4], "mi te"]}, {"t4"}, classes)
     # ... and that an attack reads.
-    file = collect([*file.texts, one("c", TEXTS[6], 1)])
+    members = [one("c", TEXTS[6], 1), one("e", "sun", 1), one("f", "dal", 1)]
+    file = collect([*file.texts, *members])
     assert chosen(box, texts, "recall", prefixes=file).taken == {"t4"}
     assert chosen(box, texts, prefixes=file).taken == {"t4", "t6"}
+    # Fewer than are read are refused, where an attack reads them.
+    file = collect(file.texts[:-1])
+    assert chosen(box, texts, "recall", prefixes=file).taken == {"t4"}
+    with pytest.raises(UsageError, match=r"holds 2 texts of the class member.* prefix\.shots is 3"):
+        chosen(box, texts, prefixes=file)
 
 
 # --- all texts together --------------------------------------------------------------------------
@@ -822,7 +828,7 @@ def test_a_text_as_long_as_the_context_has_no_room_for_a_prefix(box: Path, tmp_p
         config = tmp_path / name / "config.json"
         short = json.loads(config.read_text()) | {"max_sequence_length": 32}
         config.write_text(json.dumps(short))
-    given = collect([one("p", TEXTS[1], 0)])
+    given = collect([one(f"p{i}", TEXTS[i], 0) for i in (1, 3, 5)])
     paths = {"target": tmp_path / "target", "reference": tmp_path / "reference"}
     result = run(box, tmp_path / "run", "recall", prefixes=given, **paths)
     row = result.rows[LONG]

@@ -149,6 +149,15 @@ def test_flags_change_the_fields_of_their_names():
     assert flags.settings_of(parse("finetune", "--lr", "0.1"), TrainSettings).learning_rate == 0.1
 
 
+@pytest.mark.parametrize("wrong", [-4, 0])
+def test_a_job_takes_no_number_of_texts_below_one(wrong: Any):
+    common: dict[str, Any] = {"target": Path("t"), "reference": Path("r"), "out": Path("o")}
+    with pytest.raises(UsageError, match="limit must be a whole number"):
+        AuditJob(**common, texts=object(), limit=wrong)  # pyright: ignore
+    with pytest.raises(UsageError, match="batch_size must be a whole number"):
+        BenchJob(model=Path("m"), texts=[], settings=AuditSettings(), batch_size=wrong)
+
+
 def test_the_choices_of_a_flag_are_those_of_its_field(capsys):
     for word in get_args(config.Dtype):
         assert parse("audit", "--dtype", word).dtype == word

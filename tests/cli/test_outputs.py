@@ -43,15 +43,19 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(box: Box, finish
         ({"reference": box.path / "other"}, ["reference.weights was "]),
         ({"mask_id": 298}, ["target.mask_id was '299', is '298'", "reference.mask_id was"]),
     ]:
-        said = refuse(capsys, box, box.command(**changes), 2, str(box.out), *fragments)
-        assert "belongs to another run; give --out a new folder" in said
+        for dry in (True, None):
+            command = box.command(**changes, dry_run=dry)
+            said = refuse(capsys, box, command, 2, str(box.out), *fragments)
+            assert "belongs to another run; give --out a new folder" in said
     assert_complete(box.out, finished)
 
 
 def test_a_folder_that_is_no_run_is_refused(box: Box, capsys):
     box.out.mkdir()
     (box.out / "thesis.tex").write_text("years of work")
-    refuse(capsys, box, box.command(), 2, str(box.out), "not empty", "manifest.json", "new folder")
+    for dry in (True, None):
+        command = box.command(dry_run=dry)
+        refuse(capsys, box, command, 2, str(box.out), "not empty", "manifest.json", "new folder")
 
 
 def test_a_folder_that_another_process_is_writing_to(box: Box, finished: Path, capsys):

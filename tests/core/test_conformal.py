@@ -111,6 +111,13 @@ def test_a_collection_says_its_auc_with_an_interval_and_its_power():
     assert conformal.collection_test(np.ones(1), np.zeros(3)).detectable is None
 
 
+def test_a_score_that_is_no_number_has_no_p_value():
+    """It would sort behind all others, and have the smallest."""
+    for scores, known in (([np.nan], [0.0]), ([0.0], [np.inf])):
+        with pytest.raises(ValueError, match="scores must be finite"):
+            conformal.p_values(np.array(scores), np.array(known))
+
+
 def test_one_text_of_each_group_is_chosen_whatever_the_order():
     groups = np.array([0, 0, 0, -1, 1, -1, 1])
     keys = list("abcdefg")

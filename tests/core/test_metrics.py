@@ -250,6 +250,8 @@ def test_bad_input_is_named():
         metrics.auc([1.0, 2.0], [1])
     with pytest.raises(ValueError, match="remove missing ones"):
         metrics.auc([1.0, math.nan], [1, 0])
+    with pytest.raises(ValueError, match="groups must be whole numbers, got float64"):
+        metrics.auc_interval([1.0, 0.0], [1, 0], [0.2, 0.7])
     with pytest.raises(ValueError, match="labels must be 1"):
         metrics.auc([1.0, 2.0], [1, 2])
     with pytest.raises(DataError, match="got 2 and 0"):

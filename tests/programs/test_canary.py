@@ -402,10 +402,16 @@ def test_a_void_audit_makes_no_bound(place: Path, copied: Path, tmp_path: Path, 
     said = command(capsys, "audit", copied, canaries=place / "canaries", out=out)
     assert_one_line(said, 5, "its result is void: identical: Target and reference are the same.")
     assert not out.exists()
-    expected = one | {"name": "reference_learnt"}
-    (copied / "manifest.json").write_text(json.dumps(manifest | {"gates": [expected]}))
-    bounds(place, copied, out)
+    expected = [one | {"name": name} for name in ("reference_learnt", "blind")]
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"gates": expected}))
+    _, sentences = bounds(place, copied, out)
     assert out.exists()
+    assert not any("code of sama" in sentence for sentence in sentences)
+    other = manifest | {"gates": [], "codes": manifest["codes"] | {"sama": "another"}}
+    (copied / "manifest.json").write_text(json.dumps(other))
+    found, sentences = bounds(place, copied, out)
+    assert (found["run"]["code of sama"], found["same_code"]) == ("another", False)
+    assert any("The code of sama is another one" in sentence for sentence in sentences)
 
 
 def test_the_attack_is_the_one_that_was_fixed_beforehand(place: Path, copied: Path, tmp_path: Path):

@@ -57,6 +57,14 @@ def test_report_holds_numbers_and_figures_but_no_text_and_no_id(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("adapter", ["adapters/one", ["adapters/one", "adapters/two"]])
+def test_a_report_names_the_adapters_of_the_target(tmp_path, adapter):
+    folder = make_folder(tmp_path, make_rows(), adapter=adapter, reference="models/tiny")
+    shown = adapter if isinstance(adapter, str) else ", ".join(adapter)
+    assert f"adapter: `{shown}`" in text_of(folder, figures=False)
+    assert shown in (folder / "report.html").read_text()
+
+
 def test_report_without_labels_has_scores_but_no_roc(tmp_path):
     text = text_of(make_folder(tmp_path, make_rows(labelled=False)))
     assert "roc.png" not in text

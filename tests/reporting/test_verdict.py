@@ -240,6 +240,8 @@ def test_a_source_that_could_not_be_asked_about_is_no_finding():
 def test_a_protocol_that_came_after_the_losses_says_so():
     late = Protocol("sama", ("sama", "loss"), stored=True)
     assert "were stored before it was declared" in judge(make_rows(), late, [])[0]["sentence"]
+    said = judge(make_rows(), Protocol("sama", ("sama", "loss")), [])[0]["sentence"]
+    assert "declared before this run's first pass; whether other runs of these texts had" in said
 
 
 def test_one_text_without_a_group_does_not_make_documents_independent():

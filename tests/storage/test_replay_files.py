@@ -68,6 +68,7 @@ def test_rows_of_equal_tokens_are_told_apart_by_their_plans(tmp_path):
         ("subsets hold positions beyond its tokens", "subsets", (1, 0, 0, 0), 4),
         ("subsets hold positions beyond its tokens", "subsets", (1, 0, 0, 0), -5),
         ("no pass up to theirs scores", "subsets", (1, 1, 0, 0), 2),
+        ("a subset holds a position twice", "subsets", (1, 2, 0), 1),
         ("a pass with a weight has no subset", "subsets", (1, 1), -1),
         ("weights must be finite", "weights", (1, 2), np.nan),
         ("weights must be finite", "weights", (1, 2), np.inf),

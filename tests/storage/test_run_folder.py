@@ -17,7 +17,7 @@ def scores(value: float) -> list[dict]:
 def test_of_two_runs_that_find_a_folder_free_at_once_one_gets_it(tmp_path, monkeypatch):
     """The second looks while the folder is free, and writes after the first has taken it."""
     first: list[RunFolder] = []
-    claim = run_folder._claim
+    claim = run_folder.manifest_of
 
     def slow(path, run):
         found = claim(path, run)
@@ -25,7 +25,7 @@ def test_of_two_runs_that_find_a_folder_free_at_once_one_gets_it(tmp_path, monke
             first.append(RunFolder(path, {"seed": 1}, {}, None))
         return found
 
-    monkeypatch.setattr(run_folder, "_claim", slow)
+    monkeypatch.setattr(run_folder, "manifest_of", slow)
     with pytest.raises(UsageError, match="another process is writing"):
         RunFolder(tmp_path, {"seed": 2}, {}, None)
     assert json.loads((tmp_path / "manifest.json").read_text())["run"] == {"seed": 1}
@@ -63,6 +63,11 @@ def test_a_run_that_died_before_its_manifest_is_begun_again(tmp_path):
     (tmp_path / "log.jsonl").touch()
     RunFolder(tmp_path, {"seed": 1}, {}, None).close()
     assert (tmp_path / "manifest.json").is_file()
+
+
+def test_a_manifest_may_name_several_adapters(tmp_path):
+    RunFolder(tmp_path, {"seed": 1}, {"adapter": ["a", "b"]}, None).close()
+    assert (run_folder.read_manifest(tmp_path) or {})["adapter"] == ["a", "b"]
 
 
 def test_a_log_of_somebody_else_is_left_alone(tmp_path):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.texts.buckets import bucket_lengths, plan_batches
-from sama_jax.texts.read import Text, group_numbers, read_split, read_texts
+from sama_jax.texts.read import Text, collect, group_numbers, read_split, read_texts
 from sama_jax.texts.same_ids import require_same_ids
 from sama_jax.texts.tokenizer import TextTokenizer
 
@@ -191,6 +191,10 @@ def test_a_column_called_data_takes_no_texts_away(data, tmp_path):
         ({"data": ["x", "y"], "label": [1, 0]}, "has label beside 'data', where the texts are"),
         ({"data": ["x", "y"], "is_member": [1, 0]}, "has is_member beside 'data'"),
         ({"data": {"text": ["x"]}, "group": ["a"]}, "has group beside 'data'"),
+        ({"data": {"text": ["x"]}, "train": {"text": ["y"]}}, r"in several parts \(data, train\)"),
+        ({"data": ["x", "y"], "train": ["z"]}, r"in several parts \(data, train\)"),
+        ({"data": [{"text": "x"}], "test": [{"text": "y"}]}, r"several parts \(data, test\)"),
+        ({"train": [{"text": "x"}], "test": [{"text": "y"}]}, r"several parts \(train, test\)"),
     ],
 )
 def test_texts_or_labels_on_both_sides_of_data_are_refused(content, message, tmp_path):
@@ -245,6 +249,19 @@ def test_a_long_csv_field_is_read_and_the_global_limit_restored(tmp_path):
     found = read_texts(write(tmp_path / "t.csv", "text\n" + "x" * 200_000 + "\n"))
     assert len(found.texts[0].text) == 200_000
     assert csv.field_size_limit() == before
+
+
+def test_a_path_may_be_a_string_and_texts_of_ones_own_are_checked(tmp_path):
+    path = write(tmp_path / "t.jsonl", '{"text": "x"}\n{"text": "y"}')
+    known = read_texts(path)
+    assert read_texts(str(path)) == known
+    assert len(read_split(str(path), str(path)).texts) == 4
+    first, second = known.texts
+    with pytest.raises(DataError, match="is another text's, too"):
+        collect([first, second._replace(id=first.id)])
+    for label in (2, -1):
+        with pytest.raises(DataError, match=f"is {label}; expected 1 "):
+            collect([first._replace(label=label)])
 
 
 def test_split_labels_come_from_the_files(tmp_path):

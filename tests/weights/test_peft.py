@@ -674,7 +674,11 @@ def test_an_audit_with_an_adapter_reads_the_losses_of_the_merged_model(tmp_path,
     again = [*common, "--adapter", str(adapter), "--out", str(tmp_path / "kept")]
     assert entry.main([*again, "--target", str(base)]) == 0
     second = shutil.copytree(adapter, tmp_path / "second")
+    capsys.readouterr()
     two = [*common, "--adapter", str(adapter), "--adapter", str(second), "--dry-run"]
+    assert entry.main([*two, "--out", str(tmp_path / "two")]) == 2  # the same, twice
+    assert "second: this adapter is given twice" in capsys.readouterr().err
+    edit(second, lora_alpha=2)
     assert entry.main([*two, "--out", str(tmp_path / "two")]) == 0
     edit(adapter, lora_alpha=1)
     capsys.readouterr()
