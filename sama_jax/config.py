@@ -418,6 +418,8 @@ def _parse(text: str, kind: Any, name: str) -> Any:
     if kind not in (int, float):  # a word: `_check` knows which
         return text
     try:
+        if "_" in text:  # Python reads 1_2 as 12
+            raise ValueError
         return kind(text)
     except ValueError:
         raise UsageError(f"setting {name} must be of type {kind.__name__}, got '{text}'") from None

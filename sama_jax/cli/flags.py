@@ -57,7 +57,7 @@ def flags_of(parser: Flags, kind: type, *names: str, **options: Any) -> None:
 def finite(text: str) -> float:
     """Reads a number; neither NaN nor an infinity is one."""
     with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(text)):
+        if math.isfinite(number := float(text)) and "_" not in text:
             return number
     raise argparse.ArgumentTypeError(f"expected a number, found {text!r}")
 

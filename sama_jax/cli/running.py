@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -42,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(epilog=EPILOG, formatter_class=raw, **options)
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
+        self.register("type", int, _whole)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses; a command that can save its flags takes those of `--config`, too."""
@@ -65,6 +67,13 @@ class Parser(argparse.ArgumentParser):
         except OutputError as error:
             _say(f"{self.prog}: {error}")
             sys.exit(error.exit_code)
+
+
+def _whole(text: str) -> int:
+    """Reads a whole number; 1_2, which Python reads as 12, is none."""
+    if re.fullmatch(r"[-+]?[0-9]{1,20}", text, re.ASCII):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
 
 
 class _StoreOnce(argparse.Action):

@@ -71,6 +71,13 @@ def test_a_flag_is_not_replaced_by_a_setting(command, kind, twice):
     assert flags.settings_of(parse(command, *twice[-2:]), kind) != kind()
 
 
+@pytest.mark.parametrize("number", [["--limit", "1_0"], ["--seed", "1e3"], ["--margin", "0.6_1"]])
+def test_a_number_is_a_plain_decimal(number, capsys):
+    with pytest.raises(SystemExit):
+        parse("audit", *number)
+    assert "number, found" in capsys.readouterr().err
+
+
 def test_a_flag_that_repeats_and_a_second_command_line_are_taken():
     for _ in range(2):
         parsed = parse("audit", "--set", "sama.steps=2", "--set", "padding=visible", "--seed", "1")

@@ -60,6 +60,12 @@ def test_a_setting_is_given_once(kind):
         AuditSettings.of(passes=8, overrides=["passes=3"])
 
 
+@pytest.mark.parametrize("number", ["max_length=1_2", "sama.min_density=0.1_5"])
+def test_a_number_with_underscores_is_none(number):
+    with pytest.raises(UsageError, match="must be of type"):
+        AuditSettings.of(overrides=[number])
+
+
 def test_overrides_hold_together_whatever_their_order():
     pair = ["sama.min_density=0.6", "sama.max_density=0.9"]
     assert AuditSettings.of(overrides=pair) == AuditSettings.of(overrides=pair[::-1])
