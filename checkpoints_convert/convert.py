@@ -28,6 +28,7 @@ from sama_jax.models.families.weight_table import Table
 from sama_jax.models.registry import read_config
 from sama_jax.storage.files import writing
 from sama_jax.terminal import ByteBar, duration
+from sama_jax.texts.folder_template import one_template
 from sama_jax.texts.tokenizer import TextTokenizer
 from sama_jax.weights import (
     folder_files,
@@ -232,12 +233,16 @@ def _names_no_mask(path: Path) -> bool:
 
 
 def _check_tokenizer(folder: ModelFolder) -> None:
-    """Refuses a broken tokenizer; weights without any can be converted."""
+    """Refuses a broken tokenizer, and adapters that bring another one or another chat template.
+
+    Weights without any can be converted.
+    """
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     stored = any((folder.path / name).is_file() for name in names)
     if stored or names[0] in folder_files.companion_names(folder.path):
         tokenizer = TextTokenizer.from_folder(folder.path, folder.model.vocab_size)
         require_adapters_ids(folder.adapters, tokenizer)
+    one_template(folder.path, *folder.adapters)
 
 
 def _layout(folder: ModelFolder) -> tuple[Table, int]:

@@ -98,12 +98,18 @@ def folder_template(*paths: Path) -> FolderTemplate:
 
     Raises `ModelError` if none of them has one, or two have different ones.
     """
-    found = [one for path in paths if (one := _template(path)) is not None]
-    if not found:
+    found = one_template(*paths)
+    if found is None:
         raise ModelError(
             f"{' and '.join(map(str, paths))}: no chat template ({JINJA}, or chat_template in "
             f"{CONFIG}); choose one of {', '.join(NAMED)}"
         )
+    return found
+
+
+def one_template(*paths: Path) -> FolderTemplate | None:
+    """Does what `folder_template` does, but returns None where no folder has a template."""
+    found = [one for path in paths if (one := _template(path)) is not None]
     for other in found[1:]:
         if other.content != found[0].content:
             raise ModelError(
@@ -111,7 +117,7 @@ def folder_template(*paths: Path) -> FolderTemplate:
                 "says which one a training has read; take the wrong one away, or choose one of "
                 f"{', '.join(NAMED)}"
             )
-    return found[0]
+    return found[0] if found else None
 
 
 def _template(path: Path) -> FolderTemplate | None:

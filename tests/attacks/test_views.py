@@ -24,7 +24,7 @@ from sama_jax.core import masking, metrics
 from sama_jax.engine import loop, plans, tasks
 from sama_jax.engine.text_table import derived_view, original_view, table_of
 from sama_jax.engine.views import generator_of
-from sama_jax.errors import Interrupted
+from sama_jax.errors import Interrupted, UsageError
 from sama_jax.models.model import LinenModel
 from sama_jax.models.registry import read_config
 from sama_jax.models.transformer import TransformerModel
@@ -376,7 +376,8 @@ def one(name: str, text: str, label: int | None) -> Text:
 
 def test_a_text_that_serves_as_a_prefix_needs_no_label(box: Path, tmp_path: Path):
     texts = [one(f"t{i}", t, i % 2) for i, t in enumerate(TEXTS)]
-    file = collect([one("p", "ka ro mi te sun", None)])
+    words = ("ka ro mi te sun", "dal fer no", "vi lo gra")
+    file = collect([one(text, text, None) for text in words])
     names, found = ("recall", "bows"), []
     for label in (0, None):
         both = collect([*texts, one("same", file.texts[0].text, label)])
@@ -837,4 +838,4 @@ def test_a_text_as_long_as_the_context_has_no_room_for_a_prefix(box: Path, tmp_p
     assert "room before it" in row["undefined"]["recall"]
     assert result.rows[1]["status"] == "prefix"
     scored = [r for r in result.rows if r["scores"]["recall"] is not None]
-    assert len(scored) == len(TEXTS) - 3  # neither these two nor the empty one
+    assert len(scored) == len(TEXTS) - 5  # neither prefixes nor this one nor the empty one
