@@ -7,8 +7,9 @@ checked.
 from collections.abc import Mapping
 from typing import Any, get_args
 
-import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sama_jax.arrays import ProbePlan
 from sama_jax.config import Ties
@@ -27,7 +28,7 @@ def require_usable(target: Any, reference: Any, plan: ProbePlan, ties: str) -> N
         raise ValueError(f"ties is {ties!r}, expected one of {', '.join(get_args(Ties))}")
     given = {"target": target, "reference": reference, **plan._asdict()}
     _require_shapes(given)
-    found = {name: np.asarray(x) for name, x in given.items() if not isinstance(x, jax.core.Tracer)}
+    found = {name: np.asarray(x) for name, x in given.items() if not isinstance(x, Tracer)}
     if {"scored", "weights", "subsets"} <= found.keys() and (wrong := _wrong_plan(**found)):
         raise ValueError(f"the plan: {wrong}")
     for name in ("target", "reference"):
@@ -44,7 +45,7 @@ def _require_shapes(given: Mapping[str, Any]) -> None:
         kind = {"masks": "bool", "scored": "bool", "subsets": "signed integers"}.get(name, "floats")
         types = {"bool": np.bool_, "floats": np.floating}.get(kind, np.signedinteger)
         dtype = getattr(value, "dtype", None)
-        if dtype is None or not jax.dtypes.issubdtype(dtype, types):
+        if dtype is None or not jnp.issubdtype(dtype, types):
             raise ValueError(f"{name} holds {dtype or type(value).__name__}, expected {kind}")
         own = list(np.shape(value))
         wanted = {"weights": steps, "subsets": [*steps, *own[-2:]]}.get(name, [*steps, length])

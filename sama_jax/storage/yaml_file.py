@@ -24,7 +24,7 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?", re.
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, for mappings of bounded size, each key once, and decimal numbers."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         known = set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
