@@ -25,6 +25,7 @@ from sama_jax.engine.roles import ModelRole, make_probe, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows
 from sama_jax.engine.tasks import SPANS
 from sama_jax.engine.views import make_plain_views
+from sama_jax.errors import DataError
 from sama_jax.programs import pipeline_control
 from sama_jax.programs.audit_gates import gates_after, require_valid
 from sama_jax.programs.audit_inputs import (
@@ -53,7 +54,7 @@ from sama_jax.programs.data_gates import data_gates
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.second_seed import score_again
 from sama_jax.storage.calibration_file import withdraw_stale
-from sama_jax.storage.files import write_json
+from sama_jax.storage.files import write_atomic, write_json
 from sama_jax.storage.run_folder import METRICS, Row, noted
 from sama_jax.terminal import console
 from sama_jax.validity.gate import Gate, told, voids, warnings, worst_of
@@ -315,9 +316,26 @@ def publish(
     write_densities(job.out, found, inputs.labels)
     withdraw_stale(job.out, joined, void=bool(voids(metrics["validity"])))
     save_replay(job, readings, inputs, tokenised)
+    if job.include_text:
+        write_tokens(job, metrics, say)
     folder.write_manifest(finished=True)
     folder.log("finished", texts=len(joined))
     report.write_report(job.out, figures=job.figures, metrics=metrics)
     folder.record_files()
     require_valid(job.out, metrics["validity"], notes, strict=job.strict)
     return AuditResult(joined, metrics, folder.manifest["cost"], job.out)
+
+
+def write_tokens(job: AuditJob, metrics: "Metrics", say: Console) -> None:
+    """Writes the texts of the largest scores token by token, which only --include-text asks for."""
+    from sama_jax.programs.explain import explain
+    from sama_jax.reporting import tokens
+    from sama_jax.reporting.results import headline
+
+    given = [*job.texts.texts, *(job.control.texts if job.control else [])]
+    try:
+        found = explain(job.out, given)
+    except DataError as error:  # no attack has read both models
+        say.print(f"no {tokens.PAGE}: {error}")
+        return
+    write_atomic(job.out / tokens.PAGE, tokens.page(found, headline(metrics)), private=True)

@@ -17,7 +17,7 @@ from sama_jax.attacks.registry import Attack
 from sama_jax.config import AuditSettings
 from sama_jax.core import conformal, metrics
 from sama_jax.errors import DataError, UsageError, ValidityError, nearest
-from sama_jax.programs.rescore import settings_of
+from sama_jax.programs.stored import settings_of
 from sama_jax.reporting import results
 from sama_jax.storage.calibration_file import Calibration, write_calibration
 from sama_jax.storage.run_folder import Row, read_manifest, read_rows, read_unchanged_rows

@@ -17,7 +17,7 @@ from sama_jax.engine.evidence import differences_by_token, gather_evidence
 from sama_jax.engine.readings import Readings
 from sama_jax.errors import DataError, UsageError, nearest
 from sama_jax.programs.read_losses import readings_of
-from sama_jax.programs.rescore import Stored, open_stored
+from sama_jax.programs.stored import Stored, open_stored
 from sama_jax.reporting.tokens import Explained, Explanation
 from sama_jax.storage.documents import WINDOWS
 from sama_jax.storage.run_folder import SCORES, read_rows

@@ -14,7 +14,8 @@ from sama_jax.engine.costs import sum_costs
 from sama_jax.engine.text_table import table_from_description
 from sama_jax.errors import DataError, UsageError
 from sama_jax.programs.audit import AuditResult
-from sama_jax.programs.rescore import run_score, store_of
+from sama_jax.programs.rescore import run_score
+from sama_jax.programs.stored import store_of
 from sama_jax.storage.files import copy_file, only_writer, require_new, write_json, writing
 from sama_jax.storage.protocol import Protocol, write_protocol
 from sama_jax.storage.run_folder import MANIFEST, noted, read_manifest

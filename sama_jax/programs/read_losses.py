@@ -14,7 +14,7 @@ from sama_jax.engine.plans import PLAN_ROWS
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.tasks import ROLES, tasks_of
 from sama_jax.errors import UsageError
-from sama_jax.programs.rescore import Stored, open_stored, store_of
+from sama_jax.programs.stored import Stored, open_stored, store_of
 from sama_jax.storage.loss_store import LossStore
 
 

@@ -40,6 +40,7 @@ def html(
     manifest: Mapping[str, Any],
     figures: Iterable[Picture] = (),
     written: str = "",
+    tokens: str = "",
 ) -> str:
     """Writes the page of a run.
 
@@ -49,6 +50,7 @@ def html(
       manifest: the run's.
       figures: pictures, in their order; their SVG is trusted.
       written: the day of writing; empty: not told.
+      tokens: file beside the page that shows texts token by token; empty: there is none.
     """
     environment = Environment(
         loader=PackageLoader("sama_jax.reporting", "."),
@@ -91,6 +93,7 @@ def html(
         identity={name: content.plain(value) for name, value in _run(manifest).items()},
         citation=content.CITATION,
         written=written,
+        tokens=tokens,
     )
 
 

@@ -13,6 +13,7 @@ from sama_jax.errors import DataError, UsageError
 from sama_jax.reporting import html as page
 from sama_jax.reporting.markdown import markdown
 from sama_jax.reporting.results import Metrics, metrics_of
+from sama_jax.reporting.tokens import PAGE as TOKENS
 from sama_jax.storage.files import write_atomic
 from sama_jax.storage.run_folder import (
     DENSITIES,
@@ -87,7 +88,8 @@ def write_report(folder: Path, *, figures: bool = True, metrics: Metrics | None 
     write_atomic(folder / TEXT, markdown(rows, metrics, manifest, figures))
     shown = page.shown_figures(rows, metrics, read_spread(folder / DENSITIES)) if figures else []
     today = datetime.date.today().isoformat()
-    write_atomic(folder / PAGE, page.html(rows, metrics, manifest, shown, today))
+    words = TOKENS if (folder / TOKENS).is_file() else ""
+    write_atomic(folder / PAGE, page.html(rows, metrics, manifest, shown, today, words))
     record_also(folder, [TEXT, PAGE, *(f"figures/{file.name}" for file in drawn)])
     return folder / PAGE
 

@@ -16,6 +16,8 @@ from sama_jax.core.segments import Segment
 from sama_jax.errors import UsageError
 from sama_jax.untrusted import open_file, printable
 
+PAGE = "tokens.html"
+"""Name of the page in the folder of a run that was asked to include texts."""
 HEADING = "Which tokens give a text away"
 SPANS = 5
 """Stretches that are listed of a text."""

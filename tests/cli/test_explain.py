@@ -62,6 +62,11 @@ def test_each_token_has_the_mean_of_its_passes(finished: Path):
     assert found.usual == pytest.approx(np.mean(others), abs=0.05)  # those are weighted by passes
 
 
+def test_without_the_flag_no_page_is_written(finished: Path):
+    assert not (finished / "tokens.html").exists()
+    assert "tokens.html" not in (finished / "report.html").read_text()
+
+
 def test_the_terminal_shows_the_texts_of_the_runs_own_files(finished: Path, capsys):
     said = run(capsys, ["explain", str(finished), "--top", "1"])
     assert said.code == 0
@@ -92,6 +97,18 @@ def test_the_page_escapes_texts_and_is_private(box: Box, capsys):
     page.write_text("years of work")
     assert_one_line(run(capsys, command), 2, "was not written by this command")
     assert page.read_text() == "years of work"
+
+
+def test_an_audit_that_may_include_texts_writes_the_page_and_the_report_names_it(box: Box, capsys):
+    assert run(capsys, box.command(include_text=True)).code == 0
+    page = box.out / "tokens.html"
+    assert page.stat().st_mode & 0o077 == 0
+    assert page.read_text().count("<section") == 5
+    report = (box.out / "report.html").read_text()
+    assert 'href="tokens.html"' in report
+    words = json.loads((box.out / "scores.jsonl").read_text().splitlines()[0])["text"]
+    assert words[:20] not in report
+    assert run(capsys, ["verify-run", str(box.out)]).code == 0
 
 
 def test_other_texts_tokenizers_and_ids_are_refused(box: Box, finished: Path, capsys):
