@@ -25,7 +25,7 @@ from sama_jax.engine.roles import ModelRole, make_probe, resident_bytes
 from sama_jax.engine.scores import score_corpus, score_rows
 from sama_jax.engine.tasks import SPANS
 from sama_jax.engine.views import make_plain_views
-from sama_jax.errors import DataError
+from sama_jax.errors import DataError, UsageError
 from sama_jax.programs import pipeline_control
 from sama_jax.programs.audit_gates import gates_after, require_valid
 from sama_jax.programs.audit_inputs import (
@@ -335,7 +335,7 @@ def write_tokens(job: AuditJob, metrics: "Metrics", say: Console) -> None:
     given = [*job.texts.texts, *(job.control.texts if job.control else [])]
     try:
         found = explain(job.out, given)
-    except DataError as error:  # no attack has read both models
+    except (DataError, UsageError) as error:  # no attack has read both models token by token
         say.print(f"no {tokens.PAGE}: {error}")
         return
     write_atomic(job.out / tokens.PAGE, tokens.page(found, headline(metrics)), private=True)

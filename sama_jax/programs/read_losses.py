@@ -48,6 +48,8 @@ def read_losses(run: Path, attack: str = "sama") -> Losses:
     stored = open_stored(run)
     if attack not in (known := stored.manifest.get("attacks") or []):
         raise UsageError(f"{run}: has no attack '{attack}'; it has {', '.join(known)}")
+    if stored.manifest["run"].get("reference_tokenizer"):
+        raise UsageError(f"{run}: compared spans of two tokenizers; its losses share no tokens")
     readings = readings_of(stored, [attack])
     task = next((t for t in readings.tasks.all if t.view == "text" and t.source is not None), None)
     if task is None or stored.manifest["run"].get("plan"):
