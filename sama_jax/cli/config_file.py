@@ -5,6 +5,7 @@ several times is a list. What stands on the command line replaces what the file 
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, Path):
-        return str(value.resolve() if value.exists() else value)
+        return str(value.resolve() if os.path.exists(value) else value)
     return value
 
 
