@@ -32,25 +32,7 @@ def add(commands: Any) -> None:
 
 def add_flags(p: Parser) -> None:
     """Adds the flags alone."""
-    inputs = p.add_argument_group("models and texts")
-    flags.flags_of(inputs, AuditJob, "target", required=False)
-    flags.flags_of(inputs, AuditJob, "reference", action="append")
-    flags.flags_of(inputs, AuditJob, "reference_tokenizer")
-    flags.flags_of(inputs, AuditJob, "adapter", action="append")
-    inputs.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
-    inputs.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
-    inputs.add_argument("--nonmembers", type=Path, metavar="F", help="and texts that were not")
-    inputs.add_argument(
-        "--control",
-        type=Path,
-        metavar="F",
-        help="known members besides, which must be found: at least 7 different texts",
-    )
-    flags.add_text_fields(inputs)
-    flags.add_conversations(inputs)
-    flags.flags_of(inputs, AuditJob, "pipeline_control", "split", "limit", "mask_id")
-    flags.flags_of(inputs, AuditJob, "attention_mask", "reference_attention_mask")
-    flags.flags_of(inputs, AuditJob, "windows", "stride", "top_windows")
+    _add_inputs(p.add_argument_group("models and texts"))
 
     attacks = p.add_argument_group("attacks")
     attacks.add_argument(
@@ -97,6 +79,27 @@ def add_flags(p: Parser) -> None:
     )
     add_config(outputs)
     p.set_defaults(parser=p)
+
+
+def _add_inputs(inputs: flags.Flags) -> None:
+    flags.flags_of(inputs, AuditJob, "target", required=False)
+    flags.flags_of(inputs, AuditJob, "reference", action="append")
+    flags.flags_of(inputs, AuditJob, "reference_tokenizer")
+    flags.flags_of(inputs, AuditJob, "adapter", action="append")
+    inputs.add_argument("--data", type=Path, metavar="F", help="texts with optional labels")
+    inputs.add_argument("--members", type=Path, metavar="F", help="or: texts that were trained on")
+    inputs.add_argument("--nonmembers", type=Path, metavar="F", help="and texts that were not")
+    inputs.add_argument(
+        "--control",
+        type=Path,
+        metavar="F",
+        help="known members besides, which must be found: at least 7 different texts",
+    )
+    flags.add_text_fields(inputs)
+    flags.add_conversations(inputs)
+    flags.flags_of(inputs, AuditJob, "pipeline_control", "split", "limit", "mask_id")
+    flags.flags_of(inputs, AuditJob, "attention_mask", "reference_attention_mask")
+    flags.flags_of(inputs, AuditJob, "windows", "stride", "top_windows")
 
 
 def _add_processes(p: flags.Flags) -> None:

@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 def _whole(text: str) -> int:
     """Reads a whole number; 1_2, which Python reads as 12, is none."""
-    if re.fullmatch(r"[-+]?[0-9]{1,20}", text, re.ASCII):
+    if re.fullmatch(r"[-+]?[0-9]{1,4000}", text, re.ASCII):
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
 

@@ -18,7 +18,7 @@ from sama_jax.devices.sharding import parameter_shardings
 from sama_jax.engine.batching import BatchShapes, distinct_rows
 from sama_jax.engine.costs import cost_of, sum_costs
 from sama_jax.engine.estimate import estimate
-from sama_jax.engine.evidence import gather_evidence
+from sama_jax.engine.evidence import Evidence, gather_evidence
 from sama_jax.engine.loop import Filled, Setup, fill_store
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.roles import ModelRole, make_probe, resident_bytes
@@ -55,7 +55,7 @@ from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.second_seed import score_again
 from sama_jax.storage.calibration_file import withdraw_stale
 from sama_jax.storage.files import write_atomic, write_json
-from sama_jax.storage.run_folder import METRICS, Row, noted
+from sama_jax.storage.run_folder import METRICS, Row, RunFolder, noted
 from sama_jax.terminal import console
 from sama_jax.validity.gate import Gate, told, voids, warnings, worst_of
 from sama_jax.weights import model_folder
@@ -279,19 +279,13 @@ def publish(
       ValidityError: the result is void; under --strict, something was noticed.
     """
     folder, readings = run.folder, filled.readings
-    spans = readings.tables.get(SPANS.name)
     cost = cost_of(readings.tasks, filled.costs, folder.manifest.get("cost"))
     if job.peers.count > 1:
         costs = job.peers.gather("passes", cost)
         mesh.disconnect()
         if not run.shared:
             update_index(folder, rows, readings.tables)
-            notes = noted(folder.path)
-            found = gather_evidence(readings)
-            gates = worst_of(
-                [folder.manifest["gates"], gates_after(inputs, tokenised, found, spans)]
-            )
-            folder.write_manifest(notes=notes, cost=cost, gates=gates)
+            notes, _ = _ask_gates(folder, inputs, tokenised, readings, cost)
             say.print(_HINT)
             require_valid(job.out, [], notes, strict=job.strict)
             return None
@@ -307,10 +301,7 @@ def publish(
     # SciPy's statistics and scikit-learn: two seconds to import.
     from sama_jax.reporting import report, results
 
-    notes = noted(folder.path)
-    found = gather_evidence(readings)
-    gates = worst_of([folder.manifest["gates"], gates_after(inputs, tokenised, found, spans)])
-    folder.write_manifest(notes=notes, cost=cost, gates=gates)
+    notes, found = _ask_gates(folder, inputs, tokenised, readings, cost)
     metrics = results.metrics_of(joined, folder.manifest)
     write_json(job.out / METRICS, metrics)
     write_densities(job.out, found, inputs.labels)
@@ -324,6 +315,21 @@ def publish(
     folder.record_files()
     require_valid(job.out, metrics["validity"], notes, strict=job.strict)
     return AuditResult(joined, metrics, folder.manifest["cost"], job.out)
+
+
+def _ask_gates(
+    folder: RunFolder,
+    inputs: Inputs,
+    tokenised: Tokenised,
+    readings: Readings,
+    cost: dict[str, Any],
+) -> tuple[list[str], Evidence]:
+    """Writes cost, notes and all gates into the manifest; returns the notes and what was read."""
+    notes, found = noted(folder.path), gather_evidence(readings)
+    asked = gates_after(inputs, tokenised, found, readings.tables.get(SPANS.name))
+    gates = worst_of([folder.manifest["gates"], asked])
+    folder.write_manifest(notes=notes, cost=cost, gates=gates)
+    return notes, found
 
 
 def write_tokens(job: AuditJob, metrics: "Metrics", say: Console) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
 from sama_jax.errors import UsageError
+from sama_jax.reporting.html import source, templates
 from sama_jax.reporting.results import Metrics, attack_names, paired, paired_text
 from sama_jax.reporting.tables import MISSING
 from sama_jax.storage.run_folder import Row
@@ -179,15 +179,8 @@ def page(lines: Sequence[Line]) -> str:
     """Returns one HTML file that loads and runs nothing: a figure and the table."""
     from sama_jax.reporting import svg  # Matplotlib: a second to import
 
-    environment = Environment(
-        loader=PackageLoader("sama_jax.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    assert environment.loader is not None
-    style = environment.loader.get_source(environment, "report.css")[0]
+    environment = templates()
+    style = source(environment, "report.css")
     header, rows = cells(lines)
     series = {
         attack: [(line["attacks"][attack]["auc"], line["attacks"][attack]["ci"]) for line in lines]

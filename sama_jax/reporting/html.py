@@ -52,15 +52,8 @@ def html(
       written: the day of writing; empty: not told.
       tokens: file beside the page that shows texts token by token; empty: there is none.
     """
-    environment = Environment(
-        loader=PackageLoader("sama_jax.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    script, style = (_source(environment, name) for name in ("report.js", "report.css"))
+    environment = templates(finalize=_shown)
+    script, style = (source(environment, name) for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     gates = sorted(metrics["validity"], key=lambda one: _STATUS.index(one["status"]))
     return environment.get_template("report.html.j2").render(
@@ -106,6 +99,18 @@ def summary(rows: Sequence[Row], metrics: Metrics, cost: Mapping[str, Any]) -> s
     return Markup("<p>{}</p><table>{}</table>").format(_shown(headline(metrics)), body)
 
 
+def templates(**options: Any) -> Environment:
+    """Returns the templates of this folder, which escape whatever is put into them."""
+    return Environment(
+        loader=PackageLoader("sama_jax.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
+
+
 def shown_figures(rows: Sequence[Row], metrics: Metrics, spread: Spread | None) -> list[Picture]:
     """Draws the figures of the attacks that were declared; without any, of the first ones."""
     from sama_jax.reporting import svg  # Matplotlib: a second to import
@@ -116,7 +121,7 @@ def shown_figures(rows: Sequence[Row], metrics: Metrics, spread: Spread | None) 
     return svg.draw(chosen, metrics["verdict"].get("primary"), spread)
 
 
-def _source(environment: Environment, name: str) -> str:
+def source(environment: Environment, name: str) -> str:
     """Reads a file beside this one as it is: a brace in it is no template's."""
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]

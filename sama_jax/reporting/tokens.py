@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sama_jax.core.segments import Segment
 from sama_jax.errors import UsageError
+from sama_jax.reporting.html import source, templates
 from sama_jax.untrusted import open_file, printable
 
 PAGE = "tokens.html"
@@ -148,15 +148,8 @@ def page(found: Explanation, verdict: str) -> str:
       found: the texts.
       verdict: what the run shows as a whole, in sentences.
     """
-    environment = Environment(
-        loader=PackageLoader("sama_jax.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    assert environment.loader is not None
-    style = environment.loader.get_source(environment, "report.css")[0]
+    environment = templates()
+    style = source(environment, "report.css")
     texts: list[dict[str, Any]] = [_shown(one, found) for one in found.texts]
     return environment.get_template("tokens.html.j2").render(
         heading=HEADING,

@@ -1,12 +1,8 @@
 """Turns texts into token ids by a model folder's own tokenizer. NumPy, no devices."""
 
-import base64
-import contextlib
 import functools
 import hashlib
 import json
-import math
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,23 +15,15 @@ from tokenizers import Tokenizer
 from sama_jax import gguf_header
 from sama_jax.arrays import Encoded, Rendered
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import folder_tokenizer, gguf_tokenizer, shared_spans, spans
+from sama_jax.texts import folder_tokenizer, gguf_tokenizer, library, shared_spans, spans
+from sama_jax.texts.library import MAX_ADDED, Library, called
 from sama_jax.texts.read import without_surrogates
 from sama_jax.texts.tokenizer_config import doubts, require_agreement, splits_special_tokens
-from sama_jax.untrusted import printable, read_bytes
+from sama_jax.untrusted import read_bytes
 
-WHOLE_BYTES = 2**21
-"""Bytes of a text, as the tokenizer normalises it, that are tokenised at once. The library takes
-up to 400 bytes for each of them."""
 BATCH_CHARACTERS = 2**16
 """Characters of the texts that one call tokenises, unless a single text has more."""
 BATCH_TEXTS = 256
-STEP = 2**14
-"""Characters that are normalised at once to see how long a text becomes."""
-MAX_GROWTH = 1024
-"""Characters that a normaliser may make of one. Unicode's own compatibility forms make 18."""
-MAX_ADDED = 1024
-"""Tokens that a tokenizer may add to a text."""
 LONGEST = 65535
 """Tokens that any text is cut at."""
 
@@ -93,14 +81,14 @@ class TextTokenizer:
         for name in ("dropout", "alpha", "nbest_size"):
             if hasattr(tokenizer.model, name):
                 setattr(tokenizer.model, name, None)
-        self._tokenizer, self.where, self._rows = tokenizer, where, rows
+        self._tokenizer, self.where = tokenizer, where
         self._folder: Path | None = None
         if rows is not None and self.max_id >= rows:
             raise ModelError(
                 f"{where}: the tokenizer's largest id is {self.max_id}, but the embedding has "
                 f"{rows} rows; is it another model's tokenizer?"
             )
-        self._growth = _growth(tokenizer, where)
+        self._library = Library(tokenizer, where, self.max_id + 1 if rows is None else rows, rows)
         if self.added > MAX_ADDED:
             raise ModelError(
                 f"{where}: adds {self.added} tokens to a text, expected at most {MAX_ADDED}"
@@ -118,7 +106,7 @@ class TextTokenizer:
         header = None if gguf is None else gguf_header.read_header(gguf)
         if file.is_file():
             read = cls.from_file(file, rows)
-            with _library(f"{path}: cannot compare the tokenizer with the files beside it"):
+            with called(f"{path}: cannot compare the tokenizer with the files beside it"):
                 require_agreement(read._tokenizer, path)
                 if header is not None:
                     gguf_tokenizer.require_agreement(header, read._tokenizer)
@@ -126,17 +114,17 @@ class TextTokenizer:
             read._tokenizer.encode_special_tokens = splits_special_tokens(path)
             return read
         if header is not None:
-            with _library(f"{header.path}: its tokenizer cannot be used"):
+            with called(f"{header.path}: its tokenizer cannot be used"):
                 return cls(gguf_tokenizer.build(header), str(header.path), rows)
         hint = "expected tokenizer.json or files that transformers reads without remote code"
-        with _library(f"{path}: no usable tokenizer; {hint}"):
+        with called(f"{path}: no usable tokenizer; {hint}"):
             _require_regular(path)
             return cls(folder_tokenizer.build(path), str(path), rows)
 
     @classmethod
     def from_file(cls, path: Path, rows: int | None) -> "TextTokenizer":
         """Reads one `tokenizer.json`. Raises `ModelError`."""
-        with _library(f"{path}: not a usable tokenizer file"):
+        with called(f"{path}: not a usable tokenizer file"):
             return cls(Tokenizer.from_buffer(read_bytes(path)), str(path), rows)
 
     @functools.cached_property
@@ -150,7 +138,7 @@ class TextTokenizer:
             found.append("special tokens are split")
         for text in PROBES:
             try:
-                (raw,) = self._encode_batch([text])
+                (raw,) = self._library.encode_batch([text])
                 found.append([raw.ids, raw.special_tokens_mask])
             except ModelError:  # a text of the run that has no ids says so itself
                 found.append(None)
@@ -179,38 +167,28 @@ class TextTokenizer:
     @functools.cached_property
     def added(self) -> int:
         """Returns the number of tokens that are added to any text."""
-        return len(self._encode_batch([""])[0].ids)
+        return len(self._library.encode_batch([""])[0].ids)
 
     def starts(self, text: str) -> list[int]:
         """Returns the character at which each of a text's own tokens begins, ascending.
 
         Raises `DataError` if the text is too long to be tokenised at once.
         """
-        with _library(f"{self.where}: the tokenizer fails"):
-            offsets = self._bare.encode(self._whole(text), add_special_tokens=False).offsets
-        return np.maximum.accumulate([0, *(start for start, _ in offsets)])[1:].tolist()
+        (bare,) = self._library.bare_batch([self._library.whole(text)])
+        return np.maximum.accumulate([0, *(start for start, _ in bare.offsets)])[1:].tolist()
 
     def tokens(self, text: str) -> shared_spans.Tokens:
         """Tokenises a text, uncut, with the place of each token. Raises `DataError`, `ModelError`.
 
         Places are those before the post-processor, see `_bare_batch`.
         """
-        text = self._whole(text)
-        (raw,) = self._encode_batch([text])
-        with _library(f"{self.where}: the tokenizer fails"):
-            bare = self._bare.encode(text, add_special_tokens=False)
+        text = self._library.whole(text)
+        (raw,), (bare,) = self._library.encode_batch([text]), self._library.bare_batch([text])
         ids, special, places = spans.placed(raw, bare, adds=True)
         made = shared_spans.Tokens(ids, special, places, tuple(raw.tokens))
         if special.sum() != made.added:
             raise ModelError(f"{self.where}: adds tokens inside a text, which then has no spans")
         return made
-
-    def _whole(self, text: str) -> str:
-        """Returns a text as it is tokenised; raises `DataError` if it is too long for that."""
-        text = without_surrogates(text)
-        if len(self._fitting(text)[0]) < len(text):
-            raise DataError(f"a text has more than {WHOLE_BYTES:,} bytes; split it")
-        return text
 
     def pieces(self, text: str | Rendered, encoded: Encoded) -> list[str]:
         """Returns the part of a text that each of its tokens stands for; added ones have none.
@@ -220,24 +198,21 @@ class TextTokenizer:
         Raises:
           DataError: the tokens are not those of this text, or it is too long.
         """
-        whole = without_surrogates(str(text))
-        if len(self._fitting(whole)[0]) < len(whole):
-            raise DataError(f"a text has more than {WHOLE_BYTES:,} bytes; split it")
-        with _library(f"{self.where}: the tokenizer fails"):
-            found = self._bare.encode(whole, add_special_tokens=False)
-        return spans.pieces(whole, found, encoded)
+        whole = self._library.whole(str(text))
+        (bare,) = self._library.bare_batch([whole])
+        return spans.pieces(whole, bare, encoded)
 
     def doubts(self, encoded: Sequence[Encoded]) -> list[str]:
         """Says why a training may have read other tokens of these texts, for a note in the run."""
         if self._folder is None:
             return []
         cut = any(one.truncated for one in encoded)
-        with _library(f"{self.where}: cannot compare the tokenizer with the files beside it"):
+        with called(f"{self.where}: cannot compare the tokenizer with the files beside it"):
             return doubts(self._tokenizer, self._folder, cut=cut)
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Spells the tokens of each row; special tokens are left out. Raises `ModelError`."""
-        with _library(f"{self.where}: the tokenizer fails"):
+        with called(f"{self.where}: the tokenizer fails"):
             return self._tokenizer.decode_batch(rows)
 
     def encode(
@@ -257,8 +232,10 @@ class TextTokenizer:
           ModelError: the tokenizer fails, or gives an id that has no row.
         """
         encoded: list[Encoded] = []
-        for batch in _batches(texts, self._fitting):
-            raws = self._encode_batch([one.text for one in batch], adds=_adds(batch[0].given))
+        for batch in _batches(texts, self._library.fitting):
+            raws = self._library.encode_batch(
+                [one.text for one in batch], adds=_adds(batch[0].given)
+            )
             for (text, whole, given), raw, marks in zip(batch, raws, self._bare_batch(batch)):
                 if isinstance(given, Rendered):
                     found = spans.marked(given, raw, marks, max_length) if whole else None
@@ -267,7 +244,8 @@ class TextTokenizer:
                 if found is None:
                     raise DataError(
                         f"text {len(encoded) + 1} of {len(texts)} is too long to be tokenised to "
-                        f"{max_length:,} tokens: expected at most {WHOLE_BYTES:,} bytes; split it"
+                        f"{max_length:,} tokens: expected at most {library.WHOLE_BYTES:,} bytes; "
+                        "split it"
                     )
                 encoded.append(found)
             if progress:
@@ -282,46 +260,7 @@ class TextTokenizer:
         """
         if not isinstance(batch[0].given, Rendered):
             return [None] * len(batch)
-        with _library(f"{self.where}: the tokenizer fails"):
-            return self._bare.encode_batch([one.text for one in batch], add_special_tokens=False)
-
-    @functools.cached_property
-    def _bare(self) -> Tokenizer:
-        with _library(f"{self.where}: the tokenizer fails"):
-            return _without_post_processor(self._tokenizer)
-
-    def _fitting(self, text: str) -> tuple[str, int]:
-        """Returns as much of a text as can be tokenised, and about the length it is given."""
-        if len(text) <= STEP and self._growth <= 4:
-            return text, len(text)
-        with _library(f"{self.where}: the tokenizer fails"):
-            return _fitting(text, self._tokenizer.normalizer)
-
-    def _encode_batch(self, texts: list[str], *, adds: bool = True) -> list[Any]:
-        """Calls the library; every id that leaves it is checked here."""
-        with _library(f"{self.where}: the tokenizer fails"):
-            raws = self._tokenizer.encode_batch(texts, add_special_tokens=adds)
-        end, what = self._rows, "the embedding has {} rows"
-        if end is None:
-            end, what = min(self.max_id + 1, 2**31), "its vocabulary has {} ids"
-        worst = max((max(raw.ids, default=-1) for raw in raws), default=-1)
-        if worst >= end:
-            raise ModelError(
-                f"{self.where}: the tokenizer gives id {worst}, but {what.format(end)}; correct "
-                "the ids of its post-processor and of its added tokens"
-            )
-        return raws
-
-
-def _fitting(text: str, normaliser: Any) -> tuple[str, int]:
-    """Returns the beginning of a text that has at most `WHOLE_BYTES` bytes, and how many."""
-    size = 0
-    for start in range(0, len(text), STEP):
-        piece = text[start : start + STEP]
-        size += len((piece if normaliser is None else normaliser.normalize_str(piece)).encode())
-        if size > WHOLE_BYTES:
-            return text[:start], size
-    return text, size
+        return self._library.bare_batch([one.text for one in batch])
 
 
 def _require_regular(path: Path) -> None:
@@ -347,85 +286,6 @@ def _batches(
         characters += size
     if batch:
         yield batch
-
-
-def _without_post_processor(tokenizer: Tokenizer) -> Tokenizer:
-    """Copies a tokenizer, but for what it does to tokens once they are made."""
-    settings = json.loads(tokenizer.to_str()) | {"post_processor": None}
-    made = Tokenizer.from_str(json.dumps(settings))
-    made.encode_special_tokens = tokenizer.encode_special_tokens
-    return made
-
-
-@contextlib.contextmanager
-def _library(problem: str) -> Iterator[None]:
-    """Runs calls of the tokenizer library, and makes whatever they raise a `ModelError`.
-
-    A panic of its Rust code is a `BaseException`, and is told on standard error with pieces of the
-    text: what arrives there meanwhile is held back, and dropped if the call panics.
-    """
-    panicked, stderr = False, os.dup(2)
-    reading, writing = os.pipe()
-    # Full after 64 KiB: what comes then is lost, but nobody waits for a reader.
-    os.set_blocking(reading, False)
-    os.set_blocking(writing, False)
-    os.dup2(writing, 2)
-    try:
-        yield
-    except BaseException as error:
-        panicked = type(error).__name__ == "PanicException"
-        if isinstance(error, (MemoryError, ModelError)) or not (
-            panicked or isinstance(error, Exception)
-        ):
-            raise
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ModelError(f"{problem} ({printable(reason, 200)})") from None
-    finally:
-        os.dup2(stderr, 2)
-        with contextlib.suppress(BlockingIOError):  # nothing was said
-            said = os.read(reading, 2**16)
-            if not panicked:
-                os.write(2, said)
-        for end in (stderr, reading, writing):
-            os.close(end)
-
-
-def _growth(tokenizer: Tokenizer, where: str) -> int:
-    """Returns how many characters a tokenizer's own settings can make of one.
-
-    Raises `ModelError` if that is absurd, or if its model has settings that are.
-    """
-    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        length = len(getattr(tokenizer.model, name, None) or "")
-        if length > 256:  # it is copied for every unknown word
-            raise ModelError(f"{where}: {name} has {length} characters, expected at most 256")
-    characters = getattr(tokenizer.model, "max_input_chars_per_word", 0)
-    if characters > 1000:  # the time for a word is its length cubed
-        raise ModelError(
-            f"{where}: max_input_chars_per_word is {characters}, expected at most 1000"
-        )
-
-    def of(part: Any) -> int:
-        if not isinstance(part, dict):
-            return 1
-        found = math.prod(map(of, part.get("normalizers", [])))
-        # An empty match, too, is replaced: there is one between all characters.
-        found *= 1 + len(part.get("content", "")) + len(part.get("prepend", ""))
-        if part.get("type") == "Precompiled":
-            charsmap = base64.b64decode(part["precompiled_charsmap"])
-            replacements = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
-            found *= max(map(len, replacements.decode(errors="replace").split("\0")))
-        return found
-
-    normaliser = tokenizer.normalizer
-    with _library(f"{where}: its normaliser cannot be used"):
-        found = of(json.loads(normaliser.__getstate__())) if normaliser is not None else 1
-    if found > MAX_GROWTH:
-        raise ModelError(
-            f"{where}: its normaliser makes up to {found:,} characters of one, expected at most "
-            f"{MAX_GROWTH}"
-        )
-    return found
 
 
 def _cut(text: str, raw: Any, max_length: int, whole: bool) -> Encoded | None:

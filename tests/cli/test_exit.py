@@ -19,7 +19,7 @@ from sama_jax.cli.running import failed_allocation
     [
         ({"attacks": "samma"}, 2, ["did you mean 'sama'?"]),
         ({"data": "none.jsonl"}, 3, ["none.jsonl: no such file"]),
-        ({"reference": "none"}, 4, ["none: no such folder"]),
+        ({"reference": "nowhere"}, 4, ["nowhere: no such folder"]),
     ],
 )
 def test_the_exit_code_of_a_process(changes, code: int, fragments: list[str], box: Box):
@@ -32,9 +32,9 @@ def test_a_signal_while_a_tokenizer_works_says_its_line():
     code = (
         "import os, signal, sys\n"
         "from sama_jax.cli import attacks, main\n"
-        "from sama_jax.texts.tokenizer import _library\n"
+        "from sama_jax.texts.library import called\n"
         "def stopped(_):\n"
-        "    with _library('it fails'):\n"
+        "    with called('it fails'):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "attacks.run = stopped\n"
         "sys.exit(main())"

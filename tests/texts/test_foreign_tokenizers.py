@@ -9,7 +9,7 @@ import tiny
 from tokenizers import Tokenizer, models
 
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import tokenizer as module
+from sama_jax.texts import library as module
 from sama_jax.texts.tokenizer import TextTokenizer
 
 TEXTS = tiny.texts(8)
@@ -136,7 +136,7 @@ def test_what_others_say_while_texts_are_tokenised_is_not_lost(tokenizer, capfd)
         os.write(2, b"progress\n")
 
     tokenizer.encode(["x"], 9, say)
-    with module._library("problem"):
+    with module.called("problem"):
         os.write(2, b"warning\n")
     assert capfd.readouterr().err == "progress\nwarning\n"
 
