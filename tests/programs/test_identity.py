@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from sama_jax.config import AuditSettings
 from sama_jax.engine import output_position, roles
 from sama_jax.errors import ModelError, UsageError
 from sama_jax.models.registry import build_model, read_config
-from sama_jax.programs import rescore, run_identity
+from sama_jax.programs import run_identity, stored
 from sama_jax.programs.audit_models import require_one_kind
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.weights import identity, model_folder, saving
@@ -393,10 +394,10 @@ def test_experiment(name: str, box: Box, capsys):
 
 COVERED = {"target", "reference", "texts", "settings", "adapter", "mask_id", "prefixes", "limit"}
 COVERED |= {"plan", "control", "windows", "stride", "top_windows"}
-COVERED |= {"attention_mask", "reference_attention_mask"}
+COVERED |= {"attention_mask", "reference_attention_mask", "reference_tokenizer"}
 """Fields of a job that change numbers: they are in the identity by what they hold."""
 NEUTRAL = {"out", "attacks", "store", "include_text", "include_votes", "figures", "strict"}
-NEUTRAL |= {"split", "dry_run", "quiet", "command", "save_plan", "save_losses"}
+NEUTRAL |= {"split", "dry_run", "quiet", "command", "flags", "save_plan", "save_losses"}
 NEUTRAL |= {"pipeline_control", "second_seed"}
 """They add scores of their own beside those of the run."""
 PROTOCOL = {"primary", "family", "margin"}
@@ -430,8 +431,11 @@ def test_every_field_of_an_architecture_is_part_of_the_identity(originals: Path)
     folder = model_folder.open_folder(originals / "target")
     before = identity.model_identity(folder)
     for field in dataclasses.fields(folder.model.arch):  # pyright: ignore  a protocol
-        # Its mask has a name, which only a number has.
-        value = 7 if field.name == "block_length" else "another"
+        # What derives from a field has a type of its own: numbers stay numbers.
+        number = field.name == "block_length" or type(getattr(folder.model.arch, field.name)) is int
+        value = 77 if number else True if field.name == "clean_context" else "another"
+        if field.name == "experts":
+            value = SimpleNamespace(shared_width=8)
         arch = with_field(folder.model.arch, field.name, value)
         other = with_field(folder, "model", with_field(folder.model, "arch", arch))
         assert identity.model_identity(other) != before, field.name
@@ -533,7 +537,7 @@ def test_another_version_continues_nothing(
     command: str, originals: Path, box: Box, capsys, monkeypatch
 ):
     shutil.copytree(originals / "out", box.out)
-    for module in (run_identity, rescore):
+    for module in (run_identity, stored):
         monkeypatch.setattr(module, "__version__", "99.0")
     given = {
         "audit": box.command(**FLAGS),
@@ -617,7 +621,7 @@ def test_two_kinds_of_attention_have_two_identities():
 
 def test_visible_padding_behind_a_prefix_does_not_depend_on_the_other_texts(box: Box, capsys):
     short, long = tiny.texts(8, (3, 8)), tiny.texts(4, (40, 48), seed=5)
-    prefixes = tiny.write_texts(box.path / "prefixes.jsonl", tiny.texts(8, (8, 9), seed=9))
+    prefixes = tiny.write_texts(box.path / "prefixes.jsonl", tiny.texts(16, (8, 9), seed=9))
     given = {"attacks": "recall,loss", "padding": "visible", "max_length": 32, "passes": 2}
     given |= {"no_figures": True, "prefixes": prefixes, "set": "prefix.tokens=20"}
     found = {}
