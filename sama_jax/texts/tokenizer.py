@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from sama_jax import gguf_header
 from sama_jax.arrays import Encoded, Rendered
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import folder_tokenizer, gguf_tokenizer, library, shared_spans, spans
-from sama_jax.texts.library import MAX_ADDED, Library, called
+from sama_jax.texts import folder_tokenizer, gguf_tokenizer, shared_spans, spans, tokenizer_calls
 from sama_jax.texts.read import without_surrogates
+from sama_jax.texts.tokenizer_calls import MAX_ADDED, TokenizerCalls, called
 from sama_jax.texts.tokenizer_config import doubts, require_agreement, splits_special_tokens
 from sama_jax.untrusted import read_bytes
 
@@ -88,7 +88,9 @@ class TextTokenizer:
                 f"{where}: the tokenizer's largest id is {self.max_id}, but the embedding has "
                 f"{rows} rows; is it another model's tokenizer?"
             )
-        self._library = Library(tokenizer, where, self.max_id + 1 if rows is None else rows, rows)
+        self._calls = TokenizerCalls(
+            tokenizer, where, self.max_id + 1 if rows is None else rows, rows
+        )
         if self.added > MAX_ADDED:
             raise ModelError(
                 f"{where}: adds {self.added} tokens to a text, expected at most {MAX_ADDED}"
@@ -138,7 +140,7 @@ class TextTokenizer:
             found.append("special tokens are split")
         for text in PROBES:
             try:
-                (raw,) = self._library.encode_batch([text])
+                (raw,) = self._calls.encode_batch([text])
                 found.append([raw.ids, raw.special_tokens_mask])
             except ModelError:  # a text of the run that has no ids says so itself
                 found.append(None)
@@ -167,14 +169,14 @@ class TextTokenizer:
     @functools.cached_property
     def added(self) -> int:
         """Returns the number of tokens that are added to any text."""
-        return len(self._library.encode_batch([""])[0].ids)
+        return len(self._calls.encode_batch([""])[0].ids)
 
     def starts(self, text: str) -> list[int]:
         """Returns the character at which each of a text's own tokens begins, ascending.
 
         Raises `DataError` if the text is too long to be tokenised at once.
         """
-        (bare,) = self._library.bare_batch([self._library.whole(text)])
+        (bare,) = self._calls.bare_batch([self._calls.whole(text)])
         return np.maximum.accumulate([0, *(start for start, _ in bare.offsets)])[1:].tolist()
 
     def tokens(self, text: str) -> shared_spans.Tokens:
@@ -182,8 +184,8 @@ class TextTokenizer:
 
         Places are those before the post-processor, see `_bare_batch`.
         """
-        text = self._library.whole(text)
-        (raw,), (bare,) = self._library.encode_batch([text]), self._library.bare_batch([text])
+        text = self._calls.whole(text)
+        (raw,), (bare,) = self._calls.encode_batch([text]), self._calls.bare_batch([text])
         ids, special, places = spans.placed(raw, bare, adds=True)
         made = shared_spans.Tokens(ids, special, places, tuple(raw.tokens))
         if special.sum() != made.added:
@@ -198,8 +200,8 @@ class TextTokenizer:
         Raises:
           DataError: the tokens are not those of this text, or it is too long.
         """
-        whole = self._library.whole(str(text))
-        (bare,) = self._library.bare_batch([whole])
+        whole = self._calls.whole(str(text))
+        (bare,) = self._calls.bare_batch([whole])
         return spans.pieces(whole, bare, encoded)
 
     def doubts(self, encoded: Sequence[Encoded]) -> list[str]:
@@ -232,10 +234,8 @@ class TextTokenizer:
           ModelError: the tokenizer fails, or gives an id that has no row.
         """
         encoded: list[Encoded] = []
-        for batch in _batches(texts, self._library.fitting):
-            raws = self._library.encode_batch(
-                [one.text for one in batch], adds=_adds(batch[0].given)
-            )
+        for batch in _batches(texts, self._calls.fitting):
+            raws = self._calls.encode_batch([one.text for one in batch], adds=_adds(batch[0].given))
             for (text, whole, given), raw, marks in zip(batch, raws, self._bare_batch(batch)):
                 if isinstance(given, Rendered):
                     found = spans.marked(given, raw, marks, max_length) if whole else None
@@ -244,7 +244,7 @@ class TextTokenizer:
                 if found is None:
                     raise DataError(
                         f"text {len(encoded) + 1} of {len(texts)} is too long to be tokenised to "
-                        f"{max_length:,} tokens: expected at most {library.WHOLE_BYTES:,} bytes; "
+                        f"{max_length:,} tokens: expected at most {tokenizer_calls.WHOLE_BYTES:,} bytes; "
                         "split it"
                     )
                 encoded.append(found)
@@ -260,7 +260,7 @@ class TextTokenizer:
         """
         if not isinstance(batch[0].given, Rendered):
             return [None] * len(batch)
-        return self._library.bare_batch([one.text for one in batch])
+        return self._calls.bare_batch([one.text for one in batch])
 
 
 def _require_regular(path: Path) -> None:

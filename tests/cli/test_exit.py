@@ -32,7 +32,7 @@ def test_a_signal_while_a_tokenizer_works_says_its_line():
     code = (
         "import os, signal, sys\n"
         "from sama_jax.cli import attacks, main\n"
-        "from sama_jax.texts.library import called\n"
+        "from sama_jax.texts.tokenizer_calls import called\n"
         "def stopped(_):\n"
         "    with called('it fails'):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -9,7 +9,7 @@ import tiny
 from tokenizers import Tokenizer, models
 
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import library as module
+from sama_jax.texts import tokenizer_calls as module
 from sama_jax.texts.tokenizer import TextTokenizer
 
 TEXTS = tiny.texts(8)

@@ -11,7 +11,7 @@ from properties import FEW
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from sama_jax.errors import DataError, ModelError
-from sama_jax.texts import library
+from sama_jax.texts import tokenizer_calls
 from sama_jax.texts.shared_spans import Shared, Tokens, boundaries, shared_spans
 from sama_jax.texts.tokenizer import TextTokenizer
 
@@ -200,7 +200,7 @@ def test_a_tokenizer_that_hides_where_tokens_stand_is_refused(monkeypatch: pytes
     )
     with pytest.raises(ModelError, match=r"inside a text|have no places"):
         TextTokenizer(inside, "here").tokens("karo mite")
-    monkeypatch.setattr(library, "WHOLE_BYTES", 8)
-    monkeypatch.setattr(library, "STEP", 4)
+    monkeypatch.setattr(tokenizer_calls, "WHOLE_BYTES", 8)
+    monkeypatch.setattr(tokenizer_calls, "STEP", 4)
     with pytest.raises(DataError, match="split it"):
         byte_level(290).tokens("karo mite sundal")

@@ -1,4 +1,4 @@
-"""Calls the tokenizers library: its errors are ours, its ids have rows, its input is bounded."""
+"""Calls the `tokenizers` package: its errors are ours, its ids have rows, its input is bounded."""
 
 import base64
 import contextlib
@@ -26,8 +26,8 @@ MAX_ADDED = 1024
 """Tokens that a tokenizer may add to a text."""
 
 
-class Library:
-    """A tokenizer of the library, called with texts that it can take.
+class TokenizerCalls:
+    """Calls one tokenizer of the `tokenizers` package, with texts that it can take.
 
     Args:
       tokenizer: the library's own.
