@@ -162,6 +162,8 @@ def checked(args: argparse.Namespace) -> AuditSettings:
     flags.at_least_one(args, "limit", "batch_size", "stride", "top_windows")
     settings = flags.settings_of(args, AuditSettings)
     args.flags = given_flags(args.parser, args)
+    if args.reference == [NONE]:  # whatever a folder of that name may hold
+        args.flags["reference"] = str(NONE)
     args.reference = _references(args.reference or [])
     if args.attacks is None:
         args.attacks = flags.names(flags.STANDARD if args.reference else flags.ALONE)

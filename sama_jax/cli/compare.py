@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sama_jax.cli import audit
+from sama_jax.cli.config_file import save_config
 from sama_jax.cli.running import command_of
 from sama_jax.errors import UsageError
 
@@ -42,10 +43,13 @@ def watch(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag} is of one audit, and a watch makes several; leave it out")
     if args.coordinator or args.distributed:
         raise UsageError("a watch runs on one host; audit the checkpoints one by one")
-    args.target = args.checkpoints  # stands in for each of them
-    settings = audit.checked(args)
-    from sama_jax.programs.compare import PAGE, watch
+    from sama_jax.programs.compare import PAGE, first_model, watch
 
+    # Stands in for each of them; a folder's own template is read from it.
+    args.target = first_model(args.checkpoints) or (args.reference or [None])[0]
+    settings = audit.checked(args)
+    del args.flags["target"]
+    save_config(args.save_config, "watch CHECKPOINTS", args.flags)
     lines = watch(audit.job_of(args, settings), args.checkpoints)
     if lines and not args.quiet:
         _show(lines, args.out / PAGE)

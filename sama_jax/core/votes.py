@@ -143,7 +143,8 @@ def sign_statistics(
     Raises `ValueError` for arrays of which no score means anything: other shapes or types,
     positions out of range or twice in a subset, losses that are not finite where they are scored,
     negative weights. Inside `jit` or `vmap` of the caller's, values cannot be seen: only shapes and
-    types are checked there.
+    types are checked there. The checks read all arrays on the host: a loop over large ones on a
+    device calls `batch_sign_statistics`, which computes the same and checks nothing.
 
     >>> import numpy as np
     >>> plan = ProbePlan(

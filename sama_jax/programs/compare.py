@@ -89,6 +89,12 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return sorted(found, key=order)
 
 
+def first_model(checkpoints: Path) -> Path | None:
+    """Returns the first checkpoint that is a model folder; None if all are adapters."""
+    found = checkpoints_of(checkpoints)
+    return next((path for path in found if (path / _MODEL).is_file()), None)
+
+
 def _base(job: AuditJob) -> Path:
     """Returns what checkpoints that are adapters are put on. Raises `UsageError`."""
     if len(job.references) != 1:

@@ -242,10 +242,10 @@ class TextTokenizer:
                 else:
                     found = _cut(text, raw, max_length, whole)
                 if found is None:
+                    most = tokenizer_calls.WHOLE_BYTES
                     raise DataError(
                         f"text {len(encoded) + 1} of {len(texts)} is too long to be tokenised to "
-                        f"{max_length:,} tokens: expected at most {tokenizer_calls.WHOLE_BYTES:,} bytes; "
-                        "split it"
+                        f"{max_length:,} tokens: expected at most {most:,} bytes; split it"
                     )
                 encoded.append(found)
             if progress:

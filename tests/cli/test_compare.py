@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import yaml
 from wrong_inputs import Box, assert_one_line, run, scores
 
 from sama_jax.core import metrics as measure
@@ -64,6 +65,24 @@ def test_a_watch_is_the_audits_one_by_one_and_reads_the_reference_once(
     assert sum(key in one for one in kept) == sum(key in one for one in alone) > 0
     protocol = json.loads((watched / "checkpoint-20" / "protocol.json").read_text())
     assert protocol["stored"] is False
+
+
+def test_a_watch_saves_its_flags_and_reads_the_template_of_its_checkpoints(box: Box, capsys):
+    folder = box.path / "checkpoints" / "step-1"
+    shutil.copytree(box.target, folder)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": "karo mite", "response": text} for text in tiny.texts(12, (8, 12))]
+    lines = [json.dumps({**row, "label": i % 2}) + "\n" for i, row in enumerate(rows)]
+    (box.path / "pairs.jsonl").write_text("".join(lines))
+    command = watch_command(box._replace(target=folder.parent), box.path / "watch")
+    command[command.index("--data") + 1] = str(box.path / "pairs.jsonl")
+    saved = box.path / "saved.yaml"
+    said = run(capsys, [*command, "--template", "folder", "--dry-run", "--save-config", str(saved)])
+    assert said.code == 0, said.err
+    kept = yaml.safe_load(saved.read_text())
+    assert kept["template"] == "folder"
+    assert "target" not in kept
 
 
 def test_each_difference_is_that_of_the_same_texts(watched: Path):

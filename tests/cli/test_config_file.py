@@ -7,7 +7,7 @@ import pytest
 import yaml
 from wrong_inputs import Box, assert_one_line, run, scores
 
-from sama_jax.cli import entry
+from sama_jax.cli import audit, entry
 
 
 def parsed(file: Path, content: object, *given: str):
@@ -60,6 +60,16 @@ def test_the_config_of_a_new_model_is_another_flag(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llada"}')
     given = ["pretrain", "--config", str(tmp_path / "config.json"), "--data", "d", "--out", "o"]
     assert entry.build_parser().parse_args(given).config == tmp_path / "config.json"
+
+
+def test_no_reference_stays_none_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = ["audit", "--target", "t", "--reference", "none", "--data", "d", "--out", "o"]
+    args = entry.build_parser().parse_args(given)
+    audit.checked(args)
+    assert args.flags["reference"] == "none"
+    assert args.reference == []
 
 
 @pytest.mark.parametrize(
