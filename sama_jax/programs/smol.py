@@ -25,8 +25,8 @@ GENERAL = ("numpy", "jax", "flax", "optax", "transformers", "matplotlib")
 DOMAIN = ("scipy", "sklearn")
 """Packages whose docstrings are audited."""
 GENERAL_TEXTS = "general.jsonl"
-NUM_GENERAL = 2_400
-"""Texts that the adaptation reads, each once: 300 steps, about 45 minutes of two quiet cores."""
+NUM_GENERAL = 960
+"""Texts that the adaptation reads, each once: 120 steps, about 25 minutes of two quiet cores."""
 MAX_TOKENS, NUM_MEMBERS, SEED = 128, 100, 42
 ADAPT = TrainSettings(
     epochs=1, batch_size=8, learning_rate=3e-4, max_length=MAX_TOKENS, checkpoint_every=50
@@ -55,7 +55,7 @@ def prepare(out: Path, *, causal: bool = False, quiet: bool = False) -> Prepared
     base, target = (source, out / "causal-target") if causal else (out / "base", out / "target")
     heldout, general = made.nonmembers, out / "corpus" / GENERAL_TEXTS
     if not causal:
-        terminal.say("adapting SmolLM2 to diffusion: about an hour on two cores")
+        terminal.say("adapting SmolLM2 to diffusion: about 25 minutes on two cores")
         given = source, general, base, ADAPT
         finetune.finetune(*given, heldout=heldout, quiet=quiet, as_diffusion=True)
     terminal.say(f"fine-tuning on {NUM_MEMBERS + NUM_PREFIXES} members")
