@@ -99,6 +99,12 @@ class Embed(nn.Embed):
         return out
 
 
+class LinearScaling(NamedTuple):
+    """Stretches all rotary frequencies alike (`rope_type` linear in transformers)."""
+
+    factor: float
+
+
 class Llama3Scaling(NamedTuple):
     """Stretches slow rotary frequencies as Llama 3 does (`rope_type` llama3 in transformers)."""
 
@@ -121,15 +127,22 @@ class YarnScaling(NamedTuple):
     """Positions of the first training phase."""
     attention: float
     """Of sines and cosines."""
+    truncate: bool = True
+    """Whether the blend begins and ends at whole places."""
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def _kept(
-    frequency: Float[Array, " a"], theta: float | Array, scaling: Llama3Scaling | YarnScaling
-) -> Float[Array, " a"]:
+    frequency: Float[Array, " a"], theta: float | Array, scaling: Scaling
+) -> float | Float[Array, " a"]:
     """Returns how far frequencies stay: 1 for fast ones, 0 for slow ones, a blend between.
 
     Llama 3 blends by the number of turns, YaRN by the place of the frequency.
     """
+    if isinstance(scaling, LinearScaling):
+        return 0.0
     if isinstance(scaling, Llama3Scaling):
         turns = scaling.original_length * frequency / (2.0 * math.pi)
         span = scaling.high_freq_factor - scaling.low_freq_factor
@@ -140,9 +153,11 @@ def _kept(
         wavelength = scaling.original_length / (turns * 2.0 * math.pi)
         return size * math.log(wavelength) / (2.0 * math.log(theta))
 
-    first = max(math.floor(place(scaling.beta_fast)), 0)
-    last = min(math.ceil(place(scaling.beta_slow)), size - 1)
-    ramp = (jnp.arange(len(frequency), dtype=jnp.float32) - first) / max(last - first, 1e-3)
+    first, last = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    ramp = (jnp.arange(len(frequency), dtype=jnp.float32) - first) / (last - first or 1e-3)
     return 1.0 - jnp.clip(ramp, 0.0, 1.0)
 
 
@@ -151,7 +166,7 @@ def rotate(
     positions: Int[Array, "b k"],
     theta: float | Float[Array, ""],
     float32: bool,
-    scaling: Llama3Scaling | YarnScaling | None = None,
+    scaling: Scaling | None = None,
     table: str = "float32",
 ) -> Float[Array, "b h k a"]:
     """Rotates halves of each head by position (rotary embedding), not interleaved pairs.

@@ -40,9 +40,8 @@ from sama_jax.models.attention_mask import places, visible
 from sama_jax.models.layers import (
     Embed,
     Linear,
-    Llama3Scaling,
     Norm,
-    YarnScaling,
+    Scaling,
     add_weights,
     all_positions,
     rotate,
@@ -79,7 +78,7 @@ class Architecture:
     """Multiply embeddings by sqrt(width)."""
     scale_logits: bool = False
     """Multiply logits by 1 / sqrt(width)."""
-    rope_scaling: Llama3Scaling | YarnScaling | None = None
+    rope_scaling: Scaling | None = None
     rope_float32: bool = True
     """Rotate queries and keys in float32; else round sines and cosines to the activation dtype and
     rotate in it."""

@@ -416,7 +416,7 @@ def test_yarn_turns_as_transformers_does(changes):
         ({"dlm_paradigm": "autoregressive"}, "dlm_paradigm is 'autoregressive'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"sliding_window": 4096}, "not understood: sliding_window is 4096"),
-        ({"rope_parameters": {**PUBLISHED_YARN, "truncate": False}}, "truncate is False"),
+        ({"rope_parameters": {**PUBLISHED_YARN, "truncate": 1}}, "truncate is 1"),
         ({"rope_parameters": {**PUBLISHED_YARN, "beta_slow": 40}}, "beta_slow 40.0 is not below"),
         ({"rope_parameters": {**PUBLISHED_YARN, "rope_type": "linear"}}, "'default' or 'yarn'"),
         ({"rope_parameters": {**PUBLISHED_YARN, "longest": 1}}, "not understood: longest is 1"),

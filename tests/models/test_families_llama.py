@@ -359,7 +359,7 @@ REFUSED = {
     "layers": ("a2d-qwen3", {"layer_types": ["sliding_attention"]}, "sliding_attention"),
     "gelu": ("dream", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "mrope": ("dream", {"use_mrope": True}, "use_mrope is True"),
-    "yarn": ("llama", {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
+    "longrope": ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
     "llama3": (
         "llama",
         {"rope_scaling": {"rope_type": "llama3"}},

@@ -41,8 +41,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bd3lm": oracle_dit.bd3lm_config(),
 }
 REFUSED: dict[str, Any] = {
-    "rope_scaling": {"rope_type": "yarn", "factor": 8.0},
-    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
+    "rope_scaling": {"rope_type": "longrope", "factor": 8.0},
+    "rope_parameters": {"rope_type": "proportional", "factor": 4.0, "rope_theta": 5e5},
     "sliding_window": 4096,
     "layer_types": ["full_attention", "chunked_attention"],
     "attention_scaling": 0.5,

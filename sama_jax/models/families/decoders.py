@@ -19,11 +19,10 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from sama_jax.models.attention_mask import FIELD, LONGEST_BLOCK
-from sama_jax.models.families.family import UNLIMITED, Family, FamilyConfig, Kind
+from sama_jax.models.families.family import Family, FamilyConfig, Kind
 from sama_jax.models.families.fields import Fields
-from sama_jax.models.families.rope import Rope, read_rope
+from sama_jax.models.families.rope import SCALED, read_rope
 from sama_jax.models.families.weight_table import Table, plain_rule
-from sama_jax.models.layers import YarnScaling
 from sama_jax.models.transformer import Architecture, TransformerModel
 from sama_jax.untrusted import shown
 
@@ -75,6 +74,7 @@ _NEMOTRON: dict[str, Any] = {
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
     "block_size": 32,
+    "llama_4_scaling_beta": 0.1,
 }
 # Nobody has published iLLaDA's config class: only its two switches have a default.
 _ILLADA = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True}
@@ -99,7 +99,7 @@ class Dialect(NamedTuple):
     """RMS norm of each query and key head."""
     blocks: str | None = None
     """The field that says how long the blocks are that it was trained with, behind clean text."""
-    rope: tuple[str, ...] = ("llama3",)
+    rope: tuple[str, ...] = SCALED
     """What `rope_type` may be besides `default`."""
     only: Mapping[str, Any] = MappingProxyType({})
     """Further fields that have one value, or the values that each may have."""
@@ -158,14 +158,8 @@ def read_decoder(dialect: Dialect, config: Fields) -> FamilyConfig:
         mask_id,
         shift=dialect.shift,
         kind=dialect.kind,
-        max_length=_first_phase(rope),
+        max_length=rope.max_length,
     )
-
-
-def _first_phase(rope: Rope) -> int:
-    """Returns how many tokens a text may have: of a model with YaRN those of its first training
-    phase, since it scales queries behind them (`llama_4_scaling_beta`), which is not done here."""
-    return rope.scaling.original_length if isinstance(rope.scaling, YarnScaling) else UNLIMITED
 
 
 def stated_blocks(config: Fields, field: str | None) -> int | None:
@@ -263,7 +257,7 @@ _CAUSAL: dict[str, Any] = {"kind": "autoregressive", "shift": True}
 FAMILIES = (
     # DiffuCoder loads Dream's classes.
     _family("Dream", Dialect(_DREAM, shift=True, biases="qkv"), "DreamModel"),
-    _family("illada", Dialect(_ILLADA), "ILLaDAForCausalLM"),
+    _family("illada", Dialect(_ILLADA, rope=("llama3",)), "ILLaDAForCausalLM"),
     _family("a2d-qwen2", _QWEN2_DIALECT, "A2DQwen2LMHeadModel"),
     _family("a2d-qwen3", _QWEN3_DIALECT, "A2DQwen3LMHeadModel"),
     _family("a2d-llama", _LLAMA_DIALECT, "A2DLlamaLMHeadModel"),

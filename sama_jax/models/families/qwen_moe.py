@@ -12,7 +12,7 @@ from sama_jax.models.families.decoders import stated_blocks
 from sama_jax.models.families.family import Family, FamilyConfig
 from sama_jax.models.families.fields import Fields
 from sama_jax.models.families.llada_moe import LLADA_MOE_WEIGHTS, check_fit
-from sama_jax.models.families.rope import read_rope
+from sama_jax.models.families.rope import SCALED, read_rope
 from sama_jax.models.moe import Experts
 from sama_jax.models.transformer import Architecture, TransformerModel
 
@@ -62,7 +62,8 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
     config.only({**_ONLY, **({field: _RND1[field] for field in _FIXED} if is_rnd1 else {})})
     config.get("sliding_window")  # without effect, since it is not used
     rows, width, layers, heads, kv_heads, count, active, inner = config.sizes(*_SIZES)
-    rope, bias = read_rope(config), config.flag("attention_bias")
+    rope = read_rope(config, kinds=() if is_rnd1 else SCALED)
+    bias = config.flag("attention_bias")
     blocks = stated_blocks(config, None if is_rnd1 else "block_size")
     if rope.share != 1 or (is_rnd1 and rope.theta != _RND1["rope_theta"]):
         config.refuse(
@@ -86,6 +87,7 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
         tied=config.flag("tie_word_embeddings"),
         norm_eps=config.positive("rms_norm_eps"),
         rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         rope_float32=False,
         qkv_bias=bias,
         o_bias=bias,
@@ -96,7 +98,15 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
     )
     check_fit(config, arch, experts)
     mask_id = config.get("mask_token_id")
-    return FamilyConfig(name, arch, LLADA_MOE_WEIGHTS, TransformerModel, mask_id, shift=is_rnd1)
+    return FamilyConfig(
+        name,
+        arch,
+        LLADA_MOE_WEIGHTS,
+        TransformerModel,
+        mask_id,
+        shift=is_rnd1,
+        max_length=rope.max_length,
+    )
 
 
 FAMILIES = (
