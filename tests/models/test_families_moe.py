@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from sama_jax.arrays import Model
 from sama_jax.errors import ModelError
+from sama_jax.models.attention_mask import mask_of
 from sama_jax.models.moe import Experts, Moe, mix, sigmoid_gate, softmax_gate
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.weights import loading, model_folder, safetensors, saving, tensor_map
@@ -156,6 +157,17 @@ def test_llada2_sees_its_own_block_and_those_before(pair):
     difference = np.abs(after - before).max(axis=-1)
     np.testing.assert_array_equal(difference[:96], 0.0)
     assert (difference[96:] > 1e-6).all()
+
+
+def test_llada2_reads_blocks_behind_clean_text_as_it_is_trained(pair):
+    both = pair("two")
+    assert mask_of(both.model.arch) == "clean:32"
+    texts = (torch.from_numpy(TOKENS).long(), torch.from_numpy(ANSWERS).long())
+    expected = both.module.forward_behind(*texts, torch.from_numpy(VALID)).numpy()
+    hidden = jax.jit(both.model.hidden)(both.params, TOKENS, VALID, ANSWERS)
+    found = np.asarray(both.model.logits(both.params, hidden))
+    assert np.abs(found - expected)[VALID].max() < LOGITS
+    assert np.abs(found - forward(both, TOKENS, VALID).logits)[VALID].max() > 0.1
 
 
 def test_llada2_that_was_trained_without_blocks_equals_pytorch_without_them(pair, monkeypatch):

@@ -105,10 +105,12 @@ class Mlp(nn.Module):
 
 def attention(q, k, v, c: dict[str, Any], visible):
     """Rotates the leading channels and attends; q [b, h, l, a], k and v [b, g, l, a]."""
-    size = int(q.shape[-1] * c["partial_rotary_factor"])
+    size, parts = int(q.shape[-1] * c["partial_rotary_factor"]), c.get("parts", 1)
 
     def turn(x):
-        return torch.cat([rope(x[..., :size], c["rope_theta"], False), x[..., size:]], dim=-1)
+        part = x[..., :size].unflatten(2, (parts, -1))
+        turned = rope(part, c["rope_theta"], False).flatten(2, 3)
+        return torch.cat([turned, x[..., size:]], dim=-1)
 
     repeats = q.shape[1] // k.shape[1]
     k, v = turn(k).repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
@@ -250,6 +252,7 @@ class MoeModel(nn.Module):
 
     def __init__(self, c: dict[str, Any]):
         super().__init__()
+        self.c = c
         second = c["architectures"] == ["LLaDA2MoeModelLM"]
         self.block = BLOCK if second else None
         self.embedding = "word_embeddings" if second else "embed_tokens"
@@ -267,6 +270,23 @@ class MoeModel(nn.Module):
             self.lm_head = nn.Linear(c["hidden_size"], c["vocab_size"], bias=False)
 
     @torch.no_grad()
+    def forward_behind(self, tokens, clean, key_valid):
+        """Logits at `tokens` of an input of twice the length, as blocks are trained: they see their
+        own block there, and those before it of the clean text."""
+        length = tokens.shape[1]
+        block = torch.arange(length) // self.block
+        own, before = block[:, None] == block, block[:, None] > block
+        seen = torch.cat(
+            [torch.cat([own, before], 1), torch.cat([torch.zeros_like(own), own | before], 1)]
+        )
+        self.c["parts"] = 2  # positions begin anew with the clean text
+        try:
+            visible = seen[None] & key_valid.repeat(1, 2)[:, None, :]
+            return self.run(torch.cat([tokens, clean], 1), visible)[0][:, :length]
+        finally:
+            del self.c["parts"]
+
+    @torch.no_grad()
     def forward(self, tokens, key_valid=None):
         """`tokens` int [b, l]; `key_valid` bool [b, l], or None for all."""
         visible = torch.ones(*tokens.shape, tokens.shape[1], dtype=torch.bool)
@@ -275,6 +295,9 @@ class MoeModel(nn.Module):
         if self.block:
             block = torch.arange(tokens.shape[1]) // self.block
             visible &= block[None, None, :] <= block[None, :, None]
+        return self.run(tokens, visible)
+
+    def run(self, tokens, visible):
         x = self.model[self.embedding](tokens)
         for layer in self.model["layers"]:
             x = layer(x, visible)

@@ -22,7 +22,8 @@ MASK_ID = 156895
 for LLaDA-MoE. Their configs name none."""
 
 BLOCK_LENGTH = 32
-"""LLaDA2's attention block; not in its config but the default of its `generate`."""
+"""LLaDA2's attention block; not in its config but the default of its `generate`, and `block_size`
+of its authors' training (`configs/sft` of `inclusionAI/dFactory`, 92b6890)."""
 
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -234,6 +235,7 @@ def read_llada2(config: Fields) -> FamilyConfig:
         o_bias=config.flag("use_bias"),
         qk_norm="head" if config.flag("use_qk_norm") else None,
         block_length=BLOCK_LENGTH,
+        clean_context=True,
         experts=experts,
         first_dense=first_dense,
     )
