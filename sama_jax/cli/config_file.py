@@ -30,7 +30,7 @@ def with_config(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[s
     Raises:
       DataError: the file is none, or names something that is no flag of the command.
     """
-    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only = argparse.ArgumentParser(add_help=False)  # --conf is --config, as for the parser
     only.add_argument("--config", type=Path)
     found, rest = only.parse_known_args(list(given))
     if found.config is None:
@@ -40,13 +40,22 @@ def with_config(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[s
     content = read_yaml(found.config)
     if not isinstance(content, dict):
         raise DataError(f"{found.config}: expected a mapping of flags, such as `target: DIR`")
-    said = [one.partition("=")[0] for one in rest if one.startswith("--")]
+    said = _said(parser, rest)
     more = list[str]()
     for name, value in content.items():
         action = _action(parser, name, str(found.config))
-        if not any(option.startswith(one) for option in action.option_strings for one in said):
+        if action not in said:
             more += _words(action, value, str(found.config))
     return [*more, *given]
+
+
+def _said(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[argparse.Action]:
+    """Returns the flags of a command line. One that is written out is no abbreviation of others."""
+    options, found = _options(parser), set[argparse.Action]()
+    for one in (word.partition("=")[0] for word in words if word.startswith("--")):
+        meant = [one] if one in options else [o for o in options if o.startswith(one)]
+        found.update(options[option] for option in meant)
+    return found
 
 
 def _action(parser: argparse.ArgumentParser, name: Any, where: str) -> argparse.Action:

@@ -15,6 +15,8 @@ from sama_jax.validity.gate import voids
 
 _SAME = ("data", "tokens", "tokenizer")
 """Parts of a run's identity without which its texts are others."""
+_READ = ("attention", "attention_mask", "dtype", "mask_id", "padding")
+"""How a target is read. Targets may differ in all else: their weights, adapters, architectures."""
 NOTE = (
     "Intervals are 95 %, each for one number alone. A difference is that of AUCs on the texts that "
     "both runs scored; nothing corrects for how many are shown, and two targets that were trained "
@@ -99,7 +101,8 @@ def _require_same_texts(first: Finished, run: Finished) -> None:
 def _differs(first: Finished, run: Finished) -> list[str]:
     a, b = (one.manifest.get("run") or {} for one in (first, run))
     names = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
-    return [name for name in names if not name.startswith("target.")]
+    read = {f"target.{name}" for name in _READ}
+    return [name for name in names if not name.startswith("target.") or name in read]
 
 
 def _cell(first: Finished, run: Finished, attack: str) -> Cell:

@@ -22,7 +22,7 @@ Kind = Literal["no conclusion", "found", "nothing above the margin", "undecided"
 
 CAUTION = (
     "A low result is not proof of safety, because a stronger attack may exist, and it holds for "
-    "this one training run, these texts and attacks that need one reference."
+    "this one training run, these texts, these attacks and what they had for a reference."
 )
 
 

@@ -12,6 +12,7 @@ from wrong_inputs import Box, assert_one_line, run, scores
 
 from sama_jax.core import metrics as measure
 from sama_jax.programs import compare
+from sama_jax.reporting import comparison
 from sama_jax.storage.loss_store import LossStore
 from sama_jax.validity.gate import gate
 
@@ -148,3 +149,11 @@ def test_numbers_in_names_count_as_numbers(tmp_path: Path):
             (tmp_path / name / "adapter_config.json").write_text("{}")
     found = [path.name for path in compare.checkpoints_of(tmp_path)]
     assert found == ["step-9", "step-9b", "step-10"]
+
+
+def test_another_mask_of_the_target_is_more_than_another_target():
+    runs = [
+        compare.Finished("a", [], {"run": {"target.weights": w, "target.attention_mask": m}}, {})
+        for w, m in (("x", "full"), ("y", "clean:8"))
+    ]
+    assert comparison._differs(*runs) == ["target.attention_mask"]

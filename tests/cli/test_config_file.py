@@ -56,6 +56,23 @@ def test_the_command_line_counts_instead_of_the_file(tmp_path: Path):
     assert (args.max_length, args.seed, args.set) == (32, 3, ["sama.steps=4"])
 
 
+def test_a_flag_that_begins_like_another_replaces_itself_alone(tmp_path: Path):
+    content = {
+        "reference": "r",
+        "reference-attention-mask": "clean:8",
+        "reference-tokenizer": "own",
+    }
+    args = parsed(tmp_path / "a.yaml", content, "--reference", "b", "--out", "o")
+    assert args.reference == [Path("b")]
+    assert (args.reference_attention_mask, args.reference_tokenizer) == ("clean:8", "own")
+    args = parsed(tmp_path / "a.yaml", content, "--reference-a", "full", "--out", "o")
+    assert (args.reference_attention_mask, args.reference_tokenizer) == ("full", "own")
+    args = entry.build_parser().parse_args(
+        ["audit", "--conf", str(tmp_path / "a.yaml"), "--out", "o"]
+    )
+    assert args.reference == [Path("r")]
+
+
 def test_the_config_of_a_new_model_is_another_flag(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llada"}')
     given = ["pretrain", "--config", str(tmp_path / "config.json"), "--data", "d", "--out", "o"]
