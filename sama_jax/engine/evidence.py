@@ -1,6 +1,9 @@
 """Sums up what both models gave for each text, for the gates that look at losses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +37,10 @@ class Evidence(NamedTuple):
     densities: Float[np.ndarray, " t"]
     """Share of a text's tokens that each pass masks, on average over the first texts; NaN where
     there is no plan."""
+    references: Mapping[str, Float[np.ndarray, " n"]] = MappingProxyType({})
+    """Role -> mean loss of each of several references, whose mean `reference` is."""
+    pairs: Mapping[tuple[str, str], Float[np.ndarray, " n"]] = MappingProxyType({})
+    """Two roles -> share of positions at which they give the same loss, if there are several."""
 
     def of(self, rows: Sequence[int]) -> "Evidence":
         """Returns what was read of some texts; densities stay those of all."""
@@ -44,6 +51,8 @@ class Evidence(NamedTuple):
             self.same[at],
             self.differences[at],
             self.densities,
+            {role: losses[at] for role, losses in self.references.items()},
+            {roles: shares[at] for roles, shares in self.pairs.items()},
         )
 
 
@@ -55,6 +64,9 @@ def gather_evidence(readings: Readings) -> Evidence:
     found = np.full((3, readings.num_texts), np.nan)
     task = _widest(readings)
     passes = task.rows if task else 0
+    several = list(readings.store_keys) if len(readings.store_keys) > 2 else []
+    means = {role: np.full(readings.num_texts, np.nan) for role in several}
+    pairs = {two: np.full(readings.num_texts, np.nan) for two in combinations(several, 2)}
     differences, masked = np.full((2, readings.num_texts, passes), np.nan)
     for start in range(0, readings.num_texts if task else 0, PLAN_ROWS):
         assert task is not None
@@ -64,14 +76,33 @@ def gather_evidence(readings: Readings) -> Evidence:
         )
         for number, values in enumerate((target, reference)):
             found[number, rows] = _means(values)
-        both = np.where(np.isnan(target - reference), np.nan, abs(target - reference) < SAME_NATS)
-        found[2, rows] = _means(both)
+        found[2, rows] = _same(target, reference)
+        alone = {role: _of_model(readings, role, task, rows) for role in several}
+        for role, values in alone.items():
+            means[role][rows] = _means(values)
+        for (one, other), shares in pairs.items():
+            shares[rows] = _same(alone[one], alone[other])
         differences[rows] = _means(reference - target, axes=2)
         if task.source is not None and start < DENSITY_TEXTS:
             counts = np.asarray(readings.plan(task, rows).masks)[: len(rows)].sum(axis=2)
             tokens = readings.tables[task.view].num_tokens[rows.start : rows.stop, None]
             masked[rows] = np.where(tokens > 0, counts / np.maximum(tokens, 1), np.nan)
-    return Evidence(found[0], found[1], found[2], differences, _means(masked.T, axes=1))
+    densities, references = _means(masked.T, axes=1), {r: means[r] for r in several[1:]}
+    return Evidence(found[0], found[1], found[2], differences, densities, references, pairs)
+
+
+def _of_model(
+    readings: Readings, role: str, task: Task, rows: Sequence[int]
+) -> Float[np.ndarray, "b t l"]:
+    """Reads the losses of one model, which a mean of several hides."""
+    alone = replace(readings, store_keys={"target": readings.store_keys[role]})
+    return alone.values(task, rows, "target")[: len(rows)].astype(np.float64)
+
+
+def _same(one: Float[np.ndarray, "b t l"], other: Float[np.ndarray, "b t l"]) -> np.ndarray:
+    """Returns the share of each text's positions at which two models give the same loss."""
+    gaps = abs(one - other)
+    return _means(np.where(np.isnan(gaps), np.nan, gaps < SAME_NATS))
 
 
 def differences_by_token(readings: Readings, row: int) -> Float[np.ndarray, " l"]:

@@ -1,9 +1,11 @@
 """Asks every gate of `sama_jax.validity` about an audit, at the moment when it can be answered."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
+from jaxtyping import Float
 
 from sama_jax.core.frequencies import frequency_losses
 from sama_jax.engine.evidence import Evidence
@@ -12,7 +14,7 @@ from sama_jax.engine.text_table import TextTable
 from sama_jax.errors import ValidityError
 from sama_jax.programs.audit_inputs import Inputs, Tokenised
 from sama_jax.validity import losses
-from sama_jax.validity.gate import Gate, told, voids, warnings
+from sama_jax.validity.gate import Gate, told, voids, warnings, worst_of
 from sama_jax.weights.model_folder import ModelFolder
 
 
@@ -36,17 +38,33 @@ def gates_after(
     if spans is not None:
         frequencies = {role: one * spans.span_tokens(role) for role, one in frequencies.items()}
     target, *references = (role.folder for role in inputs.roles.values())
+    models = {name: f"{name} {role.folder.path}" for name, role in inputs.roles.items()}
     gates = [
-        *loss_gates(found, [text.label for text in inputs.texts], unit),
+        *loss_gates(found, [text.label for text in inputs.texts], unit, models),
         losses.learnt("target", found.target, frequencies["target"], unit),
     ]
     if references:
         others = sorted({_arithmetic(folder) for folder in references})
         gates += [
-            losses.learnt("reference", found.reference, frequencies["reference"], unit),
+            *each_learnt(found, frequencies["reference"], unit, models),
             losses.same_arithmetic(_arithmetic(target), " and ".join(others)),
         ]
     return gates
+
+
+def each_learnt(
+    found: Evidence,
+    frequencies: Float[np.ndarray, " n"],
+    unit: str,
+    models: Mapping[str, str],
+) -> list[Gate]:
+    """Returns the gate on what the references have learnt, of several the worst."""
+    each = [
+        losses.learnt("reference", one, frequencies, unit, models[name])
+        for name, one in found.references.items()
+        if name in models
+    ]
+    return worst_of([[losses.learnt("reference", found.reference, frequencies, unit)], each])
 
 
 def _arithmetic(folder: ModelFolder) -> str:
@@ -58,11 +76,30 @@ def unit_of(spans: TextTable | None) -> str:
     return "token" if spans is None else "span"
 
 
-def loss_gates(found: Evidence, labels: Sequence[int | None], unit: str = "token") -> list[Gate]:
-    """Returns the gates that stored losses and labels alone can answer."""
+def loss_gates(
+    found: Evidence,
+    labels: Sequence[int | None],
+    unit: str = "token",
+    models: Mapping[str, str] = MappingProxyType({}),
+) -> list[Gate]:
+    """Returns the gates that stored losses and labels alone can answer.
+
+    Of several references each is compared with the target and with the others: their mean differs
+    from the target even where one of them is the target.
+
+    Args:
+      found: what was read.
+      labels: of the texts; None where there is none.
+      unit: what losses are of, `token` or `span`.
+      models: role -> what a model is called; its role unless given.
+    """
     known = np.array([-1 if label is None else label for label in labels])
+    each = [
+        losses.same_losses(same, unit, " and ".join(models.get(role, role) for role in two))
+        for two, same in found.pairs.items()
+    ]
     return [
-        losses.same_losses(found.same, unit),
+        *worst_of([[losses.same_losses(found.same, unit)], each]),
         losses.target_worse(found.target, found.reference, known, unit),
         losses.reference_better(found.target, found.reference),
     ]

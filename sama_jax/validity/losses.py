@@ -11,17 +11,19 @@ Losses = Float[np.ndarray, " n"]
 """Mean loss of each text in nats a token, NaN where there is none."""
 
 
-def same_losses(same: Float[np.ndarray, " n"], unit: str = "token") -> Gate:
-    """Voids an audit whose two models give the same losses; `same` are shares of each text."""
+def same_losses(
+    same: Float[np.ndarray, " n"], unit: str = "token", models: str = "Target and reference"
+) -> Gate:
+    """Voids an audit two of whose models give the same losses; `same` are shares of each text."""
     name, share = "same_losses", _mean(same)
     if share is None:
         return gate(name, "not run", "No attack read the losses of both models.")
     return gate(
         name,
         "void" if share >= bounds.SAME_SHARE else "pass",
-        f"Target and reference give the same loss at {100 * share:.1f} % of the {unit}s.",
+        f"{models} give the same loss at {100 * share:.1f} % of the {unit}s.",
         "The audit compares a model with itself: look for a wrong folder, an adapter that was not "
-        "applied, or one that was never trained.",
+        "applied, one that was never trained, or a reference that is given twice.",
         statistic=share,
         bound=bounds.SAME_SHARE,
     )
@@ -82,7 +84,9 @@ def reference_better(target: Losses, reference: Losses) -> Gate:
     )
 
 
-def learnt(role: str, losses: Losses, frequencies: Losses, unit: str = "token") -> Gate:
+def learnt(
+    role: str, losses: Losses, frequencies: Losses, unit: str = "token", model: str | None = None
+) -> Gate:
     """Voids an audit in which a model predicts no better than how frequent tokens are.
 
     Args:
@@ -90,6 +94,7 @@ def learnt(role: str, losses: Losses, frequencies: Losses, unit: str = "token") 
       losses: of that model.
       frequencies: of `core.frequencies.frequency_losses`, over the same texts.
       unit: what both are of.
+      model: what the model is called; None: by its role.
     """
     name, gains = f"{role}_learnt", frequencies - losses
     known = gains[np.isfinite(gains)]
@@ -104,7 +109,7 @@ def learnt(role: str, losses: Losses, frequencies: Losses, unit: str = "token") 
     return gate(
         name,
         "void" if gain <= 0 else "pass",
-        f"The {role} predicts these texts {abs(gain):.3f} nats a {unit} "
+        f"The {model or role} predicts these texts {abs(gain):.3f} nats a {unit} "
         f"{'better' if gain > 0 else 'worse'} than the frequencies of their tokens do.",
         "It is not read as it was trained: check the mask token, the tokenizer, the rotary base "
         "and the rest of config.json, and that its weights are whole.",

@@ -18,12 +18,14 @@ from sama_jax.arrays import Piece, Rendered
 from sama_jax.cli import entry
 from sama_jax.config import AuditSettings, SamaSettings
 from sama_jax.devices.strategy import local_layout
+from sama_jax.engine.evidence import Evidence
 from sama_jax.engine.readings import Readings
 from sama_jax.engine.tasks import tasks_of
 from sama_jax.engine.text_table import table_from_description
-from sama_jax.errors import ModelError, UsageError
+from sama_jax.errors import ModelError, UsageError, ValidityError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs.audit import AuditResult, run_audit
+from sama_jax.programs.audit_gates import each_learnt
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.rescore import run_score
 from sama_jax.storage.loss_store import LossStore
@@ -340,3 +342,28 @@ def test_a_masked_model_as_a_reference_is_read_with_a_note(box, tmp_path):
     assert np.isfinite(scores(found, "sama")).all()
     (note,) = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
     assert note.startswith("reference: it is a masked model, the target a diffusion one")
+
+
+# --- each of several is judged -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["target", "a"])
+def test_a_reference_that_is_another_model_of_the_run_is_void_by_name(box, tmp_path, of: str):
+    copy = tiny.same_weights(box / of, tmp_path / "copy")
+    with pytest.raises(ValidityError, match=r"same_losses: .*copy.* give the same loss at 100"):
+        run_audit(job(box, tmp_path / "run", reference=[box / "a", copy], attacks=["ratio"]))
+
+
+def test_a_reference_that_learnt_nothing_is_void_beside_one_that_did():
+    n = 40
+    nothing = np.full(n, 6.0)
+    found = Evidence(
+        *(np.full(n, x) for x in (2.0, 4.0, 0.0)),
+        np.zeros((n, 1)),
+        np.zeros(1),
+        {"reference": np.full(n, 2.0), "reference2": nothing},
+    )
+    assert found.of([1, 2]).references["reference2"].tolist() == [6.0, 6.0]
+    gates = each_learnt(found, np.full(n, 5.0), "token", {"reference2": "reference2 b"})
+    assert [(g["name"], g["status"]) for g in gates] == [("reference_learnt", "void")]
+    assert "The reference2 b predicts" in gates[0]["sentence"]
