@@ -46,6 +46,9 @@ PLAN_NUMBERS = 2**24
 LOSS_NUMBERS = 2**25
 """Most losses of one text under one attack: those of 8 texts then take 1 GiB."""
 
+LEAST_NOISE = 0.3
+"""Noise multiplier below which epsilon of one step is above 10, and costly to compute."""
+
 Settings = TypeVar("Settings")
 """One of the frozen dataclasses below."""
 
@@ -289,6 +292,62 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Sets a low-rank adapter (LoRA, arXiv 2106.09685), by the names that PEFT gives them."""
+
+    r: Annotated[int, Between(0, 65535)] = 0
+    """Rank; 0: all weights are trained, and there is no adapter."""
+    alpha: Annotated[float, Between(0, 1e6)] = 16
+    """The adapter is scaled by alpha / r."""
+    targets: str = "all"
+    """Names of linear layers, joined by `+`, or `all` linear layers of the blocks."""
+    rslora: bool = False
+    """Scales by alpha / sqrt(r) instead (arXiv 2312.03732)."""
+
+    def __post_init__(self):
+        check(self)
+        if self.alpha == 0:
+            raise UsageError("lora.alpha must be positive, got 0")
+        if not all(self.targets.split("+")):
+            raise UsageError(
+                f"lora.targets is {shown(self.targets)}; expected 'all', or names of linear layers "
+                "such as q_proj+v_proj"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """Sets differentially private training (DP-SGD, arXiv 1607.00133); the unit is one text.
+
+    Give `epsilon`, for the noise that it takes, or `noise`; with neither, training is not private.
+    """
+
+    epsilon: Annotated[float, Between(0, 100)] = 0
+    noise: Annotated[float, Between(0, 1e4)] = 0
+    """Noise multiplier: the standard deviation over the largest norm of a text's gradient."""
+    delta: Annotated[float, Between(0, 1)] = 1e-5
+    clip: Annotated[float, Between(0, 1e9)] = 1.0
+    """Largest norm of a text's gradient; a longer one is scaled down to it."""
+
+    def __post_init__(self):
+        check(self)
+        if self.epsilon and self.noise:
+            raise UsageError("dp.epsilon and dp.noise: the one follows from the other; give one")
+        if 0 < self.noise < LEAST_NOISE:
+            raise UsageError(f"dp.noise is {self.noise}; expected at least {LEAST_NOISE}")
+        if not self.clip or not 0 < self.delta < 1:
+            raise UsageError(
+                "expected dp.clip above 0 and dp.delta between 0 and 1, got "
+                f"{self.clip} and {self.delta}"
+            )
+
+    @property
+    def is_private(self) -> bool:
+        """Tells whether training is private at all."""
+        return bool(self.epsilon or self.noise)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Sets masked-diffusion training (LLaDA, `GUIDELINES.md`): loss, optimiser, schedule."""
 
@@ -319,6 +378,22 @@ class TrainSettings:
     seed: Annotated[int, Between(0, 2**32 - 1), Flag("of parameters, order and masks")] = 42
     checkpoint_every: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between checkpoints."""
+    lora: Annotated[
+        LoraSettings,
+        Flag(
+            "train a low-rank adapter in the place of all weights; OUT is then a folder of PEFT, "
+            "for audit --adapter; besides: targets=q_proj+v_proj, rslora",
+            "r=8,alpha=16",
+        ),
+    ] = LoraSettings()
+    dp: Annotated[
+        PrivacySettings,
+        Flag(
+            "train with differential privacy for each text, with --batch-size texts in a step on "
+            "average; or noise=M in the place of epsilon",
+            "epsilon=E,delta=1e-5,clip=1",
+        ),
+    ] = PrivacySettings()
     snapshot_every: Annotated[
         int,
         Between(0, 10**9),
@@ -338,6 +413,11 @@ class TrainSettings:
             raise UsageError(
                 f"accumulate is {self.accumulate}; expected a divisor of batch_size, which is "
                 f"{self.batch_size}"
+            )
+        if self.dp.is_private and self.windows:
+            raise UsageError(
+                "dp with windows: the unit of privacy is one text, and windows make several of "
+                "it; leave windows out"
             )
 
     @classmethod
@@ -370,7 +450,10 @@ def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
 
 def _require_once(assignments: Sequence[str], fields: Iterable[str]) -> None:
     """Raises `UsageError` for a setting that is given twice: one of the values would be lost."""
-    names = [*fields, *(text.partition("=")[0].strip() for text in assignments)]
+    fields = list(fields)
+    paths = [text.partition("=")[0].strip() for text in assignments]
+    groups = [path.partition(".")[0] for path in paths]
+    names = fields + [group if group in fields else path for path, group in zip(paths, groups)]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"setting {shown(name)} is given twice; give it once")

@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     NOISE_LEVEL_MASKS = 12
     DISTANCE_MASKS = 13
     CANARIES = 14
+    ADAPTER = 15
+    NOISE = 16
 
 
 def _root(seed: int | Integer[Array, ""]) -> Key[Array, ""]:
@@ -55,12 +57,22 @@ def key_name(data: TextKeyData) -> str:
 
 def text_key(seed: int | Integer[Array, ""], data: TextKeyData) -> Key[Array, ""]:
     """Builds a text's root key. `fold_in` takes 32 bits, hence the two halves of the hash."""
-    return jax.random.fold_in(jax.random.fold_in(_root(seed), data.high), data.low)
+    return of_text(_root(seed), data)
+
+
+def of_text(key: Key[Array, ""], data: TextKeyData) -> Key[Array, ""]:
+    """Derives a text's own stream from any key."""
+    return jax.random.fold_in(jax.random.fold_in(key, data.high), data.low)
 
 
 def run_key(seed: int, purpose: Purpose) -> Key[Array, ""]:
     """Builds a key of the whole run, for what belongs to no text, such as initial weights."""
     return jax.random.fold_in(_root(seed), int(purpose))
+
+
+def secret_key(secret: bytes) -> Key[Array, ""]:
+    """Builds the key of noise that nobody may draw again, from the first 64 bits of a secret."""
+    return jax.random.wrap_key_data(np.frombuffer(secret[:8], "<u4"), impl="threefry2x32")
 
 
 def for_purpose(key: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:

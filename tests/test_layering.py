@@ -39,7 +39,7 @@ ONLY_IN = {
     # pickled: .bin weights, on request only, through torch's weights-only loading.
     "torch": ("sama_jax.programs.bench", "sama_jax.weights.pickled", "checkpoints_convert.verify"),
     "gguf": ("sama_jax.weights.gguf_source",),
-    "jax_privacy": ("sama_jax.core.epsilon",),
+    "jax_privacy": ("sama_jax.core.epsilon", "sama_jax.training.privacy"),
     "optax": ("sama_jax.training",),
     "orbax": ("sama_jax.weights",),
     # The PyTorch side reads weights by itself, not through what it checks.

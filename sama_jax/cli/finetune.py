@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     flags.flags_of(
         p, AuditJob, "attention_mask", help="what is seen in training (default: as the base says)"
     )
-    _add_training(p)
+    flags.flags_of(_add_training(p), TrainSettings, "lora", "dp")
     p = command_of(
         commands, "pretrain", "Train a model from a config.json and a tokenizer.", pretrain
     )
@@ -34,7 +34,8 @@ def add(commands: Any) -> None:
     _add_training(p)
 
 
-def _add_training(p: flags.Flags) -> None:
+def _add_training(p: flags.Flags) -> flags.Flags:
+    """Adds what both commands have; returns the group of the training's own settings."""
     p.add_argument("--data", type=Path, required=True, metavar="FILE", help="texts")
     p.add_argument("--held-out", type=Path, metavar="FILE", help="texts for the NLL at the end")
     flags.add_text_fields(p)
@@ -56,6 +57,7 @@ def _add_training(p: flags.Flags) -> None:
     )
     flags.add_set(training)
     flags.add_quiet(p)
+    return training
 
 
 def finetune(args: argparse.Namespace) -> None:

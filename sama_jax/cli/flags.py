@@ -7,12 +7,13 @@ what differs for one command is given as argparse's own keywords.
 import argparse
 import contextlib
 import math
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from sama_jax.config import AuditSettings, Flag, TrainSettings
+from sama_jax.config import AuditSettings, Flag, TrainSettings, override
 from sama_jax.errors import UsageError
 
 STANDARD = "sama,loss,loss:sum,zlib,ratio"
@@ -45,13 +46,29 @@ def flags_of(parser: Flags, kind: type, *names: str, **options: Any) -> None:
             spelled = spelled.replace("--", "--no-", 1) if field.default else spelled
         else:
             choices = list(get_args(hint)) if get_origin(hint) is Literal else None
-            kind_of = {float: finite}.get(hint, hint)
+            kind_of = {float: finite}.get(hint, group_of(hint) if is_dataclass(hint) else hint)
             given |= {"choices": choices, "type": str if choices else kind_of}
             given |= {"metavar": flag.metavar, "required": required}
         given |= options
-        if hint is not bool and given["default"] is not None:
+        if not (hint is bool or is_dataclass(hint)) and given["default"] is not None:
             given["help"] += " (default: %(default)s)"
         parser.add_argument(spelled, **given)
+
+
+def group_of(kind: type) -> Callable[[str], Any]:
+    """Returns what reads a group of settings from `key=value,key=value`; a key alone is true."""
+
+    def read(text: str) -> Any:
+        given = [part if "=" in part else f"{part}=true" for part in text.split(",")]
+        keys = [part.partition("=")[0] for part in given]
+        try:
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise UsageError(f"{twice[0]} is given twice")
+            return override(kind(), given)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
 
 
 def finite(text: str) -> float:

@@ -18,7 +18,7 @@ from sama_jax.models.attention_mask import FIELD
 from sama_jax.models.registry import FamilyConfig, build_model, read_config
 from sama_jax.texts.read import PLAIN, Fields
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.training import adaptation, loop, new_tokenizer, runs
+from sama_jax.training import adaptation, loop, lora, new_tokenizer, runs
 from sama_jax.training.interruption import interruptible
 from sama_jax.weights import hub, loading, model_folder
 from sama_jax.weights.identity import arithmetic, model_identity
@@ -36,7 +36,10 @@ def finetune(
     attention_mask: str | None = None,
     fields: Fields = PLAIN,
 ) -> dict[str, Any]:
-    """Trains all parameters of the model folder `base` on the texts of `data`, into folder `out`.
+    """Trains the model folder `base` on the texts of `data`, into folder `out`.
+
+    All parameters are trained and `out` is a model folder; with `settings.lora` an adapter of
+    `base` is, and `out` is an adapter folder of PEFT.
 
     A causal `base` becomes a diffusion model with `as_diffusion` (`training.adaptation`). A
     diffusion model attends as `attention_mask` names it, and the new `config.json` says so. Of
@@ -48,7 +51,8 @@ def finetune(
 
     Returns:
       `steps`, `tokens`, `texts`, `loss` (mean of the last ten steps), `nll_before`, `nll_after`
-      (nats a token, by `step.HELD_OUT`), `nll_on`, `seconds`, `tokens_per_second`.
+      (nats a token, by `step.HELD_OUT`), `nll_on`, `seconds`, `tokens_per_second`; of a private
+      training (`settings.dp`) `privacy`, by `training.privacy.Plan.told`.
 
     Raises:
       UsageError: `out` belongs to another run.
@@ -56,8 +60,12 @@ def finetune(
       Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     with interruptible(out) as stop:
-        base = hub.resolve(base)
-        options: dict[str, Any] = {"dtype": "float32", "longest": settings.max_length}
+        given_base, base = str(base), hub.resolve(base)
+        if settings.lora.r:
+            _require_own_config(as_diffusion, attention_mask)
+        # Weights that stay may be as coarse as activations, which they are cast to anyway.
+        dtype = settings.dtype if settings.lora.r else "float32"
+        options: dict[str, Any] = {"dtype": dtype, "longest": settings.max_length}
         if not as_diffusion:  # else it is the mask of what the base becomes
             options["attention_mask"] = attention_mask
         folder = model_folder.open_folder(base, **options)
@@ -66,6 +74,8 @@ def finetune(
         start = _start(folder, base, {} if attention_mask is None else {FIELD: attention_mask})
         if as_diffusion:
             start = _as_diffusion(start, folder, settings)
+        if settings.lora.r:
+            start = start._replace(adapter=_adapter(folder, settings, given_base))
         identity = _identity(start, folder, settings)
         if as_diffusion:
             identity |= {"as": "diffusion", "mask_token_id": start.config["mask_token_id"]}
@@ -73,11 +83,38 @@ def finetune(
         with runs.open_run(*given) as run:
             if run.finished:
                 return run.manifest["result"]
-            runs.copy_companions(base, out)
+            if start.adapter is None:
+                runs.copy_companions(base, out)
             if as_diffusion:
                 ids = start.config["mask_token_id"], start.config["vocab_size"]
                 start = start._replace(tokenizer=adaptation.add_mask_token(out, *ids))
             return loop.train(start, run, settings, stop)
+
+
+def _require_own_config(as_diffusion: bool, attention_mask: str | None) -> None:
+    """Raises `UsageError` for what the `config.json` of a new model would say: adapters have none.
+
+    Whoever reads one has its base as it was.
+    """
+    if as_diffusion or attention_mask is not None:
+        flag, way = "--attention-mask", f"write it as {FIELD} into the base's config.json"
+        if as_diffusion:
+            flag, way = "--as diffusion", "make the diffusion model first, without --lora"
+        raise UsageError(
+            f"{flag} with --lora: an adapter changes no config.json, so that who reads it would "
+            f"have another base; {way}"
+        )
+
+
+def _adapter(folder: model_folder.ModelFolder, settings: TrainSettings, base: str) -> lora.Adapter:
+    """Plans an adapter of a folder; its names are those of PyTorch's modules."""
+    if folder.family.block_group_size != 1:
+        raise ModelError(
+            f"{base}: keeps its blocks in groups, whose modules have other names; convert it with "
+            "checkpoints-convert to-hf first"
+        )
+    table, layers = folder.family.weights, folder.model.num_layers
+    return lora.plan(settings.lora, folder.abstract_params, table, layers, base)
 
 
 def _start(folder: model_folder.ModelFolder, base: Path, stated: dict[str, Any]) -> loop.Start:
@@ -145,6 +182,11 @@ def pretrain(
     Returns and raises what `finetune` does.
     """
     with interruptible(out) as stop:
+        if settings.lora.r or settings.dp.is_private:
+            raise UsageError(
+                "lora and dp are for finetune: a new model has no base, and its tokenizer would "
+                "not be private; leave them out"
+            )
         full, tokenizer_name = _new_config(config, tokenizer)
         family = read_config(full, str(config))
         _require_trainable(family, settings, str(config))

@@ -33,9 +33,13 @@ def held_out(name: str, kind: str, sequences: Sequence[Tokens]) -> HeldOut:
     """Prepares the first `MAX_TEXTS` sequences for a model of this kind."""
     chosen = sequences[:MAX_TEXTS]
     padded = pad(chosen, padded_length(chosen), 0)
-    found = [rng.text_key_data(s.ids) for s in chosen]
-    keys = TextKeyData(*(np.array(column, np.uint32) for column in zip(*found)))
-    return HeldOut(name, num_predicted(kind, padded.learned), padded, keys)
+    return HeldOut(name, num_predicted(kind, padded.learned), padded, text_keys(chosen))
+
+
+def text_keys(sequences: Sequence[Tokens]) -> TextKeyData:
+    """Returns the hashes of sequences that their masks derive from (host)."""
+    found = [rng.text_key_data(s.ids) for s in sequences]
+    return TextKeyData(*(np.array(column, np.uint32) for column in zip(*found)))
 
 
 def mean_nll(

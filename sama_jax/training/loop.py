@@ -9,17 +9,17 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sama_jax import rng
 from sama_jax.arrays import Model, Params, Rendered
@@ -28,9 +28,18 @@ from sama_jax.errors import DataError, ModelError, UsageError
 from sama_jax.models.families.weight_table import Table
 from sama_jax.storage import files
 from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.training.held_out import MAX_TEXTS, HeldOut, held_out, mean_nll
+from sama_jax.training import lora, privacy
+from sama_jax.training.held_out import MAX_TEXTS, HeldOut, held_out, mean_nll, text_keys
 from sama_jax.training.interruption import Stop
-from sama_jax.training.runs import CHECKPOINTS, LOG, SNAPSHOTS, Run, copy_companions, digests
+from sama_jax.training.runs import (
+    CHECKPOINTS,
+    LOG,
+    SECRETS,
+    SNAPSHOTS,
+    Run,
+    copy_companions,
+    digests,
+)
 from sama_jax.training.sequences import (
     Padded,
     Tokens,
@@ -71,6 +80,20 @@ class Start(NamedTuple):
     """Loads or draws the first weights."""
     where: str
     """Where they come from, for messages."""
+    adapter: lora.Adapter | None = None
+    """What is trained in the place of all weights."""
+
+    @property
+    def layout(self) -> lora.Layout | None:
+        """Returns where the adapter stands; None if all weights are trained."""
+        return None if self.adapter is None else self.adapter.layout
+
+    def save(self, out: Path, trained: Params) -> None:
+        """Writes what was trained: a model folder, or an adapter folder."""
+        if self.adapter is None:
+            saving.save_folder(out, trained, self.model, self.config, out, self.weights)
+        else:
+            lora.save(out, trained, self.adapter)
 
 
 def device() -> SingleDeviceSharding:
@@ -95,12 +118,26 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
     # Models are dataclasses, which their protocol cannot say.
     model = dataclasses.replace(start.model, **options)  # pyright: ignore
     recipe = make_recipe(settings, steps)
+    plan = _privacy(run, settings, len(sequences), steps)
+    if plan is not None:  # texts are clipped one by one
+        recipe = recipe._replace(grad_clip=np.float32(np.inf))
     evaluate = partial(HELD_OUT[model.kind], model, np.uint32(settings.seed))
     with Checkpoints(run.out / CHECKPOINTS) as checkpoints:
-        state = _restore(checkpoints, abstract, recipe)
+        base, first = _first_weights(start, settings)
+        whole = partial(lora.beside, start.layout, base)
+        shapes = abstract if start.adapter is None else jax.eval_shape(first)
+        state = _restore(checkpoints, shapes, recipe)
+        if plan is None:
+            advance = _plain_steps(model, recipe, settings, padded, start.layout, base)
+        else:
+            is_new = state is None and not (run.out / SNAPSHOTS).exists()
+            secret = privacy.secret_of(run.out / SECRETS, is_new)
+            rows, keys = settings.batch_size // settings.accumulate, text_keys(sequences)
+            given = plan, secret, rows, model, recipe, start.layout, base, padded, keys
+            advance = privacy.Mechanism(*given, settings.seed).step
         if state is None:
-            params = jax.device_put(start.params(), device())
-            run.remember(nll_before=_first_loss(start, params, evaluate, held, run))
+            params = jax.device_put(first(), device())
+            run.remember(nll_before=_first_loss(start, whole(params), evaluate, held, run))
             state = init_state(params, recipe)
         elif "nll_before" not in run.manifest:
             raise UsageError(
@@ -110,21 +147,75 @@ def train(start: Start, run: Run, settings: TrainSettings, stop: Stop) -> dict[s
         elif int(state.step) < steps:
             run.terminal.say(f"continuing after step {int(state.step):,} of {steps:,}")
         loop = Loop(run, settings, recipe, steps, checkpoints, stop, start)
-        state = loop.train(model, state, padded)
-    after = mean_nll(evaluate, state.params, held, "after", run.terminal)
+        state = loop.train(advance, state, padded)
+    after = mean_nll(evaluate, whole(state.params), held, "after", run.terminal)
     if (names := not_finite(state.params)) or not math.isfinite(after):
         what = f"after the last step the loss is {after}"
         raise _diverged(settings, what + (f", with NaN or infinity in {names}" if names else ""))
     result = _result(loop, run, held, after)
+    if plan is not None:
+        result["privacy"] = plan.told(steps)
     run.remember(result=result)
-    saving.save_folder(run.out, state.params, start.model, start.config, run.out, start.weights)
+    start.save(run.out, state.params)
     run.remember(files=digests(run.out))
-    shutil.rmtree(run.out / CHECKPOINTS, ignore_errors=True)
+    run.forget_states()
+    kind = "a model folder" if start.adapter is None else f"an adapter of {start.where}"
     run.terminal.say(
-        f"{result['nll_before']:.3f} -> {after:.3f} nats a token on {held.name}; {run.out} is a "
-        "model folder now"
+        f"{result['nll_before']:.3f} -> {after:.3f} nats a token on {held.name}; {run.out} is "
+        f"{kind} now"
     )
     return result
+
+
+def _first_weights(
+    start: Start, settings: TrainSettings
+) -> tuple[Params | None, Callable[[], Params]]:
+    """Returns the base that stays, if it does, and what loads or draws the weights to train."""
+    if start.adapter is None:
+        return None, start.params
+    key = rng.run_key(settings.seed, rng.Purpose.ADAPTER)
+    return jax.device_put(start.params(), device()), partial(lora.init, start.adapter, key)
+
+
+def _privacy(run: Run, settings: TrainSettings, texts: int, steps: int) -> privacy.Plan | None:
+    """Plans a private training, writes down and says what it will cost; None for any other."""
+    if not settings.dp.is_private:
+        return None
+    noise = (run.manifest.get("privacy") or {}).get("noise")
+    plan = privacy.plan_of(settings.dp, texts, settings.batch_size, steps, noise)
+    told = plan.told(steps)
+    run.remember(privacy=told)
+    run.terminal.say(
+        f"private for each text: epsilon {told['epsilon']:.3f} at delta {plan.delta:g} after "
+        f"{steps:,} steps, with noise {plan.noise:.4g} times the norm {plan.clip:g}; of "
+        f"{texts:,} texts each is in a step with probability {plan.rate:.3g}. This holds for the "
+        f"weights: keep train.json, {LOG} and {SECRETS}/ to yourself"
+    )
+    return plan
+
+
+Advance = Callable[[TrainState, int], tuple[TrainState, Float[Array, ""], Int[np.ndarray, " b"]]]
+"""State and number of a step, from 0 -> the next state, the loss, and the rows that it read."""
+
+
+def _plain_steps(
+    model: Model,
+    recipe: Recipe,
+    settings: TrainSettings,
+    padded: Padded,
+    layout: lora.Layout | None,
+    base: Params | None,
+) -> Advance:
+    """Returns what makes a step of ordinary training: each epoch reads every row once."""
+    key = rng.run_key(settings.seed, rng.Purpose.TRAINING_MASKS)
+
+    def advance(state: TrainState, number: int) -> Any:
+        rows = batch_rows(settings.seed, number, settings.batch_size, len(padded.lengths))
+        batch = padded.tokens[rows], padded.valid(rows), key, padded.learned[rows]
+        given = model, settings.accumulate, recipe, state, *batch
+        return *train_step(*given, layout=layout, base=base), rows
+
+    return advance
 
 
 def _first_loss(
@@ -236,24 +327,19 @@ class Loop:
         self._pending: list[Float[Array, ""]] = []
         self._mark = 0.0
 
-    def train(self, model: Model, state: TrainState, padded: Padded) -> TrainState:
+    def train(self, advance: Advance, state: TrainState, padded: Padded) -> TrainState:
         """Runs all remaining steps.
 
         The state is on disk when this returns or raises `Interrupted`.
         """
         first = done = int(state.step)
         log = self._open_log(first)
-        key = rng.run_key(self.settings.seed, rng.Purpose.TRAINING_MASKS)
         bar = self.run.terminal.bar("train", self.steps, "steps", done=first)
         with contextlib.closing(log), self.stop.deferred(), bar:
             bar.note("compiling the training step (once)" if first < self.steps else "")
             slow = True  # until the first ten steps are timed
             for done in range(first + 1, self.steps + 1):
-                count = len(padded.lengths)
-                rows = batch_rows(self.settings.seed, done - 1, self.settings.batch_size, count)
-                given = model, self.settings.accumulate, self.recipe
-                batch = padded.tokens[rows], padded.valid(rows), key, padded.learned[rows]
-                state, loss = train_step(*given, state, *batch)
+                state, loss, rows = advance(state, done - 1)
                 if done == first + 1:
                     self._mark = time.monotonic()  # compiled; its time is not training's
                     bar.note("")
@@ -286,10 +372,10 @@ class Loop:
 
     def _snapshot(self, done: int, state: TrainState) -> None:
         """Writes the model of this step into a folder of its own."""
-        out, start = self.run.out / SNAPSHOTS / f"step-{done:06}", self.start
+        out = self.run.out / SNAPSHOTS / f"step-{done:06}"
         out.mkdir(parents=True, exist_ok=True)
         copy_companions(self.run.out, out)
-        saving.save_folder(out, state.params, start.model, start.config, out, start.weights)
+        self.start.save(out, state.params)
 
     def _flush(self, done: int, log: files.AppendOnly) -> float:
         """Waits for the losses since the last line and logs their mean; returns seconds a step."""

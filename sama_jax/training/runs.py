@@ -17,9 +17,11 @@ from sama_jax.storage import files
 from sama_jax.terminal import Terminal
 from sama_jax.texts.read import PLAIN, Fields, read_texts
 from sama_jax.training.sequences import digest, training_texts
-from sama_jax.weights import folder_files, safetensors, stored_bytes
+from sama_jax.weights import adapter_config, folder_files, safetensors, stored_bytes
 
 MANIFEST, LOG, CHECKPOINTS = "train.json", "log.jsonl", "checkpoints"
+SECRETS = "private"
+"""Folder of what a private training must not tell anybody; no other folder gets a copy of it."""
 SNAPSHOTS = "snapshots"
 """Folder of models on the way, which `sama-jax watch` audits one by one."""
 
@@ -37,6 +39,11 @@ class Run(NamedTuple):
     def finished(self) -> bool:
         """Tells whether the folder holds the trained model, and says what it wrote."""
         return _is_finished(self.out, self.manifest)
+
+    def forget_states(self) -> None:
+        """Deletes what only a training that goes on needs."""
+        for name in (CHECKPOINTS, SECRETS):
+            shutil.rmtree(self.out / name, ignore_errors=True)
 
     def remember(self, **values: Any) -> None:
         """Adds to the manifest and writes it."""
@@ -73,6 +80,9 @@ def open_run(
     given = dataclasses.asdict(settings)
     for name in ("checkpoint_every", "snapshot_every"):
         del given[name]  # when states are saved changes no number
+    for name, used in (("lora", settings.lora.r), ("dp", settings.dp.is_private)):
+        if not used:
+            del given[name]
     identity = {
         **identity,
         "version": __version__,
@@ -88,7 +98,7 @@ def open_run(
             run.remember(identity=identity)
         elif run.finished:
             _require_whole(run)
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # left by a run that was killed
+            run.forget_states()  # left by a run that was killed
             terminal.say(f"{out}: this training is finished already; nothing to do")
         yield run
 
@@ -117,14 +127,22 @@ def digests(out: Path) -> dict[str, str]:
 
     Raises `ModelError` if the weights are not there.
     """
-    made = [out / folder_files.CONFIG, *safetensors.weight_files(out)]
+    if (out / adapter_config.CONFIG).is_file():
+        made = [out / adapter_config.CONFIG, out / adapter_config.WEIGHTS]
+    else:
+        made = [out / folder_files.CONFIG, *safetensors.weight_files(out)]
     beside = [f for f in folder_files.companions(out) if f.name not in (MANIFEST, LOG)]
     return {f.name: stored_bytes.digest([(f.name, f)]) for f in made + beside}
 
 
 def _is_finished(out: Path, manifest: dict[str, Any]) -> bool:
     # The digests are written last: before them, nobody knows whether the model is whole.
-    return (out / folder_files.CONFIG).is_file() and isinstance(manifest.get("files"), dict)
+    return _has_model(out) and isinstance(manifest.get("files"), dict)
+
+
+def _has_model(out: Path) -> bool:
+    """Tells whether a model or an adapter was written, whose config comes last."""
+    return any((out / name).is_file() for name in (folder_files.CONFIG, adapter_config.CONFIG))
 
 
 def _require_whole(run: Run) -> None:
@@ -147,14 +165,14 @@ def _manifest(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     path = out / MANIFEST
     if path.is_file():
         try:
-            manifest = _checked(untrusted.read_json(path), (out / folder_files.CONFIG).is_file())
+            manifest = _checked(untrusted.read_json(path), _has_model(out))
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"{path}: not readable ({error}); choose another output folder"
             ) from None
         _require_same_run(out, manifest["identity"], identity)
         return manifest
-    if (out / folder_files.CONFIG).is_file():
+    if _has_model(out):
         raise UsageError(
             f"{out}: holds a model that was not trained here; choose another output folder"
         )

@@ -5,6 +5,7 @@ Sources of the losses: for diffusion `GUIDELINES.md` in `ML-GSAI/LLaDA`, and
 arXiv 1810.04805, section 3.1.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from sama_jax import rng
 from sama_jax.arrays import Model, Params, TextKeyData
 from sama_jax.config import TrainSettings
 from sama_jax.core import losses, masking
+from sama_jax.training import lora
 
 EVAL_PASSES = 8
 """Forward passes of the held-out loss; next-token models need one, which is exact."""
@@ -178,6 +180,7 @@ class TrainState(NamedTuple):
     """Holds what training carries from step to step: float32, and integer counters."""
 
     params: Params
+    """What is trained: all weights, or an adapter."""
     opt_state: Any
     step: Int[Array, ""]
 
@@ -210,11 +213,14 @@ def learning_rate(recipe: Recipe, step: Any) -> Any:
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Makes AdamW with global-norm clipping, and weight decay on kernels and embeddings only."""
+    """Makes AdamW with global-norm clipping, and weight decay on kernels and embeddings only.
+
+    The matrices of an adapter are named by the kernels that they are for.
+    """
 
     def decayed(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[-1].key in ("kernel", "embedding"), params
+            lambda path, _: path[-1].key.rpartition(".")[2] in ("kernel", "embedding"), params
         )
 
     rate = partial(learning_rate, recipe)
@@ -230,7 +236,7 @@ def init_state(params: Params, recipe: Recipe) -> TrainState:
 
 
 def _gradients(
-    model: Model,
+    loss: Callable[..., Float[Array, ""]],
     params: Params,
     tokens: Int[Array, "b l"],
     valid: Bool[Array, "b l"],
@@ -238,14 +244,14 @@ def _gradients(
     pieces: int,
 ) -> tuple[Float[Array, ""], Params]:
     """Computes the loss of a batch and its gradients, `b / pieces` rows at a time."""
-    compute = jax.value_and_grad(loss_of, argnums=1)
+    compute = jax.value_and_grad(loss)
     if pieces == 1:
-        return compute(model, params, tokens, valid, objective)
+        return compute(params, tokens, valid, objective)
 
     def add(sums: tuple[Array, Params], rows: tuple[Array, ...]) -> tuple[Any, None]:
         tokens, valid, seen, counted, share = rows
         part = Objective(seen, counted, share, objective.total)
-        return jax.tree.map(jnp.add, sums, compute(model, params, tokens, valid, part)), None
+        return jax.tree.map(jnp.add, sums, compute(params, tokens, valid, part)), None
 
     cut = (tokens, valid, objective.seen, objective.counted, objective.share)
     cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), cut)
@@ -253,7 +259,7 @@ def _gradients(
     return jax.lax.scan(add, nothing, cut)[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="layout", donate_argnums=3)
 def train_step(
     model: Model,
     pieces: int,
@@ -263,21 +269,32 @@ def train_step(
     valid: Bool[Array, "b l"],
     key: Key[Array, ""],
     learned: Bool[Array, "b l"] | None = None,
+    *,
+    layout: lora.Layout | None = None,
+    base: Params | None = None,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """Updates once, on one batch, whose losses are computed in as many `pieces` one by one.
 
     `key` is the run's, and the step is folded in here. Valid tokens that are not `learned` are only
-    seen; without it all are learned.
+    seen; without it all are learned. With a `layout`, what is trained is an adapter of `base`.
 
     Donates `state`. Returns the next state and the loss before the update. Everything that differs
     between two runs is an argument, so pre-training and fine-tuning share one program.
     """
     mask_key = jax.random.fold_in(key, state.step)
     objective = objective_of_kind(model, tokens, _or_all(learned, valid), mask_key, recipe.eps)
-    loss, grads = _gradients(model, state.params, tokens, valid, objective, pieces)
+
+    def compute(trained: Params, *batch: Any) -> Float[Array, ""]:
+        return loss_of(model, lora.beside(layout, base, trained), *batch)
+
+    loss, grads = _gradients(compute, state.params, tokens, valid, objective, pieces)
+    return updated(recipe, state, grads), loss
+
+
+def updated(recipe: Recipe, state: TrainState, grads: Params) -> TrainState:
+    """Returns the state after one step of the optimiser."""
     updates, opt_state = make_optimizer(recipe).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1), loss
+    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
 
 
 def batch_rows(seed: int, step: int, batch_size: int, num: int) -> Int[np.ndarray, " b"]:
