@@ -18,7 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src", type=Path, metavar="SRC", help="model folder; with --plan the target"
     )
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter of SRC")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="LoRA adapter of SRC; repeatable, in their order",
+    )
     exchange = parser.add_mutually_exclusive_group()
     exchange.add_argument("--against", type=Path, metavar="F.npz", help="losses made elsewhere")
     exchange.add_argument("--dump", type=Path, metavar="F.npz", help="write our losses")
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if not (args.dump or args.against):
             return live.verify_live(args.src, options)
-        ours = open_ours(args.src, dtype=dtype, adapter=args.adapter, mask_id=args.mask_id)
+        ours = open_ours(args.src, dtype=dtype, adapters=args.adapter, mask_id=args.mask_id)
         if args.against:
             return exchange.compare_losses(args.against, ours)
         inputs = live.make_inputs(ours.folder, args.texts)

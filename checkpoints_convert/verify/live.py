@@ -1,5 +1,6 @@
 """Runs PyTorch and JAX side by side on the same weights and masked texts, and gives the verdict."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class Options(NamedTuple):
     """Holds the flags that both sides need."""
 
     dtype: str
-    adapter: Path | None
+    adapters: Sequence[Path]
     mask_id: int | None
     texts: Path | None
     trust_remote_code: bool
@@ -40,7 +41,7 @@ def verify_live(path: Path, options: Options) -> int:
 
     console, code = results_console(), 0
     for dtype in _dtypes(path, options):
-        folder = open_folder(path, mask_id=options.mask_id, dtype=dtype, adapter=options.adapter)
+        folder = open_folder(path, mask_id=options.mask_id, dtype=dtype, adapter=options.adapters)
         folder = reading_once(folder)
         inputs = make_inputs(folder, options.texts)
         wanted = torch_reference.Wanted(
@@ -49,14 +50,14 @@ def verify_live(path: Path, options: Options) -> int:
             folder.model.num_layers,
             folder.model.arch.block_length,
             dtype,
-            options.adapter,
+            folder.adapters,
         )
         # One network at a time in memory: theirs is gone when ours is loaded.
         trust = options.trust_remote_code
         reference = torch_reference.open_reference(wanted, trust_remote_code=trust)
         theirs = run_theirs(reference, inputs, folder.model.mask_id)
         del reference
-        ours = open_ours(path, dtype=dtype, adapter=options.adapter, mask_id=options.mask_id)
+        ours = open_ours(path, dtype=dtype, adapters=options.adapters, mask_id=options.mask_id)
         ours = ours._replace(folder=reading_once(ours.folder))
         lines = list(compare(ours, inputs, theirs))
         code = _print(console, theirs, dtype, lines, end_to_end(ours, inputs, theirs)) or code

@@ -1,6 +1,7 @@
 """Computes our side of every comparison: a folder at full precision, and its losses."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,10 @@ class Ours(NamedTuple):
 
 
 def open_ours(
-    path: Path, *, dtype: str, adapter: Path | None = None, mask_id: int | None = None
+    path: Path, *, dtype: str, adapters: Sequence[Path] = (), mask_id: int | None = None
 ) -> Ours:
     """Loads a folder; `dtype` is float32 or bfloat16, whatever is stored."""
-    folder = model_folder.open_folder(path, mask_id=mask_id, dtype=dtype, adapter=adapter)
+    folder = model_folder.open_folder(path, mask_id=mask_id, dtype=dtype, adapter=adapters)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return Ours(folder, loading.load(folder, device))
 

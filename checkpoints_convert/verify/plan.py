@@ -60,13 +60,13 @@ def verify_plan(
     """Prints the comparison. Returns 0 if losses agree and every flip is explained, else 6."""
     probes = replay.load_plan(plan)
     theirs = replay.load_losses(saved, probes)
-    paths = {"target": (target, options.adapter), "reference": (reference, None)}
+    paths = {"target": (target, options.adapters), "reference": (reference, ())}
     found, bounds, wrong = {}, {}, []
     table = Table(title=f"{plan.name}: {len(probes.ids)} texts, {dtype}")
     for column in ("model", "losses", "largest difference", "mean", "allowed", ""):
         table.add_column(column)
-    for name, (path, adapter) in paths.items():
-        ours = open_ours(path, dtype=dtype, adapter=adapter, mask_id=options.mask_id)
+    for name, (path, adapters) in paths.items():
+        ours = open_ours(path, dtype=dtype, adapters=adapters, mask_id=options.mask_id)
         _check_tokens(plan, probes, ours)
         found[name] = plan_losses(ours, probes)
         scored = probes.plan.scored

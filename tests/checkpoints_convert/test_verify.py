@@ -210,20 +210,32 @@ def test_folders_own_code_runs_only_if_told_so(folder, tmp_path, capsys, monkeyp
         run(path, "--trust-remote-code")
 
 
-def test_lora_adapter_is_on_both_sides(folder, dump, tmp_path, monkeypatch):
-    monkeypatch.setattr(output_position, "check", lambda *_: None)
+def write_adapter(path: Path, seed: int) -> Path:
+    """Plain LoRA on the queries of all blocks."""
     tensors = {}
     for i in range(3):
         name = f"base_model.model.model.transformer.blocks.{i}.q_proj"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 48, generator=torch.manual_seed(i))
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 48, generator=torch.manual_seed(seed + i))
         tensors[f"{name}.lora_B.weight"] = torch.randn(48, 4, generator=torch.manual_seed(9 + i))
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert run(folder, "--adapter", tmp_path) == 0
-    assert run(folder, "--adapter", tmp_path, "--against", dump) == 6  # the base's losses
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def test_lora_adapters_are_on_both_sides(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(output_position, "check", lambda *_: None)
+    first, second = (write_adapter(tmp_path / str(seed), seed) for seed in (0, 50))
+    both = ("--adapter", first, "--adapter", second)
+    assert run(folder, *both) == 0
+    saved = tmp_path / "losses.npz"
+    assert run(folder, *both, "--dump", saved) == 0
+    assert run(folder, *both, "--against", saved) == 0
+    for other in (), both[:2], both[2:]:  # the base's losses, and those of one adapter alone
+        assert run(folder, *other, "--against", saved) == 6
     with pytest.raises(ModelError, match="has no adapter_config"):
-        run(folder, "--adapter", folder)
+        run(folder, "--adapter", first, "--adapter", folder)
 
 
 def test_without_pytorch_one_line_says_what_to_install(folder, tmp_path, monkeypatch):

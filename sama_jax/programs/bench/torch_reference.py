@@ -9,7 +9,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +57,8 @@ class Wanted(NamedTuple):
     block_length: int | None
     """Position i sees j if j // block_length <= i // block_length; None: every j."""
     dtype: str
-    adapter: Path | None = None
+    adapters: Sequence[Path] = ()
+    """In their order."""
 
 
 SAME_MATHS = {
@@ -252,8 +253,8 @@ def _hooked(
 ) -> Reference:
     """Reads the states with hooks: on the list of blocks, and on the norm next to it."""
     module.eval()
-    if wanted.adapter is not None:
-        merge_adapter(dict(module.named_parameters()), wanted.adapter)
+    for adapter in wanted.adapters:
+        merge_adapter(dict(module.named_parameters()), adapter)
     found = ((n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList))
     lists = [(n, m) for n, m in found if len(m) == wanted.num_layers]
     if not lists:
@@ -323,8 +324,8 @@ def llada_weights(wanted: Wanted) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(wanted.path):
         tensors |= load_file(file)
-    if wanted.adapter is not None:
-        merge_adapter(tensors, wanted.adapter)
+    for adapter in wanted.adapters:
+        merge_adapter(tensors, adapter)
     dtype = getattr(torch, wanted.dtype)
     inner = r"^.*?transformer\.|(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
     weights = {re.sub(inner, "", n): t.to(dtype) for n, t in tensors.items()}
