@@ -105,7 +105,7 @@ FAMILIES = {
         "RND1",
         "Qwen3Moe",
         {**MOE, "rope_parameters": {"rope_theta": 1e6}},
-        {"model_type": "rnd1", "architectures": ["RND1LM"], "num_experts": 16}
+        {"model_type": "rnd1", "architectures": ["RND1LM"]}
         # Its class writes what it does not use as false.
         | {"rope_scaling": False, "sliding_window": False, "is_causal": False},
         block=None,
@@ -115,8 +115,7 @@ FAMILIES = {
         "SDAR, experts",
         "Qwen3Moe",
         {**MOE, "norm_topk_prob": False, "attention_bias": True},
-        {"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]}
-        | {"block_size": 8, "num_experts": 16},
+        {"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]} | {"block_size": 8},
         block=8,
         shift=False,
     ),
@@ -362,6 +361,16 @@ def test_what_the_class_of_rnd1_would_not_follow_is_refused(changes, complaint):
     assert read_config(config, "here").arch.rope_theta == 1e6
     with pytest.raises(ModelError, match=f"^here: .*{complaint}"):
         read_config({**config, **changes}, "here")
+
+
+def test_the_number_of_experts_is_read_by_either_name():
+    """transformers 5 writes `num_local_experts` for its own Qwen3-MoE."""
+    named = {**SIZES, **MOE, "model_type": "rnd1"}
+    later = {("num_local_experts" if k == "num_experts" else k): v for k, v in named.items()}
+    assert read_config(later, "here") == read_config(named, "here")
+    assert read_config({**named, **later}, "here") == read_config(named, "here")
+    with pytest.raises(ModelError, match="num_experts is 16, but num_local_experts is 8"):
+        read_config({**named, "num_local_experts": 8}, "here")
 
 
 def test_sdar_with_experts_has_no_defaults():

@@ -112,7 +112,7 @@ def write(path: Path, family: str, scaling: str) -> torch.nn.Module:
     written = json.loads((path / "config.json").read_text())
     written |= {"model_type": family, "architectures": None, "mask_token_id": 299}
     if family == "sdar_moe":
-        written |= {"block_size": 4, "attention_mask": "full", "num_experts": MOE["num_experts"]}
+        written |= {"block_size": 4, "attention_mask": "full"}
     (path / "config.json").write_text(json.dumps(written))
     return module
 

@@ -22,7 +22,6 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
 )
@@ -51,6 +50,8 @@ _RND1 = {
     "rope_theta": 1e6,
     "mask_token_id": 151669,
 }
+# Field -> its name in configs that transformers 5 has written of its own Qwen3-MoE.
+_EXPERTS, _LATER = "num_experts", "num_local_experts"
 # RND1's class sets these after it has read the config, whatever that says.
 _FIXED = ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "rms_norm_eps", "rope_theta")
 
@@ -61,7 +62,8 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
     config = config.with_defaults(_RND1 if is_rnd1 else {"attention_bias": False})
     config.only({**_ONLY, **({field: _RND1[field] for field in _FIXED} if is_rnd1 else {})})
     config.get("sliding_window")  # without effect, since it is not used
-    rows, width, layers, heads, kv_heads, count, active, inner = config.sizes(*_SIZES)
+    rows, width, layers, heads, kv_heads, active, inner = config.sizes(*_SIZES)
+    count = _experts(config)
     rope = read_rope(config, kinds=() if is_rnd1 else SCALED)
     bias = config.flag("attention_bias")
     blocks = stated_blocks(config, None if is_rnd1 else "block_size")
@@ -107,6 +109,15 @@ def read_qwen_moe(name: str, config: Fields) -> FamilyConfig:
         shift=is_rnd1,
         max_length=rope.max_length,
     )
+
+
+def _experts(config: Fields) -> int:
+    """Returns the number of experts, by either name; two that differ are refused."""
+    names = [name for name in (_EXPERTS, _LATER) if config.states(name)]
+    counts = config.sizes(*(names or [_EXPERTS]))
+    if len(set(counts)) > 1:
+        config.refuse(f"{_EXPERTS} is {counts[0]}, but {_LATER} is {counts[1]}; remove one")
+    return counts[0]
 
 
 FAMILIES = (
