@@ -34,7 +34,9 @@ BLANK_LINES = 1_000_000
 BATCH_ROWS = 256
 """Rows of a parquet file that are in memory at once."""
 
-_KINDS = "expected .jsonl, .json, .csv (also as .gz or .zst) or .parquet"
+_KINDS = "expected .jsonl, .json, .csv, .tsv (also as .gz or .zst) or .parquet"
+_KIND_OF = {",": "CSV", "\t": "TSV"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 class Row(NamedTuple):
@@ -112,8 +114,8 @@ def _records(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[Ro
     suffix = Path(re.sub(r"\.(gz|zst)$", "", path.name.lower())).suffix
     if head[:4] == b"PAR1" or suffix == ".parquet":
         yield from _parquet_rows(path, stream, names)
-    elif suffix == ".csv":
-        yield from _csv_rows(path, stream, names)
+    elif suffix in _SEPARATORS:
+        yield from _csv_rows(path, stream, names, _SEPARATORS[suffix])
     elif suffix == ".json" or first == b"[":
         yield from _json_rows(path, stream, names)
     elif suffix == ".jsonl" or first == b"{":
@@ -290,7 +292,9 @@ def _transpose(path: Path, columns: dict[str, Any], names: Names) -> Iterable[di
     return [dict(zip(read, record)) for record in zip(*(columns[n] for n in read))]
 
 
-def _csv_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[Row | str]:
+def _csv_rows(
+    path: Path, stream: io.BufferedReader, names: Names, separator: str
+) -> Iterator[Row | str]:
     # "\r" alone ends a line, too, but other separators may stand inside fields.
     lines = (
         part
@@ -301,7 +305,7 @@ def _csv_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[R
     # The module's limit of 128 KiB a field is shorter than some texts, and it is global.
     limit, start = csv.field_size_limit(LINE_BYTES), 1
     try:
-        reader = csv.DictReader(lines, strict=True)
+        reader = csv.DictReader(lines, delimiter=separator, strict=True)
         header = list(reader.fieldnames or [])
         if header:
             _require_text(f"{path.name}:1", header, names)
@@ -315,7 +319,7 @@ def _csv_rows(path: Path, stream: io.BufferedReader, names: Names) -> Iterator[R
             # CSV knows strings only: an empty id or group is absent.
             yield Row(record | {n: record.get(n) or None for n in ("id", "group")}, where, header)
     except csv.Error as error:
-        yield f"{path.name}:{start}: not valid CSV ({error})"
+        yield f"{path.name}:{start}: not valid {_KIND_OF[separator]} ({error})"
     finally:
         csv.field_size_limit(limit)
 

@@ -435,6 +435,19 @@ def test_json_errors_are_named(tmp_path):
     )
 
 
+def test_tabs_separate_fields_in_tsv(tmp_path):
+    rows = 'text\tlabel\nx, y\t1\n"a\ttab, a ""quote""\nand a line"\t0\n'
+    for name in ("t.tsv", "T.TSV"):
+        found = read_texts(write(tmp_path / name, rows)).texts
+        assert [(t.text, t.label, t.where) for t in found] == [
+            ("x, y", 1, f"{name}:2"),
+            ('a\ttab, a "quote"\nand a line', 0, f"{name}:3"),
+        ]
+    path = tmp_path / "t.tsv"
+    assert "t.tsv:2: more fields than the header" in error_of(write(path, "text\nx\ty\n"))
+    assert "t.tsv:2: not valid TSV" in error_of(write(path, 'text\n"said" he\n'))
+
+
 def test_csv_errors_are_named(tmp_path):
     path = tmp_path / "t.csv"
     assert "t.csv:1: has no column 'text' (its columns: a, b)" in error_of(
