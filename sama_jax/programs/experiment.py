@@ -17,6 +17,7 @@ from sama_jax.programs import audit, demo, laboratory, smol
 from sama_jax.programs.experiment_file import (
     DEMOS,
     FIELD_NAMES,
+    FORM,
     SMOL,
     base_settings,
     find,
@@ -24,6 +25,7 @@ from sama_jax.programs.experiment_file import (
     regimes_of,
     run_settings,
 )
+from sama_jax.programs.forms import form_of
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.reporting import results, tables
 from sama_jax.storage.files import write_json
@@ -87,7 +89,7 @@ class _Case(NamedTuple):
     """Of its folder, below that of the experiment."""
     run: dict[str, Any]
     models: Any
-    files: dict[str, str]
+    files: dict[str, Any]
     regime: laboratory.Regime | None
 
 
@@ -133,7 +135,7 @@ class _Inputs(NamedTuple):
     """Held-out losses of the models; known only of those that are made here."""
 
 
-def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inputs:
+def _inputs(models: Any, files: dict[str, Any], runs: Path, quiet: bool) -> _Inputs:
     """Makes or finds the models, and reads the texts."""
     if isinstance(models, str | laboratory.Regime):
         utility = None
@@ -148,16 +150,19 @@ def _inputs(models: Any, files: dict[str, str], runs: Path, quiet: bool) -> _Inp
         settings = base_settings(models)
         return _Inputs(made.target, made.base, None, texts, prefixes, settings, utility)
     named = [files.get(name) for name in FIELD_NAMES]
-    if "data" in files:
-        texts = read_texts(Path(files["data"]), *named)
-    else:
-        texts = read_split(Path(files["members"]), Path(files["nonmembers"]), *named)
-    prefixes = None
-    if "prefixes" in files:
-        prefixes = read_texts(Path(files["prefixes"]), *named, labels_needed=False)
     reference = Path(models["reference"])
     adapter = Path(models["adapter"]) if "adapter" in models else None
     target = Path(models.get("target", reference))
+    template, loss_on, end_tokens = (files.get(name) for name in FORM)
+    adapters = [] if adapter is None else [adapter]
+    form = form_of(template, loss_on, end_tokens or 0, target, adapters)
+    if "data" in files:
+        texts = read_texts(Path(files["data"]), *named, form=form)
+    else:
+        texts = read_split(Path(files["members"]), Path(files["nonmembers"]), *named, form=form)
+    prefixes = None
+    if "prefixes" in files:
+        prefixes = read_texts(Path(files["prefixes"]), *named, labels_needed=False, form=form)
     return _Inputs(target, reference, adapter, texts, prefixes, base_settings(models))
 
 

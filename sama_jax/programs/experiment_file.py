@@ -10,7 +10,8 @@ A file is a mapping with
               or {laboratory: {..}}, models that are made in as many regimes as its fields name:
               those of `programs.laboratory.Regime`, each a value or a list of values
     data      with models of one's own: {data: FILE} or {members: FILE, nonmembers: FILE}, and
-              {prefixes: FILE} where attacks want them
+              {prefixes: FILE} where attacks want them; {text_field: NAME, label_field: NAME}, or
+              {template: NAME, loss_on: response|text, end_tokens: K}, as an audit's flags
     runs      list of {name, attacks: [..], models, data, set: [key=value, ..]} with any setting
               that is no group (preset, passes, max_length, seed, ..); `models` and `data` of a
               run go before those of the file. The name is that of a folder
@@ -27,6 +28,7 @@ from sama_jax import config
 from sama_jax.errors import DataError, UsageError, nearest
 from sama_jax.programs import demo, laboratory, smol
 from sama_jax.storage.yaml_file import read_yaml
+from sama_jax.texts.conversations import FOLDER, named_template
 from sama_jax.untrusted import printable
 
 _SETTINGS = {name for name in config.setting_names(config.AuditSettings()) if "." not in name}
@@ -35,9 +37,14 @@ _MODELS: dict[str, Any] = {
     "laboratory": (dict, "a mapping of fields of a regime"),
 }
 FIELD_NAMES = ("text_field", "label_field")
+FORM = ("template", "loss_on", "end_tokens")
+"""How conversations become texts, in the words of an audit's flags."""
 _DATA: dict[str, Any] = {
     **dict.fromkeys(("data", "members", "nonmembers", "prefixes"), (str, "a file")),
     **dict.fromkeys(FIELD_NAMES, (str, "the name of a field")),
+    "template": (str, "the name of a template"),
+    "loss_on": (str, "response or text"),
+    "end_tokens": (int, "a number of tokens"),
 }
 _INPUTS = {
     "models": ((str, dict), "a name, or a mapping of folders"),
@@ -169,7 +176,8 @@ def _check_models(models: Any, where: str) -> None:
 def _check_data(models: Any, data: Any, where: str) -> None:
     """Raises `DataError` unless files are given just where they are read."""
     _check(data, _DATA, (), f"{where}, data")
-    files = sorted(data.keys() - {"prefixes", *FIELD_NAMES})
+    files = sorted(data.keys() - {"prefixes", *FIELD_NAMES, *FORM})
+    _check_form(data, where)
     if isinstance(models, str) or "laboratory" in models:
         if data:
             raise DataError(
@@ -181,6 +189,22 @@ def _check_data(models: Any, data: Any, where: str) -> None:
             f"{where}: data name {' and '.join(files) or 'no file'}; expected a file `data`, or "
             "files `members` and `nonmembers`"
         )
+
+
+def _check_form(data: dict[str, Any], where: str) -> None:
+    """Raises `DataError` unless conversations are read as an audit's flags can say."""
+    template, loss_on, end_tokens = (data.get(name) for name in FORM)
+    if template is None and (loss_on is not None or end_tokens):
+        raise DataError(f"{where}: loss_on and end_tokens are about conversations: add a template")
+    if loss_on not in (None, "response", "text"):
+        raise DataError(f"{where}: loss_on is '{printable(loss_on)}'; expected response or text")
+    if type(end_tokens or 0) is not int or (end_tokens or 0) < 0:
+        raise DataError(f"{where}: end_tokens is {end_tokens}; expected 0 or more")
+    if template not in (None, FOLDER):
+        try:
+            named_template(template)
+        except UsageError as error:
+            raise DataError(f"{where}: {error}") from None
 
 
 def regimes_of(models: Any) -> list[laboratory.Regime]:

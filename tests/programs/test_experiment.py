@@ -188,6 +188,34 @@ def test_fields_of_an_experiment_are_named_beside_its_files(tmp_path: Path, monk
         experiment_file.read(tmp_path / "e.yaml")
 
 
+def test_conversations_of_an_experiment_are_written_by_its_template(tmp_path: Path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(experiment.audit, "run_audit", jobs.append)
+    (tmp_path / "t.jsonl").write_text('{"prompt": "sun", "response": "mite", "label": 1}\n')
+    data: dict[str, object] = {"data": str(tmp_path / "t.jsonl")}
+    whole = {"models": {"reference": "r", "target": "t"}, "data": data, "runs": [GOOD]}
+
+    def given(**changes: object) -> Path:
+        whole["data"] = data | changes
+        (tmp_path / "e.yaml").write_text(json.dumps(whole))
+        return tmp_path / "e.yaml"
+
+    path = given(template="chatml", end_tokens=2)
+    with pytest.raises(AssertionError):  # the run gives no result
+        experiment.run_experiment(str(path), tmp_path, quiet=True)
+    (text,) = jobs[0].texts.texts
+    assert (text.scored, text.has_prompt, text.text.count("<|endoftext|>")) == ("mite", True, 2)
+    for changes, complaint in (
+        ({"loss_on": "text"}, "are about conversations: add a template"),
+        ({"template": "chatml", "loss_on": "prompt"}, "loss_on is 'prompt'; expected response or"),
+        ({"template": "chatml", "end_tokens": -1}, "end_tokens is -1"),
+        ({"template": "chatml", "end_tokens": True}, "end_tokens is True"),
+        ({"template": "chatm"}, "unknown template 'chatm'"),
+    ):
+        with pytest.raises(DataError, match=rf"run 0 \(.*\): .*{complaint}"):
+            experiment_file.read(given(**changes))
+
+
 def test_an_experiment_runs_compares_and_continues(tmp_path: Path, monkeypatch, capsys):
     """Two runs on models and texts of one's own, through the command line."""
     monkeypatch.chdir(tmp_path)
