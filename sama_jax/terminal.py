@@ -14,22 +14,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
-
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from sama_jax import isolation
 from sama_jax.errors import OutputError
 from sama_jax.untrusted import printable
+
+if TYPE_CHECKING:  # a fifth of a second with all of its parts, of which `--help` needs none
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+    from rich.text import Text
 
 PLAIN_SECONDS = 10.0
 """Seconds between two plain lines of progress."""
@@ -105,33 +99,35 @@ def unguarded() -> Iterator[None]:
         sys.stdout, sys.stderr = guarded
 
 
-class _Console(Console):
-    """Escapes texts by itself: what it adds for colours and bars has to reach the terminal."""
+def _console(*, stderr: bool = False, **options: Any) -> "Console":
+    """Makes a console that escapes texts by itself, since what it adds for colours and bars has to
+    reach the terminal."""
+    from rich.console import Console
 
-    def __init__(self, *, stderr: bool = False, **options: Any):
-        stream: Any = sys.stderr if stderr else sys.stdout
-        if isinstance(stream, _Guarded):
-            stream = _Guarded(stream.stream, verbatim=True)
-        super().__init__(file=stream, **options)
+    class Escaping(Console):
+        def render_str(self, text: str, **options: Any) -> "Text":
+            """Makes a text of a string, as the cells of tables are made."""
+            return super().render_str(escape(text), **options)
 
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Makes a text of a string, as the cells of tables are made."""
-        return super().render_str(escape(text), **options)
+    stream: Any = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, _Guarded):
+        stream = _Guarded(stream.stream, verbatim=True)
+    return Escaping(file=stream, **options)
 
 
-def console(quiet: bool = False) -> Console:
+def console(quiet: bool = False) -> "Console":
     """Returns the console of messages, on standard error.
 
     It prints verbatim: a path may hold what rich would take for markup, such as `[/x]`.
     """
-    return _Console(
+    return _console(
         stderr=True, quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False
     )
 
 
-def results_console(quiet: bool = False) -> Console:
+def results_console(quiet: bool = False) -> "Console":
     """Returns the console of results, on standard output."""
-    return _Console(quiet=quiet)
+    return _console(quiet=quiet)
 
 
 def wants_traceback() -> bool:
@@ -179,7 +175,7 @@ class Terminal:
         """Prints a message on standard error."""
         self._messages.print(line)
 
-    def show(self, result: RenderableType) -> None:
+    def show(self, result: "RenderableType") -> None:
         """Prints a result, such as a table, on standard output."""
         results_console(self.quiet).print(result)
 
@@ -205,14 +201,16 @@ class ProgressBar:
         self._note = ""
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn(unit),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
                 console=console(),
             )
             self._task = self._bar.add_task(what, total=total, completed=done, note="")

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy.stats import beta, false_discovery_control, norm
 
 from sama_jax.core.inference import PERMUTATIONS, detectable_auc, permutation_tests
 from sama_jax.core.intervals import auc_errors
@@ -74,7 +74,7 @@ def rank_of(count: int, fpr: float, guarantee: float | None = None) -> int:
     """
     ranks = np.arange(1, int(fpr * (count + 1) + 1e-9) + 1)
     if guarantee is not None:
-        ranks = ranks[beta.ppf(guarantee, ranks, count + 1 - ranks) <= fpr]
+        ranks = ranks[scipy.stats.beta.ppf(guarantee, ranks, count + 1 - ranks) <= fpr]
     return int(ranks.max(initial=0))
 
 
@@ -85,7 +85,7 @@ def adjusted(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
     p-values from one calibration set, which depend on each other positively (S. Bates et al.,
     2023).
     """
-    return false_discovery_control(p)
+    return scipy.stats.false_discovery_control(p)
 
 
 def collection_test(
@@ -102,7 +102,7 @@ def collection_test(
     labels = np.repeat([1, 0], [len(suspects), len(calibration)])
     p = permutation_tests(scores, labels, permutations=permutations).p[0]
     errors = auc_errors(scores, labels == 1)
-    low, high = errors.intervals(float(norm.isf(0.025)))[0]
+    low, high = errors.intervals(float(scipy.stats.norm.isf(0.025)))[0]
     detectable = detectable_auc(len(suspects), len(calibration), alpha=0.05)
     return Collection(float(p), float(errors.auc[0]), low, high, detectable)
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy.stats import beta, nhypergeom, norm, rankdata
 
 from sama_jax.core.intervals import (
     allowed_false_alarms,
@@ -90,7 +90,7 @@ def permutation_tests(
 
 def _standardised_ranks(scores: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
     """Returns mid-ranks of each column, centred, with variance 1; 0 where there is no score."""
-    ranks = rankdata(scores, axis=0, nan_policy="omit")
+    ranks = scipy.stats.rankdata(scores, axis=0, nan_policy="omit")
     count = np.isfinite(scores).sum(axis=0)
     centred = np.nan_to_num(ranks - np.nansum(ranks, axis=0) / np.maximum(count, 1))
     deviation = np.sqrt((centred**2).sum(axis=0) / np.maximum(count - 1, 1))
@@ -237,7 +237,12 @@ def detectable_auc(
 
     def missing(auc: float) -> float:
         deviation = math.sqrt(auc_variance(auc, members, nonmembers))
-        return 0.5 + float(norm.isf(alpha)) * null + float(norm.isf(1 - power)) * deviation - auc
+        return (
+            0.5
+            + float(scipy.stats.norm.isf(alpha)) * null
+            + float(scipy.stats.norm.isf(1 - power)) * deviation
+            - auc
+        )
 
     if missing(1.0) > 0:
         return None
@@ -264,11 +269,11 @@ def detectable_tpr(
     allowed = allowed_false_alarms(nonmembers, fpr)
     if allowed is None:
         return None
-    by_chance = nhypergeom(members + nonmembers, members, allowed + 1)
+    by_chance = scipy.stats.nhypergeom(members + nonmembers, members, allowed + 1)
     counts = np.arange(members + 1)
     enough = counts[by_chance.sf(counts - 1) <= alpha]
     if not enough.size:
         return None
     needed = int(enough[0])
     # P(binomial(members, t) >= needed) = P(beta(needed, members - needed + 1) <= t)
-    return float(beta.ppf(power, needed, members - needed + 1))
+    return float(scipy.stats.beta.ppf(power, needed, members - needed + 1))

@@ -9,10 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import brentq
-from scipy.special import expit, logit
-from scipy.stats import beta, binom, norm, rankdata, t
 
 FEW_LOST = 20
 """With fewer texts of a class than this on the wrong side, Newcombe's interval counts too.
@@ -84,12 +82,12 @@ def _errors_of(
     """Computes one column of `auc_errors`."""
     present = np.isfinite(values)
     ranks = np.full(len(values), np.nan)
-    ranks[present] = rankdata(values[present])
+    ranks[present] = scipy.stats.rankdata(values[present])
     parts, worth, auc = np.zeros(groups.max() + 1), [], np.nan
     variances, unknown = 0.0, 0.0
     for of, sign in ((is_member, 1), (~is_member, -1)):
         own = np.flatnonzero(of & present)
-        below = (ranks[own] - rankdata(values[own])) / (present.sum() - own.size)
+        below = (ranks[own] - scipy.stats.rankdata(values[own])) / (present.sum() - own.size)
         auc = below.mean() if sign == 1 else auc
         error = sign * (below - below.mean()) / own.size
         sizes = np.bincount(groups[own], minlength=len(parts))
@@ -113,13 +111,13 @@ def _errors_of(
 
 def widened(z: float, freedom: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
     """Returns Student's quantiles at the level of a normal `z`; `z` at infinite freedom."""
-    return np.where(np.isinf(freedom), z, t.isf(norm.sf(z), freedom))
+    return np.where(np.isinf(freedom), z, scipy.stats.t.isf(scipy.stats.norm.sf(z), freedom))
 
 
 def logit_interval(auc: float, deviation: float, z: float) -> tuple[float, float]:
     """Returns the interval of an AUC that is `z` standard deviations wide on the logit scale."""
-    center, half = logit(auc), z * deviation / (auc * (1 - auc))
-    return float(expit(center - half)), float(expit(center + half))
+    center, half = scipy.special.logit(auc), z * deviation / (auc * (1 - auc))
+    return float(scipy.special.expit(center - half)), float(scipy.special.expit(center + half))
 
 
 def auc_variance(auc: float, members: float, nonmembers: float) -> float:
@@ -224,7 +222,7 @@ def tpr_interval(
     found, total = np.sort(members), len(members)
     bars = np.r_[np.inf, np.sort(nonmembers)[::-1], -np.inf]
     above = np.arange(worth[1] + 1)
-    weight = binom.pmf(above, worth[1], fpr)
+    weight = scipy.stats.binom.pmf(above, worth[1], fpr)
     above, weight = above[weight > 1e-9], weight[weight > 1e-9]
     each = len(nonmembers) / worth[1]
     strict = bars[(above * each).astype(int)]
@@ -236,11 +234,11 @@ def tpr_interval(
     tail = (1 - level) / 2 * weight.sum()
 
     def too_low(tpr: float) -> float:
-        certain = beta.cdf(tpr, np.maximum(fewest, 1e-9), worth[0] - fewest + 1)
+        certain = scipy.stats.beta.cdf(tpr, np.maximum(fewest, 1e-9), worth[0] - fewest + 1)
         return float(weight @ np.where(fewest <= 0, 1.0, certain)) - tail
 
     def too_high(tpr: float) -> float:
-        certain = beta.sf(tpr, most + 1, np.maximum(worth[0] - most, 1e-9))
+        certain = scipy.stats.beta.sf(tpr, most + 1, np.maximum(worth[0] - most, 1e-9))
         return float(weight @ np.where(most >= worth[0], 1.0, certain)) - tail
 
     edge = 1e-12
@@ -251,4 +249,4 @@ def tpr_interval(
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
     """Returns where a function is 0 between two places at which its signs differ."""
-    return cast(float, brentq(function, low, high))
+    return cast(float, scipy.optimize.brentq(function, low, high))

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
-from scipy.stats import norm, rankdata
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from sama_jax.core import intervals
 from sama_jax.core.intervals import allowed_false_alarms, auc_errors, numbered
@@ -85,6 +84,8 @@ def usable(
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Returns the area under the ROC curve: P(member > non-member) + P(equal) / 2."""
     values, is_member = _checked(scores, labels)
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(is_member, values))
 
 
@@ -112,7 +113,7 @@ def paired_difference(
       `(difference, low, high)`; all 0 if both put the texts in the same order.
     """
     (a, is_member), (b, _) = _checked(scores_a, labels), _checked(scores_b, labels)
-    if (rankdata(a) == rankdata(b)).all():
+    if (scipy.stats.rankdata(a) == scipy.stats.rankdata(b)).all():
         return 0.0, 0.0, 0.0
     errors = auc_errors(np.stack([a, b], axis=1), is_member, _groups(groups))
     low, high = intervals.difference_interval(errors, _half_width(0.95))
@@ -167,6 +168,8 @@ def roc_points(
     The curve starts at (0, 0) with an infinite threshold and ends at (1, 1).
     """
     values, is_member = _checked(scores, labels)
+    from sklearn.metrics import roc_curve
+
     return roc_curve(is_member, values, drop_intermediate=False)
 
 
@@ -231,7 +234,7 @@ def _tpr_notes(
 
 def _half_width(level: float) -> float:
     """Returns the half width of an interval at `level` in standard deviations."""
-    return float(norm.isf((1 - level) / 2))
+    return float(scipy.stats.norm.isf((1 - level) / 2))
 
 
 def _groups(groups: ArrayLike | None) -> Int[np.ndarray, " n"] | None:

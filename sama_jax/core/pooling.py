@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm, t
+import scipy
 
 
 class Pooled(NamedTuple):
@@ -33,6 +33,10 @@ def pool(estimates: Sequence[float], intervals: Sequence[Sequence[float]]) -> Po
     width = np.sqrt(np.square((ends[:, 1] - ends[:, 0]) / 2).sum()) / count
     if count == 1:
         return Pooled(mean, float(ends[0, 0]), float(ends[0, 1]), 1)
-    between = values.std(ddof=1) / np.sqrt(count) * t.ppf(norm.cdf(1.96), count - 1)
+    between = (
+        values.std(ddof=1)
+        / np.sqrt(count)
+        * scipy.stats.t.ppf(scipy.stats.norm.cdf(1.96), count - 1)
+    )
     half = float(max(width, between))
     return Pooled(mean, mean - half, mean + half, count)

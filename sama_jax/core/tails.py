@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.stats import kurtosis
 
 TAIL = 0.05
 """Share of the values that a tail index is read from."""
@@ -44,7 +44,13 @@ def tails(values: Float[np.ndarray, " n"]) -> Tails:
     if len(values) < 100 or not np.isfinite(values).all() or np.ptp(values) == 0:
         raise ValueError("expected at least 100 finite values that differ")
     away = values - np.median(values)
-    return Tails(len(values), float(kurtosis(values)), l_kurtosis(values), hill(away), hill(-away))
+    return Tails(
+        len(values),
+        float(scipy.stats.kurtosis(values)),
+        l_kurtosis(values),
+        hill(away),
+        hill(-away),
+    )
 
 
 def l_kurtosis(values: Float[np.ndarray, " n"]) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest
 
 from sama_jax import attacks as attack_suite
 from sama_jax.attacks.registry import Attack
@@ -244,5 +244,5 @@ def told(content: Calibration, measured: Measured | None) -> Sequence[str]:
 def _share(count: int, total: int, what: str) -> str:
     if total == 0:
         return f"no {what}"
-    low, high = binomtest(count, total).proportion_ci(0.95, method="exact")
+    low, high = scipy.stats.binomtest(count, total).proportion_ci(0.95, method="exact")
     return f"{count} of {total} {what} ({100 * low:.1f} to {100 * high:.1f} %)"

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float
-from scipy.stats import mannwhitneyu
 
 from sama_jax.core import metrics
 from sama_jax.core.epsilon import epsilon_bound
@@ -123,7 +123,7 @@ def _bounds(
         values, labels = scores[chosen], included[chosen].astype(int)
         found["auc"] = metrics.auc(values, labels)
         found["auc_ci"] = list(metrics.auc_interval(values, labels))
-        found["p"] = float(mannwhitneyu(inside, outside, alternative="greater").pvalue)
+        found["p"] = float(scipy.stats.mannwhitneyu(inside, outside, alternative="greater").pvalue)
     return found
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy.stats import rankdata
 
 from sama_jax.validity import bounds
 from sama_jax.validity.gate import Gate, gate
@@ -181,7 +181,7 @@ def _shape(texts: Sequence[str], plain: dict[str, Float[np.ndarray, " n"]]) -> C
     """Compares texts by all plain features together, by their ranks: also what has no direction."""
     from sklearn.metrics.pairwise import rbf_kernel
 
-    ranks = np.stack([rankdata(x) / len(texts) for x in plain.values()], axis=1)
+    ranks = np.stack([scipy.stats.rankdata(x) / len(texts) for x in plain.values()], axis=1)
     return rbf_kernel(ranks, gamma=2.0)
 
 
@@ -249,7 +249,7 @@ def _aucs(
     scores: Float[np.ndarray, "..."], labels: Int[np.ndarray, "k n"]
 ) -> Float[np.ndarray, " k"]:
     """Returns the AUC of scores [n], or [k, n] with their own row a labelling, under each one."""
-    ranks = rankdata(scores, axis=-1)
+    ranks = scipy.stats.rankdata(scores, axis=-1)
     members = labels.sum(axis=1)
     sums = (labels * ranks).sum(axis=1) if ranks.ndim == 2 else labels @ ranks
     pairs = members * (labels.shape[1] - members)

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy.stats import fisher_exact
 
 from sama_jax.core.intervals import allowed_false_alarms
 from sama_jax.core.metrics import FPRS, tpr_name
@@ -179,7 +179,7 @@ def truncation(cut: Bool[np.ndarray, " n"], labels: Labels) -> Gate:
     """Asks whether one class is cut at the maximum length more often than the other."""
     members, others = cut[labels == 1], cut[labels == 0]
     table = [[members.sum(), (~members).sum()], [others.sum(), (~others).sum()]]
-    p = float(fisher_exact(table).pvalue)  # pyright: ignore  # SciPy's result has no stub
+    p = float(scipy.stats.fisher_exact(table).pvalue)  # pyright: ignore  # SciPy's result has no stub
     said = f"Cut: {members.mean():.0%} of the members, {others.mean():.0%} of the non-members"
     if p >= bounds.CUT_P:
         rest = "; the result speaks of their first tokens alone." if cut.any() else "."

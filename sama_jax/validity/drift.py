@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Int
-from scipy.stats import ks_2samp
 
 from sama_jax.validity.bounds import DRIFT_P
 from sama_jax.validity.gate import Gate, gate
@@ -16,7 +16,7 @@ def same_lengths(suspects: Sequence[int], calibration: Sequence[int]) -> Gate:
 
     A p-value compares a text with held-out ones, and scores depend on the length.
     """
-    found: Any = ks_2samp(suspects, calibration)
+    found: Any = scipy.stats.ks_2samp(suspects, calibration)
     p = float(found.pvalue)
     differ = p < DRIFT_P
     return gate(

@@ -1,8 +1,8 @@
 """Gates about the losses of target and reference. Each takes the mean losses of the texts."""
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy.stats import binomtest
 
 from sama_jax.validity import bounds
 from sama_jax.validity.gate import Gate, gate
@@ -72,7 +72,9 @@ def reference_better(target: Losses, reference: Losses) -> Gate:
         return gate(name, "not run", "No attack read the losses of both models.")
     count, texts = int((reference < target)[known].sum()), int(known.sum())
     share = count / texts
-    surely = binomtest(count, texts, bounds.WORSE_SHARE, "greater").pvalue < bounds.WORSE_P
+    surely = (
+        scipy.stats.binomtest(count, texts, bounds.WORSE_SHARE, "greater").pvalue < bounds.WORSE_P
+    )
     return gate(
         name,
         "warn" if surely else "pass",

@@ -6,12 +6,11 @@ text, so that shares stay comparable.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int, UInt64
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from sama_jax.texts.read import Text
 from sama_jax.validity import bounds
@@ -106,11 +105,13 @@ def _columns(sets: Sequence[Shingles]) -> tuple[list[Int[np.ndarray, "_"]], Int[
     return [np.sort(part) for part in parts], counts
 
 
-def _matrix(columns: Sequence[Int[np.ndarray, "_"]], width: int) -> csr_matrix:
-    """Makes a matrix of a row a text, with ones in these columns."""
+def _matrix(columns: Sequence[Int[np.ndarray, "_"]], width: int) -> Any:
+    """Makes a sparse matrix of a row a text, with ones in these columns."""
     every = np.concatenate([*columns, np.zeros(0, np.int64)])
     ends = np.cumsum([0, *map(len, columns)])
-    return csr_matrix((np.ones(len(every), np.int32), every, ends), shape=(len(columns), width))
+    return scipy.sparse.csr_matrix(
+        (np.ones(len(every), np.int32), every, ends), shape=(len(columns), width)
+    )
 
 
 def _chunks(pairs: Int[np.ndarray, "p 2"]) -> Iterator[Int[np.ndarray, "c 2"]]:
@@ -119,7 +120,7 @@ def _chunks(pairs: Int[np.ndarray, "p 2"]) -> Iterator[Int[np.ndarray, "c 2"]]:
 
 
 def _jaccard(
-    matrix: csr_matrix, sizes: Int[np.ndarray, " n"], pairs: Int[np.ndarray, "c 2"]
+    matrix: Any, sizes: Int[np.ndarray, " n"], pairs: Int[np.ndarray, "c 2"]
 ) -> Float[np.ndarray, " c"]:
     left, right = pairs.T
     both = np.asarray(matrix[left].multiply(matrix[right]).sum(axis=1)).ravel()
@@ -129,8 +130,8 @@ def _jaccard(
 def clusters(count: int, pairs: Int[np.ndarray, "p 2"]) -> Int[np.ndarray, " n"]:
     """Numbers the sets of texts that pairs connect, directly or over others."""
     ones = np.ones(len(pairs), np.int8)
-    graph = csr_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
+    graph = scipy.sparse.csr_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1]
 
 
 def joined(*numberings: Sequence[object]) -> Int[np.ndarray, " n"]:

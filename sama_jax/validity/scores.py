@@ -1,8 +1,8 @@
 """Gates about the scores of one attack: ties, saturation, and texts without a score."""
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy.stats import fisher_exact
 
 from sama_jax.core import inference, intervals, metrics
 from sama_jax.validity import bounds
@@ -61,7 +61,7 @@ def missing_scores(
     lacking = table[0][1] + table[1][1]
     if not lacking:
         return gate("missing_scores", "pass", f"Every labelled text has a score of {name}.")
-    p = float(fisher_exact(table)[1])  # pyright: ignore
+    p = float(scipy.stats.fisher_exact(table)[1])  # pyright: ignore
     many = lacking > bounds.MISSING_SHARE * (lacking + table[0][0] + table[1][0])
     why = "So many lack one" if many else "One class lacks them more often"
     return gate(
