@@ -4,7 +4,7 @@ No model and no device list: forward passes fill the store (`loop`), scores come
 so that a new statistic on an old store costs no pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -47,21 +47,20 @@ class Readings:
 
     # --- what is stored --------------------------------------------------------------------------
 
-    def missing(self, task: Task, role: str, text: str, *, here: bool = False) -> tuple[str, ...]:
+    def missing(self, task: Task, role: str, text: str) -> tuple[str, ...]:
         """Returns the channels of a task that are not stored yet for a text.
 
         Args:
           task: what is read.
           role: from which model.
           text: the text's key in the store.
-          here: count what only another process can read as missing.
         """
-        key, known = self.store_keys[role], self.store.has if here else self.store.exists
+        key, known = self.store_keys[role], self.store.exists
         return tuple(c for c in task.channels[role] if not known(key, task.stored(c), text))
 
-    def lacks(self, task: Task, text: str, *, here: bool = False) -> bool:
-        """Tells whether anything of a task is missing for a text."""
-        return any(self.missing(task, role, text, here=here) for role in task.channels)
+    def lacks(self, task: Task, text: str) -> bool:
+        """Tells whether anything of a task is missing for a text, in any process."""
+        return any(self.missing(task, role, text) for role in task.channels)
 
     def usable(self, attack: Attack) -> Bool[np.ndarray, " n"]:
         """Tells which texts have every view that an attack reads, each with a maskable token."""
@@ -70,14 +69,20 @@ class Readings:
             return np.zeros(self.num_texts, bool)
         return np.logical_and.reduce([self.tables[name].readable for name in names])
 
-    def ready(self, attack: Attack, row: int) -> bool:
-        """Tells whether all that a usable text's score needs can be read here."""
-        return all(
-            task.view in self.tables
-            and self.tables[task.view].exists[row]
-            and not self.lacks(task, self.tables[task.view].store_keys[row], here=True)
-            for task in self.tasks.needed_by(attack.name)
-        )
+    def ready(self, attack: Attack, rows: Iterable[int]) -> set[int]:
+        """Returns those of some usable texts of which all that the score needs can be read here."""
+        left = list(rows)
+        for task in self.tasks.needed_by(attack.name):
+            if task.view not in self.tables:
+                return set()
+            keys, exists = self.tables[task.view].store_keys, self.tables[task.view].exists
+            stored = [
+                self.store.texts(self.store_keys[role], task.stored(channel))
+                for role, channels in task.channels.items()
+                for channel in channels
+            ]
+            left = [row for row in left if exists[row] and all(keys[row] in s for s in stored)]
+        return set(left)
 
     def values(
         self, task: Task, rows: Sequence[int], role: str, channel: str = "nll"
@@ -165,8 +170,9 @@ class Readings:
             if attack.statistic is not None:
                 first, *rest = self.tasks.queries[attack.name]
                 own = reading(attack, first)._replace(views={n: reading(attack, n) for n in rest})
-                found[attack.name] = np.asarray(statistic(attack, settings, own))[: len(rows)]
-        return found
+                found[attack.name] = statistic(attack, settings, own)
+        # One is computed while the next one's readings are made.
+        return {name: np.asarray(values)[: len(rows)] for name, values in found.items()}
 
 
 def _require_planned(values: Float[np.ndarray, "b t l"], scored: Bool[np.ndarray, "b t l"]) -> None:

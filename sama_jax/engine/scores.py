@@ -37,15 +37,21 @@ def score_rows(
     usable = {a.name: readings.usable(a) for a in plain}
     # A view that is not made yet is not missing: its attacks are scored later.
     made = [a for a in plain if _views(readings, a) <= readings.tables.keys()]
+    rows = list(rows)
     todo: dict[int, list[Attack]] = {}
-    for row in rows:
-        left = [a for a in made if not folder.has_scores(ids[row], [a.name])]
-        if include_votes and not folder.has_votes(ids[row]):
-            left += [a for a in made if a.name == "sama" and a not in left]
-        due = [a for a in left if not usable[a.name][row] or readings.ready(a, row)]
-        if due:
-            todo[row] = due
-    order = list(todo)
+    for attack in made:
+        votes_too = include_votes and attack.name == "sama"
+        left = [
+            row
+            for row in rows
+            if not folder.has_scores(ids[row], [attack.name])
+            or (votes_too and not folder.has_votes(ids[row]))
+        ]
+        ready = readings.ready(attack, left)
+        for row in left:
+            if row in ready or not usable[attack.name][row]:
+                todo.setdefault(row, []).append(attack)
+    order = [row for row in dict.fromkeys(rows) if row in todo]
     for start in range(0, len(order), PLAN_ROWS):
         chunk = order[start : start + PLAN_ROWS]
         wanted = [a for a in plain if any(a in todo[r] for r in chunk)]

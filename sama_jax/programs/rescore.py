@@ -147,11 +147,11 @@ def _obstacle(
     made = all(task.view in tables for task in readings.tasks.all)
     scorable = readings.usable(attack) if made else text.readable
     rows = np.flatnonzero(scorable & text.readable).tolist()
-    lacking = [row for row in rows if not readings.ready(attack, row)]
+    lacking = len(rows) - len(readings.ready(attack, rows))
     if not lacking:
         return None
     return (
-        f"its passes were not made for {len(lacking)} of {text.num_texts} texts; "
+        f"its passes were not made for {lacking} of {text.num_texts} texts; "
         f"run the audit with --attacks {attack.name} on the same --out"
     )
 

@@ -21,8 +21,9 @@ later frames: what is no whole frame is skipped, and only its losses are compute
 import json
 import os
 import struct
+import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -64,12 +65,37 @@ def make_record(positions: np.ndarray, losses: np.ndarray) -> Record:
     )
 
 
-class _Place(NamedTuple):
+class _Frame(NamedTuple):
+    """Where the payload of a frame stands."""
+
     shard: Path
-    offset: int  # of the payload
-    row: int
+    offset: int
     rows: int
     passes: int
+    bytes: int
+
+
+class _Losses(NamedTuple):
+    """A frame's payload as arrays; each text's losses are one piece of it."""
+
+    counts: np.ndarray
+    """int32 [n, t]"""
+    ends: np.ndarray
+    """int64 [n + 1], where the pieces begin and end."""
+    positions: np.ndarray
+    losses: np.ndarray
+
+    def record(self, row: int) -> Record:
+        """Returns one text's."""
+        piece = slice(self.ends[row], self.ends[row + 1])
+        return Record(self.counts[row], self.positions[piece], self.losses[piece])
+
+
+FRAME_BYTES = 2**26
+"""Bytes of frames that are kept once they are read: texts are scored in the order of their batches,
+which asks for the same few frames again and again."""
+_ROWS = 2**20
+"""More than the texts of a frame: a record's place is one number, (frame, row)."""
 
 
 class LossStore:
@@ -83,7 +109,11 @@ class LossStore:
           shard: the name of the one that this process appends to.
           writes: False: nothing is appended, and no file is made or changed.
         """
-        self._places: dict[tuple[str, str, str], _Place] = {}
+        self._places: dict[tuple[str, str], dict[str, int]] = {}
+        self._frames: list[_Frame] = []
+        self._read: dict[int, _Losses] = {}
+        self._held = 0  # bytes of them
+        self._files: dict[Path, BinaryIO] = {}
         self._ends: dict[Path, int] = {}
         self._elsewhere: set[tuple[str, str, str]] = set()
         self.num_records = 0
@@ -119,27 +149,32 @@ class LossStore:
                     continue
                 header, head_bytes, payload_bytes = frame
                 self.damaged_bytes += at - end
-                self._add(header, path, at + _PREFIX.size + head_bytes)
+                self._add(header, path, at + _PREFIX.size + head_bytes, payload_bytes)
                 at = end = at + _PREFIX.size + head_bytes + payload_bytes
         return end
 
-    def _add(self, header: dict, shard: Path, offset: int) -> None:
-        texts = header["texts"]
+    def _add(self, header: dict, shard: Path, offset: int, size: int) -> None:
+        texts, number = header["texts"], len(self._frames)
+        self._frames.append(_Frame(shard, offset, len(texts), header["passes"], size))
+        places = self._places.setdefault((header["model"], header["plan"]), {})
         for row, text in enumerate(texts):
-            key = (header["model"], header["plan"], text)
-            self._places[key] = _Place(shard, offset, row, len(texts), header["passes"])
+            places[sys.intern(text)] = number * _ROWS + row
         self.num_records += len(texts)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(map(len, self._places.values()))
 
     def keys(self) -> list[tuple[str, str, str]]:
         """Returns (model, plan, text) of every record."""
-        return list(self._places)
+        return [(*of, text) for of, places in self._places.items() for text in places]
 
     def has(self, model: str, plan: str, text: str) -> bool:
         """Tells whether the losses of (model, plan, text) can be read here."""
-        return (model, plan, text) in self._places
+        return text in self._places.get((model, plan), ())
+
+    def texts(self, model: str, plan: str) -> Collection[str]:
+        """Returns the texts whose losses under a plan can be read here."""
+        return self._places.get((model, plan), {}).keys()
 
     def exists(self, model: str, plan: str, text: str) -> bool:
         """Tells whether the losses are stored, here or by another process."""
@@ -164,33 +199,56 @@ class LossStore:
         frame = _PREFIX.pack(_MAGIC, len(head), len(payload), crc) + head + payload
         assert self._shard is not None, "opened for reading alone"
         start = self._shard.append(frame)
-        self._add(header, self._shard.path, start + _PREFIX.size + len(head))
+        self._add(header, self._shard.path, start + _PREFIX.size + len(head), len(payload))
 
     def read(self, model: str, plan: str, text: str) -> Record:
         """Reads the stored losses of one text. Raises `KeyError` if there are none."""
-        place = self._places[(model, plan, text)]
-        with readable(place.shard), place.shard.open("rb") as file:
+        number, row = divmod(self._places[model, plan][text], _ROWS)
+        return self._losses(number).record(row)
 
-            def array(offset: int, kind: str, count: int) -> np.ndarray:
-                file.seek(offset)
-                return np.frombuffer(file.read(count * np.dtype(kind).itemsize), kind)
+    def _losses(self, number: int) -> _Losses:
+        """Reads a frame, or finds it among those that were read last."""
+        found = self._read.pop(number, None)
+        if found is None:
+            frame = self._frames[number]
+            found = _decoded(frame, self._payload(frame))
+            self._held += frame.bytes
+        self._read[number] = found  # the last one
+        while self._held > FRAME_BYTES and len(self._read) > 1:
+            oldest = next(iter(self._read))
+            self._held -= self._frames[oldest].bytes
+            del self._read[oldest]
+        return found
 
-            counts = array(place.offset, "<i4", place.rows * place.passes)
-            counts = counts.reshape(place.rows, place.passes)
-            before = int(counts[: place.row].sum())
-            here = int(counts[place.row].sum())
-            positions = place.offset + counts.nbytes
-            losses = positions + 2 * int(counts.sum())
-            return Record(
-                counts[place.row],
-                array(positions + 2 * before, "<u2", here),
-                array(losses + 4 * before, "<f4", here),
-            )
+    def _payload(self, frame: _Frame) -> bytes:
+        with readable(frame.shard):
+            if frame.shard not in self._files:
+                self._files[frame.shard] = frame.shard.open("rb", buffering=0)
+            file = self._files[frame.shard]
+            file.seek(frame.offset)
+            payload = file.read(frame.bytes)
+            if len(payload) < frame.bytes:
+                raise ValueError("it has become shorter")
+        return payload
 
     def close(self) -> None:
-        """Closes the shard that this process appends to."""
+        """Closes the shards."""
         if self._shard is not None:
             self._shard.close()
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+def _decoded(frame: _Frame, payload: bytes) -> _Losses:
+    size = frame.rows * frame.passes
+    counts = np.frombuffer(payload, "<i4", size).reshape(frame.rows, frame.passes)
+    ends = np.concatenate([[0], np.cumsum(counts.sum(axis=1, dtype=np.int64))])
+    return _Losses(
+        counts,
+        ends,
+        np.frombuffer(payload, "<u2", ends[-1], 4 * size),
+        np.frombuffer(payload, "<f4", ends[-1], 4 * size + 2 * int(ends[-1])),
+    )
 
 
 def _read_frame(file: BinaryIO, at: int, size: int) -> tuple[dict[str, Any], int, int] | None:
