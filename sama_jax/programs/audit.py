@@ -51,6 +51,7 @@ from sama_jax.programs.audit_records import (
     write_densities,
 )
 from sama_jax.programs.data_gates import data_gates
+from sama_jax.programs.finished import finished_run
 from sama_jax.programs.jobs import AuditJob
 from sama_jax.programs.second_seed import score_again
 from sama_jax.storage.calibration_file import withdraw_stale
@@ -111,6 +112,11 @@ def run_audit(job: AuditJob) -> AuditResult | None:
     require_adapters_ids(adapters, inputs.tokenizer, inputs.texts)
     chosen = choose_attacks(job, wanted, inputs)
     tokenised = tokenise(job, inputs, chosen.prefixes, quiet=quiet)
+    done = None if job.dry_run else finished_run(job, inputs, chosen, tokenised)
+    if done is not None:
+        say.print(f"{job.out}: finished before, and nothing has changed since")
+        require_valid(job.out, done.metrics["validity"], done.notes, strict=job.strict)
+        return AuditResult(done.rows, done.metrics, done.cost, job.out)
     data = data_gates(job, inputs, tokenised)
     tasks = inputs.tasks_of(chosen.attacks, job.settings, tokenised.replayed)
     require_sama(job, tasks)

@@ -33,7 +33,7 @@ from sama_jax.errors import DataError, Interrupted, UsageError
 from sama_jax.models.attention_mask import mask_of
 from sama_jax.programs.audit_inputs import Chosen, Inputs, Prefixes, Tokenised
 from sama_jax.programs.jobs import AuditJob
-from sama_jax.programs.run_identity import digest, run_identity
+from sama_jax.programs.run_identity import digest, run_identity, source_digest
 from sama_jax.storage import replay
 from sama_jax.storage.files import require_free, write_json
 from sama_jax.storage.protocol import Protocol, known_protocol, require_same, write_protocol
@@ -217,6 +217,7 @@ def about(job: AuditJob, inputs: Inputs) -> dict[str, Any]:
         "preset_hash": settings_hash(job.settings.sama, job.settings.likelihood),
         "seed": job.settings.seed,
         "command": job.command,
+        "source": source_digest(),
         "target": str(job.target),
         **({"reference": _named(job.references)} if job.references else {}),
         **({"reference_tokenizer": OWN} if inputs.reference_tokenizer is not None else {}),

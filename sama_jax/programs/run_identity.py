@@ -3,9 +3,10 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from sama_jax import __version__
+from sama_jax import __version__, isolation
 from sama_jax.arrays import Encoded
 from sama_jax.config import AuditSettings, settings_hash
 from sama_jax.engine.roles import ModelRole, loss_identity, pad_id
@@ -67,6 +68,17 @@ def form_of(texts: Sequence[Text]) -> str:
     """Names how records became these texts: by which template, and what of it is scored."""
     found = {"plain texts" if t.rendered is None else t.rendered.form for t in texts}
     return " and ".join(sorted(found))
+
+
+def source_digest() -> str:
+    """Hashes the files of this package, which make a report of the same scores: 16 hex digits."""
+    found, package = hashlib.sha256(), Path(isolation.HOME) / "sama_jax"
+    for path in sorted(p for p in package.rglob("*") if p.suffix in _SOURCES):
+        found.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+_SOURCES = {".py", ".j2", ".css", ".js"}
 
 
 def digest(texts: Sequence[Text]) -> str:

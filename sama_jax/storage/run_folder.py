@@ -86,7 +86,7 @@ _MANIFEST: Shape = {
     **{f"{name}?": str for name in ("target", "reference_tokenizer")},
     **{f"{name}?": (str, [str]) for name in ("reference", "adapter")},
     **{f"{name}?": str for name in ("device", "dtype", "attention", "matmul_precision")},
-    **{f"{name}?": str for name in ("preset", "preset_hash", "session", "model")},
+    **{f"{name}?": str for name in ("preset", "preset_hash", "session", "source", "model")},
     "command?": (str, None),
     "seed?": int,
 }
