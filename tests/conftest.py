@@ -4,6 +4,7 @@ At the end, the largest differences from PyTorch that the parity tests recorded,
 """
 
 import os
+from pathlib import Path
 
 # Compiling is most of the work here, and the programs run for milliseconds: with LLVM's expensive
 # passes the suite takes half as long again, and with fusions made through MLIR a compilation takes
@@ -39,6 +40,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 assert jax.device_count() == 8
+
+# Processes that tests start share their compiled programs, and leave the user's cache alone. This
+# process has imported JAX already, and compiles what it tests. A size makes JAX lock the folder.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 
 
 _WRITE_FIGURES, _SHOWN_FIGURES = pictures.write_figures, html.shown_figures

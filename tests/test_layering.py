@@ -163,6 +163,7 @@ def test_no_file_imports_itself_through_others():
 def test_the_command_line_imports_what_needs_jax_only_when_it_runs_a_command():
     light = {"config", "errors", "terminal", "untrusted", "cli", "programs.jobs"}
     light |= {f"devices.{name}" for name in ("child_process", "rank", "processes", "secret")}
+    light.add("devices.compile_cache")
     for name, path in MODULES.items():
         if name.startswith("sama_jax.cli"):
             early = {i.split(".", 1)[1] for i in imports(path, lazy=False) if "sama_jax." in i}

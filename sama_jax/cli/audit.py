@@ -190,11 +190,9 @@ def job_of(
     """Makes the job of the flags: reads the texts, and meets the other processes."""
     from sama_jax import attacks
     from sama_jax.devices import mesh
-    from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.forms import form_of
     from sama_jax.texts.read import read_texts
 
-    use_compile_cache(args.compile_cache)
     if peers is not None and peers.jax is not None:
         mesh.connect(*peers.jax, peers.count, peers.rank)
     attacks.select(args.attacks)  # names that are wrong, before long files are read

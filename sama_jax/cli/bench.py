@@ -28,7 +28,8 @@ def add(commands: Any) -> None:
     work.add_argument(
         "--growth", action="store_true", help="instead: cost by number of texts, length and passes"
     )
-    flags.add_compile_cache(work)
+    flags.add_compile_cache(work, "nowhere, since compiling is measured")
+    p.set_defaults(measures_compiling=True)
     flags.add_set(work)
     outputs = p.add_argument_group("outputs")
     outputs.add_argument("--json", type=Path, metavar="F", help="write the results there, too")

@@ -152,13 +152,18 @@ def add_budget(parser: Flags) -> None:
     flags_of(parser, AuditSettings, "passes", default=None)
 
 
-def add_compile_cache(parser: Flags) -> None:
-    """Adds the folder of compiled programs."""
+def add_compile_cache(
+    parser: Flags, default: str = "a folder of yours in your cache folder"
+) -> None:
+    """Adds where compiled programs are kept."""
     parser.add_argument(
         "--compile-cache",
         type=Path,
         metavar="DIR",
-        help="keep compiled programs there (default: JAX_COMPILATION_CACHE_DIR)",
+        help=f"keep compiled programs there (default: JAX_COMPILATION_CACHE_DIR, else {default})",
+    )
+    parser.add_argument(
+        "--no-compile-cache", action="store_true", help="compile every program anew, and keep none"
     )
 
 

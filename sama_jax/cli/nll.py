@@ -41,12 +41,10 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--passes must be at least 2: one pass has no standard error")
     args.set = [f"likelihood.passes={args.estimates}", *args.set]
     settings = flags.settings_of(args, AuditSettings)
-    from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.forms import form_of
     from sama_jax.programs.nll import RESULT, run_nll
     from sama_jax.texts.read import read_texts
 
-    use_compile_cache(args.compile_cache)
     form = form_of(args.template, args.loss_on, args.end_tokens, args.model)
     texts = read_texts(args.data, args.text_field, args.label_field, form=form)
     options = {"mask_id": args.mask_id, "attention_mask": args.attention_mask}

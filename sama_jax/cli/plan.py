@@ -15,6 +15,7 @@ def add(commands: Any) -> None:
     """Adds the command and its flags."""
     summary = "Memory and time of an audit on TPUs that you need not have, or on CPUs."
     p = command_of(commands, "plan", summary, run, continues=False)
+    p.set_defaults(measures_compiling=True)
     flags.flags_of(p, PlanJob, "model", "topology", "mesh", "rows")
     p.add_argument(
         "--models",

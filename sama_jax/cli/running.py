@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from sama_jax import terminal
 from sama_jax.cli.config_file import with_config
-from sama_jax.devices import processes
+from sama_jax.devices import compile_cache, processes
 from sama_jax.devices.child_process import failed_allocation
 from sama_jax.errors import (
     EXIT_CODES,
@@ -118,6 +118,7 @@ def run_program(program: str, parser: Parser, argv: Sequence[str] | None) -> int
         _end_on_signals(f"{name}: {interrupted}")
     try:
         with _shortage(args):
+            _keep_programs(args, owns=argv is None)
             code = args.run(args) or 0
             sys.stdout.flush()
             return code
@@ -136,6 +137,24 @@ def run_program(program: str, parser: Parser, argv: Sequence[str] | None) -> int
         if stopped and argv is None:
             os._exit(code)
         return code
+
+
+def _keep_programs(args: argparse.Namespace, *, owns: bool) -> None:
+    """Turns JAX's compile cache on or off, before anything imports JAX.
+
+    By default it is on in a process that is ours, unless the command measures compiling.
+    """
+    given = vars(args)
+    if given.get("no_compile_cache"):
+        if given["compile_cache"] is not None:
+            raise UsageError("--compile-cache and --no-compile-cache exclude each other")
+        compile_cache.leave_compile_cache()
+        return
+    if owns or given.get("compile_cache"):
+        compile_cache.use_compile_cache(given.get("compile_cache"))
+    by_default = owns and not given.get("measures_compiling")
+    if by_default and (told := compile_cache.use_default_cache()):
+        _say(f"note: {told}")
 
 
 def _say(line: str) -> None:

@@ -22,10 +22,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Scores and prints the table."""
-    from sama_jax.devices.compile_cache import use_compile_cache
     from sama_jax.programs.rescore import run_score
 
-    use_compile_cache(args.compile_cache)
     result = run_score(args.store, args.attacks, quiet=args.quiet)
     if not args.quiet:
         print_result(result)
