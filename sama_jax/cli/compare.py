@@ -1,7 +1,9 @@
 """`sama-jax compare` and `sama-jax watch`: the same texts under several targets."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sama_jax.cli import audit
@@ -11,6 +13,9 @@ from sama_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from sama_jax.reporting.comparison import Line
+
+_ALL: Mapping[str, str] = MappingProxyType({})
+"""No run is without a result."""
 
 
 def add(commands: Any) -> None:
@@ -29,10 +34,11 @@ def add(commands: Any) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Prints the table; with --out, writes it and the figure."""
-    from sama_jax.programs.compare import PAGE, compare_runs
+    from sama_jax.programs.compare import PAGE, compare_runs, require_sound
 
     lines = compare_runs(args.runs, args.out)
     _show(lines, args.out and args.out / PAGE)
+    require_sound(lines)
 
 
 def watch(args: argparse.Namespace) -> None:
@@ -43,28 +49,27 @@ def watch(args: argparse.Namespace) -> None:
             raise UsageError(f"--{flag} is of one audit, and a watch makes several; leave it out")
     if args.coordinator or args.distributed:
         raise UsageError("a watch runs on one host; audit the checkpoints one by one")
-    from sama_jax.programs.compare import PAGE, first_model, watch
+    from sama_jax.programs.compare import PAGE, first_model, require_all, watch
 
     # Stands in for each of them; a folder's own template is read from it.
     args.target = first_model(args.checkpoints) or (args.reference or [None])[0]
     settings = audit.checked(args)
     del args.flags["target"]
     save_config(args.save_config, "watch CHECKPOINTS", args.flags)
-    lines = watch(audit.job_of(args, settings), args.checkpoints)
-    if lines and not args.quiet:
-        _show(lines, args.out / PAGE)
+    found = watch(audit.job_of(args, settings), args.checkpoints)
+    if found.lines and not args.quiet:
+        _show(found.lines, args.out / PAGE, found.without)
+    require_all(found.failed)
 
 
-def _show(lines: "list[Line]", page: Path | None) -> None:
-    """Prints what has to be known, then the table. Raises `ValidityError` where a run is void."""
-    from sama_jax.programs.compare import require_sound
+def _show(lines: "list[Line]", page: Path | None, without: Mapping[str, str] = _ALL) -> None:
+    """Prints what has to be known, then the table."""
     from sama_jax.reporting import comparison
     from sama_jax.terminal import results_console
 
-    for line in comparison.first_lines(lines):
+    for line in comparison.first_lines(lines, without):
         print(line)
     results_console().print(comparison.table(lines))
     print(comparison.NOTE)
     if page is not None:
         print(f"comparison: {page}")
-    require_sound(lines)

@@ -40,6 +40,8 @@ def open_models(job: AuditJob, texts: list[Text]) -> Models:
     target = model_folder.open_folder(job.target, adapter=job.adapter, **options)
     if settings.dtype == "auto":  # each folder's own would look like a difference of the models
         options["dtype"] = str(target.model.dtype)
+    if job.reference_attention_mask and not job.references:
+        raise UsageError("--reference-attention-mask is of a reference, and there is none")
     options["attention_mask"] = job.reference_attention_mask or job.attention_mask
     if own := job.reference_tokenizer == "own":
         require_spans(job, texts)

@@ -80,10 +80,12 @@ def open_run(
     _require_protocol(job, run, protocol)
     folder, shared = _open_folder(job, run, about(job, inputs))
     try:
+        fixed = _fix(job, folder, protocol, inputs.store_keys)
         if job.flags and folder.writes:
-            write_yaml(job.out / CONFIG, REPEATS.format("audit"), dict(job.flags))
+            flags = _repeating(job.flags, names, folder, fixed)
+            write_yaml(job.out / CONFIG, REPEATS.format("audit"), flags)
         folder.write_manifest(
-            protocol=asdict(_fix(job, folder, protocol, inputs.store_keys)),
+            protocol=asdict(fixed),
             attacks=names,
             not_computed=chosen.left_out,
             settings=asdict(job.settings),
@@ -97,6 +99,18 @@ def open_run(
         raise interrupted(job) from None
     finally:
         folder.close()
+
+
+def _repeating(
+    flags: Mapping[str, Any], names: Sequence[str], folder: RunFolder, protocol: Protocol
+) -> dict[str, Any]:
+    """Returns flags that repeat a whole folder, with what its earlier goes scored and declared."""
+    made = [name for name in ("pipeline_control", "second_seed") if (folder.path / name).is_dir()]
+    found = {**flags, **{name.replace("_", "-"): True for name in made}}
+    if earlier := [name for name in folder.manifest.get("codes") or {} if name not in names]:
+        found |= {"attacks": [*names, *earlier], "primary": protocol.primary}
+        found |= {"family": list(protocol.family), "margin": protocol.margin}
+    return found
 
 
 def declared(

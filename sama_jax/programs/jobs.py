@@ -29,6 +29,22 @@ def _at_least_one(job: Any, *names: str) -> None:
             raise UsageError(f"{name} must be a whole number of at least 1, got {shown(value)}")
 
 
+_PATHS = ("target", "out", "reference", "adapter", "split", "plan", "save_plan", "save_losses")
+_PATHS += ("store",)
+_set = object.__setattr__  # of a frozen dataclass, while it is made
+
+
+def _path(given: Any) -> Any:
+    """Makes a `Path` of a str, and of each in a sequence; the word "none" is left to the flags."""
+    if isinstance(given, list | tuple):
+        return type(given)(map(_path, given))
+    if isinstance(given, str):
+        return Path(given)
+    if given is None or isinstance(given, Path):
+        return given
+    raise UsageError(f"expected a path, got {shown(given)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditJob:
     """What to audit, and where the results go."""
@@ -126,6 +142,17 @@ class AuditJob:
 
     def __post_init__(self):
         _at_least_one(self, "limit", "batch_size", "stride", "top_windows")
+        for name in _PATHS:
+            _set(self, name, _path(getattr(self, name)))
+        for name in ("attacks", "family"):
+            given = getattr(self, name)
+            _set(self, name, (given,) if isinstance(given, str) else given)
+        for name in ("texts", "prefixes", "control"):
+            given = getattr(self, name)
+            if given is not None and not hasattr(given, "texts"):
+                raise UsageError(
+                    f"{name} must be what read_texts returns, got a {type(given).__name__}"
+                )
 
     @property
     def references(self) -> list[Path]:

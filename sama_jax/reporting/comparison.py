@@ -1,6 +1,7 @@
 """Compares runs on the same texts: several targets, by attack, each difference paired."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypedDict
 
 from markupsafe import Markup
@@ -130,9 +131,17 @@ def _score(row: Row, attack: str) -> float | None:
 # --- showing it -----------------------------------------------------------------------------------
 
 
-def first_lines(lines: Sequence[Line]) -> list[str]:
-    """Says what has to be known before the numbers are read."""
-    said = [
+def first_lines(
+    lines: Sequence[Line], without: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """Says what has to be known before the numbers are read.
+
+    Args:
+      lines: of the runs.
+      without: name -> why it has no result, of what would be a run.
+    """
+    said = [f"no result: {name} ({reason})" for name, reason in without.items()]
+    said += [
         f"void: {line['name']} ({', '.join(line['void'])}); its numbers mean nothing"
         for line in lines
         if line["void"]
@@ -178,7 +187,7 @@ def table(lines: Sequence[Line]) -> Table:
     return made
 
 
-def page(lines: Sequence[Line]) -> str:
+def page(lines: Sequence[Line], without: Mapping[str, str] = MappingProxyType({})) -> str:
     """Returns one HTML file that loads and runs nothing: a figure and the table."""
     from sama_jax.reporting import svg  # Matplotlib: a second to import
 
@@ -192,7 +201,7 @@ def page(lines: Sequence[Line]) -> str:
     figures = [svg.draw_runs([line["name"] for line in lines], series)]
     return environment.get_template("comparison.html.j2").render(
         style=Markup(style),
-        notes=first_lines(lines),
+        notes=first_lines(lines, without),
         header=header,
         rows=rows,
         verdicts=[(line["name"], line["verdict"]) for line in lines],

@@ -5,6 +5,7 @@ gives it neither files nor Python; it may still take long, and so it is run for 
 asked for it.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from sama_jax.texts.conversations import FOLDER, NAMED, Turn
 from sama_jax.untrusted import printable, read_bytes, read_json
 
 JINJA, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+CHANGING = re.compile(r"strftime_now|\|\s*random\b|\blipsum\b")
+"""What a template calls to read the clock, or to draw at random: its prompts then change."""
 NEXT = Turn("user", "And then?")
 """Stands behind a conversation to see whether its text stays the same."""
 
@@ -96,13 +99,19 @@ def _answer(text: str, content: str) -> list[Piece]:
 def folder_template(*paths: Path) -> FolderTemplate:
     """Reads the chat template of a model folder, or of one of its adapters behind it.
 
-    Raises `ModelError` if none of them has one, or two have different ones.
+    Raises `ModelError` if none of them has one, two have different ones, or it reads the clock.
     """
     found = one_template(*paths)
     if found is None:
         raise ModelError(
             f"{' and '.join(map(str, paths))}: no chat template ({JINJA}, or chat_template in "
             f"{CONFIG}); choose one of {', '.join(NAMED)}"
+        )
+    if changing := CHANGING.search(found.source):
+        raise ModelError(
+            f"{found.where}: its chat template reads the clock or draws at random "
+            f"({changing[0]}), so tomorrow's prompts would be others than today's; write what the "
+            f"training has read into a copy of it, or choose one of {', '.join(NAMED)}"
         )
     return found
 

@@ -151,6 +151,31 @@ def test_numbers_in_names_count_as_numbers(tmp_path: Path):
     assert found == ["step-9", "step-9b", "step-10"]
 
 
+def test_a_watch_ends_with_what_is_void_and_passes_over_what_is_not_whole(box: Box, capsys):
+    checkpoints = box.path / "checkpoints"
+    shutil.copytree(box.reference, checkpoints / "step-0")
+    for step in (1, 2):
+        tiny.folder(checkpoints / f"step-{step}", seed=20 + step)
+    command = [*watch_command(box._replace(target=checkpoints), box.out), "--quiet"]
+    command[command.index("--attacks") + 1] = "loss"
+    said = run(capsys, command)
+    assert_one_line(said, 5, "1 checkpoint has no valid result; step-0:")
+    found = json.loads((box.out / "comparison.json").read_text())
+    assert [line["name"] for line in found["runs"]] == ["step-1", "step-2"]
+    assert "same model" in found["without_result"]["step-0"]
+    assert "no result: step-0" in (box.out / "comparison.html").read_text()
+    shutil.rmtree(checkpoints / "step-0")
+    (checkpoints / "step-1" / "model.safetensors").unlink()
+    said = run(capsys, command)
+    assert_one_line(said, 4, "1 checkpoint has no valid result; step-1:")
+    assert (box.out / "step-2" / "scores.jsonl").is_file()
+    (checkpoints / "step-2" / "adapter_config.json").write_text("{}")
+    assert_one_line(run(capsys, command), 2, "is a whole model or an adapter")
+    (checkpoints / "step-2").rename(checkpoints / "losses")
+    (checkpoints / "losses" / "adapter_config.json").unlink()
+    assert_one_line(run(capsys, command), 2, "give this one another name")
+
+
 def test_another_mask_of_the_target_is_more_than_another_target():
     runs = [
         compare.Finished("a", [], {"run": {"target.weights": w, "target.attention_mask": m}}, {})

@@ -130,3 +130,17 @@ def test_saving_replaces_no_file_of_another_kind(box: Box, capsys):
     for _ in range(2):
         assert run(capsys, [*command, str(new)]).code == 0
     assert yaml.safe_load(new.read_text())["data"] == str(box.data)
+
+
+def test_the_file_of_a_folder_made_in_two_goes_repeats_both(box: Box, capsys):
+    for attacks in ("loss", "sama"):
+        assert run(capsys, box.command(attacks=attacks)).code == 0
+    kept = yaml.safe_load((box.out / "audit.yaml").read_text())
+    assert set(kept["attacks"]) == {"loss", "sama"}
+    assert kept["primary"] == "loss"  # what was declared before the first pass
+    again = box.path / "again"
+    argv = ["audit", "--config", str(box.out / "audit.yaml"), "--out", str(again)]
+    assert run(capsys, argv).code == 0
+    first, second = (json.loads((x / "metrics.json").read_text()) for x in (box.out, again))
+    assert second["attacks"] == first["attacks"]
+    assert second["verdict"]["declared"] == first["verdict"]["declared"]

@@ -367,3 +367,17 @@ def test_a_reference_that_learnt_nothing_is_void_beside_one_that_did():
     gates = each_learnt(found, np.full(n, 5.0), "token", {"reference2": "reference2 b"})
     assert [(g["name"], g["status"]) for g in gates] == [("reference_learnt", "void")]
     assert "The reference2 b predicts" in gates[0]["sentence"]
+
+
+def test_paths_and_names_may_be_words(box, tmp_path):
+    given = {"target": str(box / "target"), "reference": str(box / "a"), "out": str(tmp_path / "r")}
+    made = replace(job(box, tmp_path), **given, attacks="loss", family="loss")
+    assert made.references == [box / "a"]
+    assert (made.out, made.target) == (tmp_path / "r", box / "target")
+    assert (made.attacks, made.family) == (("loss",), ("loss",))
+    with pytest.raises(UsageError, match="texts must be what read_texts returns, got a list"):
+        job(box, tmp_path, texts=["karo"])
+    with pytest.raises(UsageError, match="expected a path"):
+        replace(job(box, tmp_path), out=3)
+    with pytest.raises(UsageError, match="of a reference, and there is none"):
+        audit(box, tmp_path / "run", attacks=["loss"], reference_attention_mask="clean:8")

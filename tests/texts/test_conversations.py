@@ -418,3 +418,10 @@ def test_a_form_is_named_by_all_that_its_texts_depend_on(tmp_path: Path):
     assert form_of(made.texts) == form().name
     plain = read_texts(put(tmp_path / "p.jsonl", {"text": "ka"}))
     assert form_of([*plain.texts, *made.texts]) == f"{form().name} and plain texts"
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", "['a', 'b'] | random", "lipsum()"])
+def test_a_folders_template_that_changes_from_day_to_day_is_refused(tmp_path: Path, call: str):
+    source = f"Today: {{{{ {call} }}}} {LLAMA}"
+    with pytest.raises(ModelError, match=r"reads the clock or draws at random"):
+        folder_template(template_folder(tmp_path / "f", source))
