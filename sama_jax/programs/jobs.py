@@ -147,12 +147,6 @@ class AuditJob:
         for name in ("attacks", "family"):
             given = getattr(self, name)
             _set(self, name, (given,) if isinstance(given, str) else given)
-        for name in ("texts", "prefixes", "control"):
-            given = getattr(self, name)
-            if given is not None and not hasattr(given, "texts"):
-                raise UsageError(
-                    f"{name} must be what read_texts returns, got a {type(given).__name__}"
-                )
 
     @property
     def references(self) -> list[Path]:

@@ -26,7 +26,7 @@ from sama_jax.errors import ModelError, UsageError, ValidityError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs.audit import AuditResult, run_audit
 from sama_jax.programs.audit_gates import each_learnt
-from sama_jax.programs.jobs import AuditJob
+from sama_jax.programs.jobs import AuditJob, _path
 from sama_jax.programs.rescore import run_score
 from sama_jax.storage.loss_store import LossStore
 from sama_jax.storage.text_index import INDEX, read_index
@@ -369,15 +369,14 @@ def test_a_reference_that_learnt_nothing_is_void_beside_one_that_did():
     assert "The reference2 b predicts" in gates[0]["sentence"]
 
 
-def test_paths_and_names_may_be_words(box, tmp_path):
-    given = {"target": str(box / "target"), "reference": str(box / "a"), "out": str(tmp_path / "r")}
-    made = replace(job(box, tmp_path), **given, attacks="loss", family="loss")
-    assert made.references == [box / "a"]
-    assert (made.out, made.target) == (tmp_path / "r", box / "target")
-    assert (made.attacks, made.family) == (("loss",), ("loss",))
-    with pytest.raises(UsageError, match="texts must be what read_texts returns, got a list"):
-        job(box, tmp_path, texts=["karo"])
+def test_paths_may_be_words_and_nothing_else():
+    assert _path("a/b") == Path("a/b")
+    assert _path(["a", Path("b")]) == [Path("a"), Path("b")]
+    assert _path(None) is None
     with pytest.raises(UsageError, match="expected a path"):
-        replace(job(box, tmp_path), out=3)
+        _path(3)
+
+
+def test_a_mask_of_no_reference_is_refused(box, tmp_path):
     with pytest.raises(UsageError, match="of a reference, and there is none"):
         audit(box, tmp_path / "run", attacks=["loss"], reference_attention_mask="clean:8")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import peft
@@ -56,11 +57,12 @@ def write(path: Path, texts: list[str]) -> Path:
 
 def logits(folder: model_folder.ModelFolder, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
     raw = dataclasses.replace(folder.model, shift=False)  # pyright: ignore  as PyTorch's are
+    given = jnp.asarray(tokens), jnp.asarray(valid)
     params = loading.load(folder, loop.device())
 
     @jax.jit
     def forward(params: Any) -> Any:
-        return raw.logits(params, raw.hidden(params, tokens, valid))
+        return raw.logits(params, raw.hidden(params, *given))
 
     return np.asarray(forward(params))
 
@@ -167,13 +169,14 @@ def test_base_and_adapter_score_as_the_merged_folder(inputs, tmp_path):
     saving.save_folder(tmp_path / "merged", params, folder.model, folder.config, base, weights)
     texts = tiny.write_texts(tmp_path / "audited.jsonl", TEXTS[:6] + tiny.texts(6, seed=9))
     command = ["audit", "--reference", base, "--data", texts, *tiny.SETTINGS, "--quiet"]
-    command += ["--attacks", "sama,loss", "--accept-invalid"]
+    command += ["--attacks", "sama,loss"]
     for name, target in {
         "beside": ["--target", base, "--adapter", out],
         "merged": ["--target", tmp_path / "merged"],
     }.items():
         given = [*command, *target, "--out", tmp_path / name]
-        assert entry.main([str(x) for x in given]) == 0
+        # The base has learnt nothing, so the run may be void; its scores are written all the same.
+        assert entry.main([str(x) for x in given]) in (0, 5)
     beside, merged = (
         [json.loads(line)["scores"] for line in (tmp_path / n / "scores.jsonl").open()]
         for n in ("beside", "merged")

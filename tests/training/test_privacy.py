@@ -90,13 +90,18 @@ def naive_sum(
     norms = []
     for row in rows:
         one = np.array([row])
+        tokens, valid, learned = (
+            jnp.asarray(x)
+            for x in (made.padded.tokens[one], made.padded.valid(one), made.padded.learned[one])
+        )
         keys = TextKeyData(made.keys.high[row], made.keys.low[row])
         mask_key = jax.random.fold_in(jax.random.fold_in(key, keys.high), keys.low)
 
-        def loss(trained: Any, one: Any = one, mask_key: Any = mask_key) -> Any:
+        def loss(
+            trained: Any, mask_key: Any = mask_key, given: Any = (tokens, valid, learned)
+        ) -> Any:
             params = lora.beside(made.layout, made.base, trained)
-            given = made.padded.tokens[one], made.padded.valid(one), mask_key, made.recipe.eps
-            return loss_of_kind(made.model, params, *given, made.padded.learned[one])
+            return loss_of_kind(made.model, params, *given[:2], mask_key, made.recipe.eps, given[2])
 
         gradient = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.grad(loss)(trained))
         norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(gradient)))
