@@ -11,7 +11,7 @@ store and is written into every result. Sources: arXiv 2601.20125 for `paper`, t
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
@@ -423,7 +423,7 @@ class TrainSettings:
     @classmethod
     def of(cls, *, overrides: Sequence[str] = (), **fields: Any) -> "TrainSettings":
         """Returns the settings of these fields and of `key=value` overrides, each given once."""
-        _require_once(overrides, fields)
+        _require_once(overrides, fields, groups={"lora", "dp"} & fields.keys())
         return override(cls(**fields), overrides)
 
 
@@ -448,12 +448,16 @@ def _budget(sama: SamaSettings, passes: int | None) -> list[str]:
     return [f"passes={passes}", f"sama.steps={passes // sama.repeats}"]
 
 
-def _require_once(assignments: Sequence[str], fields: Iterable[str]) -> None:
-    """Raises `UsageError` for a setting that is given twice: one of the values would be lost."""
-    fields = list(fields)
+def _require_once(
+    assignments: Sequence[str], fields: Iterable[str], groups: Collection[str] = ()
+) -> None:
+    """Raises `UsageError` for a setting that is given twice: one of the values would be lost.
+
+    A setting inside one of `groups`, which are given as a whole, counts as its group.
+    """
     paths = [text.partition("=")[0].strip() for text in assignments]
-    groups = [path.partition(".")[0] for path in paths]
-    names = fields + [group if group in fields else path for path, group in zip(paths, groups)]
+    tops = [path.partition(".")[0] for path in paths]
+    names = [*fields, *(top if top in groups else path for path, top in zip(paths, tops))]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"setting {shown(name)} is given twice; give it once")

@@ -113,7 +113,6 @@ class LossStore:
         self._frames: list[_Frame] = []
         self._read: dict[int, _Losses] = {}
         self._held = 0  # bytes of them
-        self._files: dict[Path, BinaryIO] = {}
         self._ends: dict[Path, int] = {}
         self._elsewhere: set[tuple[str, str, str]] = set()
         self.num_records = 0
@@ -221,10 +220,7 @@ class LossStore:
         return found
 
     def _payload(self, frame: _Frame) -> bytes:
-        with readable(frame.shard):
-            if frame.shard not in self._files:
-                self._files[frame.shard] = frame.shard.open("rb", buffering=0)
-            file = self._files[frame.shard]
+        with readable(frame.shard), frame.shard.open("rb", buffering=0) as file:
             file.seek(frame.offset)
             payload = file.read(frame.bytes)
             if len(payload) < frame.bytes:
@@ -232,11 +228,9 @@ class LossStore:
         return payload
 
     def close(self) -> None:
-        """Closes the shards."""
+        """Closes the shard that is written."""
         if self._shard is not None:
             self._shard.close()
-        while self._files:
-            self._files.popitem()[1].close()
 
 
 def _decoded(frame: _Frame, payload: bytes) -> _Losses:

@@ -174,11 +174,11 @@ def test_base_and_adapter_score_as_the_merged_folder(inputs, tmp_path):
         "beside": ["--target", base, "--adapter", out],
         "merged": ["--target", tmp_path / "merged"],
     }.items():
-        given = [*command, *target, "--out", tmp_path / name]
+        given = [*command, *target, "--out", tmp_path / f"run-{name}"]
         # The base has learnt nothing, so the run may be void; its scores are written all the same.
         assert entry.main([str(x) for x in given]) in (0, 5)
     beside, merged = (
-        [json.loads(line)["scores"] for line in (tmp_path / n / "scores.jsonl").open()]
+        [json.loads(line)["scores"] for line in (tmp_path / f"run-{n}" / "scores.jsonl").open()]
         for n in ("beside", "merged")
     )
     for attack in ("sama", "loss"):
