@@ -72,7 +72,9 @@ def run_key(seed: int, purpose: Purpose) -> Key[Array, ""]:
 
 def secret_key(secret: bytes) -> Key[Array, ""]:
     """Builds the key of noise that nobody may draw again, from the first 64 bits of a secret."""
-    return jax.random.wrap_key_data(np.frombuffer(secret[:8], "<u4"), impl="threefry2x32")
+    return jax.random.wrap_key_data(
+        jnp.asarray(np.frombuffer(secret[:8], "<u4")), impl="threefry2x32"
+    )
 
 
 def for_purpose(key: Key[Array, ""], purpose: Purpose) -> Key[Array, ""]:

@@ -46,7 +46,8 @@ def flags_of(parser: Flags, kind: type, *names: str, **options: Any) -> None:
             spelled = spelled.replace("--", "--no-", 1) if field.default else spelled
         else:
             choices = list(get_args(hint)) if get_origin(hint) is Literal else None
-            kind_of = {float: finite}.get(hint, group_of(hint) if is_dataclass(hint) else hint)
+            group = isinstance(hint, type) and is_dataclass(hint)
+            kind_of = {float: finite}.get(hint, group_of(hint) if group else hint)
             given |= {"choices": choices, "type": str if choices else kind_of}
             given |= {"metavar": flag.metavar, "required": required}
         given |= options

@@ -18,7 +18,7 @@ exploits how floating-point numbers are spaced (Mironov, CCS 2012).
 import secrets
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sama_jax import rng
-from sama_jax.arrays import Model, Params, TextKeyData
+from sama_jax.arrays import AnyArray, Model, Params, TextKeyData
 from sama_jax.config import LEAST_NOISE, PrivacySettings
 from sama_jax.errors import UsageError
 from sama_jax.storage.files import write_atomic
@@ -184,9 +184,9 @@ def sampled_rows(secret: bytes, step: int, texts: int, rate: float) -> Int[np.nd
 class Batch(NamedTuple):
     """Texts of one piece of a step; all of its arrays have a row for each text."""
 
-    tokens: Int[Array, "b l"]
-    valid: Bool[Array, "b l"]
-    learned: Bool[Array, "b l"]
+    tokens: Int[AnyArray, "b l"]
+    valid: Bool[AnyArray, "b l"]
+    learned: Bool[AnyArray, "b l"]
     keys: TextKeyData
     """Of the texts' own masks: they do not depend on who else is there."""
 
@@ -215,12 +215,13 @@ def clipped_sum(
     def loss(
         trained: Params, base: Params | None, one: Batch, key: Key[Array, ""], eps: Any
     ) -> Float[Array, ""]:
-        mask_key = rng.of_text(key, TextKeyData(one.keys.high[0], one.keys.low[0]))
+        mask_key = rng.of_text(key, TextKeyData(*(jnp.asarray(x)[0] for x in one.keys)))
         params = lora.beside(layout, base, trained)
-        return loss_of_kind(model, params, one.tokens, one.valid, mask_key, eps, one.learned)
+        texts = (jnp.asarray(x) for x in (one.tokens, one.valid))
+        return loss_of_kind(model, params, *texts, mask_key, eps, jnp.asarray(one.learned))
 
     gradients = clipping.clipped_grad(
-        loss, l2_clip_norm=clip, batch_argnums=2, return_values=True, dtype=jnp.float32
+        loss, l2_clip_norm=cast(float, clip), batch_argnums=2, return_values=True, dtype=jnp.float32
     )
     sums, told = gradients(trained, base, batch, key, eps, is_padding_example=filling)
     return sums, jnp.where(filling, 0.0, told.values).sum()
@@ -288,7 +289,7 @@ class Mechanism(NamedTuple):
     def _piece(self, trained: Params, rows: Int[np.ndarray, " b"], key: Key[Array, ""]) -> Any:
         filling = np.arange(self.rows) >= len(rows)
         rows = np.concatenate([rows, np.zeros(self.rows - len(rows), np.int32)])
-        keys = TextKeyData(*(column[rows] for column in self.keys))
+        keys = TextKeyData(*(np.asarray(column)[rows] for column in self.keys))
         padded = self.padded
         batch = Batch(padded.tokens[rows], padded.valid(rows), padded.learned[rows], keys)
         given = self.model, self.layout, trained, self.base, batch, filling, key
