@@ -47,7 +47,7 @@ def flags_of(parser: Flags, kind: type, *names: str, **options: Any) -> None:
         else:
             choices = list(get_args(hint)) if get_origin(hint) is Literal else None
             group = isinstance(hint, type) and is_dataclass(hint)
-            kind_of = {float: finite}.get(hint, group_of(hint) if group else hint)
+            kind_of: Any = group_of(hint) if group else finite if hint is float else hint
             given |= {"choices": choices, "type": str if choices else kind_of}
             given |= {"metavar": flag.metavar, "required": required}
         given |= options

@@ -217,8 +217,8 @@ def clipped_sum(
     ) -> Float[Array, ""]:
         mask_key = rng.of_text(key, TextKeyData(*(jnp.asarray(x)[0] for x in one.keys)))
         params = lora.beside(layout, base, trained)
-        texts = (jnp.asarray(x) for x in (one.tokens, one.valid))
-        return loss_of_kind(model, params, *texts, mask_key, eps, jnp.asarray(one.learned))
+        tokens, valid, learned = map(jnp.asarray, (one.tokens, one.valid, one.learned))
+        return loss_of_kind(model, params, tokens, valid, mask_key, eps, learned)
 
     gradients = clipping.clipped_grad(
         loss, l2_clip_norm=cast(float, clip), batch_argnums=2, return_values=True, dtype=jnp.float32

@@ -1,5 +1,6 @@
 """`checkpoints_convert verify`: side by side, as a file of losses, and a whole audit replayed."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -286,6 +287,8 @@ def random_params(model: Any, seed: int, spread: float = 1.0) -> Any:
 def test_blocks_one_by_one_are_the_scanned_network(family):
     read = read_config(other_families()[family], family)
     model: Any = build_model(read, MASK_ID, jnp.float32)
+    # As `verify` reads it: one copy of the text, not a clean one beside the masked one.
+    model = dataclasses.replace(model, arch=dataclasses.replace(model.arch, clean_context=False))
     params = random_params(model, 0)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (2, 12)), jnp.int32)
     valid = jnp.arange(12)[None] < jnp.array([[12], [7]])

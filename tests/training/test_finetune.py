@@ -516,7 +516,7 @@ def test_nonmembers_of_a_labelled_file_are_not_trained_on(folder, finished):
 
 def test_a_diverging_loss_stops_without_a_checkpoint(folder, monkeypatch):
     step = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *x: (step(*x)[0], jnp.float32(np.nan)))
+    monkeypatch.setattr(loop, "train_step", lambda *x, **y: (step(*x, **y)[0], jnp.float32(np.nan)))
     with pytest.raises(UsageError, match=r"the loss is nan .* lower learning_rate \(now 0\.01\)"):
         tune(folder, "diverged")
     with Checkpoints(folder / "diverged" / "checkpoints") as checkpoints:

@@ -178,8 +178,8 @@ def test_base_and_adapter_score_as_the_merged_folder(inputs, tmp_path):
         # The base has learnt nothing, so the run may be void; its scores are written all the same.
         assert entry.main([str(x) for x in given]) in (0, 5)
     beside, merged = (
-        [json.loads(line)["scores"] for line in (tmp_path / f"run-{n}" / "scores.jsonl").open()]
-        for n in ("beside", "merged")
+        [json.loads(line)["scores"] for line in scored.read_text().splitlines()]
+        for scored in (tmp_path / f"run-{n}" / "scores.jsonl" for n in ("beside", "merged"))
     )
     for attack in ("sama", "loss"):
         a, b = (np.array([one[attack] for one in rows]) for rows in (beside, merged))

@@ -22,16 +22,14 @@ from sama_jax import rng
 from sama_jax.arrays import TextKeyData
 from sama_jax.cli import entry
 from sama_jax.config import LoraSettings, PrivacySettings, TrainSettings
-from sama_jax.core.epsilon import epsilon_bound
 from sama_jax.errors import Interrupted, UsageError
 from sama_jax.models.registry import build_model, read_config
 from sama_jax.programs import finetune
-from sama_jax.texts.tokenizer import TextTokenizer
-from sama_jax.training import loop, lora, privacy
+from sama_jax.training import lora, privacy
 from sama_jax.training.held_out import text_keys
 from sama_jax.training.sequences import Tokens, pad
-from sama_jax.training.step import HELD_OUT, init_state, loss_of_kind, make_optimizer, make_recipe
-from sama_jax.weights import loading, model_folder
+from sama_jax.training.step import init_state, loss_of_kind, make_optimizer, make_recipe
+from sama_jax.weights import model_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:optax.global_norm:DeprecationWarning"
@@ -325,32 +323,3 @@ def test_more_texts_in_a_step_than_there_are_and_windows_are_refused():
         privacy.plan_of(PrivacySettings(noise=1), 8, 9, 10)
     with pytest.raises(UsageError, match="dp with windows"):
         dataclasses.replace(SETTINGS, windows=True)
-
-
-def test_what_canaries_show_is_no_more_than_epsilon(tmp_path):
-    """Texts of random tokens, of which coins chose what is learnt; scored by their losses."""
-    base = tiny.folder(tmp_path / "base")
-    texts = tiny.texts(120, (8, 12), seed=3)
-    coins = np.random.default_rng(1).random(120) < 0.5
-    learnt = [text for text, coin in zip(texts, coins) if coin]
-    tiny.write_texts(tmp_path / "texts.jsonl", learnt, labels=False)
-    tokens = TextTokenizer.from_folder(base, None).encode(texts, LENGTH)
-    sequences = [Tokens(one.ids, np.ones(len(one.ids), bool)) for one in tokens]
-    padded, keys = pad(sequences, LENGTH, 0), text_keys(sequences)
-    _, model = network()
-
-    def losses(path: Path) -> Any:
-        params = loading.load(model_folder.open_folder(path), loop.device())
-        valid = padded.valid(np.arange(120))
-        return np.asarray(HELD_OUT["diffusion"](model, 5, params, padded.tokens, valid, keys))
-
-    before, bounds = losses(base), {}
-    settings = dataclasses.replace(SETTINGS, batch_size=16, epochs=300)
-    for name, dp in {"private": PrivacySettings(epsilon=1), "plain": PrivacySettings()}.items():
-        given = base, tmp_path / "texts.jsonl", tmp_path / name
-        found = finetune.finetune(*given, dataclasses.replace(settings, dp=dp), quiet=True)
-        scores = before - losses(tmp_path / name)
-        bounds[name] = epsilon_bound(scores[coins], scores[~coins]).epsilon
-        if name == "private":
-            assert found["privacy"]["epsilon"] <= 1
-    assert bounds["private"] <= 1 < bounds["plain"], bounds
