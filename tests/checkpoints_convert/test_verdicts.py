@@ -186,6 +186,9 @@ def test_plans_are_judged_by_what_rounding_explains(massive, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "of these weights by" in out, "the fixed bound was enough"
     for block in (1, 3):
-        other = perturbed(made.target, tmp_path / f"other{block}", rf"blocks\.{block - 1}\.")
+        # What is allowed follows how this processor rounds: .024 to .030 nats. Noise of 1e-2 moved
+        # the losses by .028, so it was found on some processors only.
+        pattern = rf"blocks\.{block - 1}\."
+        other = perturbed(made.target, tmp_path / f"other{block}", pattern, size=4e-2)
         assert made.verify(target=other) == 6
         assert f"target: the first stage that differs is block {block} (" in capsys.readouterr().out
